@@ -1,0 +1,45 @@
+"""regraft: move learning from one neural network into another, and measure what that is worth.
+
+The names below are the public interface. They are resolved on first use, so that
+``import regraft`` (and with it ``regraft --help``) does not pay for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "trace": "symmetry",
+    "verify": "symmetry",
+    "apply": "symmetry",
+    "inverse": "symmetry",
+    "PermutationSpec": "symmetry",
+    "match": "matching",
+    "Match": "matching",
+    "Trajectory": "trajectory",
+    "transfer": "learning_transfer",
+    "Transfer": "learning_transfer",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from regraft.matching import Match, match
+    from regraft.symmetry import PermutationSpec, apply, inverse, trace, verify
+    from regraft.trajectory import Trajectory
+    from regraft.learning_transfer import Transfer, transfer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+    value = getattr(import_module(f"regraft.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

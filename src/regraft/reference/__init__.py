@@ -1,0 +1,1 @@
+"""The papers line by line: slow, obvious, what everything else is checked against."""
