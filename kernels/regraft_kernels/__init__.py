@@ -1,0 +1,1 @@
+"""Kernels of regraft: permute, graft, combine, similarity, assign. Importable alone."""
