@@ -1,0 +1,1 @@
+"""Frozen tile configurations per GPU family, and how one is chosen."""
