@@ -1,0 +1,528 @@
+"""Matching: the permutation that moves one network's units onto another's.
+
+``regraft.match`` minimises sum_t ||G2[t] - pi G1[t]||^2 over pi by coordinate descent over the permutation groups
+(Ainsworth et al., Git Re-Basin, Algorithm 1; Chijiwa, eqs. 2, 3 and 6). One group's step is a similarity matrix and
+a linear assignment. Nothing that is known already is computed again:
+
+- a group is visited only when a neighbouring permutation, or the data, changed since its last solve;
+- its similarity is kept, and corrected by the rank-m product of the m entries that changed in a neighbour;
+- new steps (FGMT appends one pair of gradients at a time) add their own product and leave the rest alone;
+- an assignment starts from the duals of the group's last one;
+- groups that share no tensor are solved at the same time.
+
+All of these leave the result as it is: `regraft.reference.matching` finds the same objective without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from regraft.clock import Clock
+from regraft.symmetry import PermutationSpec
+from regraft.trajectory import check_alike, check_finite
+from regraft_kernels import Term, assign_many, similarity, similarity_update_
+
+Tensors = dict[str, Tensor]
+Perm = dict[str, Tensor]
+
+# A new assignment must raise the objective by more than this part of the similarity that it collects: below lies
+# the rounding of float32 sums, and ties, where "improvements" would go round in circles.
+RELATIVE_GAIN = {torch.float32: 1e-7, torch.float64: 1e-12}
+# Each rank-m correction adds a rounding error of its own; float32 similarities are built anew after so many.
+CORRECTIONS_BEFORE_REBUILD = 32
+# Correcting reads and multiplies the changed columns of one tensor; from this part of a rebuild's products on, it
+# gains nothing.
+WORTH_CORRECTING = 0.8
+
+
+@dataclass(frozen=True)
+class Match:
+    """What `match` found.
+
+    Attributes:
+        perm: group -> int64 index vector [n]; (pi theta)[i] = theta[perm[i]].
+        objective: sum_t <G2[t], pi G1[t]>, the part of the squared distance that depends on pi, negated and halved.
+        objectives: the same at the start and after each sweep; never falls.
+        sweeps: rounds over the groups, the last of which changed nothing.
+        seconds, cpu_seconds: wall clock and CPU by phase: "similarity", "assignment", "objective".
+    """
+
+    perm: Perm
+    objective: float
+    objectives: tuple[float, ...]
+    sweeps: int
+    seconds: dict[str, float]
+
+
+def match(
+    spec: PermutationSpec,
+    target: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    *,
+    start: Perm | None = None,
+    generator: torch.Generator | None = None,
+    max_sweeps: int = 100,
+    backend: str = "auto",
+    assignment: str = "auto",
+) -> Match:
+    """The permutation pi that brings `source` closest to `target`, by coordinate descent.
+
+    Args:
+        spec: the model's permutation groups.
+        target, source: tensors by name, each of the model's shape (weights) or [T, *shape] (stacks, for example
+            of gradients); float32 or float64, the same names on both sides. Names that the model has and these
+            lack (buffers, when gradients are matched) do not take part.
+        start: where the descent begins; the identity when not given.
+        generator: draws the order in which the groups are visited; without one it is the spec's.
+        max_sweeps: an upper bound that ends a descent early.
+        backend: of the similarity, "auto", "torch" or "triton".
+        assignment: of the linear assignment, "auto" or a name that `regraft_kernels.assign` knows.
+
+    Raises:
+        ValueError: names, shapes, dtypes or devices that differ, a tensor that the spec does not know, values that
+            are not finite, zero steps; the tensor is named.
+    """
+    check_alike(target, source, "the target", "the source")
+    target, source = _stacked(spec, target), _stacked(spec, source)
+    check_finite(target, "the target")
+    check_finite(source, "the source")
+    steps = _steps(target)
+    descent = Descent.over(spec, target, source, steps, start=start, generator=generator)
+    return descend_(descent, max_sweeps=max_sweeps, backend=backend, assignment=assignment)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One axis of one tensor on which a group's units stand."""
+
+    name: str
+    axis: int
+    positions: Tensor | None  # [n, mult], or None where position i is unit i
+
+
+@dataclass(frozen=True)
+class _Neighbourhood:
+    """What the similarity of one group is made of, and what it depends on."""
+
+    single: tuple[_Place, ...]  # tensors that have the group on one axis: linear in its permutation
+    coupled: tuple[_Place, ...]  # tensors that have it on several: quadratic
+    groups: tuple[str, ...]  # whose permutations the similarity depends on; itself where something is coupled
+
+
+@dataclass
+class _Cached:
+    """The similarity of one group and what it was built from."""
+
+    similarity: Tensor  # [n, n], the terms in which the group stands on one axis only
+    steps: int
+    indices: dict[
+        tuple[str, int], Tensor | None
+    ]  # (tensor, other axis) -> the index vector it was gathered with
+    corrections: int = 0
+
+
+@dataclass
+class Descent:
+    """The state of a coordinate descent; lives as long as stacks are appended to (FGMT).
+
+    Attributes:
+        target, source: stacks [capacity, *shape] by name, of which the first `steps` are filled.
+        colours: groups by colour; those of one colour share no tensor.
+        perm: the current permutation.
+        objective: its objective over the filled steps.
+    """
+
+    spec: PermutationSpec
+    target: Tensors
+    source: Tensors
+    steps: int
+    colours: tuple[tuple[str, ...], ...]
+    around: dict[str, _Neighbourhood]
+    perm: Perm
+    objective: float = 0.0
+    counted: int = 0  # steps that `objective` covers
+    version: dict[str, int] = field(default_factory=dict)  # group -> how often its permutation changed
+    solved: dict[str, object] = field(default_factory=dict)  # group -> what its last solve looked at
+    cached: dict[str, _Cached] = field(default_factory=dict)
+    duals: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.target.values())).device
+
+    @classmethod
+    def over(
+        cls,
+        spec: PermutationSpec,
+        target: Tensors,
+        source: Tensors,
+        steps: int,
+        *,
+        start: Perm | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Descent:
+        """A descent over given stacks, of which the first `steps` are filled."""
+        names = frozenset(target)
+        classes = colours(spec, names, generator)
+        around = {group: _neighbourhood(spec, group, names) for members in classes for group in members}
+        device = next(iter(target.values())).device
+        perm = {group: index.to(device) for group, index in _checked_start(spec, start).items()}
+        return cls(spec, target, source, steps, classes, around, perm)
+
+    @classmethod
+    def allocate(
+        cls,
+        spec: PermutationSpec,
+        like: Tensors,
+        capacity: int,
+        *,
+        start: Perm | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Descent:
+        """An empty descent with room for `capacity` steps of tensors like those of `like`."""
+        unknown = [name for name in like if name not in spec.axes]
+        if unknown:
+            raise ValueError(f"the spec has no tensor {unknown[0]!r}")
+        target = {name: _empty_stack(tensor, capacity) for name, tensor in like.items()}
+        source = {name: _empty_stack(tensor, capacity) for name, tensor in like.items()}
+        return cls.over(spec, target, source, 0, start=start, generator=generator)
+
+
+def append_(descent: Descent, target: Tensors, source: Tensors) -> None:
+    """Add one step's tensors to the stacks (in place), at their next free place."""
+    for stack, tensors in ((descent.target, target), (descent.source, source)):
+        for name, whole in stack.items():
+            whole[descent.steps].copy_(tensors[name])
+    descent.steps += 1
+
+
+def restart_(descent: Descent, perm: Perm) -> None:
+    """Let the next descent begin at `perm`."""
+    for group, index in perm.items():
+        index = index.to(descent.perm[group].device)
+        if not torch.equal(index, descent.perm[group]):
+            descent.perm[group] = index
+            descent.version[group] = descent.version.get(group, 0) + 1
+    descent.counted, descent.objective = 0, 0.0
+    descent.solved.clear()
+
+
+def clear_(descent: Descent) -> None:
+    """Forget all steps and what was computed from them; keep the permutation and the duals to start from."""
+    descent.steps = descent.counted = 0
+    descent.objective = 0.0
+    descent.cached.clear()
+    descent.solved.clear()
+
+
+def descend_(
+    descent: Descent, *, max_sweeps: int = 100, backend: str = "auto", assignment: str = "auto"
+) -> Match:
+    """Sweep over the groups until nothing improves; moves `descent.perm` and returns what was found.
+
+    Raises:
+        ValueError: no step, or fewer than one sweep.
+    """
+    if descent.steps < 1:
+        raise ValueError("there is nothing to match: zero steps")
+    if max_sweeps < 1:
+        raise ValueError(f"max_sweeps must be at least 1, got {max_sweeps}")
+    clock = Clock()
+    with clock.phase("objective", descent.device):
+        descent.objective += _objective(descent, descent.counted, descent.steps)
+        descent.counted = descent.steps
+    objectives = [descent.objective]
+    for _ in range(max_sweeps):
+        changed = [_visit_(descent, colour, clock, backend, assignment) for colour in descent.colours]
+        objectives.append(descent.objective)
+        if not any(changed):
+            break
+    return Match(
+        dict(descent.perm),
+        descent.objective,
+        tuple(objectives),
+        len(objectives) - 1,
+        dict(clock.wall),
+        dict(clock.cpu),
+    )
+
+
+def colours(
+    spec: PermutationSpec, names: frozenset[str], generator: torch.Generator | None = None
+) -> tuple[tuple[str, ...], ...]:
+    """The groups that stand in `names`, sorted into classes without a common tensor (greedy colouring).
+
+    Visiting class after class is a sweep: within one the order does not matter, as no similarity of a class depends
+    on another permutation of it.
+    """
+    groups = [g for g in spec.groups if any(name in names for name, _ in spec.tensors_of(g))]
+    if generator is not None:
+        groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+    tensors = {g: {name for name, _ in spec.tensors_of(g)} & names for g in groups}
+    classes: list[list[str]] = []
+    for group in groups:
+        for members in classes:
+            if all(tensors[group].isdisjoint(tensors[other]) for other in members):
+                members.append(group)
+                break
+        else:
+            classes.append([group])
+    return tuple(tuple(members) for members in classes)
+
+
+def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, backend: str, assignment: str) -> bool:
+    """Solve the groups of one colour anew where anything they depend on changed; true if one improved."""
+    stale = [group for group in colour if descent.solved.get(group) != _depends_on(descent, group)]
+    if not stale:
+        return False
+    device = descent.device
+    with clock.phase("similarity", device):
+        own = {group: _similarity_(descent, group, backend) for group in stale}
+        both = {group: _coupled_similarity(descent, group, backend) for group in stale}
+        scores = {g: own[g] if both[g] is None else own[g] + both[g] for g in stale}
+    with clock.phase("assignment", device):
+        solutions = assign_many(
+            [scores[g] for g in stale],
+            backend=assignment,
+            warm=[descent.duals.get(g) for g in stale],
+            names=[f"similarity of group {g!r}" for g in stale],
+        )
+    improved = False
+    with clock.phase("objective", device):
+        for group, solution in zip(stale, solutions, strict=True):
+            descent.duals[group] = solution.duals
+            descent.solved[group] = _depends_on(descent, group)
+            improved |= _accept_(descent, group, own[group], solution.perm.to(device))
+    return improved
+
+
+def _accept_(descent: Descent, group: str, own: Tensor, candidate: Tensor) -> bool:
+    """Move to `candidate` if the true objective rises by more than rounding; true if it did."""
+    current = descent.perm[group]
+    before, after = _collected(own, current), _collected(own, candidate)
+    if descent.around[group].coupled:
+        before += _coupled_objective(descent, group, current)
+        after += _coupled_objective(descent, group, candidate)
+    scale = max(abs(before), abs(after))
+    if after - before <= RELATIVE_GAIN[own.dtype] * scale:
+        return False
+    descent.perm[group] = candidate
+    descent.version[group] = descent.version.get(group, 0) + 1
+    descent.objective += after - before
+    return True
+
+
+def _depends_on(descent: Descent, group: str) -> tuple[object, ...]:
+    """What a solve of `group` looks at: the steps, and its neighbours' permutations (by version)."""
+    return descent.steps, tuple(descent.version.get(other, 0) for other in descent.around[group].groups)
+
+
+def _similarity_(descent: Descent, group: str, backend: str) -> Tensor:
+    """S [n, n] of the tensors in which `group` stands on one axis; kept up to date by what changed.
+
+    Correcting a tensor whose neighbour changed at m of n entries costs m/n of building its term (of both the old and
+    the new columns, one product); where that saves nothing, or rounding could pile up, all terms are built anew.
+    """
+    spec, perm = descent.spec, descent.perm
+    places = descent.around[group].single
+    current = {
+        (place.name, other): spec.axis_index(place.name, other, perm)
+        for place in places
+        for other in _other_axes(spec, place)
+    }
+    cached = descent.cached.get(group)
+    if cached is None or not _worth_correcting(descent, places, cached, current):
+        n, like = spec.groups[group], next(iter(descent.target.values()))
+        terms = [_term(descent, place, 0, descent.steps, current) for place in places]
+        total = similarity(terms, backend=backend) if terms else like.new_zeros(n, n)
+        descent.cached[group] = _Cached(total, descent.steps, current)
+        return total
+    for place in places:
+        for other in _other_axes(spec, place):
+            old, new = cached.indices[place.name, other], current[place.name, other]
+            if old is None or new is None or torch.equal(old, new):
+                continue
+            term = _term(descent, place, 0, cached.steps, cached.indices)
+            similarity_update_(cached.similarity, term, other, old, new)
+            cached.indices[place.name, other] = new
+            cached.corrections += 1
+    if cached.steps < descent.steps:
+        terms = [_term(descent, place, cached.steps, descent.steps, current) for place in places]
+        cached.similarity += similarity(terms, backend=backend)
+        cached.steps = descent.steps
+    return cached.similarity
+
+
+def _worth_correcting(
+    descent: Descent,
+    places: tuple[_Place, ...],
+    cached: _Cached,
+    current: Mapping[tuple[str, int], Tensor | None],
+) -> bool:
+    exact = cached.similarity.dtype == torch.float64
+    if not places or (cached.corrections >= CORRECTIONS_BEFORE_REBUILD and not exact):
+        return False
+    whole = correct = 0.0
+    for place in places:
+        work = descent.target[place.name][0].numel()
+        whole += work * descent.steps
+        correct += work * (descent.steps - cached.steps)
+        for other in _other_axes(descent.spec, place):
+            old, new = cached.indices[place.name, other], current[place.name, other]
+            correct += work * cached.steps * _changed_share(old, new)
+    return correct < WORTH_CORRECTING * whole
+
+
+def _term(
+    descent: Descent,
+    place: _Place,
+    first: int,
+    last: int,
+    indices: Mapping[tuple[str, int], Tensor | None],
+) -> Term:
+    return Term(
+        target=descent.target[place.name][first:last],
+        source=descent.source[place.name][first:last],
+        axis=place.axis,
+        positions=place.positions,
+        gathers=tuple(
+            None if other == place.axis else indices[place.name, other]
+            for other in range(len(descent.spec.axes[place.name]))
+        ),
+    )
+
+
+def _coupled_similarity(descent: Descent, group: str, backend: str) -> Tensor | None:
+    """S of the tensors in which `group` stands on several axes: the objective's gradient at the current permutation."""
+    places = descent.around[group].coupled
+    if not places:
+        return None
+    indices = {
+        (place.name, other): descent.spec.axis_index(place.name, other, descent.perm)
+        for place in places
+        for other in _other_axes(descent.spec, place)
+    }
+    return similarity([_term(descent, place, 0, descent.steps, indices) for place in places], backend=backend)
+
+
+def _coupled_objective(descent: Descent, group: str, candidate: Tensor) -> float:
+    names = {place.name for place in descent.around[group].coupled}
+    perm = {**descent.perm, group: candidate}
+    return sum(_product(descent, name, perm, 0, descent.steps) for name in sorted(names))
+
+
+def _objective(descent: Descent, first: int, last: int) -> float:
+    """sum over steps first .. last-1 of <G2[t], pi G1[t]>, accumulated in float64."""
+    return sum(_product(descent, name, descent.perm, first, last) for name in descent.target)
+
+
+def _product(descent: Descent, name: str, perm: Perm, first: int, last: int) -> float:
+    target, source = descent.target[name][first:last], descent.source[name][first:last]
+    for axis in range(len(descent.spec.axes[name])):
+        index = descent.spec.axis_index(name, axis, perm)
+        if index is not None and not _is_identity(index):
+            source = source.index_select(axis + 1, index)
+    return float((target * source).sum(dtype=torch.float64))
+
+
+def _collected(similarity: Tensor, perm: Tensor) -> float:
+    """sum_i S[i, perm[i]] in float64."""
+    return float(similarity.gather(1, perm[:, None]).sum(dtype=torch.float64))
+
+
+def _other_axes(spec: PermutationSpec, place: _Place) -> list[int]:
+    return [other for other in range(len(spec.axes[place.name])) if other != place.axis]
+
+
+def _neighbourhood(spec: PermutationSpec, group: str, names: frozenset[str]) -> _Neighbourhood:
+    axes: dict[str, list[int]] = {}
+    for name, axis in spec.tensors_of(group):
+        if name in names:
+            axes.setdefault(name, []).append(axis)
+
+    def places(wanted: Callable[[list[int]], bool]) -> tuple[_Place, ...]:
+        return tuple(
+            _Place(name, axis, _positions(spec, name, axis, group))
+            for name, found in axes.items()
+            if wanted(found)
+            for axis in found
+        )
+
+    coupled = places(lambda found: len(found) > 1)
+    neighbours = tuple(
+        other
+        for other in spec.groups
+        if (other != group and any(name in axes for name, _ in spec.tensors_of(other)))
+        or (other == group and coupled)
+    )
+    return _Neighbourhood(places(lambda found: len(found) == 1), coupled, neighbours)
+
+
+def _positions(spec: PermutationSpec, name: str, axis: int, group: str) -> Tensor | None:
+    """[n, mult], or None where the group fills the whole axis in order."""
+    positions = spec.positions(name, axis, group)
+    length = sum(segment.count * segment.repeat for segment in spec.axes[name][axis])
+    return None if positions.shape == (length, 1) and _is_identity(positions) else positions
+
+
+def _checked_start(spec: PermutationSpec, start: Perm | None) -> Perm:
+    identity = spec.identity()
+    if start is None:
+        return identity
+    for group, index in identity.items():
+        if group not in start:
+            raise ValueError(f"the starting permutation lacks group {group!r}")
+        if not torch.equal(start[group].sort().values.cpu(), index):
+            raise ValueError(f"the start of group {group!r} is not a permutation of its {len(index)} units")
+    return {group: start[group] for group in identity}
+
+
+def _stacked(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> Tensors:
+    """The tensors as stacks [T, *shape]; a single set becomes a stack of one (a view)."""
+    stacks = {}
+    for name, tensor in tensors.items():
+        if name not in spec.axes:
+            raise ValueError(f"the spec has no tensor {name!r}")
+        extra = tensor.dim() - len(spec.axes[name])
+        if extra not in (0, 1):
+            raise ValueError(
+                f"tensor {name!r} has {tensor.dim()} axes, the spec knows {len(spec.axes[name])}"
+            )
+        if tensor.is_floating_point():
+            stacks[name] = tensor if extra else tensor[None]
+    if not stacks:
+        raise ValueError("there is nothing to match: no floating-point tensor")
+    return stacks
+
+
+def _steps(stacks: Tensors) -> int:
+    lengths = {name: len(stack) for name, stack in stacks.items()}
+    name, steps = next(iter(lengths.items()))
+    for other, length in lengths.items():
+        if length != steps:
+            raise ValueError(f"tensor {other!r} has {length} steps, {name!r} has {steps}")
+    return steps
+
+
+def _empty_stack(like: Tensor, capacity: int) -> Tensor:
+    """Room for [capacity, *shape], the second axis innermost: then both of the axes that units stand on unfold
+    into matrices without a copy, whatever the size of the kernel between them."""
+    if like.dim() < 3:
+        return like.new_empty(capacity, *like.shape)
+    rows, columns, *tail = like.shape
+    return like.new_empty(capacity, rows, *tail, columns).movedim(-1, 2)
+
+
+def _changed_share(old: Tensor | None, new: Tensor | None) -> float:
+    if old is None or new is None or old is new:
+        return 0.0
+    return float((old != new).float().mean())
+
+
+def _is_identity(index: Tensor) -> bool:
+    flat = index.reshape(-1)
+    return torch.equal(flat, torch.arange(len(flat), device=flat.device))

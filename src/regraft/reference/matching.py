@@ -1,0 +1,92 @@
+"""Matching by coordinate descent, literally (Ainsworth et al., Git Re-Basin, Algorithm 1; Chijiwa, eqs. 2 and 3).
+
+One group after the other, one step after the other, one tensor after the other, in float64: every similarity
+is built anew and every assignment solved from scratch. `regraft.match` must find the same objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from regraft.symmetry import PermutationSpec, apply
+
+Tensors = dict[str, Tensor]
+Perm = dict[str, Tensor]
+
+
+def unfold(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
+    """The rows of `tensor` along `axis`, one a unit: [n, mult * everything else].
+
+    `positions` [n, mult] says where the occurrences of each unit stand along the axis.
+    """
+    rows = tensor.movedim(axis, 0)[positions]
+    return rows.reshape(len(positions), -1).double()
+
+
+def similarity(
+    spec: PermutationSpec, group: str, target: Sequence[Tensors], source: Sequence[Tensors], perm: Perm
+) -> Tensor:
+    """S [n, n] of one group, float64: S[i, j] = sum over steps and tensors of <target unit i, source unit j>,
+    the source's other axes permuted by `perm`."""
+    n = spec.groups[group]
+    total = torch.zeros(n, n, dtype=torch.float64)
+    for g2, g1 in zip(target, source, strict=True):
+        for name, axis in spec.tensors_of(group):
+            if name not in g2:
+                continue
+            moved = g1[name]
+            for other in range(moved.dim()):
+                index = spec.axis_index(name, other, perm)
+                if other != axis and index is not None:
+                    moved = moved.index_select(other, index)
+            positions = spec.positions(name, axis, group)
+            total += unfold(g2[name], axis, positions) @ unfold(moved, axis, positions).T
+    return total
+
+
+def objective(
+    spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Tensors], perm: Perm
+) -> float:
+    """sum_t <G2[t], pi G1[t]>: what matching maximises (the distance's only part that depends on pi)."""
+    total = 0.0
+    for g2, g1 in zip(target, source, strict=True):
+        moved = apply(spec, perm, g1)
+        total += sum(float((g2[name].double() * moved[name].double()).sum()) for name in g2)
+    return total
+
+
+def match(
+    spec: PermutationSpec,
+    target: Sequence[Tensors],
+    source: Sequence[Tensors],
+    order: Sequence[str],
+    start: Perm | None = None,
+    max_sweeps: int = 100,
+) -> tuple[Perm, list[float]]:
+    """Coordinate descent over the groups in `order` until a sweep changes nothing.
+
+    Args:
+        target, source: for each step t the gradients (or weights) by name.
+
+    Returns:
+        The permutation, and the objective at the start and after each sweep.
+    """
+    perm = dict(start or spec.identity())
+    objectives = [objective(spec, target, source, perm)]
+    for _ in range(max_sweeps):
+        best = objectives[-1]
+        for group in order:
+            s = similarity(spec, group, target, source, perm)
+            _, columns = linear_sum_assignment(s.numpy(), maximize=True)
+            candidate = {**perm, group: torch.from_numpy(columns)}
+            value = objective(spec, target, source, candidate)
+            if value > best + 1e-9 * abs(best):
+                perm, best = candidate, value
+        objectives.append(best)
+        if best == objectives[-2]:
+            break
+    return perm, objectives
