@@ -5,7 +5,7 @@ Networks, sections 3 and 4.1). The methods differ in how they find pi:
 
 - ``naive``: pi is the identity.
 - ``weights``: pi matches the two starts' weights, as a Git Re-Basin user would do.
-- ``oracle``: pi matches ``theta_2^T - theta_2^0`` of a real training with ``theta_1^T - theta_1^0``. A bound, not a method.
+- ``oracle``: pi matches ``theta_2^T - theta_2^0`` of a real training with ``theta_1^T - theta_1^0``: a bound, no method.
 - ``gmt`` (Algorithm 1): for s = 1..T pi_s matches the gradients along both paths up to s, all computed anew.
 - ``fgmt`` (Algorithm 2): the same, but only the newest pair of gradients is computed and the earlier ones are kept.
 """

@@ -289,7 +289,6 @@ def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, backend: st
             [scores[g] for g in stale],
             backend=assignment,
             warm=[descent.duals.get(g) for g in stale],
-            names=[f"similarity of group {g!r}" for g in stale],
         )
     improved = False
     with clock.phase("objective", device):
