@@ -1,0 +1,382 @@
+"""What a set of parameters is worth: accuracy, loss, gradients, BatchNorm statistics, landscapes.
+
+A network is a module (the function) and a dictionary of tensors (its values). Every function here takes
+both, runs the module on those values (`torch.func.functional_call`), and leaves module and values as
+they were: its own parameters, its buffers, and whether it is in training mode. While one runs, the module
+must not be used by another thread.
+
+Batches are any iterable of (images, labels), on the device of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from regraft.models import Tensors, live_state, seeded
+
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def mode(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Inside, each submodule is in training mode where ``training(submodule)``; then as it was before."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.training = training(module)
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def evaluating(model: nn.Module) -> object:
+    """Context in which the model is in evaluation mode."""
+    return mode(model, lambda _: False)
+
+
+def complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
+    """``tensors`` with the model's own buffers where they are absent.
+
+    Raises ValueError naming a parameter that is missing, a name that the model does not have, or a shape
+    that differs.
+    """
+    own = live_state(model)
+    parameters = dict(model.named_parameters())
+    missing = sorted(parameters.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        words = [f"lack {', '.join(missing[:5])}"] * bool(missing)
+        words += [f"have {', '.join(extra[:5])}, which the model has not"] * bool(extra)
+        raise ValueError(f"the tensors {' and '.join(words)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, the model's is {list(own[name].shape)}")
+    return {**{name: own[name] for name in own if name not in parameters}, **tensors}
+
+
+def call(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """The model's output on ``images`` with the values ``tensors``, in the mode in which the model is.
+
+    In training mode BatchNorm writes its running statistics into ``tensors``, as torch does.
+    """
+    return torch.func.functional_call(model, dict(tensors), (images,))
+
+
+def loss_and_accuracy(
+    model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[Batch], loss: Loss = F.cross_entropy
+) -> tuple[float, float]:
+    """Mean loss and share of right answers (0 to 1) over all images of ``batches``, in evaluation mode.
+
+    ``loss(logits, labels)`` gives the mean over a batch. Logits that are not finite are wrong answers;
+    the loss is then not finite either. Raises ValueError where there is no batch.
+    """
+    values = complete(model, tensors)
+    count, right, total = 0, 0, 0.0
+    with torch.inference_mode(), evaluating(model):
+        for images, labels in batches:
+            logits = call(model, values, images)
+            count += len(labels)
+            right = right + _right(logits, labels)
+            total = total + loss(logits, labels).double() * len(labels)
+    if count == 0:
+        raise ValueError("there is no batch to evaluate on")
+    return float(total) / count, int(right) / count
+
+
+def accuracy(model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[Batch]) -> float:
+    """Share of right answers (0 to 1) over all images of ``batches``, in evaluation mode.
+
+    Logits that are not finite are wrong answers. Raises ValueError where there is no batch.
+    """
+    values = complete(model, tensors)
+    count, right = 0, 0
+    with torch.inference_mode(), evaluating(model):
+        for images, labels in batches:
+            count += len(labels)
+            right = right + _right(call(model, values, images), labels)
+    if count == 0:
+        raise ValueError("there is no batch to evaluate on")
+    return int(right) / count
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Number of right answers, on the device. logits: [..., B, classes]; labels: [B]."""
+    answers = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
+    return answers.sum(-1)
+
+
+def many(model: nn.Module, stacked: Mapping[str, Tensor], batches: Iterable[Batch]) -> Tensor:
+    """The accuracy of K parameter sets, float64 [K] on the CPU, reading each batch once.
+
+    stacked: each tensor [K, *shape]. Otherwise as `accuracy`.
+    """
+    sizes = {len(tensor) for tensor in stacked.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"stacked tensors must have one leading size, not {sorted(sizes)}")
+    sets = [
+        complete(model, {name: tensor[k] for name, tensor in stacked.items()}) for k in range(sizes.pop())
+    ]
+    count, right = 0, [0] * len(sets)
+    with torch.inference_mode(), evaluating(model):
+        for images, labels in batches:
+            count += len(labels)
+            for k, values in enumerate(sets):
+                right[k] = right[k] + _right(call(model, values, images), labels)
+    if count == 0:
+        raise ValueError("there is no batch to evaluate on")
+    return torch.tensor([int(r) for r in right], dtype=torch.float64) / count
+
+
+# ---------------------------------------------------------------------------------------------------
+# Gradients and BatchNorm
+
+
+def gradients(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    loss: Loss = F.cross_entropy,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensors:
+    """Gradients of the loss at ``tensors``, one per parameter (same shape and dtype), averaged over batches.
+
+    Taken in training mode: BatchNorm normalises with the batch's own statistics. Running statistics stay as
+    they are, in the model and in ``tensors``. A parameter that the loss does not depend on has gradient 0.
+
+    Dropout modules are off unless a generator is given; it then decides their masks, so that equal
+    generators give equal masks.
+
+    Raises ValueError where there is no batch, and for a gradient that is not finite, naming its tensor.
+    """
+    values = complete(model, tensors)
+    names = [name for name, _ in model.named_parameters()]
+    parameters = {name: values[name].detach().requires_grad_() for name in names}
+    # Training mode updates buffers in place: these are copies, thrown away afterwards.
+    buffers = {name: value.clone() for name, value in values.items() if name not in parameters}
+    if generator is None:
+        with mode(model, lambda module: not isinstance(module, nn.modules.dropout._DropoutNd)):
+            return _mean_gradients(model, parameters, buffers, batches, loss)
+    device = parameters[names[0]].device
+    with seeded(generator, device), mode(model, lambda _: True):
+        return _mean_gradients(model, parameters, buffers, batches, loss)
+
+
+def _mean_gradients(
+    model: nn.Module, parameters: Tensors, buffers: Tensors, batches: Iterable[Batch], loss: Loss
+) -> Tensors:
+    total: list[Tensor] | None = None
+    count = 0
+    for images, labels in batches:
+        value = loss(call(model, {**parameters, **buffers}, images), labels)
+        found = torch.autograd.grad(
+            value, list(parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        total = list(found) if total is None else torch._foreach_add(total, found)
+        count += 1
+    if total is None:
+        raise ValueError("there is no batch to take a gradient on")
+    if count > 1:
+        total = torch._foreach_div(total, count)
+    # The largest entry is not finite where any entry is not; one number per tensor goes to the host.
+    largest = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in total])
+    for name, finite in zip(parameters, largest.isfinite().tolist(), strict=True):
+        if not finite:
+            raise ValueError(f"the gradient of {name} is not finite")
+    return dict(zip(parameters, total, strict=True))
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The model's BatchNorm modules that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    }
+
+
+def reset_batchnorm(
+    model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[Batch], limit: int | None = None
+) -> Tensors:
+    """``tensors`` with BatchNorm statistics estimated anew: the plain average over the batches' own.
+
+    Uses the first ``limit`` batches (all of them without a limit). BatchNorm is in training mode, everything
+    else (dropout) in evaluation mode. The running variance is the average of unbiased variances, as torch
+    keeps it. A model without BatchNorm gets its tensors back, and no batch is read.
+
+    Raises ValueError where there is no batch.
+    """
+    norms = batch_norms(model)
+    if not norms:
+        return dict(tensors)
+    if limit is not None and limit < 1:
+        raise ValueError(f"at least one batch is needed, not {limit}")
+    values = complete(model, tensors)
+    for name in norms:
+        values[f"{name}.running_mean"] = torch.zeros_like(values[f"{name}.running_mean"])
+        values[f"{name}.running_var"] = torch.ones_like(values[f"{name}.running_var"])
+        values[f"{name}.num_batches_tracked"] = torch.zeros_like(values[f"{name}.num_batches_tracked"])
+    momenta = {module: module.momentum for module in norms.values()}
+    count = 0
+    try:
+        for module in momenta:
+            module.momentum = None  # torch's name for a cumulative average
+        with torch.no_grad(), mode(model, lambda module: module in momenta):
+            for images, _ in islice(batches, limit):
+                call(model, values, images)
+                count += 1
+    finally:
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+    if count == 0:
+        raise ValueError("there is no batch to estimate BatchNorm statistics on")
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------
+# Loss landscapes
+
+
+@dataclass(frozen=True)
+class Line:
+    """Loss and accuracy at points (1 - p) a + p b; all float64 [P]."""
+
+    points: Tensor
+    loss: Tensor
+    accuracy: Tensor
+
+    @property
+    def barrier(self) -> float:
+        """How far the loss rises above the straight line between the ends' losses; at least 0.
+
+        (Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", with the line of
+        Entezari et al. in place of the mean.) The ends are the first and the last point.
+        """
+        share = (self.points - self.points[0]) / (self.points[-1] - self.points[0])
+        straight = (1 - share) * self.loss[0] + share * self.loss[-1]
+        return float((self.loss - straight).max())
+
+
+def interpolate(
+    model: nn.Module,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    points: int | Sequence[float] = 11,
+    *,
+    statistics: Iterable[Batch] | None = None,
+    loss: Loss = F.cross_entropy,
+) -> Line:
+    """The landscape along the line from a to b, at ``points`` evenly spaced places or at those given.
+
+    ``statistics``: batches from which BatchNorm statistics are estimated anew at every place; without
+    them, buffers are interpolated as the parameters are.
+    """
+    if isinstance(points, int):
+        if points < 2:
+            raise ValueError(f"a line needs two points at least, not {points}")
+        points = torch.linspace(0, 1, points, dtype=torch.float64).tolist()
+    a, b = complete(model, a), complete(model, b)
+    found = [_at(model, _combine([a, b], [1 - p, p]), batches, statistics, loss) for p in points]
+    loss_values, accuracies = torch.tensor(found, dtype=torch.float64).T
+    return Line(torch.tensor(points, dtype=torch.float64), loss_values, accuracies)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Loss and accuracy on a grid of the plane through three sets of parameters.
+
+    x: float64 [X], y: float64 [Y], in units of Euclidean distance; loss, accuracy: float64 [Y, X];
+    corners: float64 [3, 2], where the three lie.
+    """
+
+    x: Tensor
+    y: Tensor
+    loss: Tensor
+    accuracy: Tensor
+    corners: Tensor
+
+
+def plane(
+    model: nn.Module,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    c: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    points: int = 11,
+    *,
+    margin: float = 0.2,
+    statistics: Iterable[Batch] | None = None,
+    loss: Loss = F.cross_entropy,
+) -> Plane:
+    """The landscape on the plane through a, b and c (Garipov et al., "Loss Surfaces, Mode Connectivity").
+
+    The origin is a, the first axis points to b, the second is the part of c - a that is orthogonal to
+    the first. The grid of points x points covers the three with a ``margin`` (a share of the extent) on
+    each side. ``statistics`` as in `interpolate`. Raises ValueError where the three lie on one line.
+    """
+    a, b, c = complete(model, a), complete(model, b), complete(model, c)
+    parameters = [name for name, _ in model.named_parameters()]
+
+    def difference(end: Tensors) -> Tensor:
+        return torch.cat([(end[name].double() - a[name].double()).flatten() for name in parameters])
+
+    u, v = difference(b), difference(c)
+    uu, uv, vv = float(u @ u), float(u @ v), float(v @ v)
+    height_squared = vv - uv * uv / uu if uu else 0.0
+    if height_squared <= 1e-12 * vv:
+        raise ValueError("the three sets of parameters lie on one line: they span no plane")
+    width, foot, height = uu**0.5, uv / uu**0.5, height_squared**0.5
+    corners = torch.tensor([[0.0, 0.0], [width, 0.0], [foot, height]], dtype=torch.float64)
+    low, high = corners.min(0).values, corners.max(0).values
+    low, high = low - margin * (high - low), high + margin * (high - low)
+    x, y = (
+        torch.linspace(float(l), float(h), points, dtype=torch.float64)
+        for l, h in zip(low, high, strict=True)
+    )
+    found = []
+    for ordinate in y.tolist():
+        for abscissa in x.tolist():
+            along_c = ordinate / height
+            along_b = (abscissa - along_c * foot) / width
+            here = _combine([a, b, c], [1 - along_b - along_c, along_b, along_c])
+            found.append(_at(model, here, batches, statistics, loss))
+    loss_values, accuracies = torch.tensor(found, dtype=torch.float64).T.reshape(2, points, points)
+    return Plane(x, y, loss_values, accuracies, corners)
+
+
+def _combine(sources: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+    """Weighted sum of floating tensors; others are the first source's. A variance stays at least 0."""
+    first = sources[0]
+    combined = {
+        name: sum(weight * source[name] for weight, source in zip(weights, sources, strict=True))
+        if value.is_floating_point()
+        else value
+        for name, value in first.items()
+    }
+    for name in combined:
+        if name.endswith("running_var"):
+            combined[name] = combined[name].clamp(min=0)
+    return combined
+
+
+def _at(
+    model: nn.Module,
+    tensors: Tensors,
+    batches: Iterable[Batch],
+    statistics: Iterable[Batch] | None,
+    loss: Loss,
+) -> tuple[float, float]:
+    if statistics is not None:
+        tensors = reset_batchnorm(model, tensors, statistics)
+    return loss_and_accuracy(model, tensors, batches, loss)
