@@ -204,13 +204,25 @@ def test_derived_shares_and_speed_up():
 
 def test_on_a_gpu_the_wall_clock_counts():
     gpu = replace(HERE, device="cuda")
-    rows = results.derived(records(make_row(environment=gpu), make_row("gmt")))
+    rows = results.derived(records(make_row(environment=gpu, scenario="gpu"), make_row()))
     assert list(rows["share"]) == pytest.approx([1.5 / 5.0, 2.0 / 10.0])
 
 
 def test_the_newest_row_counts():
     rows = results.newest(records(make_row(accuracy=0.1), make_row("gmt"), make_row(accuracy=0.2)))
     assert sorted(rows["accuracy"]) == [0.2, 0.9]
+
+
+def test_rows_of_other_settings_or_code_are_not_mixed_in():
+    old = replace(HERE, code="old")
+    rows = [
+        make_row(seed=1, environment=old),
+        make_row(seed=2, config={"epochs": 1}),
+        make_row(seed=0, environment=old, scenario="only old"),
+        make_row(seed=0),
+    ]
+    kept = results.newest(records(*rows))
+    assert list(zip(kept["scenario"], kept["seed"], strict=True)) == [("only old", 0), ("s", 0)]
 
 
 def test_compare_pairs_by_seed():

@@ -112,11 +112,12 @@ class Row:
         return sum((c for phase, c in self.phases.items() if phase != EVALUATION), Cost(0.0, 0.0))
 
     def record(self) -> dict[str, Any]:
-        """The row as plain JSON data, with what is derived from it: error, cost, identity."""
+        """The row as plain JSON data, with what is derived from it: error, cost, setup, identity."""
         return {
             **{f.name: plain_data(getattr(self, f.name)) for f in fields(self)},
             "error": 1.0 - self.accuracy,
             "cost": asdict(self.cost),
+            "setup": setup(self.config, self.environment),
             "identity": identity(self.method, self.scenario, self.seed, self.config, self.environment),
         }
 
@@ -143,11 +144,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(plain_data(value), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def setup(config: Mapping[str, Any], environment: Environment) -> str:
+    """What rows that may be compared have in common: configuration, code, commit and device."""
+    return digest([config, environment.code, environment.commit, environment.device])
+
+
 def identity(
     method: str, scenario: str, seed: int, config: Mapping[str, Any], environment: Environment
 ) -> str:
-    """What makes two runs the same run: method, scenario, seed, configuration, code, commit and device."""
-    return digest([method, scenario, seed, config, environment.code, environment.commit, environment.device])
+    """What makes two runs the same run: method, scenario, seed, and their :func:`setup`."""
+    return digest([method, scenario, seed, setup(config, environment)])
 
 
 # ---------------------------------------------------------------- measuring
@@ -305,8 +311,13 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def newest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The last row of every scenario, method and seed, in the order in which those first appear."""
-    return rows.drop_duplicates(["scenario", "method", "seed"], keep="last")
+    """The last row of every scenario, method and seed, in the order in which those were first measured.
+
+    Rows of another setup (other settings, other code) than the scenario's last row are left out: they are no
+    measurement of the same thing.
+    """
+    current = rows.groupby("scenario", sort=False)["setup"].transform("last")
+    return rows[rows["setup"] == current].drop_duplicates(["scenario", "method", "seed"], keep="last")
 
 
 def reach(curve: Sequence[Mapping[str, Any]], accuracy: float) -> Mapping[str, Any] | None:

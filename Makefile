@@ -1,0 +1,56 @@
+# `make bench` and `make test` need Python 3.11 and nothing else: each makes its environment first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet
+# More for pytest, as in: make bench ARGS="--scenario digits-mlp2 --seeds 3"
+ARGS ?=
+
+.PHONY: help bench test test-models test-oldest gpu lint clean
+
+help:
+	@echo "make bench        the transfer bench on the embedded digits, with its table (ARGS=... for pytest)"
+	@echo "make test         the tests"
+	@echo "make test-models  trace and prove all of torchvision's classification models (minutes)"
+	@echo "make test-oldest  the kernels' tests with the oldest torch that is served"
+	@echo "make gpu          the kernels' tests and benches, and the transfer bench, on a CUDA device"
+	@echo "make lint         style"
+	@echo "make clean        remove the environments and the caches"
+
+bench: .venv/installed
+	.venv/bin/python -m pytest bench --benchmark-only $(ARGS)
+
+test: .venv/installed
+	.venv/bin/python -m pytest $(ARGS)
+
+test-models: .venv/installed
+	.venv/bin/python bench/all_models.py $(ARGS)
+
+gpu: .venv/installed
+	.venv/bin/python -m pytest tests/kernels $(ARGS)
+	.venv/bin/python -m pytest bench --benchmark-only -m kernels --device cuda $(ARGS)
+	.venv/bin/python -m pytest bench --benchmark-only --device cuda $(ARGS)
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest tests/kernels $(ARGS)
+
+# The stamp is the last thing made: an interrupted installation is taken up again.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing regraft and what it needs into .venv (once; a minute or more)"
+	@$(PIP) -c constraints.txt -e '.[assignment,test]'
+	@touch $@
+
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	@echo "installing the oldest torch that is served into .venv-oldest (once)"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-oldest/bin/python -m pip install --quiet \
+		'torch==2.11.*' 'torchvision==0.26.*' 'numpy<2.4' -e '.[assignment,test]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .cache .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
