@@ -1,5 +1,6 @@
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_a_linear_path_goes_from_start_to_end(steps, schedule):
 def test_the_cosine_schedule_is_the_papers():
     scales = [Trajectory.linear(tensors(0), tensors(1), 4, "cosine").leg(t)[1] for t in range(5)]
     lengths = [1 + math.cos(math.pi * t / 4) for t in range(4)]
-    assert [b - a for a, b in zip(scales, scales[1:], strict=False)] == pytest.approx(
+    assert [b - a for a, b in pairwise(scales)] == pytest.approx(
         [length / sum(lengths) for length in lengths]
     )
 
@@ -49,7 +50,10 @@ def test_a_uniform_point_is_the_convex_combination():
 
 
 def test_a_leg_is_what_the_formula_says():
-    for path in (Trajectory.linear(tensors(0), tensors(1), 3), Trajectory.recorded([tensors(i) for i in range(4)])):
+    for path in (
+        Trajectory.linear(tensors(0), tensors(1), 3),
+        Trajectory.recorded([tensors(i) for i in range(4)]),
+    ):
         for t in range(path.steps + 1):
             anchor, scale = path.leg(t)
             moved = path.start["weight"] + scale * (anchor["weight"] - path.start["weight"])

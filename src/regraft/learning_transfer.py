@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from regraft.clock import Clock
-from regraft.evaluation import accuracy, gradients, has_batchnorm, reset_batchnorm
+from regraft.evaluation import accuracy, batch_norms, gradients, reset_batchnorm
 from regraft.matching import Descent, Match, append_, clear_, descend_, match, restart_
 from regraft.symmetry import PermutationSpec, trace
 from regraft.trajectory import Trajectory, check_alike, check_finite
@@ -155,7 +155,7 @@ def transfer(
     if spec is None:
         spec = trace(model, (first[0][:2].cpu(),))
     spec.validate(target_start)
-    needs_bn = bn_batches > 0 and has_batchnorm(model)
+    needs_bn = bn_batches > 0 and bool(batch_norms(model))
     run = _Run(
         model,
         spec,

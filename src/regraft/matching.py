@@ -56,6 +56,7 @@ class Match:
     objectives: tuple[float, ...]
     sweeps: int
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
 
 
 def match(

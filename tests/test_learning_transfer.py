@@ -1,0 +1,273 @@
+"""Learning transfer: the fast path against the algorithms' literal form, and what must hold by symmetry."""
+
+import copy
+from itertools import cycle, islice
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import regraft
+from regraft.learning_transfer import METHODS
+from regraft.matching import Descent, colours
+from regraft.reference import learning_transfer as reference
+
+STEPS = 4
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.deep = nn.Conv2d(6, 5, 3)
+        self.leave = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.conv(x)))
+        return self.leave(torch.relu(self.deep(h)).mean((2, 3)))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3)
+    ).double()
+
+
+def normalised() -> nn.Module:
+    return Normalised().double()
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def fresh(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        n: torch.randn(t.shape, generator=generator, dtype=t.dtype) / t[0].numel() ** 0.5
+        if t.dim() > 1
+        else t
+        for n, t in values(model).items()
+    }
+
+
+def sample(seed: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(16, 1, 6, 6, generator=generator, dtype=torch.float64),
+            torch.randint(3, (16,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def learned(model: nn.Module, start: dict[str, Tensor], seed: int = 9) -> dict[str, Tensor]:
+    """A few real steps of gradient descent."""
+    theta = dict(start)
+    for batch in islice(cycle(sample(seed, 3)), 12):
+        g = reference.gradient(model, theta, [batch])
+        theta = {n: t - 0.3 * g[n] if n in g else t for n, t in theta.items()}
+    return theta
+
+
+def setting(factory=mlp, steps: int = STEPS):
+    model = factory()
+    source, target = fresh(model, 1), fresh(model, 2)
+    path = regraft.Trajectory.linear(source, learned(model, source), steps, "cosine")
+    spec = regraft.trace(model, (torch.zeros(2, 1, 6, 6, dtype=torch.float64),))
+    return model, spec, path, target
+
+
+def order(spec, model) -> list[str]:
+    names = frozenset(name for name, _ in model.named_parameters())
+    return [group for members in colours(spec, names) for group in members]
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor], but: str = "num_batches") -> None:
+    for name in a:
+        if but not in name:
+            torch.testing.assert_close(
+                a[name], b[name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("factory", [mlp, normalised])
+def test_fgmt_is_algorithm_2(factory):
+    model, spec, path, target = setting(factory)
+    batches = sample(3, STEPS)
+    theta, perms = reference.fgmt(model, spec, list(path), target, [[b] for b in batches], order(spec, model))
+    found = regraft.transfer(model, path, target, batches, "fgmt", spec=spec, bn_batches=0)
+    for a, b in zip(perms, found.perms, strict=True):
+        assert all(torch.equal(a[group], b[group]) for group in spec.groups)
+    close(theta[-1], found.params)
+
+
+@pytest.mark.parametrize("factory", [mlp, normalised])
+def test_gmt_is_algorithm_1(factory):
+    model, spec, path, target = setting(factory)
+    batches = sample(3, STEPS * (STEPS + 1))
+    flat = iter(batches)
+    nested = [[[next(flat), next(flat)] for _ in range(s)] for s in range(1, STEPS + 1)]
+    theta, perms = reference.gmt(model, spec, list(path), target, nested, order(spec, model))
+    found = regraft.transfer(model, path, target, batches, "gmt", spec=spec, gradient_batches=2, bn_batches=0)
+    for a, b in zip(perms, found.perms, strict=True):
+        assert all(torch.equal(a[group], b[group]) for group in spec.groups)
+    close(theta[-1], found.params)
+
+
+def test_a_recorded_path_is_followed_point_by_point():
+    model, spec, path, target = setting()
+    bent = [dict(theta) for theta in path]
+    bent[2] = {
+        n: t + 0.05 * torch.sin(torch.arange(t.numel()).double()).view(t.shape) for n, t in bent[2].items()
+    }
+    batches = sample(3, STEPS)
+    theta, _ = reference.fgmt(model, spec, bent, target, [[b] for b in batches], order(spec, model))
+    found = regraft.transfer(model, regraft.Trajectory.recorded(bent), target, batches, "fgmt", spec=spec)
+    close(theta[-1], found.params)
+
+
+@pytest.mark.parametrize("factory", [mlp, normalised])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "naive"])
+def test_a_permuted_start_gets_the_permuted_end(method, factory):
+    """Where theta_2^0 = pi theta_1^0, all methods must find pi, and the transfer is the permuted source itself."""
+    model, spec, path, _ = setting(factory)
+    planted = spec.random(torch.Generator().manual_seed(5))
+    start, end = (regraft.apply(spec, planted, theta) for theta in (path.start, path.end))
+    found = regraft.transfer(
+        model, path, start, sample(4, 40), method, spec=spec, target_end=end, bn_batches=0
+    )
+    assert all(torch.equal(found.perm[group], planted[group]) for group in spec.groups)
+    close(end, found.params)
+
+
+def test_naive_adds_the_change_as_it_is():
+    model, spec, path, target = setting()
+    found = regraft.transfer(model, path, target, sample(3, 1), "naive", spec=spec)
+    close({n: target[n] + path.end[n] - path.start[n] for n in target}, found.params)
+    assert found.gradients == 0
+
+
+@pytest.mark.parametrize(("method", "expected"), [("fgmt", 2 * STEPS), ("gmt", STEPS * (STEPS + 1))])
+def test_how_many_gradients_a_method_computes(method, expected, monkeypatch):
+    model, spec, path, target = setting()
+    calls = []
+    original = regraft.learning_transfer.gradients
+    monkeypatch.setattr(
+        "regraft.learning_transfer.gradients", lambda *a: calls.append(len(a[2])) or original(*a)
+    )
+    found = regraft.transfer(model, path, target, sample(3, 2), method, spec=spec, gradient_batches=3)
+    assert sum(calls) == found.gradients == 3 * expected
+
+
+def test_both_networks_see_the_same_batches(monkeypatch):
+    model, spec, path, target = setting()
+    seen = []
+    original = regraft.learning_transfer.gradients
+    monkeypatch.setattr(
+        "regraft.learning_transfer.gradients",
+        lambda *a: seen.append([id(b[0]) for b in a[2]]) or original(*a),
+    )
+    regraft.transfer(model, path, target, sample(3, 4), "fgmt", spec=spec)
+    assert seen[0::2] == seen[1::2] and len({tuple(s) for s in seen}) == STEPS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_best_step_on_validation_is_kept(method):
+    model, spec, path, target = setting()
+    validation, told = sample(8, 4), []
+    found = regraft.transfer(
+        model,
+        path,
+        target,
+        sample(3, 4),
+        method,
+        spec=spec,
+        target_end=learned(model, target),
+        validation=validation,
+        on_step=lambda t, accuracy: told.append((t, accuracy)),
+    )
+    assert len(found.accuracies) == len(found.perms) == STEPS
+    assert found.best_step == 1 + max(range(STEPS), key=lambda t: (found.accuracies[t], -t))
+    assert told == list(enumerate(found.accuracies, 1))
+    moved = regraft.apply(spec, found.perm, {n: path[found.best_step][n] - path.start[n] for n in target})
+    close({n: target[n] + moved[n] for n in target}, found.params)
+
+
+def test_statistics_are_those_of_the_transferred_network():
+    model, spec, path, target = setting(normalised)
+    batches = sample(3, 6)
+    found = regraft.transfer(model, path, target, batches, "naive", spec=spec, bn_batches=2)
+    filters = found.params["conv.weight"], found.params["conv.bias"]
+    seen = torch.stack([nn.functional.conv2d(images, *filters).mean((0, 2, 3)) for images, _ in batches[:2]])
+    torch.testing.assert_close(found.params["norm.running_mean"], seen.mean(0))
+
+
+def test_nothing_that_was_handed_in_changes():
+    model, spec, path, target = setting(normalised)
+    before = copy.deepcopy((values(model), dict(path.start), dict(path.end), target))
+    training = model.training
+    for method in ("fgmt", "gmt", "weights"):
+        regraft.transfer(model, path, target, sample(3, 4), method, spec=spec, validation=sample(5, 1))
+    after = (values(model), dict(path.start), dict(path.end), target)
+    assert all(torch.equal(x[n], y[n]) for x, y in zip(before, after, strict=True) for n in x)
+    assert model.training == training
+
+
+def test_the_fast_path_holds_one_stack_a_side():
+    model, spec, _, target = setting(normalised)
+    like = {name: target[name] for name, _ in model.named_parameters()}
+    descent = Descent.allocate(spec, like, 7)
+    held = sum(
+        t.untyped_storage().nbytes() for side in (descent.target, descent.source) for t in side.values()
+    )
+    assert held == 2 * 7 * sum(t.numel() * t.element_size() for t in like.values())
+
+
+def test_a_users_own_module_needs_no_spec():
+    model, _, path, target = setting(normalised)
+    found = regraft.transfer(model, path, target, iter(sample(3, 30)), "fgmt", bn_batches=0)
+    assert found.params.keys() == target.keys()
+    assert set(found.seconds) >= {"gradients", "similarity", "assignment", "graft"} and found.cost > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "magic"}, "unknown method 'magic'"),
+        ({"batches": []}, "no batch"),
+        ({"batches": iter(sample(0, 2))}, "exhausted"),
+        ({"gradient_batches": 0}, "gradient_batches"),
+        ({"method": "oracle"}, "target_end"),
+        ({"drop": "1.bias"}, "'1.bias'"),
+        ({"reshape": "3.weight"}, "'3.weight': shape"),
+        ({"retype": "3.weight"}, "'3.weight': dtype"),
+        ({"poison": "5.bias"}, "'5.bias' of the target's start"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(change, message):
+    model, spec, path, target = setting()
+    arguments = {"batches": sample(3, 4), "method": "fgmt", "spec": spec}
+    for key, value in change.items():
+        if key == "drop":
+            del target[value]
+        elif key == "reshape":
+            target[value] = target[value].T
+        elif key == "retype":
+            target[value] = target[value].float()
+        elif key == "poison":
+            target[value] = target[value] * float("nan")
+        else:
+            arguments[key] = value
+    with pytest.raises(ValueError, match=message):
+        regraft.transfer(model, path, target, **arguments)
+
+
+def test_an_exploding_gradient_is_named():
+    model, spec, path, target = setting()
+    batches = sample(3, 4)
+    batches[1][0][0] = float("inf")
+    with pytest.raises(ValueError, match="gradient"):
+        regraft.transfer(model, path, target, batches, "fgmt", spec=spec)

@@ -1,0 +1,260 @@
+"""Matching against its literal reference, and the properties that must hold whatever the numbers."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import regraft
+from regraft.matching import Descent, append_, colours, descend_
+from regraft.reference import matching as reference
+
+
+class Residual(nn.Module):
+    """Width d everywhere: `mix` has one group on both of its axes, so that its objective is quadratic."""
+
+    def __init__(self, d: int = 9, hidden: int = 7) -> None:
+        super().__init__()
+        self.enter = nn.Linear(5, d)
+        self.mix = nn.Linear(d, d)
+        self.up = nn.Linear(d, hidden)
+        self.down = nn.Linear(hidden, d)
+        self.leave = nn.Linear(d, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.enter(x))
+        h = h + torch.tanh(self.mix(h))
+        h = h + self.down(torch.relu(self.up(h)))
+        return self.leave(h)
+
+
+class Concatenated(nn.Module):
+    """Two branches meet in one axis, and a flatten repeats every unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(2, 4, 3, padding=1)
+        self.right = nn.Conv2d(2, 5, 1)
+        self.norm = nn.BatchNorm2d(9)
+        self.join = nn.Conv2d(9, 6, 3)
+        self.leave = nn.Linear(6 * 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(torch.cat([self.left(x), self.right(x)], dim=1)))
+        return self.leave(torch.relu(self.join(h)).flatten(1))
+
+
+MODELS = {
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)),
+        (2, 6),
+    ),
+    "residual": (Residual, (2, 5)),
+    "concatenated": (Concatenated, (2, 2, 4, 4)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def spec(request) -> regraft.PermutationSpec:
+    factory, shape = MODELS[request.param]
+    return regraft.trace(factory(), (torch.zeros(shape),))
+
+
+def normal(spec: regraft.PermutationSpec, seed: int, steps: int = 3) -> dict[str, Tensor]:
+    """A stack of random tensors in float64 for every tensor with an axis."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        name: [sum(s.count * s.repeat for s in axis) for axis in axes] for name, axes in spec.axes.items()
+    }
+    return {
+        name: torch.randn(steps, *shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+        if shape
+    }
+
+
+def unstack(stacks: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    steps = len(next(iter(stacks.values())))
+    return [{name: stack[t] for name, stack in stacks.items()} for t in range(steps)]
+
+
+def order(spec: regraft.PermutationSpec, names, generator=None) -> list[str]:
+    return [group for members in colours(spec, frozenset(names), generator) for group in members]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_fast_descent_finds_what_the_literal_one_finds(spec, seed):
+    target, source = normal(spec, seed), normal(spec, seed + 100)
+    perm, objectives = reference.match(spec, unstack(target), unstack(source), order(spec, target))
+    found = regraft.match(spec, target, source)
+    assert found.objective == pytest.approx(objectives[-1], rel=1e-9)
+    for group in perm:
+        assert torch.equal(found.perm[group], perm[group])
+
+
+def test_the_reported_objective_is_the_true_one(spec):
+    target, source = normal(spec, 1), normal(spec, 2)
+    found = regraft.match(spec, target, source, generator=torch.Generator().manual_seed(3))
+    true = reference.objective(spec, unstack(target), unstack(source), found.perm)
+    assert found.objective == pytest.approx(true, rel=1e-9)
+    assert len(found.objectives) == found.sweeps + 1
+
+
+def test_the_objective_never_falls_and_the_descent_ends(spec):
+    for seed in range(5):
+        found = regraft.match(spec, normal(spec, seed), normal(spec, seed + 50))
+        assert all(b >= a for a, b in pairwise(found.objectives))
+        assert found.objectives[-1] == found.objectives[-2]
+
+
+@given(seed=st.integers(0, 1000), noise=st.sampled_from([0.0, 1e-3]))
+@settings(deadline=None, max_examples=20)
+def test_a_planted_permutation_is_found(seed, noise):
+    model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    spec = regraft.trace(model, (torch.zeros(2, 20),))
+    source = {name: t.float() for name, t in normal(spec, seed, 2).items()}
+    planted = spec.random(torch.Generator().manual_seed(seed))
+    target = regraft.apply(spec, planted, source)
+    generator = torch.Generator().manual_seed(seed + 1)
+    target = {name: t + noise * torch.randn(t.shape, generator=generator) for name, t in target.items()}
+    found = regraft.match(spec, target, source)
+    for group in planted:
+        assert torch.equal(found.perm[group], planted[group])
+
+
+def test_one_set_of_weights_is_a_stack_of_one(spec):
+    target, source = normal(spec, 1, 1), normal(spec, 2, 1)
+    stacked = regraft.match(spec, target, source)
+    single = regraft.match(spec, unstack(target)[0], unstack(source)[0])
+    assert single.objective == stacked.objective
+    assert all(torch.equal(single.perm[g], stacked.perm[g]) for g in spec.groups)
+
+
+def test_steps_are_matched_step_by_step_and_not_summed():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.ReLU(), nn.Linear(3, 2, bias=False))
+    spec = regraft.trace(model, (torch.zeros(2, 4),))
+    source = {name: t.double() for name, t in normal(spec, 0, 2).items()}
+    source = {
+        name: torch.stack([t[0], -t[0]]) for name, t in source.items()
+    }  # the sum over the steps is zero
+    (group,) = spec.groups
+    planted = {group: torch.tensor([2, 0, 1])}
+    found = regraft.match(spec, regraft.apply(spec, planted, source), source)
+    assert torch.equal(found.perm[group], planted[group])
+
+
+def test_appending_steps_equals_matching_them_all_at_once(spec):
+    """FGMT's way, with kept similarities and corrections, against a descent that begins anew on the same stacks."""
+    target, source = normal(spec, 5, 6), normal(spec, 6, 6)
+    like = {name: stack[0] for name, stack in target.items()}
+    descent = Descent.allocate(spec, like, 6)
+    for s in range(6):
+        start = dict(descent.perm)
+        append_(descent, {n: t[s] for n, t in target.items()}, {n: t[s] for n, t in source.items()})
+        found = descend_(descent)
+        anew = regraft.match(
+            spec,
+            {n: t[: s + 1] for n, t in target.items()},
+            {n: t[: s + 1] for n, t in source.items()},
+            start=start,
+        )
+        assert found.objective == pytest.approx(anew.objective, rel=1e-9)
+        assert all(torch.equal(found.perm[g], anew.perm[g]) for g in spec.groups)
+
+
+def test_rounding_does_not_pile_up_over_many_corrections():
+    model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5))
+    spec = regraft.trace(model, (torch.zeros(2, 30),))
+    target = {n: t.float() for n, t in normal(spec, 1, 60).items()}
+    source = {n: t.float() for n, t in normal(spec, 2, 60).items()}
+    descent = Descent.allocate(spec, {n: t[0] for n, t in target.items()}, 60)
+    for s in range(60):
+        append_(descent, {n: t[s] for n, t in target.items()}, {n: t[s] for n, t in source.items()})
+        found = descend_(descent)
+    true = reference.objective(spec, unstack(target), unstack(source), found.perm)
+    assert found.objective == pytest.approx(true, rel=1e-5)
+    for group, cached in descent.cached.items():
+        exact = reference.similarity(spec, group, unstack(target), unstack(source), found.perm)
+        error = (cached.similarity.double() - exact).abs().max() / exact.abs().max()
+        assert error < 1e-5
+
+
+def test_dead_units_are_ties_and_the_objective_decides(spec):
+    target, source = normal(spec, 1), normal(spec, 2)
+    group = next(iter(spec.groups))
+    for name, axis in spec.tensors_of(group):
+        dead = spec.positions(name, axis, group)[:3].reshape(-1)
+        target[name].index_fill_(axis + 1, dead, 0.0)
+        source[name].index_fill_(axis + 1, dead, 0.0)
+    _, objectives = reference.match(spec, unstack(target), unstack(source), order(spec, target))
+    assert regraft.match(spec, target, source).objective == pytest.approx(objectives[-1], rel=1e-9)
+
+
+def test_colours_share_no_tensor(spec):
+    names = frozenset(spec.axes)
+    for members in colours(spec, names, torch.Generator().manual_seed(0)):
+        seen = [name for group in members for name in {n for n, _ in spec.tensors_of(group)}]
+        assert len(seen) == len(set(seen))
+    assert sorted(order(spec, names)) == sorted(spec.groups)
+
+
+def test_the_seed_decides_the_order(spec):
+    target, source = normal(spec, 1), normal(spec, 2)
+    one, two = (
+        regraft.match(spec, target, source, generator=torch.Generator().manual_seed(9)) for _ in range(2)
+    )
+    assert one.objectives == two.objectives
+
+
+def test_inputs_are_left_alone(spec):
+    target, source = normal(spec, 1), normal(spec, 2)
+    before = {name: (target[name].clone(), source[name].clone()) for name in target}
+    regraft.match(spec, target, source)
+    assert all(torch.equal(target[n], a) and torch.equal(source[n], b) for n, (a, b) in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spec, t, s: (s.pop("0.bias"), None)[1], "0.bias"),
+        (lambda spec, t, s: s.update({"0.weight": s["0.weight"].float()}), "'0.weight': dtype"),
+        (lambda spec, t, s: s.update({"0.weight": s["0.weight"][:, :, :-1]}), "'0.weight': shape"),
+        (lambda spec, t, s: (t["2.weight"][1, 2].fill_(float("nan")), None)[1], "'2.weight' of the target"),
+        (lambda spec, t, s: (s["2.bias"][0].fill_(float("inf")), None)[1], "'2.bias' of the source"),
+        (
+            lambda spec, t, s: ({n: x[:0] for n, x in t.items()}, {n: x[:0] for n, x in s.items()}),
+            "zero steps",
+        ),
+        (
+            lambda spec, t, s: (
+                replace(spec, axes={n: a for n, a in spec.axes.items() if n != "2.bias"}),
+                t,
+                s,
+            ),
+            "2.bias",
+        ),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    factory, shape = MODELS["mlp"]
+    spec = regraft.trace(factory(), (torch.zeros(shape),))
+    target, source = normal(spec, 1), normal(spec, 2)
+    changed = change(spec, target, source)
+    if isinstance(changed, tuple):
+        spec, target, source = changed if len(changed) == 3 else (spec, *changed)
+    with pytest.raises(ValueError, match=message):
+        regraft.match(spec, target, source)
+
+
+def test_a_start_must_be_a_permutation():
+    factory, shape = MODELS["mlp"]
+    spec = regraft.trace(factory(), (torch.zeros(shape),))
+    start = spec.identity()
+    group = next(iter(start))
+    start[group] = torch.zeros_like(start[group])
+    with pytest.raises(ValueError, match=group):
+        regraft.match(spec, normal(spec, 1), normal(spec, 2), start=start)
