@@ -1,0 +1,1108 @@
+"""The tracer behind :func:`regraft.symmetry.trace`: unit labels that flow through an exported graph.
+
+Every scalar of every activation carries an integer label that names its unit; label 0 (and whatever is joined
+with it) is fixed. Shape operators are run on *positions*, so that whatever they do to scalars they do to labels.
+Operators that combine scalars of different tensors join labels (union-find). What labels alone cannot say, which
+occurrence of a unit goes with which, is recorded as a *tie* between two label tensors.
+
+A permutation sigma of units acts on a tensor by taking the k-th occurrence of u (in row-major order) to the k-th
+occurrence of sigma(u). A tie through ``positions`` demands that this action on one tensor and on another agree:
+the k-th occurrence of u must sit at the same occurrence of the other tensor for every unit that u may trade
+places with. So each tie adds, for every unit, a hash of its pairs of occurrences to the unit's signature, and
+units of equal signature form a group. Fixed scalars count as their own position: a unit that is tied to all
+different positions is alone, and does not move.
+
+To teach the tracer an operator, write one function here and register it with ``@rule``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+
+# ---- units: disjoint sets of labels
+
+
+class Units:
+    """Disjoint sets over labels 0..n-1, all in arrays. Label 0 is fixed, and so is what is joined with it."""
+
+    def __init__(self) -> None:
+        self._root = torch.zeros(1 << 16, dtype=torch.int32)
+        self.count = 1
+
+    def fresh(self, *shape: int) -> Tensor:
+        """New labels, int32, each a unit of its own."""
+        n = math.prod(shape)
+        if self.count + n > len(self._root):
+            spare = torch.zeros(max(len(self._root), n), dtype=torch.int32)
+            self._root = torch.cat([self._root, spare])
+        new = torch.arange(self.count, self.count + n, dtype=torch.int32)
+        self._root[self.count : self.count + n] = new
+        self.count += n
+        return new.view(shape)
+
+    def roots(self, labels: Tensor) -> Tensor:
+        """The smallest label of each label's set."""
+        return _per_distinct(lambda x: self._root[x], labels)
+
+    def join(self, a: Tensor, b: Tensor) -> None:
+        """Makes one unit of ``a`` and ``b``, element by element, after broadcasting."""
+        a, b = _compact(*torch.broadcast_tensors(a, b))
+        a, b = self._root[a].flatten(), self._root[b].flatten()
+        differ = a != b
+        if not differ.any():
+            return
+        pairs = torch.stack([a[differ], b[differ]]).numpy()
+        nodes, edges = np.unique(pairs, return_inverse=True)
+        left, right = edges.reshape(2, -1)
+        graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(nodes),) * 2)
+        _, part = connected_components(graph, directed=False)
+        _, first = np.unique(part, return_index=True)  # nodes are sorted: the first of a part is its smallest
+        became = torch.arange(self.count, dtype=torch.int32)
+        became[torch.from_numpy(nodes)] = torch.from_numpy(nodes[first][part])
+        self._root[: self.count] = became[self._root[: self.count]]
+
+
+def _compact(*tensors: Tensor) -> list[Tensor]:
+    """Without the dimensions that are expanded in all tensors (of one shape): they would say the same again."""
+    for d in range(tensors[0].ndim):
+        if tensors[0].shape[d] > 1 and all(t.stride(d) == 0 for t in tensors):
+            tensors = tuple(t.narrow(d, 0, 1) for t in tensors)
+    return list(tensors)
+
+
+def _per_distinct(function: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
+    (small,) = _compact(labels)
+    return function(small).expand(labels.shape)
+
+
+# ---- values that flow
+
+
+@dataclass
+class Leaf:
+    """A parameter or floating buffer. An axis gets labels when an operator first gives it a meaning."""
+
+    name: str
+    shape: tuple[int, ...]
+    learned: bool
+    axes: list[Tensor | None] = field(init=False)
+    scalars: Tensor | None = None  # labels of single scalars, where it is used element by element
+
+    def __post_init__(self) -> None:
+        self.axes = [None] * len(self.shape)
+
+
+@dataclass
+class Value:
+    """A tensor of the graph: its scalars stand at ``positions`` of a base (None: in the base's own order).
+
+    The base is a leaf or the label tensor of an activation. Position -1 is the constant ``fill``.
+    """
+
+    base: Leaf | Tensor
+    shape: tuple[int, ...]
+    positions: Tensor | None = None
+    fill: float = 0.0
+    labels: Tensor | None = None  # once an operator has read them
+
+    def places(self) -> Tensor:
+        """int32 of this shape: the place of every scalar in the base."""
+        return _places(self.shape) if self.positions is None else self.positions
+
+
+def _places(shape: Sequence[int]) -> Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.int32).view(tuple(shape))
+
+
+@dataclass(frozen=True)
+class Tie:
+    """The action on ``labels`` must agree, through ``positions``, with that on ``sources``, read one after the
+    other. No source: a position is a key of its own. Position -1 is a constant."""
+
+    labels: Tensor
+    positions: Tensor
+    sources: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A reduction of ``labels`` over ``dims``, and which slices looked like one unit (the ``first``) then."""
+
+    labels: Tensor
+    first: Tensor
+    dims: tuple[int, ...]
+    single: Tensor
+
+
+class Flow:
+    """One pass of labels through a graph. The rules below call its methods."""
+
+    def __init__(self, eager: frozenset[int] = frozenset()) -> None:
+        self.units = Units()
+        self.ties: list[Tie] = []
+        self.made: list[tuple[Leaf, Tensor]] = []  # labels in the order in which parameters produce them
+        self.unknown: dict[str, None] = {}
+        self.eager = eager
+        self.doubts: list[Doubt] = []
+
+    # -- labels of values
+
+    def fixed(self, shape: Sequence[int]) -> Value:
+        """A tensor that no permutation moves."""
+        return Value(torch.zeros((), dtype=torch.int32).expand(tuple(shape)), tuple(shape))
+
+    def is_fixed(self, labels: Tensor) -> bool:
+        return not self.units.roots(labels).any()
+
+    def axis(self, leaf: Leaf, axis: int) -> Tensor:
+        """int32 [length]: labels of one axis of a leaf."""
+        labels = leaf.axes[axis]
+        if labels is None:
+            labels = leaf.axes[axis] = self.units.fresh(leaf.shape[axis])
+        return labels
+
+    def scalars(self, leaf: Leaf) -> Tensor:
+        """int32 of the leaf's shape: a label for every scalar."""
+        if leaf.scalars is None:
+            long = [a for a, length in enumerate(leaf.shape) if length != 1]
+            if len(long) <= 1 and leaf.shape:
+                leaf.scalars = self.axis(leaf, long[0] if long else 0).view(leaf.shape)
+            else:
+                leaf.scalars = self.units.fresh(*leaf.shape)
+            self.produce(leaf, leaf.scalars)
+        return leaf.scalars
+
+    def labels(self, value: Value) -> Tensor:
+        """int32 of the value's shape, tied to its base."""
+        if value.labels is None:
+            base = self.scalars(value.base) if isinstance(value.base, Leaf) else value.base
+            value.labels = base if value.positions is None else self._gathered(value, base)
+        return value.labels
+
+    def _gathered(self, value: Value, base: Tensor) -> Tensor:
+        labels = base.reshape(-1)[value.positions.clamp(min=0)]
+        padding = value.positions < 0
+        if padding.any():
+            labels[padding] = self.constant(torch.full((int(padding.sum()),), value.fill))
+        self.tie(labels, value.positions, base)
+        return labels
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """Labels of a constant: it takes the part of any units, but only of such as see the same values."""
+        labels = self.units.fresh(*tensor.shape)
+        _, keys = torch.unique(tensor.detach(), return_inverse=True)
+        self.tie(labels, keys)
+        return labels
+
+    # -- what rules demand
+
+    def join(self, a: Tensor, b: Tensor) -> None:
+        """Element by element one unit, after broadcasting."""
+        self.units.join(a, b)
+
+    def freeze(self, value: Value | Tensor) -> None:
+        """Never moves, from here back to where it came from."""
+        if isinstance(value, Value) and isinstance(value.base, Leaf):
+            for a in range(len(value.base.shape)):
+                self.freeze(self.axis(value.base, a))
+            if value.base.scalars is not None:
+                self.freeze(value.base.scalars)
+        else:
+            labels = self.labels(value) if isinstance(value, Value) else value
+            self.join(labels, torch.zeros((), dtype=torch.int32))
+
+    def tie(self, labels: Tensor, positions: Tensor, *sources: Tensor) -> None:
+        """See :class:`Tie`; without sources: units may only trade places that have equal ``positions``."""
+        if not self.is_fixed(labels):
+            self.ties.append(Tie(labels, positions.expand(labels.shape), sources))
+
+    def produce(self, leaf: Leaf, labels: Tensor) -> None:
+        """These units owe their order to this parameter (an input or a buffer alone gives nobody an order)."""
+        if leaf.learned:
+            self.made.append((leaf, labels))
+
+    def plane(self, value: Value | None, dim: int) -> Tensor | None:
+        """int32 [value.shape[dim]]: the labels of one dimension of a weight; None where the value is no leaf, or
+        a view of one in which this dimension is not one axis."""
+        if not isinstance(value.base, Leaf):
+            return None
+        leaf = value.base
+        if value.positions is None:
+            return self.axis(leaf, dim)
+        if (value.positions < 0).any():
+            return None
+        along: dict[int, list[int]] = {d: [] for d in range(len(value.shape))}
+        origin = (0,) * len(value.shape)
+        coordinates = torch.unravel_index(value.positions.long(), leaf.shape)
+        for a, coordinate in enumerate(coordinates):
+            dims = _varying(coordinate)
+            if len(dims) > 1:
+                return None
+            if dims:
+                along[dims[0]].append(a)
+            elif leaf.shape[a] > 1:  # one slice of this axis: nothing may take its place
+                self.freeze(self.axis(leaf, a)[coordinate[origin]])
+        if len(along[dim]) == 1:
+            line = coordinates[along[dim][0]][
+                tuple(slice(None) if d == dim else 0 for d in range(len(value.shape)))
+            ]
+            return self.axis(leaf, along[dim][0])[line]
+        return self.units.fresh(1) if value.shape[dim] == 1 else None
+
+
+def _varying(tensor: Tensor) -> list[int]:
+    """The dimensions along which a tensor is not constant."""
+    return [
+        d
+        for d, length in enumerate(tensor.shape)
+        if length > 1 and tensor.stride(d) != 0 and bool((tensor != tensor.narrow(d, 0, 1)).any())
+    ]
+
+
+# ---- rules: one operator each
+
+
+RULES: dict[Any, Callable[..., Any]] = {}
+
+
+def rule(*packets: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers ``function(flow, out, *args)`` for operators of these names (all their overloads).
+
+    ``out``: the shape of the result. Tensor arguments arrive as :class:`Value`, or as tensors where they are
+    constants; all arguments arrive in the order of the operator's schema, defaults filled in.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for packet in packets:
+            RULES[packet] = function
+        return function
+
+    return register
+
+
+UNARY = frozenset(
+    [
+        "alias",
+        "clone",
+        "contiguous",
+        "detach",
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "lift",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "positive",
+        "to",
+        "_to_copy",
+        "type_as",
+        "hardswish",
+        "log_sigmoid",
+        "celu",
+        "rrelu",
+    ]
+)
+"""Operators that leave every scalar at its place and read one tensor (beside those that torch tags pointwise)."""
+
+VIEWS = frozenset(
+    [
+        "broadcast_to",
+        "channel_shuffle",
+        "chunk",
+        "diagonal",
+        "expand",
+        "expand_as",
+        "flatten",
+        "flip",
+        "index",
+        "index_select",
+        "moveaxis",
+        "movedim",
+        "native_channel_shuffle",
+        "narrow",
+        "numpy_T",
+        "mT",
+        "permute",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "ravel",
+        "reflection_pad1d",
+        "reflection_pad2d",
+        "repeat",
+        "repeat_interleave",
+        "replication_pad1d",
+        "replication_pad2d",
+        "reshape",
+        "reshape_as",
+        "roll",
+        "rot90",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "swapaxes",
+        "swapdims",
+        "t",
+        "tensor_split",
+        "tile",
+        "transpose",
+        "tril",
+        "triu",
+        "unbind",
+        "unflatten",
+        "unfold",
+        "unsafe_chunk",
+        "unsafe_split",
+        "unsqueeze",
+        "view",
+        "view_as",
+        "_unsafe_view",
+    ]
+)
+"""Operators that only move scalars, or put zeros in their place: they are run on positions."""
+
+LIKE = frozenset(["expand_as", "view_as", "reshape_as", "type_as"])
+"""Of whose second tensor only the shape matters."""
+
+ASSEMBLIES = frozenset(
+    ["cat", "concat", "concatenate", "hstack", "select_scatter", "slice_scatter", "stack", "vstack"]
+)
+"""Operators that put several tensors together."""
+
+REDUCTIONS = frozenset(
+    [
+        "all",
+        "amax",
+        "amin",
+        "any",
+        "linalg_vector_norm",
+        "logsumexp",
+        "mean",
+        "nansum",
+        "norm",
+        "prod",
+        "std",
+        "sum",
+        "var",
+    ]
+)
+"""Operators over ``dim`` whose result does not depend on the order in a slice."""
+
+FILLS = frozenset(
+    [
+        "empty_like",
+        "fill",
+        "full_like",
+        "new_empty",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "ones_like",
+        "zero",
+        "zeros_like",
+    ]
+)
+"""Operators that read nothing but the shape."""
+
+
+def _is_size(x: Any) -> bool:
+    return isinstance(x, torch.Size)
+
+
+def pointwise(flow: Flow, out: torch.Size, operands: Sequence[Any]) -> Value:
+    """Scalars that meet become one unit. A fixed operand that is broadcast only keeps units where they see the
+    same of it: dividing by a norm moves nothing."""
+    values = [x for x in operands if isinstance(x, Value)]
+    fixed = [v for v in values if isinstance(v.base, Tensor) and flow.is_fixed(v.base)]
+    moving = [v for v in values if not any(v is f for f in fixed)]
+    if not moving:
+        return flow.fixed(out)
+    labels = [_broadcast(flow, v, out) for v in moving]
+    constants = [x for x in operands if isinstance(x, Tensor) and bool((x != x.reshape(-1)[:1]).any())]
+    labels += [flow.constant(c).expand(out) for c in constants]
+    result = labels[0]
+    for other in labels[1:]:
+        flow.join(result, other)
+    for v in fixed:
+        places = v.places().expand(out)
+        if _are_distinct(places):
+            flow.freeze(result)
+        else:
+            flow.tie(result, places)
+    return Value(result, tuple(out))
+
+
+def _broadcast(flow: Flow, value: Value, shape: torch.Size) -> Tensor:
+    labels = flow.labels(value)
+    if labels.shape == shape:
+        return labels
+    expanded = labels.expand(shape)
+    if sum(length > 1 for length in value.shape) > 1:  # else there is only one order to agree on
+        flow.tie(expanded, _places(value.shape).expand(shape), labels)
+    return expanded
+
+
+def _are_distinct(places: Tensor) -> bool:
+    if any(stride == 0 and length > 1 for stride, length in zip(places.stride(), places.shape, strict=True)):
+        return False
+    return bool(places.numel() == 0 or torch.bincount(places.flatten() + 1).max() <= 1)
+
+
+def view(function: Callable[..., Any], value: Value) -> Any:
+    """Runs a shape operator on the positions of a value (0 stands for the constant that it may put in)."""
+    places = value.places() + 1
+    try:
+        moved = function(places)
+    except (NotImplementedError, RuntimeError):  # some operators exist only for floating-point numbers
+        moved = function(places.double())
+    return pytree.tree_map(
+        lambda p: Value(value.base, tuple(p.shape), p.to(torch.int32) - 1, value.fill), moved
+    )
+
+
+@rule("pad", "constant_pad_nd")
+def _pad(flow: Flow, out: torch.Size, x: Value, pad: list[int], *options: Any) -> Value:
+    mode = options[0] if options and isinstance(options[0], str) else "constant"
+    fill = float(options[-1] or 0.0) if options else 0.0
+    if x.positions is not None and fill != x.fill and (x.positions < 0).any():
+        x = Value(flow.labels(x), x.shape)
+    constant = {"value": 0.0} if mode == "constant" else {}
+    padded = view(lambda p: torch.nn.functional.pad(p, pad, mode=mode, **constant), x)
+    return replace(padded, fill=fill)
+
+
+def assemble(flow: Flow, function: Callable[..., Tensor], args: Sequence[Any]) -> Value:
+    """Several tensors become one: run on their labels, and on positions in all of them, one after the other."""
+    leaves, structure = pytree.tree_flatten(list(args))
+    parts = [x for x in leaves if isinstance(x, Value | Tensor)]
+    sources = [flow.labels(x) if isinstance(x, Value) else flow.constant(x) for x in parts]
+    starts = [0, *itertools.accumulate(s.numel() for s in sources)]
+    places = [_places(s.shape) + start for s, start in zip(sources, starts, strict=False)]
+
+    def run(tensors: list[Tensor]) -> Tensor:
+        given = iter(tensors)
+        filled = [next(given) if isinstance(x, Value | Tensor) else x for x in leaves]
+        return function(*pytree.tree_unflatten(filled, structure))
+
+    labels = run(sources)
+    flow.tie(labels, run(places), *sources)
+    return Value(labels, tuple(labels.shape))
+
+
+def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
+    """A slice of a single unit passes it on; a slice of several gives what no exchange inside it changes."""
+    labels = flow.labels(x)
+    if flow.is_fixed(labels):
+        return flow.fixed(out)
+    dims = tuple(sorted({d % labels.ndim for d in dims})) or tuple(range(labels.ndim))
+    first = labels[tuple(slice(0, 1) if d in dims else slice(None) for d in range(labels.ndim))]
+    if len(flow.doubts) in flow.eager:
+        flow.join(labels, first)
+    single = is_single(flow, labels, first, dims)
+    flow.doubts.append(Doubt(labels, first, dims, single))
+    passed = torch.where(single, first, 0)
+    flow.tie(labels, _places(passed.shape).expand(labels.shape), passed)
+    return Value(passed.reshape(out), tuple(out))
+
+
+def is_single(flow: Flow, labels: Tensor, first: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """bool: which slices along ``dims`` are one unit."""
+    same = flow.units.roots(labels) == flow.units.roots(first)
+    return same.all(dims, keepdim=True)
+
+
+@rule("linear")
+def _linear(flow: Flow, out: torch.Size, x: Any, weight: Any, bias: Any) -> Value:
+    return contract(flow, out, x, weight, bias, dims=(1, 0))
+
+
+@rule("addmm")
+def _addmm(flow: Flow, out: torch.Size, bias: Any, x: Any, weight: Any, *_: Any) -> Value:
+    return contract(flow, out, x, weight, bias, dims=(0, 1))
+
+
+def contract(flow: Flow, out: torch.Size, x: Any, weight: Any, bias: Any, dims: tuple[int, int]) -> Value:
+    """x [..., I] and a weight whose ``dims`` are (input, output) give [..., O]: the last axis is contracted."""
+    inward, outward = planes(flow, weight, *dims)
+    if inward is None or outward is None or not isinstance(x, Value):
+        return freeze(flow, out, [x, weight, bias])
+    labels = flow.labels(x)
+    if uniform(flow, labels, -1):  # it mixes places of one unit, such as tokens: the unit passes
+        freeze(flow, out, [weight, bias])
+        return Value(labels.narrow(-1, 0, 1).expand(out), tuple(out))
+    flow.join(labels, inward)
+    return produced(flow, out, weight, outward, outward, bias)
+
+
+def planes(flow: Flow, weight: Any, *dims: int) -> list[Tensor | None]:
+    """The labels of some dimensions of a weight."""
+    return [flow.plane(weight, d) if isinstance(weight, Value) else None for d in dims]
+
+
+def produced(
+    flow: Flow, out: torch.Size, weight: Value, made: Tensor, channels: Tensor, bias: Any, spatial: int = 0
+) -> Value:
+    """What a weight gives: channels [O] spread to ``out`` [..., O, *spatial], of which ``made`` are new."""
+    flow.produce(weight.base, made)
+    if isinstance(bias, Value):
+        flow.join(flow.labels(bias), channels)
+    elif isinstance(bias, Tensor):
+        flow.join(flow.constant(bias), channels)
+    return Value(channels.view(-1, *(1,) * spatial).expand(out), tuple(out))
+
+
+def uniform(flow: Flow, labels: Tensor, dim: int) -> bool:
+    """Whether every line along ``dim`` is a single unit that may move, at more than one place."""
+    roots = flow.units.roots(labels)
+    return labels.shape[dim] > 1 and bool((roots != 0).all() and (roots == roots.narrow(dim, 0, 1)).all())
+
+
+def freeze(flow: Flow, out: Any, values: Iterable[Any]) -> Any:
+    """Always correct: nothing that goes in moves, and nothing that comes out."""
+    for value in values:
+        if isinstance(value, Value):
+            flow.freeze(value)
+    return pytree.tree_map(flow.fixed, out, is_leaf=_is_size)
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def _conv(flow: Flow, out: torch.Size, x: Any, weight: Any, bias: Any, *options: Any) -> Value:
+    return convolve(flow, out, x, weight, bias, groups=options[3], dims=(1, 0))
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _conv_transpose(flow: Flow, out: torch.Size, x: Any, weight: Any, bias: Any, *options: Any) -> Value:
+    return convolve(flow, out, x, weight, bias, groups=options[3], dims=(0, 1))
+
+
+@rule("convolution")
+def _convolution(flow: Flow, out: torch.Size, x: Any, weight: Any, bias: Any, *options: Any) -> Value:
+    return convolve(flow, out, x, weight, bias, groups=options[5], dims=(0, 1) if options[3] else (1, 0))
+
+
+def convolve(
+    flow: Flow, out: torch.Size, x: Any, weight: Any, bias: Any, *, groups: int, dims: tuple[int, int]
+) -> Value:
+    """x [B, I, ...] or [I, ...] and a weight whose ``dims`` are (input, output), of all channels or of one group.
+
+    Units stay inside their group of channels. Where the groups share an axis of the weight (its input axis, or
+    the output axis of a transposed convolution), a unit moves in all of them alike.
+    """
+    inward, outward = planes(flow, weight, *dims)
+    if inward is None or outward is None or not isinstance(x, Value):
+        return freeze(flow, out, [x, weight, bias])
+    spatial = len(weight.shape) - 2
+    before = channel_units(flow, x, spatial)
+    after = outward.repeat(out[-spatial - 1] // len(outward))
+    if groups == len(before) > 1 and not flow.is_fixed(before):  # depth-wise: a channel goes through
+        flow.join(after, before.repeat_interleave(len(after) // groups))
+    else:
+        flow.join(before, inward.repeat(len(before) // len(inward)))
+        if groups > 1:
+            for units in (before, after):
+                flow.tie(units, torch.arange(groups).repeat_interleave(len(units) // groups))
+    for kernel in planes(flow, weight, *range(2, 2 + spatial)):
+        flow.freeze(weight if kernel is None else kernel)
+    return produced(flow, out, weight, outward, after, bias, spatial)
+
+
+def channel_units(flow: Flow, x: Value, spatial: int) -> Tensor:
+    """int32 [C] for x [..., C, *spatial]: all places of a channel become one unit."""
+    labels = flow.labels(x)
+    dim = labels.ndim - spatial - 1
+    units = labels[tuple(slice(None) if d == dim else 0 for d in range(labels.ndim))]
+    flow.join(labels, units.view(-1, *(1,) * spatial))
+    return units
+
+
+@rule("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "instance_norm")
+def _batch_norm(flow: Flow, out: Any, x: Any, *options: Any) -> Any:
+    units = channel_units(flow, x, len(x.shape) - 2)
+    for tensor in options[:4]:
+        if isinstance(tensor, Value):
+            flow.join(flow.labels(tensor), units)
+    return first_of(flow, out, Value(flow.labels(x), x.shape))
+
+
+def first_of(flow: Flow, out: Any, value: Value) -> Any:
+    """The result alone, or the first of several (the others are saved for a backward pass)."""
+    return value if _is_size(out) else [value, *(flow.fixed(size) for size in out[1:])]
+
+
+@rule("layer_norm", "rms_norm", "native_layer_norm")
+def _layer_norm(flow: Flow, out: Any, x: Any, normalized: list[int], *options: Any) -> Any:
+    labels = flow.labels(x)
+    for tensor in options[:2]:
+        if isinstance(tensor, Value):
+            flow.join(labels, flow.labels(tensor))
+    rows = x.shape[: len(x.shape) - len(normalized)]
+    flow.tie(labels, _places(rows).view(*rows, *(1,) * len(normalized)))
+    return first_of(flow, out, Value(labels, x.shape))
+
+
+@rule("group_norm")
+def _group_norm(flow: Flow, out: torch.Size, x: Any, groups: int, *options: Any) -> Value:
+    units = channel_units(flow, x, len(x.shape) - 2)
+    for tensor in options[:2]:
+        if isinstance(tensor, Value):
+            flow.join(flow.labels(tensor), units)
+    flow.tie(units, torch.arange(groups).repeat_interleave(len(units) // groups))
+    return Value(flow.labels(x), x.shape)
+
+
+@rule("prelu")
+def _prelu(flow: Flow, out: torch.Size, x: Any, slope: Any) -> Value:
+    if isinstance(slope, Value) and math.prod(slope.shape) > 1:
+        flow.join(flow.labels(slope), channel_units(flow, x, len(x.shape) - 2))
+    return Value(flow.labels(x), x.shape)
+
+
+def _pool(flow: Flow, out: Any, x: Value, *options: Any, spatial: int) -> Any:
+    labels = flow.labels(x)
+    plane = labels[(..., *(slice(0, 1),) * spatial)]
+    flow.join(labels, plane)
+    return pytree.tree_map(lambda size: Value(plane.expand(size), tuple(size)), out, is_leaf=_is_size)
+
+
+for _n in (1, 2, 3):
+    rule(
+        f"max_pool{_n}d", f"max_pool{_n}d_with_indices", f"avg_pool{_n}d", f"lp_pool{_n}d",
+        f"adaptive_avg_pool{_n}d", f"_adaptive_avg_pool{_n}d", f"adaptive_max_pool{_n}d",
+        f"upsample_nearest{_n}d", f"_upsample_nearest_exact{_n}d",
+    )(partial(_pool, spatial=_n))  # fmt: skip
+rule("upsample_linear1d")(partial(_pool, spatial=1))
+rule("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")(
+    partial(_pool, spatial=2)
+)
+rule("upsample_trilinear3d")(partial(_pool, spatial=3))
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
+def _softmax(flow: Flow, out: torch.Size, x: Any, dim: int, *options: Any) -> Value:
+    labels = flow.labels(x)
+    slices = torch.Size(1 if d == dim % len(out) else length for d, length in enumerate(out))
+    flow.tie(labels, _places(slices))
+    return Value(labels, x.shape)
+
+
+@rule("matmul", "mm", "bmm")
+def _matmul(flow: Flow, out: torch.Size, a: Any, b: Any, *_: Any) -> Value:
+    if isinstance(b, Value) and isinstance(b.base, Leaf) and len(b.shape) == 2:
+        return contract(flow, out, a, b, None, dims=(0, 1))
+    if (
+        isinstance(a, Value)
+        and isinstance(a.base, Leaf)
+        and len(a.shape) == 2
+        and isinstance(b, Value)
+        and len(b.shape) > 1
+    ):
+        flipped = torch.Size((*out[:-2], out[-1], out[-2]))
+        return view(_flip, contract(flow, flipped, view(_flip, b), a, None, dims=(1, 0)))
+    if not (isinstance(a, Value) and isinstance(b, Value)) or len(a.shape) < 2 or len(b.shape) < 2:
+        return freeze(flow, out, [a, b])
+    left, right = flow.labels(a), flow.labels(b)
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    if batch != left.shape[:-2] or batch != right.shape[:-2]:
+        return freeze(flow, out, [a, b])
+    if flow.is_fixed(left) and uniform(flow, right, -2):
+        return mixed(flow, out, right, right.narrow(-2, 0, 1), batch)
+    if flow.is_fixed(right) and uniform(flow, left, -1):
+        return mixed(flow, out, left, left.narrow(-1, 0, 1), batch)
+    # Units are contracted with units: those of one side are those of the other, and stay inside their matrix.
+    flow.join(left, right.transpose(-2, -1).narrow(-2, 0, 1))
+    flow.join(right, left.transpose(-2, -1).narrow(-1, 0, 1))
+    flow.tie(left, _places((*batch, left.shape[-2], 1)))
+    flow.tie(right, _places((*batch, 1, right.shape[-1])))
+    return flow.fixed(out)
+
+
+def _flip(matrix: Tensor) -> Tensor:
+    return matrix.transpose(-2, -1)
+
+
+def mixed(flow: Flow, out: torch.Size, labels: Tensor, passed: Tensor, batch: torch.Size) -> Value:
+    """Weights that no unit moves mix the places of each unit, matrix by matrix: the units pass."""
+    flow.tie(labels, _places((*batch, 1, 1)))
+    return Value(passed.expand(out), tuple(out))
+
+
+@rule("scaled_dot_product_attention")
+def _attention(flow: Flow, out: torch.Size, q: Any, k: Any, v: Any, mask: Any = None, *_: Any) -> Value:
+    shapes = [x.shape[:-2] for x in (q, k, v) if isinstance(x, Value)]
+    if (
+        len(shapes) < 3
+        or len(set(shapes)) > 1
+        or (isinstance(mask, Value) and not isinstance(mask.base, Leaf))
+    ):
+        return freeze(flow, out, [q, k, v, mask])
+    if isinstance(mask, Value):
+        flow.freeze(mask)
+    scores = torch.Size((*q.shape[:-1], k.shape[-2]))
+    return _matmul(flow, out, _matmul(flow, scores, q, view(_flip, k)), v)
+
+
+@rule("einsum")
+def _einsum(flow: Flow, out: torch.Size, equation: str, operands: Sequence[Any], *_: Any) -> Value:
+    """Two operands: each is brought to [batch, rows, contracted], and it is a matrix product."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    names = terms.split(",")
+    if (
+        len(names) != 2
+        or "." in equation
+        or not result
+        or any(len(set(n)) != len(n) for n in (*names, result))
+    ):
+        return freeze(flow, out, operands)
+    a, b = names
+    if not (set(result) <= set(a) | set(b)) or any(
+        i not in result and not (i in a and i in b) for i in a + b
+    ):
+        return freeze(flow, out, operands)
+    if not all(isinstance(x, Value) for x in operands):
+        return freeze(flow, out, operands)
+    length = {
+        i: n for name, x in zip(names, operands, strict=True) for i, n in zip(name, x.shape, strict=True)
+    }
+    batch = [i for i in a if i in b and i in result]
+    summed = [i for i in a if i in b and i not in result]
+    rows, columns = [i for i in a if i not in b], [i for i in b if i not in a]
+
+    def matrix(x: Value, name: str, parts: Sequence[list[str]]) -> Value:
+        shape = [length[i] for i in batch] + [math.prod(length[i] for i in part) for part in parts]
+        order = [name.index(i) for part in (batch, *parts) for i in part]
+        return view(lambda t: t.permute(order).reshape(shape), x)
+
+    left, right = matrix(operands[0], a, (rows, summed)), matrix(operands[1], b, (summed, columns))
+    product = _matmul(flow, torch.Size((*left.shape[:-1], right.shape[-1])), left, right)
+    order = [*batch, *rows, *columns]
+    lengths, places = [length[i] for i in order], [order.index(i) for i in result]
+    return view(lambda t: t.reshape(lengths).permute(places), product)
+
+
+@rule("embedding")
+def _embedding(flow: Flow, out: torch.Size, weight: Any, tokens: Any, *_: Any) -> Value:
+    rows, columns = planes(flow, weight, 0, 1)
+    if rows is None or columns is None:
+        return freeze(flow, out, [weight, tokens])
+    flow.freeze(rows)
+    if isinstance(tokens, Value):
+        flow.freeze(tokens)
+    return produced(flow, out, weight, columns, columns, None)
+
+
+# ---- the graph
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What the tracer found. ``groups``: name -> units. ``axes``: tensor -> per axis, for every position the number
+    of its group (in the order of ``groups``; -1: fixed) and of its unit."""
+
+    groups: dict[str, int]
+    axes: dict[str, list[tuple[np.ndarray, np.ndarray]]]
+
+
+def find_units(model: nn.Module, example_inputs: tuple[Any, ...]) -> Labelled:
+    """Exports the model, lets labels flow through the graph, and groups the units of equal signature."""
+    program = export(model, example_inputs)
+    eager: frozenset[int] = frozenset()
+    while True:
+        flow, leaves = run(program, model, eager)
+        settle(flow, leaves)
+        # A mean over tokens that only later turned out to be of one unit passes it in the next round.
+        late = frozenset(
+            i for i, doubt in enumerate(flow.doubts) if i not in eager and _became_single(flow, doubt)
+        )
+        if not late:
+            break
+        eager |= late
+    for name in flow.unknown:
+        warnings.warn(
+            f"operator {name} is not known to the tracer: what it touches stays fixed", stacklevel=4
+        )
+    return grouped(flow, leaves)
+
+
+def export(model: nn.Module, example_inputs: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    """The model's functional graph in evaluation mode. Raises ValueError where torch.export cannot trace it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return torch.export.export(model, example_inputs, strict=False).run_decompositions({})
+    except Exception as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}: {cause}); trace it without "
+            "data-dependent control flow, or write its specification by hand (PermutationSpec.build)"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+def run(
+    program: torch.export.ExportedProgram, model: nn.Module, eager: frozenset[int]
+) -> tuple[Flow, list[Leaf]]:
+    """One pass of labels through the graph; every parameter and buffer as a leaf."""
+    flow = Flow(eager)
+    leaves = {
+        id(tensor): Leaf(name, tuple(tensor.shape), learned=learned)
+        for pairs, learned in ((model.named_parameters(), True), (model.named_buffers(), False))
+        for name, tensor in pairs
+    }
+    held = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **program.constants,
+    }
+    values: dict[Node, Any] = {}
+    for spec, node in zip(
+        program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        tensor = held.get(spec.target)
+        if isinstance(tensor, Tensor) and id(tensor) in leaves and tensor.is_floating_point():
+            values[node] = Value(leaves[id(tensor)], tuple(tensor.shape))
+        elif isinstance(tensor, Tensor):
+            values[node] = tensor.detach().cpu()
+        else:
+            content = node.meta.get("val")
+            values[node] = flow.fixed(content.shape) if isinstance(content, Tensor) else content
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = call(flow, node, args, kwargs)
+        elif node.op == "get_attr":
+            values[node] = getattr(program.graph_module, node.target)
+        elif node.op == "output":
+            _finish(flow, program, torch.fx.map_arg(node.args[0], values.__getitem__), leaves, held)
+    return flow, list(leaves.values())
+
+
+def _finish(
+    flow: Flow, program: Any, results: Sequence[Any], leaves: dict[int, Leaf], held: dict[str, Any]
+) -> None:
+    """Results never move; what is written to a buffer has the buffer's units."""
+    for spec, result in zip(program.graph_signature.output_specs, results, strict=True):
+        leaf = leaves.get(id(held.get(spec.target)))
+        if not isinstance(result, Value):
+            continue
+        if leaf is None or tuple(leaf.shape) != result.shape:
+            flow.freeze(result)
+        else:
+            flow.join(flow.labels(result), flow.scalars(leaf))
+
+
+def call(flow: Flow, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What one operator does to labels; to constants it does what it always does."""
+    target = node.target
+    if target is operator.getitem:
+        return args[0][args[1]]
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": "cpu"}
+    values = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
+    sizes = pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else None, node.meta.get("val"))
+    if not isinstance(target, torch._ops.OpOverload):
+        flow.unknown[str(target)] = None
+        return freeze(flow, sizes, values)
+    if not values and torch.Tag.nondeterministic_seeded not in target.tags:
+        return target(*args, **kwargs)
+    name = target._schema.name.partition("::")[2]
+    if name in FILLS:
+        blank = pytree.tree_map(lambda x: torch.empty(x.shape) if isinstance(x, Value) else x, (args, kwargs))
+        return target(*blank[0], **blank[1])
+    named = bind(target, args, kwargs)
+    if name in UNARY or (torch.Tag.pointwise in target.tags and _is_unary(named, values)):
+        return replace(values[0], fill=math.nan)
+    if name in RULES:
+        return RULES[name](flow, sizes, *named.values())
+    if name in VIEWS and isinstance(args[0], Value) and (len(values) == 1 or name in LIKE):
+        return view(partial(_viewing, target, name, args, kwargs), args[0])
+    if name in ASSEMBLIES:
+        return assemble(flow, target, list(named.values()))
+    if name in REDUCTIONS and len(values) == 1:
+        dims = named.get("dim")
+        return reduce(flow, sizes, values[0], [dims] if isinstance(dims, int) else dims or ())
+    if torch.Tag.pointwise in target.tags:
+        return pointwise(flow, sizes, pytree.tree_leaves(list(named.values())))
+    flow.unknown[str(target)] = None
+    return freeze(flow, sizes, values)
+
+
+def bind(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name, in the order of the schema, defaults filled in."""
+    schema = target._schema.arguments
+    return {
+        argument.name: args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+        for i, argument in enumerate(schema)
+    }
+
+
+def _is_unary(named: dict[str, Any], values: Sequence[Value]) -> bool:
+    """Whether nothing but one value and constants that are the same everywhere meet."""
+    tensors = [x for x in pytree.tree_leaves(list(named.values())) if isinstance(x, Tensor)]
+    return len(values) == 1 and all(x.numel() == 1 and x.ndim <= len(values[0].shape) for x in tensors)
+
+
+def _viewing(target: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], places: Tensor) -> Any:
+    """A shape operator on positions: strides differ from the real tensor's, so a view becomes a reshape."""
+    rest = pytree.tree_map(lambda x: torch.empty(x.shape) if isinstance(x, Value) else x, list(args[1:]))
+    if name in ("view", "_unsafe_view"):
+        return places.reshape(*rest)
+    return target(places, *rest, **kwargs)
+
+
+def _became_single(flow: Flow, doubt: Doubt) -> bool:
+    """Whether a slice that was of several units is of one by now, and it may move."""
+    now = is_single(flow, doubt.labels, doubt.first, doubt.dims) & (flow.units.roots(doubt.first) != 0)
+    return bool((now & ~doubt.single).any())
+
+
+# ---- groups
+
+
+def settle(flow: Flow, leaves: Iterable[Leaf]) -> None:
+    """A tensor used element by element moves along one axis, or not at all."""
+    for leaf in leaves:
+        if leaf.scalars is None or flow.is_fixed(leaf.scalars) or leaf.scalars.ndim == 0:
+            continue
+        along = _varying(flow.units.roots(leaf.scalars))
+        if len(along) > 1:
+            flow.freeze(Value(leaf, leaf.shape))
+            continue
+        axis = along[0] if along else int(np.argmax(leaf.shape))
+        units = leaf.scalars.movedim(axis, -1).reshape(-1, leaf.shape[axis])[0]
+        flow.join(flow.axis(leaf, axis), units)
+        for other in range(len(leaf.shape)):
+            if other != axis and leaf.axes[other] is not None:
+                flow.freeze(leaf.axes[other])
+
+
+def signatures(flow: Flow, leaves: Sequence[Leaf]) -> np.ndarray:
+    """uint64 for every label that is a root: equal where units may trade places."""
+    total = torch.zeros(flow.units.count, dtype=torch.int64)
+    ranks: dict[int, Tensor] = {}
+
+    def rank(labels: Tensor) -> Tensor:
+        if id(labels) not in ranks:
+            ranks[id(labels)] = occurrences(flow.units.roots(labels))
+        return ranks[id(labels)]
+
+    number = 0
+    for tie in flow.ties:
+        number += 1
+        keys = tie.positions.long()
+        if tie.sources:
+            table = torch.cat([rank(source).flatten() for source in tie.sources])
+            keys = torch.where(keys < 0, torch.iinfo(torch.int64).min, table[keys.clamp(min=0)])
+        add(total, flow.units.roots(tie.labels), number, rank(tie.labels), keys)
+    for leaf in leaves:
+        for labels in leaf.axes:
+            number += 1
+            if labels is not None:
+                add(total, flow.units.roots(labels), number, rank(labels), rank(labels))
+    return total.numpy().view(np.uint64)
+
+
+def add(total: Tensor, roots: Tensor, number: int, ranks: Tensor, keys: Tensor) -> None:
+    """Adds to every unit a hash of (number, rank, key) for each of its places."""
+    total.index_add_(
+        0, roots.flatten().long(), mix(mix(ranks + number * 0x9E3779B97F4A7C15 % (1 << 62)) + keys).flatten()
+    )
+
+
+def mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64, on int64 with wrap-around."""
+    bits = x.numpy().view(np.uint64)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((bits ^ (bits >> np.uint64(31))).view(np.int64))
+
+
+def occurrences(roots: Tensor) -> Tensor:
+    """int64 of the same shape: the how-manieth of its unit each scalar is (a fixed one: its own place, from below)."""
+    along = _varying(roots)
+    if len(along) > 1:
+        rank = _rank(roots.flatten()).view(roots.shape)
+    else:  # one line, repeated: any numbering of the repetitions will do, as long as it is the same for all units
+        axis = along[0] if along else 0
+        line = roots.movedim(axis, -1).reshape(-1, roots.shape[axis])[0] if roots.ndim else roots.reshape(1)
+        shape = [1 if d == axis else length for d, length in enumerate(roots.shape)]
+        rank = torch.arange(math.prod(shape)).view(shape) * (len(line) + 1)
+        rank = rank + _rank(line).view([-1 if d == axis else 1 for d in range(roots.ndim)])
+    return torch.where(roots == 0, -1 - torch.arange(roots.numel()).view(roots.shape), rank)
+
+
+def _rank(line: Tensor) -> Tensor:
+    order = line.argsort(stable=True)
+    held = line[order]
+    start = torch.searchsorted(held, held)  # where each unit's run begins
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(line)) - start
+    return rank
+
+
+def grouped(flow: Flow, leaves: Sequence[Leaf]) -> Labelled:
+    """Units of equal signature are a group, named after the parameter that first makes them."""
+    signature = signatures(flow, leaves)
+    made = [(leaf, flow.units.roots(labels).flatten().numpy()) for leaf, labels in flow.made]
+    group_of: dict[int, int] = {}
+    order: dict[int, dict[int, None]] = {}
+    names: dict[int, str] = {}
+    for leaf, roots in made:
+        stem = leaf.name.removesuffix(".weight").removesuffix(".bias")
+        for root in dict.fromkeys(roots.tolist()):
+            if root:
+                key = int(signature[root])
+                names.setdefault(key, stem)
+                order.setdefault(key, {}).setdefault(root)
+    kept = {key: list(units) for key, units in order.items() if len(units) > 1}
+    stems = [names[key] for key in kept]
+    labels = _numbered(stems)
+    group = np.full(flow.units.count, -1)
+    unit = np.zeros(flow.units.count, dtype=np.int64)
+    for number, units in enumerate(kept.values()):
+        group[units] = number
+        unit[units] = np.arange(len(units))
+    groups = {name: len(units) for name, units in zip(labels, kept.values(), strict=True)}
+    axes = {}
+    for leaf in leaves:
+        axes[leaf.name] = []
+        for axis, length in enumerate(leaf.shape):
+            labelled = leaf.axes[axis]
+            roots = (
+                np.zeros(length, dtype=np.int64) if labelled is None else flow.units.roots(labelled).numpy()
+            )
+            axes[leaf.name].append((group[roots], unit[roots]))
+    return Labelled(groups, axes)
+
+
+def _numbered(stems: Sequence[str]) -> list[str]:
+    """Distinct names: where a parameter makes several groups, they are numbered."""
+    seen: dict[str, int] = {}
+    names = []
+    for stem in stems:
+        if stems.count(stem) == 1:
+            names.append(stem)
+        else:
+            names.append(f"{stem}/{seen.setdefault(stem, 0)}")
+            seen[stem] += 1
+    return names
