@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from regraft.reference.matching import match
-from regraft.symmetry import PermutationSpec, apply
+from regraft.reference.matching import match, permuted
+from regraft.symmetry import PermutationSpec
 
 Tensors = dict[str, Tensor]
 Perm = dict[str, Tensor]
@@ -40,7 +40,7 @@ def rebuild(
     transferred = [target_start]
     for t in range(1, s + 1):
         step = {name: path[t][name] - path[t - 1][name] for name in target_start}
-        moved = apply(spec, perm, step)
+        moved = permuted(spec, perm, step)
         transferred.append({name: transferred[-1][name] + moved[name] for name in target_start})
     return transferred
 

@@ -12,10 +12,22 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from regraft.symmetry import PermutationSpec, apply
+from regraft.symmetry import PermutationSpec
 
 Tensors = dict[str, Tensor]
 Perm = dict[str, Tensor]
+
+
+def permuted(spec: PermutationSpec, perm: Perm, tensors: Tensors) -> Tensors:
+    """pi(theta), for some or all of the model's tensors: every axis gathered, one after the other."""
+    moved = {}
+    for name, tensor in tensors.items():
+        for axis in range(tensor.dim()):
+            index = spec.axis_index(name, axis, perm)
+            if index is not None:
+                tensor = tensor.index_select(axis, index)
+        moved[name] = tensor
+    return moved
 
 
 def unfold(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
@@ -54,7 +66,7 @@ def objective(
     """sum_t <G2[t], pi G1[t]>: what matching maximises (the distance's only part that depends on pi)."""
     total = 0.0
     for g2, g1 in zip(target, source, strict=True):
-        moved = apply(spec, perm, g1)
+        moved = permuted(spec, perm, g1)
         total += sum(float((g2[name].double() * moved[name].double()).sum()) for name in g2)
     return total
 
