@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from regraft_kernels.backend import resolve
-from regraft_kernels.packing import Tensors
+from regraft_kernels.packing import Tensors, allocate
+from regraft_kernels.permute import row_blocks
 
 
 def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[str, Tensor]:
@@ -26,38 +27,75 @@ def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[
     return out
 
 
+def _combine_torch(sources: Sequence[Tensors], coefficients: Tensor, out: Tensors) -> None:
+    """Block by block, so that each source is read from memory once for all K results."""
+    table = coefficients.tolist()
+    for name, first in sources[0].items():
+        wide = torch.promote_types(first.dtype, torch.float32)
+        flat = [source[name].reshape(-1) for source in sources]
+        results = out[name].view(len(table), -1)
+        for block in row_blocks(first.numel(), first.element_size()):
+            parts = [source[block].to(wide) for source in flat]
+            for row, result in zip(table, results[:, block], strict=True):
+                total = result if wide == first.dtype else torch.empty_like(parts[0])
+                torch.mul(parts[0], row[0], out=total)
+                for coefficient, part in zip(row[1:], parts[1:], strict=True):
+                    total.add_(part, alpha=coefficient)
+                if total is not result:
+                    result.copy_(total)
+
+
 def combine(
-    sources: Sequence[Tensors], coefficients: Tensor | Sequence[Sequence[float]], *, backend: str = "auto"
+    sources: Sequence[Tensors],
+    coefficients: Tensor | Sequence[Sequence[float]],
+    *,
+    backend: str = "auto",
+    out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """K parameter sets sum_i coefficients[k][i] * sources[i], as name -> [K, *shape].
 
     `sources`: m dictionaries with the same names, shapes, dtypes and devices; `coefficients` [K, m], finite.
     Arithmetic is in float32 (float64 for float64 tensors). A tensor that is not floating is copied from the
-    first source, K times.
+    first source, K times. The result is new, or that of `out`, which must share no memory with what is read.
 
     Raises ValueError for no source, sources that differ, or coefficients of another shape or not finite.
     """
     if not sources:
         raise ValueError("combine needs at least one source")
     table = torch.as_tensor(coefficients, dtype=torch.float64)
+    if table.numel() == 0 and table.ndim < 2:
+        table = table.reshape(0, len(sources))
     if table.ndim != 2 or table.shape[1] != len(sources):
         raise ValueError(f"coefficients have shape {tuple(table.shape)}, expected (K, {len(sources)})")
     if not table.isfinite().all():
         raise ValueError("coefficients must be finite")
     _check_sources(sources)
-    device = next((t.device for t in sources[0].values()), torch.device("cpu"))
-    resolve(backend, device)
-    return combine_reference(sources, table)
+    first = sources[0]
+    if not first:
+        return {}
+    chosen = resolve(backend, next(iter(first.values())).device)
+    shapes = {name: (len(table), *tensor.shape) for name, tensor in first.items()}
+    results = allocate(shapes, first, out, sources)
+    floating = [name for name in first if first[name].is_floating_point()]
+    for name in first.keys() - set(floating):
+        results[name].copy_(first[name].expand(shapes[name]))
+    if floating and len(table):
+        used = [{name: source[name] for name in floating} for source in sources]
+        {"torch": _combine_torch}[chosen](used, table, results)
+    return results
 
 
 def _check_sources(sources: Sequence[Tensors]) -> None:
     first = sources[0]
-    for number, source in enumerate(sources[1:], start=1):
+    device = next((t.device for t in first.values()), None)
+    for number, source in enumerate(sources):
         different = sorted(set(first) ^ set(source))
         if different:
             raise ValueError(f"source {number} and source 0 differ in {', '.join(different)}")
         for name, tensor in first.items():
-            for kind in ("shape", "dtype", "device"):
+            for kind in ("shape", "dtype"):
                 mine, theirs = getattr(tensor, kind), getattr(source[name], kind)
                 if mine != theirs:
                     raise ValueError(f"{name!r}: {kind} is {theirs} in source {number}, {mine} in source 0")
+            if source[name].device != device:
+                raise ValueError(f"{name!r} of source {number} is on {source[name].device}, not on {device}")

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from regraft_kernels.backend import resolve
-from regraft_kernels.packing import Packing, Tensors
-from regraft_kernels.permute import permute_reference
+from regraft_kernels.packing import Packing, Tensors, allocate
+from regraft_kernels.permute import permute_reference, row_blocks
 
 
 def graft_reference(
     base: Tensors,
     start: Tensors,
     end: Tensors,
-    scales: Tensor,
+    scales: Sequence[float],
     indices: Mapping[str, Tensor],
     packing: Packing,
 ) -> dict[str, Tensor]:
@@ -29,9 +29,53 @@ def graft_reference(
         wide = torch.promote_types(tensor.dtype, torch.float32)
         delta = {name: end[name].to(wide) - start[name].to(wide)}
         moved = permute_reference(delta, indices, packing)[name]
-        steps = [tensor.to(wide) + scale * moved for scale in scales.tolist()]
+        steps = [tensor.to(wide) + scale * moved for scale in scales]
         out[name] = torch.stack(steps).to(tensor.dtype) if steps else tensor.new_empty((0, *tensor.shape))
     return out
+
+
+def _graft_torch(
+    base: Tensors,
+    start: Tensors,
+    end: Tensors,
+    scales: Sequence[float],
+    out: Tensors,
+    indices: Mapping[str, Tensor],
+    packing: Packing,
+    targets: int | None,
+) -> None:
+    device = next(iter(base.values())).device
+    vectors = packing.vectors(indices, list(base), device, targets=targets)
+    for name, tensor in base.items():
+        segment = packing.segments[name]
+        if not segment.size or not scales:
+            continue
+        shape = (segment.rows, segment.columns, segment.tail)
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        first, last = start[name].reshape(shape), end[name].reshape(shape)
+        bases, outs = tensor.reshape(-1, *shape), out[name].view(-1, len(scales), *shape)
+        row_bytes = segment.columns * segment.tail * tensor.element_size()
+        for target, (here, results) in enumerate(zip(bases, outs, strict=True)):
+            which = None if targets is None else target
+            rows, columns = (vectors.of(f, which) for f in (segment.row_factors, segment.column_factors))
+            for block in row_blocks(segment.rows, row_bytes):
+                moved = _moved_difference(first, last, block, rows, columns, wide)
+                wide_base = here[block].to(wide)
+                for scale, result in zip(scales, results[:, block], strict=True):
+                    if wide == tensor.dtype:
+                        torch.add(wide_base, moved, alpha=scale, out=result)
+                    else:
+                        result.copy_(torch.add(wide_base, moved, alpha=scale))
+
+
+def _moved_difference(
+    start: Tensor, end: Tensor, block: slice, rows: Tensor | None, columns: Tensor | None, wide: torch.dtype
+) -> Tensor:
+    """pi(end - start) for a block of rows."""
+    picked = (x[block] if rows is None else x.index_select(0, rows[block]) for x in (end, start))
+    later, earlier = (x.to(wide) for x in picked)
+    difference = later - earlier
+    return difference if columns is None else difference.index_select(1, columns)
 
 
 def graft(
@@ -43,34 +87,57 @@ def graft(
     packing: Packing,
     *,
     backend: str = "auto",
+    out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """base + scale_k * pi(end - start), as name -> [K, *shape]; only floating tensors take part.
 
     `base`, `start`, `end`: name -> [*shape]; `scales` [K]. For P targets `base` is [P, *shape] and every
     index vector [P, length]; the result is then [P, K, *shape]. Arithmetic is in float32 (float64 for
-    float64 tensors). Tensors that are not floating are copied from `base`.
+    float64 tensors). Tensors that are not floating are copied from `base`. The result is new, or that of
+    `out`, which must share no memory with what is read. Source: Chijiwa et al., Transferring Learning
+    Trajectories of Neural Networks, section 3: theta2_0 + pi(theta1_t - theta1_0).
 
     Raises ValueError for names, shapes, dtypes or devices that do not fit.
     """
     batch = packing.check(base, "base")
-    for what, tensors in (("start", start), ("end", end)):
-        missing = sorted(name for name in base if base[name].is_floating_point() and name not in tensors)
-        if missing:
-            raise ValueError(f"{what} lacks {', '.join(missing)}")
-        if packing.check(tensors, what):
-            raise ValueError(f"{what} must have no batch dimension")
-    device = next((t.device for t in base.values()), torch.device("cpu"))
-    resolve(backend, device)
-    scales = torch.as_tensor(scales, dtype=torch.float64).reshape(-1)
-    names = [name for name in base if base[name].is_floating_point()]
-    packing.vectors(indices, names, device, targets=batch[0] if batch else None)
-    if not batch:
-        return graft_reference(base, start, end, scales, indices, packing)
-    grafted = [
-        graft_reference(
-            {name: tensor[p] for name, tensor in base.items()},
-            start, end, scales, {slot: index[p] for slot, index in indices.items()}, packing,
-        )
-        for p in range(batch[0])
-    ]  # fmt: skip
-    return {name: torch.stack([g[name] for g in grafted]) for name in base}
+    floating = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
+    moves = [
+        _check_move(tensors, floating, packing, what) for what, tensors in (("start", start), ("end", end))
+    ]
+    factors = _check_scales(scales)
+    if not base:
+        return {}
+    device = next(iter(base.values())).device
+    chosen = resolve(backend, device)
+    shapes = {n: (*batch, len(factors), *packing.shapes[n]) for n in base}
+    results = allocate(shapes, base, out, [base, *moves])
+    for name in base.keys() - floating.keys():
+        results[name].copy_(base[name].unsqueeze(len(batch)))
+    if floating:
+        targets = batch[0] if batch else None
+        {"torch": _graft_torch}[chosen](floating, *moves, factors, results, indices, packing, targets)
+    return results
+
+
+def _check_scales(scales: Sequence[float] | Tensor) -> list[float]:
+    factors = torch.as_tensor(scales, dtype=torch.float64).reshape(-1)
+    if not factors.isfinite().all():
+        raise ValueError("scales must be finite")
+    return factors.tolist()
+
+
+def _check_move(tensors: Tensors, base: Tensors, packing: Packing, what: str) -> dict[str, Tensor]:
+    """The tensors of `start` or `end` that `base` needs."""
+    missing = sorted(base.keys() - tensors.keys())
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    needed = {name: tensors[name] for name in base}
+    if packing.check(needed, what):
+        raise ValueError(f"{what} must have no batch dimension")
+    for name, tensor in needed.items():
+        for kind in ("dtype", "device"):
+            if getattr(tensor, kind) != getattr(base[name], kind):
+                raise ValueError(
+                    f"{what}: {kind} of {name!r} is {getattr(tensor, kind)}, in base {getattr(base[name], kind)}"
+                )
+    return needed

@@ -178,6 +178,31 @@ def _segment(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], of
     return Segment(name, shape, offset, math.prod(n for n, _ in before), shape[last], tail, before, column)
 
 
+def check_index(what: str, index: Tensor, length: int | None, device: torch.device) -> None:
+    """Raise ValueError unless `index` is an int64 vector (of `length`, where given) on `device`."""
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
+        kind = f"{index.ndim}-D {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
+        raise ValueError(f"{what} must be an int64 vector, not {kind}")
+    if length is not None and len(index) != length:
+        raise ValueError(f"{what} has {len(index)} entries, expected {length}")
+    if index.device != device:
+        raise ValueError(f"{what} is on {index.device}, the tensors on {device}")
+
+
+def check_ranges(vectors: Sequence[tuple[str, Tensor, int]]) -> None:
+    """Raise ValueError unless the entries of each (what, vector, bound) are within 0..bound - 1.
+
+    Looks at the device once for all of them.
+    """
+    full = {(id(index), bound): (what, index, bound) for what, index, bound in vectors if index.numel()}
+    if not full:
+        return
+    extremes = torch.stack([torch.stack(index.aminmax()) for _, index, _ in full.values()]).tolist()
+    for (what, _, bound), (low, high) in zip(full.values(), extremes, strict=True):
+        if low < 0 or high >= bound:
+            raise ValueError(f"{what} has entries outside 0..{bound - 1}")
+
+
 def _check_vector(
     slot: str, vector: Tensor, length: int, device: torch.device, targets: int | None
 ) -> Tensor:
@@ -215,12 +240,56 @@ def _is_permutation(vector: Tensor) -> Tensor:
 def _compose(factors: Factors, vectors: Mapping[str, Tensor]) -> Tensor:
     """One index vector for consecutive axes: out[i, j] takes i' * n_j + j'."""
     device = next(iter(vectors.values())).device
-    composed: Tensor | None = None
+    composed = torch.zeros(1, dtype=torch.int64, device=device)
     for length, slot in factors:
         part = torch.arange(length, device=device) if slot is None else vectors[slot]
-        if composed is None:
-            composed = part
-        else:
-            composed = (composed[..., :, None] * length + part[..., None, :]).flatten(-2)
-    assert composed is not None
+        composed = (composed[..., :, None] * length + part[..., None, :]).flatten(-2)
     return composed
+
+
+def allocate(
+    shapes: Mapping[str, tuple[int, ...]],
+    like: Tensors,
+    out: dict[str, Tensor] | None,
+    given: Sequence[Tensors],
+) -> dict[str, Tensor]:
+    """Output tensors of these shapes, with the dtypes and the device of `like`: new ones, or `out` checked.
+
+    Raises ValueError, naming the tensor, where `out` lacks one, does not fit, is not contiguous, or shares
+    memory with an input or with another output.
+    """
+    if out is None:
+        return {name: like[name].new_empty(shape) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        if name not in out:
+            raise ValueError(f"out lacks {name!r}")
+        found, wanted = out[name], like[name]
+        if (tuple(found.shape), found.dtype, found.device) != (shape, wanted.dtype, wanted.device):
+            raise ValueError(
+                f"out: {name!r} is {tuple(found.shape)} {found.dtype} on {found.device}, "
+                f"expected {shape} {wanted.dtype} on {wanted.device}"
+            )
+        if not found.is_contiguous():
+            raise ValueError(f"out: {name!r} is not contiguous")
+    results = {name: out[name] for name in shapes}
+    _check_overlap(results, given)
+    return results
+
+
+def _check_overlap(results: Tensors, given: Sequence[Tensors]) -> None:
+    spans = [(*_span(tensor), True, name) for name, tensor in results.items()]
+    spans += [(*_span(tensor), False, name) for tensors in given for name, tensor in tensors.items()]
+    reach = [(-1, ""), (-1, "")]  # how far memory is taken so far, by inputs and by outputs
+    for start, end, writes, name in sorted(span for span in spans if span[0] < span[1]):
+        for other in (True, False) if writes else (True,):
+            if start < reach[other][0]:
+                raise ValueError(f"out: {name!r} and {reach[other][1]!r} share memory")
+        reach[writes] = max(reach[writes], (end, name))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First byte and end of the memory that a tensor touches."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

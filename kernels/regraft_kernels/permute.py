@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from regraft_kernels.backend import resolve
-from regraft_kernels.packing import Packing, Tensors
+from regraft_kernels.packing import Packing, Tensors, allocate
+
+BLOCK_BYTES = 512 << 10
+"""The torch path moves a block of rows of this size at a time: what it gathers first is still in the cache."""
 
 
 def permute_reference(
@@ -26,6 +29,40 @@ def permute_reference(
     return moved
 
 
+def row_blocks(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Slices of about BLOCK_BYTES that cover `rows` rows."""
+    each = max(1, BLOCK_BYTES // max(row_bytes, 1))
+    for start in range(0, rows, each):
+        yield slice(start, min(start + each, rows))
+
+
+def gather_(out: Tensor, matrix: Tensor, block: slice, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Fill `out` [block, columns, tail] with the gathered rows of `matrix` [rows, columns, tail]."""
+    if columns is None:
+        return (
+            out.copy_(matrix[block]) if rows is None else torch.index_select(matrix, 0, rows[block], out=out)
+        )
+    chosen = matrix[block] if rows is None else matrix.index_select(0, rows[block])
+    return torch.index_select(chosen, 1, columns, out=out)
+
+
+def _permute_torch(
+    tensors: Tensors, out: Tensors, indices: Mapping[str, Tensor], packing: Packing, inverse: bool
+) -> None:
+    device = next(iter(tensors.values())).device
+    vectors = packing.vectors(indices, list(tensors), device, inverse=inverse)
+    for name, tensor in tensors.items():
+        segment = packing.segments[name]
+        rows, columns = vectors.of(segment.row_factors), vectors.of(segment.column_factors)
+        shape = (-1, segment.rows, segment.columns, segment.tail)
+        if not segment.size:
+            continue
+        row_bytes = segment.columns * segment.tail * tensor.element_size()
+        for source, result in zip(tensor.reshape(shape), out[name].view(shape), strict=True):
+            for block in row_blocks(segment.rows, row_bytes):
+                gather_(result[block], source, block, rows, columns)
+
+
 def permute(
     tensors: Tensors,
     indices: Mapping[str, Tensor],
@@ -33,17 +70,22 @@ def permute(
     *,
     inverse: bool = False,
     backend: str = "auto",
+    out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Gather (or scatter, where `inverse`) every axis of every tensor: out[i, j, ...] = x[p[i], q[j], ...].
 
-    `tensors` is name -> [*shape], or [B, *shape] for all; `indices` slot -> int64 [length] on the same
-    device. Any dtype. Returns new tensors, exact to the bit; nothing that was given is changed.
+    `tensors` is name -> [*shape], or [B, *shape] for all, any dtype, and may lack tensors of the packing;
+    `indices` slot -> int64 [length] on the same device. Returns contiguous tensors, exact to the bit: new
+    ones, or those of `out`, which must share no memory with what is read.
 
     Raises ValueError for names, shapes or devices that do not fit `packing`, and for index vectors that are
     missing or no permutations.
     """
     packing.check(tensors)
-    device = next((t.device for t in tensors.values()), torch.device("cpu"))
-    resolve(backend, device)
-    packing.vectors(indices, list(tensors), device, inverse=inverse)
-    return permute_reference(tensors, indices, packing, inverse=inverse)
+    if not tensors:
+        return {}
+    device = next(iter(tensors.values())).device
+    chosen = resolve(backend, device)
+    results = allocate({n: tuple(t.shape) for n, t in tensors.items()}, tensors, out, [tensors])
+    {"torch": _permute_torch}[chosen](tensors, results, indices, packing, inverse)
+    return results
