@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.clock import Clock
-from regraft.data import Dataset
+from regraft.data import AnySplit, Dataset
 from regraft.evaluation import accuracy, complete
 from regraft.files import write_beside
-from regraft.models import Tensors, live_state, seeded, state
+from regraft.models import Tensors, live_state, seeded
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def train(
     device = torch.device(device)
     path = None if checkpoint is None else Path(checkpoint)
     identity = {} if path is None else _identity(start, data, recipe, generator)
-    network = copy.deepcopy(model).to(device)
+    # channels_last: convolutions run 1.2 to 1.8 times faster with it on a CPU (measured), and nothing slower.
+    network = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
     _fill_(network, complete(model, start))
     network.train()
     optimiser = _optimiser(network, recipe)
@@ -185,9 +186,10 @@ def train(
             on_epoch(row)
         return row
 
+    _warm_up(network, data.train, recipe.batch_size, device)
     if not history:
         if record is not None and 0 in wanted:
-            record(0, state(network))
+            record(0, _values(network))
         finish_epoch(0, None)
     for epoch in range(history[-1].epoch + 1, recipe.epochs + 1):
         if stop is not None and stop(history[-1]):
@@ -220,9 +222,9 @@ def train(
                 done = until
                 _check(losses[:done], first, epoch, recipe)
                 if record is not None and first + done in wanted:
-                    record(first + done, state(network))
+                    record(first + done, _values(network))
         finish_epoch(epoch, float(losses.mean()))
-    return Training(state(network), tuple(history))
+    return Training(_values(network), tuple(history))
 
 
 def epochs_to_reach(history: Sequence[EpochRow], validation_accuracy: float) -> int | None:
@@ -283,6 +285,26 @@ def _fill_(network: nn.Module, values: Mapping[str, Tensor]) -> None:
             tensor.copy_(values[name])
 
 
+def _values(network: nn.Module) -> Tensors:
+    """Copies, contiguous whatever the network's memory format."""
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in live_state(network).items()
+    }
+
+
+def _warm_up(network: nn.Module, split: AnySplit, batch_size: int, device: torch.device) -> None:
+    """One step that is thrown away.
+
+    The first step of a process loads libraries and chooses algorithms (it was seen to take seconds on a
+    freshly installed machine). That is no part of training's price.
+    """
+    images, labels = next(iter(split.subset(torch.arange(min(batch_size, len(split)))).batches(batch_size)))
+    throwaway = copy.deepcopy(network)
+    with seeded(torch.Generator()):
+        F.cross_entropy(throwaway(images.to(device)), labels.to(device)).backward()
+
+
 def _check(losses: Tensor, first: int, epoch: int, recipe: Recipe) -> None:
     """Raise where a loss is not finite. Called now and then: each call waits for the device."""
     if not bool(losses.isfinite().all()):
@@ -325,7 +347,7 @@ def _save(
 ) -> None:
     from safetensors.torch import save_file
 
-    tensors = {f"model/{name}": tensor for name, tensor in state(network).items()}
+    tensors = {f"model/{name}": tensor for name, tensor in _values(network).items()}
     for index, slots in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser/{index}/{key}": value for key, value in slots.items() if value is not None}
     tensors["generator"] = generator.get_state()
