@@ -31,18 +31,33 @@ def _combine_torch(sources: Sequence[Tensors], coefficients: Tensor, out: Tensor
     """Block by block, so that each source is read from memory once for all K results."""
     table = coefficients.tolist()
     for name, first in sources[0].items():
-        wide = torch.promote_types(first.dtype, torch.float32)
         flat = [source[name].reshape(-1) for source in sources]
         results = out[name].view(len(table), -1)
-        for block in row_blocks(first.numel(), first.element_size()):
-            parts = [source[block].to(wide) for source in flat]
-            for row, result in zip(table, results[:, block], strict=True):
-                total = result if wide == first.dtype else torch.empty_like(parts[0])
-                torch.mul(parts[0], row[0], out=total)
-                for coefficient, part in zip(row[1:], parts[1:], strict=True):
-                    total.add_(part, alpha=coefficient)
-                if total is not result:
-                    result.copy_(total)
+        for block in row_blocks(flat[0]):
+            parts = [tensor[block] for tensor in flat]
+            if first.element_size() >= 4:
+                for row, result in zip(table, results, strict=True):
+                    _weighted_sum(parts, row, result[block])
+            else:
+                parts = [part.float() for part in parts]
+                for row, result in zip(table, results, strict=True):
+                    result[block] = _weighted_sum(parts, row, torch.empty_like(parts[0]))
+
+
+def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float], out: Tensor) -> Tensor:
+    """sum_i coefficients[i] * parts[i] of vectors, into `out`."""
+    done = 1
+    if len(parts) > 1 and coefficients[0] != 0:  # addr would not multiply by beta = 0, and so hide a NaN
+        # a x + b y in one pass over memory, where mul and add_ take two.
+        first, second = parts[0].unsqueeze(0), parts[1]
+        one = second.new_ones(1)
+        torch.addr(first, one, second, beta=coefficients[0], alpha=coefficients[1], out=out.unsqueeze(0))
+        done = 2
+    else:
+        torch.mul(parts[0], coefficients[0], out=out)
+    for coefficient, part in zip(coefficients[done:], parts[done:], strict=True):
+        out.add_(part, alpha=coefficient)
+    return out
 
 
 def combine(

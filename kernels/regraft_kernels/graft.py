@@ -48,34 +48,47 @@ def _graft_torch(
     vectors = packing.vectors(indices, list(base), device, targets=targets)
     for name, tensor in base.items():
         segment = packing.segments[name]
-        if not segment.size or not scales:
+        if not segment.size:
             continue
         shape = (segment.rows, segment.columns, segment.tail)
-        wide = torch.promote_types(tensor.dtype, torch.float32)
         first, last = start[name].reshape(shape), end[name].reshape(shape)
-        bases, outs = tensor.reshape(-1, *shape), out[name].view(-1, len(scales), *shape)
-        row_bytes = segment.columns * segment.tail * tensor.element_size()
-        for target, (here, results) in enumerate(zip(bases, outs, strict=True)):
-            which = None if targets is None else target
-            rows, columns = (vectors.of(f, which) for f in (segment.row_factors, segment.column_factors))
-            for block in row_blocks(segment.rows, row_bytes):
-                moved = _moved_difference(first, last, block, rows, columns, wide)
-                wide_base = here[block].to(wide)
-                for scale, result in zip(scales, results[:, block], strict=True):
-                    if wide == tensor.dtype:
-                        torch.add(wide_base, moved, alpha=scale, out=result)
-                    else:
-                        result.copy_(torch.add(wide_base, moved, alpha=scale))
+        if targets is None:
+            rows, columns = vectors.of(segment.row_factors), vectors.of(segment.column_factors)
+            _graft_one(tensor.reshape(shape), first, last, scales, out[name].view(-1, *shape), rows, columns)
+            continue
+        results = out[name].view(targets, -1, *shape)
+        for target, here in enumerate(tensor.reshape(targets, *shape)):
+            rows = vectors.of(segment.row_factors, target)
+            columns = vectors.of(segment.column_factors, target)
+            _graft_one(here, first, last, scales, results[target], rows, columns)
 
 
-def _moved_difference(
-    start: Tensor, end: Tensor, block: slice, rows: Tensor | None, columns: Tensor | None, wide: torch.dtype
-) -> Tensor:
-    """pi(end - start) for a block of rows."""
-    picked = (x[block] if rows is None else x.index_select(0, rows[block]) for x in (end, start))
-    later, earlier = (x.to(wide) for x in picked)
-    difference = later - earlier
-    return difference if columns is None else difference.index_select(1, columns)
+def _graft_one(
+    base: Tensor,
+    start: Tensor,
+    end: Tensor,
+    scales: Sequence[float],
+    out: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+) -> None:
+    """Fill `out` [K, rows, columns, tail] for one tensor of one target, a block of rows at a time."""
+    wide = torch.promote_types(base.dtype, torch.float32)
+    for block in row_blocks(base):
+        here, later, earlier = base[block], end, start
+        if rows is None:
+            later, earlier = later[block], earlier[block]
+        else:
+            later, earlier = later.index_select(0, rows[block]), earlier.index_select(0, rows[block])
+        moved = later.to(wide) - earlier.to(wide)
+        if columns is not None:
+            moved = moved.index_select(1, columns)
+        for number, scale in enumerate(scales):
+            result = out[number, block]
+            if wide == base.dtype:
+                torch.add(here, moved, alpha=scale, out=result)
+            else:
+                result.copy_(torch.add(here.to(wide), moved, alpha=scale))
 
 
 def graft(

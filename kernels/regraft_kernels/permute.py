@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -29,21 +29,11 @@ def permute_reference(
     return moved
 
 
-def row_blocks(rows: int, row_bytes: int) -> Iterator[slice]:
-    """Slices of about BLOCK_BYTES that cover `rows` rows."""
-    each = max(1, BLOCK_BYTES // max(row_bytes, 1))
-    for start in range(0, rows, each):
-        yield slice(start, min(start + each, rows))
-
-
-def gather_(out: Tensor, matrix: Tensor, block: slice, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Fill `out` [block, columns, tail] with the gathered rows of `matrix` [rows, columns, tail]."""
-    if columns is None:
-        return (
-            out.copy_(matrix[block]) if rows is None else torch.index_select(matrix, 0, rows[block], out=out)
-        )
-    chosen = matrix[block] if rows is None else matrix.index_select(0, rows[block])
-    return torch.index_select(chosen, 1, columns, out=out)
+def row_blocks(matrix: Tensor) -> list[slice]:
+    """Slices of about BLOCK_BYTES each that cover the rows (the first dimension) of a contiguous tensor."""
+    rows = len(matrix)
+    each = max(1, BLOCK_BYTES * rows // max(matrix.nbytes, 1))
+    return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
 
 
 def _permute_torch(
@@ -53,14 +43,27 @@ def _permute_torch(
     vectors = packing.vectors(indices, list(tensors), device, inverse=inverse)
     for name, tensor in tensors.items():
         segment = packing.segments[name]
-        rows, columns = vectors.of(segment.row_factors), vectors.of(segment.column_factors)
-        shape = (-1, segment.rows, segment.columns, segment.tail)
         if not segment.size:
             continue
-        row_bytes = segment.columns * segment.tail * tensor.element_size()
-        for source, result in zip(tensor.reshape(shape), out[name].view(shape), strict=True):
-            for block in row_blocks(segment.rows, row_bytes):
-                gather_(result[block], source, block, rows, columns)
+        rows, columns = vectors.of(segment.row_factors), vectors.of(segment.column_factors)
+        shape = (segment.rows, segment.columns, segment.tail)
+        if tensor.ndim == len(segment.shape):
+            _gather_one(tensor.reshape(shape), out[name].view(shape), rows, columns)
+            continue
+        for source, result in zip(tensor.reshape(-1, *shape), out[name].view(-1, *shape), strict=True):
+            _gather_one(source, result, rows, columns)
+
+
+def _gather_one(source: Tensor, out: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+    """Fill `out` with the gathered rows and columns of `source`, both [rows, columns, tail]."""
+    if columns is None and rows is None:
+        out.copy_(source)
+    elif columns is None:
+        torch.index_select(source, 0, rows, out=out)
+    else:
+        for block in row_blocks(source):
+            chosen = source[block] if rows is None else source.index_select(0, rows[block])
+            torch.index_select(chosen, 1, columns, out=out[block])
 
 
 def permute(
