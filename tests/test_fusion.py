@@ -17,6 +17,7 @@ from regraft.fusion import (
     repair_on,
     reset_on,
 )
+from regraft.fusion_tables import compare, paper_table, paper_tables, side_by_side
 from regraft.models import initialise, mlp, residual8, small_cnn
 
 
@@ -195,3 +196,50 @@ def test_repair_survives_a_dead_channel():
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
     finish = repair_on(model, [a, b], [(x, torch.zeros(8, dtype=torch.int64))])
     assert all(bool(t.isfinite().all()) for t in fuse([a, b], [1.0, 1.0], finish=finish).values())
+
+
+# ---------------------------------------------------------------- the paper's tables
+
+
+def test_there_are_twenty_five_tables():
+    assert list(paper_tables()) == [*map(str, range(1, 7)), *(f"A{n}" for n in range(1, 20))]
+    assert all(0 <= v <= 1 for t in paper_tables().values() for row in t.values for v in row)
+    assert all(
+        len(row) == len(t.columns) and len(t.values) == len(t.rows)
+        for t in paper_tables().values()
+        for row in t.values
+    )
+
+
+@pytest.mark.parametrize(("fine", "coarse"), [("6", "A18"), ("A1", "A19"), ("A10", "A8"), ("A11", "A9")])
+def test_the_fine_tables_agree_with_the_coarse_ones(fine, coarse):
+    """Nine cells of each pair are the same networks on the same images."""
+    fine, coarse = paper_tables()[fine], paper_tables()[coarse]
+    rows, columns = set(fine.rows) & set(coarse.rows), set(fine.columns) & set(coarse.columns)
+    assert len(rows) * len(columns) == 9
+    for row in rows:
+        for column in columns:
+            assert fine.cell(row, column) == pytest.approx(coarse.cell(row, column), abs=6e-4)
+
+
+@pytest.mark.parametrize("number", range(2, 10))
+def test_gradients_and_weights_agree_where_they_are_the_same_network(number):
+    """theta_0 + alpha g_1 + beta g_2 is alpha theta_1 + beta theta_2 where alpha + beta = 1."""
+    gradients, weights = paper_tables()[f"A{number}"], paper_tables()[f"A{number + 10}"]
+    for alpha, beta in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
+        assert gradients.cell(beta, alpha) == pytest.approx(weights.cell(beta, alpha), abs=1e-9)
+
+
+def test_a_comparison():
+    paper = paper_table("4")
+    ours = [[value + 0.02 for value in row] for row in paper.values]
+    found = compare(paper, ours)
+    assert found.median == pytest.approx(0.02) and found.largest == pytest.approx(0.02)
+    assert found.trend == pytest.approx(1.0)
+    assert compare(paper, ours[::-1]).trend < 0
+    with pytest.raises(ValueError, match="8 by 5"):
+        compare(paper, ours[1:])
+    with pytest.raises(ValueError, match="no table 'A20'"):
+        paper_table("A20")
+    assert "18.0 / 18.0" not in side_by_side(paper, ours)
+    assert "20.0 / 18.0 (+2.0)" in side_by_side(paper, ours)
