@@ -194,7 +194,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(book.path.stem)
         for line in _rendered(book, terminalreporter):
             terminalreporter.write_line(line)
-        pages = report.write(results.read(book.path), book.path.with_suffix(""), book.columns)
+        pages = report.write(results.read(book.path), book.path, book.columns)
         terminalreporter.write_line(f"rows: {book.path}; pages: {', '.join(map(str, pages))}")
 
 

@@ -75,7 +75,8 @@ def test_markdown_has_the_same_cells_and_where_they_come_from(rows):
 
 
 def test_the_page_stands_alone(rows, tmp_path):
-    page, text = report.write(rows, tmp_path)
+    page, text = report.write(rows, tmp_path / "new" / "transfer.jsonl")
+    assert (page.name, text.name) == ("transfer.html", "transfer.md")
     source = page.read_text(encoding="utf-8")
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="', source)
     assert source.count("Plotly.newPlot(") >= 2 and "0.920 ± 0.020" in source

@@ -251,9 +251,9 @@ def html(rows: pd.DataFrame, columns: Sequence[Column] = TRANSFER) -> str:
     )
 
 
-def write(rows: pd.DataFrame, folder: Path | str) -> tuple[Path, Path]:
-    """Write ``report.html`` and ``report.md`` into ``folder``; returns the two paths."""
-    page, text = Path(folder) / "report.html", Path(folder) / "report.md"
-    results.write(page, html(rows))
-    results.write(text, markdown(rows))
+def write(rows: pd.DataFrame, path: Path | str, columns: Sequence[Column] = TRANSFER) -> tuple[Path, Path]:
+    """Write the page and the Markdown to ``path`` with the endings .html and .md; returns both paths."""
+    page, text = Path(path).with_suffix(".html"), Path(path).with_suffix(".md")
+    results.write(page, html(rows, columns))
+    results.write(text, markdown(rows, columns))
     return page, text
