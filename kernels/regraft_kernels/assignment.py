@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "scipy", "lapx", "lapjv")
+Matrix = Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
 class Duals:
-    """Potentials of an assignment, float64 [n] each: u[i] + v[j] >= S[i, j] (maximised; <= if minimised),
-    with equality where j = perm[i]."""
+    """Potentials of an assignment, float64 [n] each: u[i] + v[j] >= S[i, j] for all i and j where S was
+    maximised (<= where it was minimised), with equality, to rounding, where j = perm[i]."""
 
     u: np.ndarray
     v: np.ndarray
@@ -26,23 +27,29 @@ class Duals:
 
 @dataclass(frozen=True)
 class Assignment:
-    """An optimal assignment: `perm` int64 [n] on the CPU, `objective` = sum of S[i, perm[i]] in float64, and
-    the `backend` that found it. `duals` are computed when first asked for."""
+    """An optimal assignment: `perm` int64 [n] on the CPU, `objective` = sum_i S[i, perm[i]] in float64, and the
+    `backend` that found it. `duals` and `gap` are computed when first asked for (O(n^2) in practice); until
+    then the problem is kept."""
 
     perm: Tensor
     objective: float
     backend: str
-    _cost: np.ndarray = field(repr=False, compare=False)
-    _sign: float = field(repr=False, compare=False)
+    _problem: _Problem = field(repr=False, compare=False)
 
     @cached_property
     def duals(self) -> Duals:
-        u, v = _duals(self._cost.astype(np.float64), self.perm.numpy())
-        return Duals(self._sign * u, self._sign * v)
+        """Feasible potentials, from which a similar problem starts warm."""
+        return self._problem.duals(self.perm.numpy())
+
+    @cached_property
+    def gap(self) -> float:
+        """The certificate: no assignment is better than this one by more than `gap` (rounding, if optimal)."""
+        exact = self._problem.duals(self.perm.numpy(), np.float64)
+        return max(0.0, self._problem.sign * (float(exact.u.sum() + exact.v.sum()) - self.objective))
 
 
 def assign(
-    similarity: Tensor | np.ndarray,
+    similarity: Matrix,
     *,
     maximize: bool = True,
     backend: str = "auto",
@@ -51,60 +58,160 @@ def assign(
 ) -> Assignment:
     """The permutation that maximises (or minimises) sum_i S[i, perm[i]].
 
-    `similarity`: [n, n], floating, finite, on any device. `warm`: the duals of a similar problem; they
-    change the time and not the result. `name` stands in the messages of the errors.
+    `similarity`: [n, n], floating and finite, a tensor on any device or an array; it is solved in float64
+    where it is float64, otherwise in float32 (the potentials in float64). `backend`: "scipy"
+    (`linear_sum_assignment`), "lapx" (`lapjvr`), "lapjv", or "auto": lapx where it is installed, for it was
+    the fastest on every kind of matrix measured (results/assignment.md), scipy otherwise. `warm`: the duals
+    of a similar problem, which save time and leave the optimum as it is. `name` stands in error messages.
 
-    Raises ValueError for an array that is not square, floating and finite; ImportError for a backend that
-    was asked for by name and is not installed.
+    Raises ValueError for a matrix that is not square, real, floating and finite, or duals that do not fit;
+    ImportError for a backend that was asked for by name and is not installed; RuntimeError where a solver
+    returns no permutation. Source: Jonker and Volgenant, Computing 38 (1987); Crouse, IEEE TAES 52 (2016).
     """
-    matrix = _check(similarity, name)
-    chosen = _resolve(backend, matrix)
-    sign = -1.0 if maximize else 1.0
-    cost = sign * matrix
-    reduced = cost if warm is None else cost - sign * warm.u[:, None] - sign * warm.v[None, :]
-    perm = _SOLVERS[chosen](reduced)
-    objective = float(matrix[np.arange(len(matrix)), perm].sum(dtype=np.float64))
-    return Assignment(torch.from_numpy(perm.astype(np.int64)), objective, chosen, cost, sign)
+    return _solve(_to_host([similarity], [name])[0], name, maximize, _resolve(backend), warm)
 
 
 def assign_many(
-    similarities: Sequence[Tensor | np.ndarray],
+    similarities: Sequence[Matrix],
     *,
-    threads: int = 2,
+    threads: int | None = None,
     maximize: bool = True,
     backend: str = "auto",
     warm: Sequence[Duals | None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Assignment]:
-    """`assign` for each matrix, in `threads` threads (every backend releases the interpreter's lock)."""
-    starts = [None] * len(similarities) if warm is None else list(warm)
-    if len(starts) != len(similarities):
-        raise ValueError(f"{len(starts)} warm starts for {len(similarities)} matrices")
+    """`assign` for each matrix, in `threads` threads (by default torch's number): the solvers run in parallel.
 
-    def solve(number: int) -> Assignment:
-        return assign(
-            similarities[number],
-            maximize=maximize, backend=backend, warm=starts[number], name=f"similarity {number}",
-        )  # fmt: skip
+    All matrices are copied from their device before the first is solved. Raises as `assign` does.
+    """
+    count = len(similarities)
+    starts = [None] * count if warm is None else list(warm)
+    labels = [f"similarity {number}" for number in range(count)] if names is None else list(names)
+    if len(starts) != count or len(labels) != count:
+        raise ValueError(f"{len(starts)} warm starts and {len(labels)} names for {count} matrices")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be positive, not {threads}")
+    chosen = _resolve(backend)
+    matrices = _to_host(similarities, labels)
+    workers = min(torch.get_num_threads() if threads is None else threads, max(count, 1))
+    if workers == 1:
+        return [
+            _solve(m, label, maximize, chosen, w)
+            for m, label, w in zip(matrices, labels, starts, strict=True)
+        ]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(_solve, matrices, labels, repeat(maximize), repeat(chosen), starts))
 
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(solve, range(len(similarities))))
+
+def _to_host(similarities: Sequence[Matrix], names: Sequence[str]) -> list[np.ndarray]:
+    """float32 or float64 arrays [n, n]; those on a GPU through pinned memory, all copies under way at once."""
+    arrays: list[np.ndarray] = []
+    waiting = set()
+    for similarity, name in zip(similarities, names, strict=True):
+        if isinstance(similarity, Tensor):
+            if not similarity.is_floating_point():
+                raise ValueError(f"{name} must be real and floating, not {similarity.dtype}")
+            tensor = similarity.detach().to(torch.promote_types(similarity.dtype, torch.float32))
+            if tensor.is_cuda:
+                waiting.add(torch.cuda.current_stream(tensor.device))
+                tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+                    tensor, non_blocking=True
+                )
+            arrays.append(tensor.cpu().numpy())
+        else:
+            array = np.asarray(similarity)
+            if array.dtype not in (np.float16, np.float32, np.float64):
+                raise ValueError(f"{name} must be real and floating, not {array.dtype}")
+            arrays.append(array.astype(np.promote_types(array.dtype, np.float32), copy=False))
+        if arrays[-1].ndim != 2 or arrays[-1].shape[0] != arrays[-1].shape[1]:
+            raise ValueError(f"{name} must be square, not {arrays[-1].shape}")
+    for stream in waiting:
+        stream.synchronize()
+    return arrays
 
 
-def _check(similarity: Tensor | np.ndarray, name: str) -> np.ndarray:
-    if isinstance(similarity, Tensor):
-        if not similarity.is_floating_point():
-            raise ValueError(f"{name} must be real and floating, not {similarity.dtype}")
-        wide = torch.promote_types(similarity.dtype, torch.float32)
-        matrix = similarity.detach().to("cpu", wide).numpy()
-    else:
-        matrix = np.asarray(similarity)
-    if matrix.dtype not in (np.float32, np.float64):
-        raise ValueError(f"{name} must be real and floating, not {matrix.dtype}")
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"{name} must be square, not {matrix.shape}")
-    if not np.isfinite(matrix).all():
-        raise ValueError(f"{name} has entries that are not finite")
-    return matrix
+def _solve(matrix: np.ndarray, name: str, maximize: bool, backend: str, warm: Duals | None) -> Assignment:
+    n = len(matrix)
+    if warm is not None and (warm.u.shape != (n,) or warm.v.shape != (n,)):
+        raise ValueError(f"{name}: duals of length {len(warm.v)} for {n} units")
+    if warm is not None and not np.isfinite(warm.v).all():
+        raise ValueError(f"{name}: the duals are not finite")
+    problem = _Problem.build(matrix, 1.0 if maximize else -1.0, None if warm is None else warm.v, name)
+    perm = np.arange(n) if n < 2 else np.asarray(SOLVERS[backend](problem.cost), dtype=np.int64)
+    if perm.shape != (n,) or not np.array_equal(np.sort(perm), np.arange(n)):
+        raise RuntimeError(f"{name}: backend {backend} returned no permutation")
+    objective = float(matrix[np.arange(n), perm].sum(dtype=np.float64))
+    return Assignment(torch.from_numpy(perm), objective, backend, problem)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """cost[i, j] = row[i] + column[j] - sign * S[i, j], all of it >= 0 with a zero in every row: to be minimised.
+
+    Differences from the row's maximum rather than -S, because the solvers' column reduction then has
+    something to start from, and float32 keeps its digits for the entries that matter.
+    """
+
+    cost: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    sign: float
+
+    @staticmethod
+    def build(matrix: np.ndarray, sign: float, column: np.ndarray | None, name: str) -> _Problem:
+        n = len(matrix)
+        if n == 0:
+            return _Problem(matrix, np.zeros(0), np.zeros(0), sign)
+        low, high = matrix.min(), matrix.max()
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ValueError(f"{name} has entries that are not finite")
+        reach = max(-float(low), float(high)) + (0.0 if column is None else float(np.abs(column).max()))
+        if reach > np.finfo(np.float64).max / 4:
+            raise ValueError(f"{name} has entries too large to subtract in float64")
+        if reach > np.finfo(np.float32).max / 4:
+            matrix = matrix.astype(np.float64)
+        sign_here = matrix.dtype.type(sign)
+        if column is None:
+            gain, column = (matrix if sign > 0 else -matrix), np.zeros(n)
+        else:
+            column = sign * column
+            gain = sign_here * matrix
+            gain -= column.astype(matrix.dtype)
+        row = gain.max(axis=1)
+        return _Problem(row[:, None] - gain, row.astype(np.float64), column, sign)
+
+    def duals(self, perm: np.ndarray, dtype: type | None = None) -> Duals:
+        """Potentials that are feasible always, and tight on the assignment to the rounding of `dtype`."""
+        if len(perm) == 0:
+            return Duals(np.zeros(0), np.zeros(0))
+        v = _column_potentials(self.cost if dtype is None else self.cost.astype(dtype), perm)
+        pieces = np.array_split(self.cost, -(-self.cost.size // (1 << 20)))
+        u = np.concatenate([(piece - v).min(axis=1) for piece in pieces])
+        return Duals(self.sign * (self.row - u), self.sign * (self.column - v))
+
+
+def _column_potentials(cost: np.ndarray, perm: np.ndarray) -> np.ndarray:
+    """v of feasible potentials that are tight on an optimal assignment, by shortest paths over the columns.
+
+    Bellman-Ford, in which only the rows whose column came closer are looked at again: 1 to 25 passes' worth
+    in all kinds of matrices measured. An edge counts as shorter by more than rounding only, so that the
+    search ends where `perm` is optimal to rounding only; the number of rounds is bounded in any case.
+    """
+    n = len(cost)
+    weights = cost - cost[np.arange(n), perm][:, None]
+    tolerance = 4 * np.finfo(cost.dtype).eps * float(cost.max())
+    row_of = np.argsort(perm)
+    v = cost.min(axis=0)
+    active = np.arange(n)
+    for _ in range(n):
+        part = weights if len(active) == n else weights[active]
+        reached = (part + v[perm[active], None]).min(axis=0)
+        closer = np.flatnonzero(reached < v - tolerance)
+        if not len(closer):
+            break
+        v[closer] = reached[closer]
+        active = np.sort(row_of[closer])
+    return v.astype(np.float64)
 
 
 @cache
@@ -112,51 +219,34 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _resolve(backend: str, matrix: np.ndarray) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if backend == "lapx" and not _installed("lap"):
-        raise ImportError("backend 'lapx' was asked for, but the lapx package is not installed")
-    if backend == "lapjv" and not _installed("lapjv"):
-        raise ImportError("backend 'lapjv' was asked for, but the lapjv package is not installed")
-    return "scipy" if backend == "auto" else backend
+def _resolve(backend: str) -> str:
+    if backend == "auto":
+        return "lapx" if _installed("lap") else "scipy"
+    if backend not in SOLVERS:
+        raise ValueError(f"backend must be one of auto, {', '.join(SOLVERS)}, not {backend!r}")
+    module = {"scipy": "scipy", "lapx": "lap", "lapjv": "lapjv"}[backend]
+    if not _installed(module):
+        raise ImportError(f"backend {backend!r} was asked for, but the package {backend} is not installed")
+    return backend
 
 
-def _solve_scipy(cost: np.ndarray) -> np.ndarray:
+def _scipy(cost: np.ndarray) -> np.ndarray:
     from scipy.optimize import linear_sum_assignment
 
     return linear_sum_assignment(cost)[1]
 
 
-def _solve_lapx(cost: np.ndarray) -> np.ndarray:
+def _lapx(cost: np.ndarray) -> np.ndarray:
     import lap
 
     return lap.lapjvr(cost, return_cost=False)[1]
 
 
-def _solve_lapjv(cost: np.ndarray) -> np.ndarray:
+def _lapjv(cost: np.ndarray) -> np.ndarray:
     from lapjv import lapjv
 
-    return lapjv(cost)[0].astype(np.int64)
+    return lapjv(cost, force_doubles=cost.dtype == np.float64)[0]
 
 
-_SOLVERS = {"scipy": _solve_scipy, "lapx": _solve_lapx, "lapjv": _solve_lapjv}
-
-
-def _duals(cost: np.ndarray, perm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """u + v <= cost with equality on the assignment, by shortest paths (Bellman-Ford) over the columns."""
-    n = len(cost)
-    matched = cost[np.arange(n), perm]
-    weights = cost - matched[:, None]
-    v = np.zeros(n)
-    active = np.arange(n)
-    row_of = np.empty(n, dtype=np.int64)
-    row_of[perm] = np.arange(n)
-    for _ in range(n):
-        if not len(active):
-            break
-        reached = (weights[active] + v[perm[active], None]).min(axis=0)
-        closer = reached < v
-        v = np.minimum(v, reached)
-        active = row_of[np.flatnonzero(closer)]
-    return matched - v[perm], v
+SOLVERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"scipy": _scipy, "lapx": _lapx, "lapjv": _lapjv}
+"""Each takes a finite, row-reduced cost matrix [n, n], n >= 2, float32 or float64: row i -> column."""

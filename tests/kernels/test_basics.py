@@ -66,7 +66,7 @@ def test_assign_warm_equals_cold(backend, generator):
     cold = rk.assign(S, backend=backend)
     assert cold.objective == pytest.approx(S[torch.arange(40), cold.perm].sum().item())
     slack = cold.duals.u[:, None] + cold.duals.v - S.numpy()
-    assert slack.min() > -1e-12
-    assert np.abs(slack[np.arange(40), cold.perm]).max() < 1e-12
+    assert slack.min() > -1e-9
+    assert np.abs(slack[np.arange(40), cold.perm]).max() < 1e-9
     warm = rk.assign(S, backend=backend, warm=cold.duals)
     assert warm.objective == pytest.approx(cold.objective, rel=1e-12)
