@@ -34,8 +34,10 @@ A group that occurs in an axis must occur with all its units, and with each equa
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -45,8 +47,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from regraft.files import write_beside
+from regraft_kernels import Packing, permute
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -229,13 +235,11 @@ class PermutationSpec:
         return slots
 
     @cached_property
-    def _packing(self) -> Any:
-        from regraft_kernels.packing import Packing
-
+    def _packing(self) -> Packing:
         slots = {name: tuple(self._slots.get(axis) for axis in axes) for name, axes in self.axes.items()}
         return Packing.build(self.shapes, slots)
 
-    def packing(self) -> Any:
+    def packing(self) -> Packing:
         """:class:`regraft_kernels.packing.Packing`: the slot of every axis of every tensor. Built once."""
         return self._packing
 
@@ -405,8 +409,6 @@ def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> T
     ``perm``: group -> int64 index vector, on any device. Raises ValueError naming the tensor or group that does
     not fit.
     """
-    from regraft_kernels import permute
-
     spec.validate(tensors)
     spec.check(perm)
     devices = {tensor.device for tensor in tensors.values()}
@@ -478,3 +480,194 @@ def _segments(names: list[str], group: np.ndarray, unit: np.ndarray) -> Axis:
         else:
             segments.append(here)
     return tuple(segments)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# ---- the proof
+
+
+def verify(
+    spec: PermutationSpec,
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    generator: torch.Generator | None = None,
+    draws: int = 2,
+    tolerance: float = 1e-9,
+) -> float:
+    """Proves by computing that f(x; pi theta) = f(x; theta): the largest relative error of all draws, in float64.
+
+    Each draw takes a random permutation of every group, and random parameters and buffers near the model's own:
+    zero-initialised heads and constant norms are given random values, or the comparison would say nothing, and
+    BatchNorm statistics are what the layer sees, give or take a half. The model itself is not changed, and
+    evaluated in evaluation mode. The error is max |f(x; pi theta) - f(x; theta)| / max |f(x; theta)|, for each
+    output tensor. ``generator``: a CPU generator (seed 0 if not given).
+
+    Raises ValueError naming the tensor where the specification does not fit the model or an error is not below
+    ``tolerance``.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = pytree.tree_map(lambda x: x.double() if _is_floating(x) else x, inputs)
+    generator = generator or torch.Generator().manual_seed(0)
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    spec.validate(held)
+    worst = 0.0
+    with evaluating(model), torch.no_grad():
+        for _ in range(draws):
+            tensors = _generic(model, held, inputs, generator)
+            before = functional_call(model, tensors, inputs)
+            tensors = _moved(spec, spec.random(generator), tensors)
+            error = _difference(before, functional_call(model, tensors, inputs))
+            if not error < tolerance:
+                raise ValueError(
+                    _blame(spec, model, _generic(model, held, inputs, generator), inputs, generator, error)
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _moved(spec: PermutationSpec, perm: Perm, tensors: Tensors) -> Tensors:
+    """Like :func:`apply`, but empties what it is given: a big model fits once, not twice."""
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    indices = spec.indices({group: index.to(device) for group, index in perm.items()})
+    moved = {}
+    for name in list(tensors):
+        moved |= permute({name: tensors.pop(name)}, indices, spec.packing())
+    return moved
+
+
+def _generic(
+    model: nn.Module, held: Mapping[str, Tensor], inputs: Any, generator: torch.Generator
+) -> Tensors:
+    """Random float64 parameters and buffers near the model's own, none of them constant or zero."""
+    tensors = {}
+    for name, tensor in held.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"tensor {name!r} of the model is not finite")
+        tensors[name] = _perturbed(tensor.detach(), generator)
+    with _Statistics(generator):
+        functional_call(model, tensors, inputs)
+    return tensors
+
+
+def _perturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return tensor.clone()
+    value = tensor.double()
+    spread = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device).add_(0.5)
+    level = value.flatten()[0]
+    if level != 0 and bool((value == level).all()):
+        return spread.mul_(level.sign() * level.abs().clamp(min=0.5))
+    moved = spread.mul_(value)
+    zero = value == 0
+    if zero.any():
+        fan_in = value[0].numel() if value.ndim > 1 else 10
+        noise = torch.randn(int(zero.sum()), generator=generator, dtype=torch.float64) / fan_in**0.5
+        moved[zero] = noise.to(value.device)
+    return moved
+
+
+class _Statistics(TorchFunctionMode):
+    """Sets the running statistics of every BatchNorm that runs inside to what it sees, give or take a half.
+
+    Without it the activations of a deep network with random statistics overflow or saturate, and a proof through
+    a saturated gate is none. One level serves all channels: normalising each by its own statistics makes a deep
+    random network chaotic, and rounding errors grow a millionfold.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.batch_norm:
+            x, mean, var = args[:3]
+            if mean is not None and var is not None:
+                mean.copy_(x.mean() * self._spread(mean))
+                var.copy_(x.square().mean() * self._spread(var) + 1e-6)
+        return function(*args, **kwargs)
+
+    def _spread(self, like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=self.generator, dtype=torch.float64).add_(0.5).to(like.device)
+
+
+def _difference(before: Any, after: Any) -> float:
+    """The largest relative difference of the tensors of two results; NaN where one is not finite."""
+    errors = [
+        float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-300))
+        for a, b in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True)
+        if isinstance(a, Tensor) and a.numel()
+    ]
+    return math.nan if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
+
+
+def _blame(
+    spec: PermutationSpec,
+    model: nn.Module,
+    tensors: Tensors,
+    inputs: Any,
+    generator: torch.Generator,
+    error: float,
+) -> str:
+    """Says which group changes the function, and which of its axes, where one axis alone explains it."""
+    before = functional_call(model, tensors, inputs)
+    if not all(x.isfinite().all() for x in pytree.tree_leaves(before) if _is_floating(x)):
+        return f"cannot verify: the output of {type(model).__name__} is not finite with random parameters"
+    if _difference(before, functional_call(model, tensors, inputs)) > 0:
+        return f"cannot verify: {type(model).__name__} gives two results for the same input"
+    perm = spec.random(generator)
+
+    def changes(candidate: PermutationSpec, groups: Sequence[str]) -> bool:
+        moves = {**candidate.identity(), **{group: perm[group] for group in groups}}
+        return (
+            not _difference(before, functional_call(model, apply(candidate, moves, tensors), inputs)) < 1e-9
+        )
+
+    suspects = list(spec.groups)
+    while len(suspects) > 1:
+        half = suspects[: len(suspects) // 2]
+        suspects = half if changes(spec, half) else suspects[len(half) :]
+    if not suspects:
+        return f"the function changes by {error:.1e} although nothing moves"
+    (group,) = suspects
+    members = ", ".join(f"{name!r} (axis {axis})" for name, axis in spec.tensors_of(group))
+    what = f"permuting group {group!r} changes the function (relative error {error:.1e})"
+    for name, axis in spec.tensors_of(group):
+        if not changes(_with_axis(spec, name, axis, (Segment(None, 0, spec.shapes[name][axis]),)), [group]):
+            return f"{what}: axis {axis} of tensor {name!r} does not belong to it; it ties {members}"
+    for name, axis in _axes_of_length(spec, spec.groups[group])[:MAX_CANDIDATES]:
+        if not changes(_with_axis(spec, name, axis, (Segment(group, 0, spec.groups[group]),)), [group]):
+            return f"{what}: it lacks axis {axis} of tensor {name!r}; it ties {members}"
+    return f"{what}; it ties {members}"
+
+
+MAX_CANDIDATES = 256
+"""How many axes are tried, at one evaluation each, before a failed proof names only the group."""
+
+
+def _with_axis(spec: PermutationSpec, name: str, axis: int, new: Axis) -> PermutationSpec:
+    axes = list(spec.axes[name])
+    axes[axis] = new
+    return PermutationSpec(spec.groups, {**spec.axes, name: tuple(axes)})
+
+
+def _axes_of_length(spec: PermutationSpec, length: int) -> list[tuple[str, int]]:
+    return [
+        (name, a) for name, shape in spec.shapes.items() for a, size in enumerate(shape) if size == length
+    ]

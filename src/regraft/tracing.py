@@ -31,11 +31,13 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-aten = torch.ops.aten
-
+from regraft.symmetry import evaluating
 
 # ---- units: disjoint sets of labels
 
@@ -201,7 +203,7 @@ class Flow:
         labels = base.reshape(-1)[value.positions.clamp(min=0)]
         padding = value.positions < 0
         if padding.any():
-            labels[padding] = self.constant(torch.full((int(padding.sum()),), value.fill))
+            labels[padding] = self.units.fresh(int(padding.sum()))  # a constant takes any unit's part
         self.tie(labels, value.positions, base)
         return labels
 
@@ -298,129 +300,36 @@ def rule(*packets: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-UNARY = frozenset(
-    [
-        "alias",
-        "clone",
-        "contiguous",
-        "detach",
-        "dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "lift",
-        "lift_fresh",
-        "lift_fresh_copy",
-        "positive",
-        "to",
-        "_to_copy",
-        "type_as",
-        "hardswish",
-        "log_sigmoid",
-        "celu",
-        "rrelu",
-    ]
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+UNARY = _words(
+    "alias clone contiguous detach dropout feature_dropout alpha_dropout lift lift_fresh lift_fresh_copy "
+    "positive to _to_copy type_as hardswish log_sigmoid celu rrelu"
 )
 """Operators that leave every scalar at its place and read one tensor (beside those that torch tags pointwise)."""
 
-VIEWS = frozenset(
-    [
-        "broadcast_to",
-        "channel_shuffle",
-        "chunk",
-        "diagonal",
-        "expand",
-        "expand_as",
-        "flatten",
-        "flip",
-        "index",
-        "index_select",
-        "moveaxis",
-        "movedim",
-        "native_channel_shuffle",
-        "narrow",
-        "numpy_T",
-        "mT",
-        "permute",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "ravel",
-        "reflection_pad1d",
-        "reflection_pad2d",
-        "repeat",
-        "repeat_interleave",
-        "replication_pad1d",
-        "replication_pad2d",
-        "reshape",
-        "reshape_as",
-        "roll",
-        "rot90",
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "swapaxes",
-        "swapdims",
-        "t",
-        "tensor_split",
-        "tile",
-        "transpose",
-        "tril",
-        "triu",
-        "unbind",
-        "unflatten",
-        "unfold",
-        "unsafe_chunk",
-        "unsafe_split",
-        "unsqueeze",
-        "view",
-        "view_as",
-        "_unsafe_view",
-    ]
+VIEWS = _words(
+    "broadcast_to channel_shuffle chunk diagonal expand expand_as flatten flip index index_select "
+    "moveaxis movedim native_channel_shuffle narrow numpy_T mT permute pixel_shuffle pixel_unshuffle "
+    "ravel reflection_pad1d reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d "
+    "reshape reshape_as roll rot90 select slice split split_with_sizes squeeze swapaxes swapdims t "
+    "tensor_split tile transpose tril triu unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze "
+    "view view_as _unsafe_view"
 )
 """Operators that only move scalars, or put zeros in their place: they are run on positions."""
 
-LIKE = frozenset(["expand_as", "view_as", "reshape_as", "type_as"])
+LIKE = _words("expand_as view_as reshape_as type_as")
 """Of whose second tensor only the shape matters."""
 
-ASSEMBLIES = frozenset(
-    ["cat", "concat", "concatenate", "hstack", "select_scatter", "slice_scatter", "stack", "vstack"]
-)
+ASSEMBLIES = _words("cat concat concatenate hstack select_scatter slice_scatter stack vstack")
 """Operators that put several tensors together."""
 
-REDUCTIONS = frozenset(
-    [
-        "all",
-        "amax",
-        "amin",
-        "any",
-        "linalg_vector_norm",
-        "logsumexp",
-        "mean",
-        "nansum",
-        "norm",
-        "prod",
-        "std",
-        "sum",
-        "var",
-    ]
-)
+REDUCTIONS = _words("all amax amin any linalg_vector_norm logsumexp mean nansum norm prod std sum var")
 """Operators over ``dim`` whose result does not depend on the order in a slice."""
 
-FILLS = frozenset(
-    [
-        "empty_like",
-        "fill",
-        "full_like",
-        "new_empty",
-        "new_full",
-        "new_ones",
-        "new_zeros",
-        "ones_like",
-        "zero",
-        "zeros_like",
-    ]
-)
+FILLS = _words("empty_like fill full_like new_empty new_full new_ones new_zeros ones_like zero zeros_like")
 """Operators that read nothing but the shape."""
 
 
@@ -490,7 +399,7 @@ def _pad(flow: Flow, out: torch.Size, x: Value, pad: list[int], *options: Any) -
     return replace(padded, fill=fill)
 
 
-def assemble(flow: Flow, function: Callable[..., Tensor], args: Sequence[Any]) -> Value:
+def assemble(flow: Flow, function: Callable[[list[Any]], Tensor], args: Sequence[Any]) -> Value:
     """Several tensors become one: run on their labels, and on positions in all of them, one after the other."""
     leaves, structure = pytree.tree_flatten(list(args))
     parts = [x for x in leaves if isinstance(x, Value | Tensor)]
@@ -501,7 +410,7 @@ def assemble(flow: Flow, function: Callable[..., Tensor], args: Sequence[Any]) -
     def run(tensors: list[Tensor]) -> Tensor:
         given = iter(tensors)
         filled = [next(given) if isinstance(x, Value | Tensor) else x for x in leaves]
-        return function(*pytree.tree_unflatten(filled, structure))
+        return function(pytree.tree_unflatten(filled, structure))
 
     labels = run(sources)
     flow.tie(labels, run(places), *sources)
@@ -826,8 +735,7 @@ def find_units(model: nn.Module, example_inputs: tuple[Any, ...]) -> Labelled:
     program = export(model, example_inputs)
     eager: frozenset[int] = frozenset()
     while True:
-        flow, leaves = run(program, model, eager)
-        settle(flow, leaves)
+        flow, leaves = run_through(program, model, eager)
         # A mean over tokens that only later turned out to be of one unit passes it in the next round.
         late = frozenset(
             i for i, doubt in enumerate(flow.doubts) if i not in eager and _became_single(flow, doubt)
@@ -837,31 +745,35 @@ def find_units(model: nn.Module, example_inputs: tuple[Any, ...]) -> Labelled:
         eager |= late
     for name in flow.unknown:
         warnings.warn(
-            f"operator {name} is not known to the tracer: what it touches stays fixed", stacklevel=4
+            f"operator {name} is not known to the tracer: what it touches stays fixed", stacklevel=3
         )
     return grouped(flow, leaves)
 
 
-def export(model: nn.Module, example_inputs: tuple[Any, ...]) -> torch.export.ExportedProgram:
-    """The model's functional graph in evaluation mode. Raises ValueError where torch.export cannot trace it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def run_through(program: ExportedProgram, model: nn.Module, eager: frozenset[int]) -> tuple[Flow, list[Leaf]]:
+    """One pass of labels through the graph, through its functional form where writing in place matters."""
     try:
-        return torch.export.export(model, example_inputs, strict=False).run_decompositions({})
-    except Exception as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}: {cause}); trace it without "
-            "data-dependent control flow, or write its specification by hand (PermutationSpec.build)"
-        ) from error
-    finally:
-        for module in training:
-            module.training = True
+        flow, leaves = run(program, model, eager)
+    except Entangled:
+        flow, leaves = run(program.run_decompositions({}), model, eager)
+    settle(flow, leaves)
+    return flow, leaves
 
 
-def run(
-    program: torch.export.ExportedProgram, model: nn.Module, eager: frozenset[int]
-) -> tuple[Flow, list[Leaf]]:
+def export(model: nn.Module, example_inputs: tuple[Any, ...]) -> ExportedProgram:
+    """The model's graph in evaluation mode. Raises ValueError where torch.export cannot trace it."""
+    with evaluating(model):
+        try:
+            return torch.export.export(model, example_inputs, strict=False)
+        except Exception as error:
+            cause = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}: {cause}); trace it without "
+                "data-dependent control flow, or write its specification by hand (PermutationSpec.build)"
+            ) from error
+
+
+def run(program: ExportedProgram, model: nn.Module, eager: frozenset[int]) -> tuple[Flow, list[Leaf]]:
     """One pass of labels through the graph; every parameter and buffer as a leaf."""
     flow = Flow(eager)
     leaves = {
@@ -882,18 +794,17 @@ def run(
         if isinstance(tensor, Tensor) and id(tensor) in leaves and tensor.is_floating_point():
             values[node] = Value(leaves[id(tensor)], tuple(tensor.shape))
         elif isinstance(tensor, Tensor):
-            values[node] = tensor.detach().cpu()
+            values[node] = tensor.detach().cpu().clone()  # operators may write into it
         else:
             content = node.meta.get("val")
             values[node] = flow.fixed(content.shape) if isinstance(content, Tensor) else content
     for node in program.graph.nodes:
         if node.op == "call_function":
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = call(flow, node, args, kwargs)
+            values[node] = call(flow, node, values)
         elif node.op == "get_attr":
             values[node] = getattr(program.graph_module, node.target)
         elif node.op == "output":
-            _finish(flow, program, torch.fx.map_arg(node.args[0], values.__getitem__), leaves, held)
+            _finish(flow, program, map_arg(node.args[0], values.__getitem__), leaves, held)
     return flow, list(leaves.values())
 
 
@@ -911,40 +822,94 @@ def _finish(
             flow.join(flow.labels(result), flow.scalars(leaf))
 
 
-def call(flow: Flow, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+class Entangled(Exception):
+    """An operator writes into a tensor that others may be views of."""
+
+
+def call(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     """What one operator does to labels; to constants it does what it always does."""
     target = node.target
+    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
     if target is operator.getitem:
         return args[0][args[1]]
+    given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
+    sizes = pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else None, node.meta.get("val"))
+    if not isinstance(target, OpOverload):
+        return unknown(flow, str(target), sizes, given)
     if "device" in kwargs:
         kwargs = {**kwargs, "device": "cpu"}
-    values = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
-    sizes = pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else None, node.meta.get("val"))
-    if not isinstance(target, torch._ops.OpOverload):
-        flow.unknown[str(target)] = None
-        return freeze(flow, sizes, values)
-    if not values and torch.Tag.nondeterministic_seeded not in target.tags:
+    if not given and torch.Tag.nondeterministic_seeded not in target.tags:
         return target(*args, **kwargs)
-    name = target._schema.name.partition("::")[2]
-    if name in FILLS:
-        blank = pytree.tree_map(lambda x: torch.empty(x.shape) if isinstance(x, Value) else x, (args, kwargs))
-        return target(*blank[0], **blank[1])
     named = bind(target, args, kwargs)
-    if name in UNARY or (torch.Tag.pointwise in target.tags and _is_unary(named, values)):
-        return replace(values[0], fill=math.nan)
+    if target._schema.is_mutable and not _reads_one(target, named, given):
+        if not (torch.Tag.pointwise in target.tags and _is_alone(node)):
+            raise Entangled
+        values[node.args[0]] = pointwise(flow, sizes, pytree.tree_leaves(list(named.values())))
+        return values[node.args[0]]
+    return operate(flow, target, named, given, sizes)
+
+
+def operate(flow: Flow, target: OpOverload, named: dict[str, Any], given: list[Value], sizes: Any) -> Any:
+    """Chooses the rule for an operator, all of whose arguments are known by name."""
+    name = _name(target)
+    first, *rest = named.values()
+    if _reads_one(target, named, given):
+        return replace(given[0], fill=math.nan)
     if name in RULES:
-        return RULES[name](flow, sizes, *named.values())
-    if name in VIEWS and isinstance(args[0], Value) and (len(values) == 1 or name in LIKE):
-        return view(partial(_viewing, target, name, args, kwargs), args[0])
+        return RULES[name](flow, sizes, first, *rest)
+    if name in FILLS:
+        return _run(target, [_blank(x) for x in named.values()])
+    if name in VIEWS and isinstance(first, Value) and (len(given) == 1 or name in LIKE):
+        return view(partial(_run_view, target, rest), first)
     if name in ASSEMBLIES:
-        return assemble(flow, target, list(named.values()))
-    if name in REDUCTIONS and len(values) == 1:
+        return assemble(flow, partial(_run, target), list(named.values()))
+    if name in REDUCTIONS and len(given) == 1:
         dims = named.get("dim")
-        return reduce(flow, sizes, values[0], [dims] if isinstance(dims, int) else dims or ())
+        return reduce(flow, sizes, given[0], [dims] if isinstance(dims, int) else dims or ())
     if torch.Tag.pointwise in target.tags:
         return pointwise(flow, sizes, pytree.tree_leaves(list(named.values())))
-    flow.unknown[str(target)] = None
-    return freeze(flow, sizes, values)
+    return unknown(flow, str(target), sizes, given)
+
+
+def unknown(flow: Flow, name: str, sizes: Any, given: list[Value]) -> Any:
+    """Freezes what an operator touches, and remembers to say so."""
+    flow.unknown[name] = None
+    return freeze(flow, sizes, given)
+
+
+def _name(target: OpOverload) -> str:
+    """The operator's name, that of its functional form where it works in place."""
+    return target._schema.name.partition("::")[2].rstrip("_")
+
+
+def _is_alone(node: Node) -> bool:
+    """Whether the tensor that a node writes in place is new, and no view of it was made before."""
+    tensor = node.args[0]
+    return isinstance(tensor, Node) and all(map(_is_new, [tensor, *(u for u in tensor.users if u < node)]))
+
+
+def _is_new(node: Node) -> bool:
+    if not isinstance(node.target, OpOverload):
+        return False
+    return _name(node.target) not in UNARY | VIEWS and not node.target._schema.is_mutable
+
+
+def _blank(x: Any) -> Any:
+    return torch.empty(x.shape) if isinstance(x, Value) else x
+
+
+def _run(target: OpOverload, arguments: Sequence[Any]) -> Any:
+    """Calls an operator with all its arguments in the order of the schema."""
+    pairs = list(zip(target._schema.arguments, arguments, strict=True))
+    keywords = {argument.name: x for argument, x in pairs if argument.kwarg_only}
+    return target(*[x for argument, x in pairs if not argument.kwarg_only], **keywords)
+
+
+def _run_view(target: OpOverload, rest: Sequence[Any], places: Tensor) -> Any:
+    """A shape operator on positions: strides differ from the real tensor's, so that a view becomes a reshape."""
+    if _name(target) in ("view", "_unsafe_view"):
+        return places.reshape(*rest)
+    return _run(target, [places, *map(_blank, rest)])
 
 
 def bind(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -956,18 +921,13 @@ def bind(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, A
     }
 
 
-def _is_unary(named: dict[str, Any], values: Sequence[Value]) -> bool:
-    """Whether nothing but one value and constants that are the same everywhere meet."""
-    tensors = [x for x in pytree.tree_leaves(list(named.values())) if isinstance(x, Tensor)]
-    return len(values) == 1 and all(x.numel() == 1 and x.ndim <= len(values[0].shape) for x in tensors)
-
-
-def _viewing(target: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], places: Tensor) -> Any:
-    """A shape operator on positions: strides differ from the real tensor's, so a view becomes a reshape."""
-    rest = pytree.tree_map(lambda x: torch.empty(x.shape) if isinstance(x, Value) else x, list(args[1:]))
-    if name in ("view", "_unsafe_view"):
-        return places.reshape(*rest)
-    return target(places, *rest, **kwargs)
+def _reads_one(target: OpOverload, named: dict[str, Any], given: Sequence[Value]) -> bool:
+    """Whether every scalar stays at its place and meets nothing but constants that are the same everywhere."""
+    if _name(target) in UNARY:
+        return True
+    constants = [x for x in pytree.tree_leaves(list(named.values())) if isinstance(x, Tensor)]
+    same = all(x.numel() == 1 and x.ndim <= len(given[0].shape) for x in constants)
+    return torch.Tag.pointwise in target.tags and len(given) == 1 and same
 
 
 def _became_single(flow: Flow, doubt: Doubt) -> bool:
@@ -1064,7 +1024,6 @@ def grouped(flow: Flow, leaves: Sequence[Leaf]) -> Labelled:
     """Units of equal signature are a group, named after the parameter that first makes them."""
     signature = signatures(flow, leaves)
     made = [(leaf, flow.units.roots(labels).flatten().numpy()) for leaf, labels in flow.made]
-    group_of: dict[int, int] = {}
     order: dict[int, dict[int, None]] = {}
     names: dict[int, str] = {}
     for leaf, roots in made:
