@@ -203,7 +203,7 @@ def cancellation(
         difference=float(difference.norm()),
         predicted=float(predicted.norm()),
         relative_error=float((difference - predicted).norm() / difference.norm()),
-        cosine=float(F.cosine_similarity(difference, predicted, dim=0)),
+        cosine=float(difference @ predicted / (difference.norm() * predicted.norm())),
     )
 
 
