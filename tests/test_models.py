@@ -127,6 +127,20 @@ def test_linear_layers_get_pytorchs_default():
     assert weight.abs().max() <= bound and float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
 
 
+def test_conv8_keeps_the_scale_of_its_signal():
+    """He et al.: without normalisation, and yet logits depend on the image from the first step."""
+    model = models.conv8(10, 0.5)
+    images = torch.randn(32, 3, 32, 32, generator=seed())
+    for values in (
+        models.initialise(model, seed(1)),
+        models.state(models.build(lambda: models.conv8(10, 0.5), seed(2))),
+    ):
+        assert float(values["features.10.weight"].std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
+        assert not values["features.10.bias"].any()
+        with torch.no_grad():
+            assert torch.func.functional_call(model, values, images).std(0).mean() > 0.1
+
+
 def test_initialise_resets_running_statistics_and_keeps_the_model():
     model = models.residual8(10, 3, 0.125)
     model(torch.randn(4, 3, 32, 32))

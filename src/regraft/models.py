@@ -2,7 +2,8 @@
 
 A model is only the description of a function; its values travel beside it as a dictionary
 name -> tensor (`Tensors`). All initial values are PyTorch's defaults, drawn from a generator that is
-handed in: `build` and `initialise` neither read nor change torch's global random state.
+handed in: `build` and `initialise` neither read nor change torch's global random state. (Conv8 alone has
+another distribution; it says why.)
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def initialise(model: nn.Module, generator: torch.Generator) -> Tensors:
     """
     fresh = copy.deepcopy(model).cpu()
     with seeded(generator):
-        for name, module in fresh.named_modules():
+        # Parts before wholes: a module that resets what it is made of has the last word.
+        for name, module in reversed(list(fresh.named_modules())):
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
             if reset is not None:
@@ -178,20 +180,40 @@ def digits_conv(num_classes: int = 10, in_channels: int = 1, width: float = 1.0)
     return ConvNet(features, [4 * c, c, num_classes])
 
 
+class Conv8(ConvNet):
+    """A convolutional network of eleven layers without normalisation.
+
+    Its initial values are those of He et al. (2015), as the paper says: weights N(0, 2 / fan_in), biases 0.
+    torch's own default, variance 1 / (3 fan_in), keeps a sixth of the signal per layer, which is next to
+    nothing after eleven: in our runs (widths 0.125 and 0.25, learning rates 0.05 and 0.2, batches of 32 and
+    128) the loss stayed at ln 10 as long as we looked, three to six epochs.
+    """
+
+    def __init__(self, num_classes: int, width: float, in_channels: int) -> None:
+        a, b, c, d, e = _scaled(width, 64, 128, 256, 512, 256)
+        features = [
+            *_conv(in_channels, a), *_conv(a, a), nn.MaxPool2d(2),
+            *_conv(a, b), *_conv(b, b), nn.MaxPool2d(2),
+            *_conv(b, c), *_conv(c, c), nn.MaxPool2d(2),
+            *_conv(c, d), *_conv(d, d), nn.MaxPool2d(4),
+            *_conv(d, d),
+        ]  # fmt: skip
+        super().__init__(features, [d, e, e, num_classes])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+
+
 def conv8(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> nn.Module:
     """Conv8 of "Transferring Learning Trajectories", table 2, for 32x32 images; all layers times ``width``.
 
     (The table's last layer has 512 inputs, but what flows into it are the 256 outputs of the one before.)
     """
-    a, b, c, d, e = _scaled(width, 64, 128, 256, 512, 256)
-    features = [
-        *_conv(in_channels, a), *_conv(a, a), nn.MaxPool2d(2),
-        *_conv(a, b), *_conv(b, b), nn.MaxPool2d(2),
-        *_conv(b, c), *_conv(c, c), nn.MaxPool2d(2),
-        *_conv(c, d), *_conv(d, d), nn.MaxPool2d(4),
-        *_conv(d, d),
-    ]  # fmt: skip
-    return ConvNet(features, [d, e, e, num_classes])
+    return Conv8(num_classes, width, in_channels)
 
 
 class BasicBlock(nn.Module):
