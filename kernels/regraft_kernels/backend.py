@@ -65,3 +65,10 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return self.jit[grid]
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """The Triton type of a torch dtype, for a kernel's constexpr arguments."""
+    import triton.language
+
+    return getattr(triton.language, str(dtype).removeprefix("torch."))

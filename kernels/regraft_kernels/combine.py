@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import resolve
-from regraft_kernels.packing import Tensors, allocate
+from regraft_kernels.backend import Kernel, resolve, triton_dtype
+from regraft_kernels.packing import Packing, Tensors, addresses, allocate
 from regraft_kernels.permute import row_blocks
+from regraft_kernels.tiles import MoveTile, family
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 
 def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[str, Tensor]:
@@ -60,6 +66,68 @@ def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float], out: T
     return out
 
 
+@Kernel
+def _combine_kernel(
+    addresses,  # int64 [m + 1, N]: of the sources, of the results
+    count,  # N
+    segments,  # int64 [N, 6]
+    tiles,  # int64 [programs, 3]
+    coefficients,  # [K, m], of the dtype of the arithmetic
+    steps,  # K
+    sources,  # m
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one tensor, all K results of it: after the first, the sources come from the cache."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    number = tl.load(tile)
+    size = tl.load(segments + number * 6 + 5)
+    here = tl.load(tile + 2) + tl.arange(0, BLOCK)
+    inside = here < size
+    result = tl.load(addresses + sources * count + number).to(tl.pointer_type(DTYPE))
+    for k in range(steps):
+        total = tl.zeros((BLOCK,), WIDE)
+        for s in range(sources):
+            source = tl.load(addresses + s * count + number).to(tl.pointer_type(DTYPE))
+            value = tl.load(source + here, mask=inside).to(WIDE)
+            total += tl.load(coefficients + k * sources + s) * value
+        tl.store(result + k * size + here, total.to(DTYPE), mask=inside)
+
+
+@cache
+def _flat_packing(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Packing:
+    return Packing.build(dict(shapes))
+
+
+def _combine_triton(sources: Sequence[Tensors], coefficients: Tensor, out: Tensors) -> None:
+    """One launch for each dtype among the tensors."""
+    first = sources[0]
+    device = next(iter(first.values())).device
+    packing = _flat_packing(tuple((name, tuple(tensor.shape)) for name, tensor in first.items()))
+    tile = family(device).flat
+    for dtype in dict.fromkeys(tensor.dtype for tensor in first.values()):
+        names = [name for name, tensor in first.items() if tensor.dtype == dtype and tensor.numel()]
+        if not names:
+            continue
+        wide = torch.promote_types(dtype, torch.float32)
+        table = packing.table(names, [1] * len(names), MoveTile(1, tile.block, tile.warps), device)
+        columns = [[tensors[name].contiguous() for name in names] for tensors in (*sources, out)]
+        _combine_kernel[(len(table.tiles),)](
+            addresses(columns, device),
+            len(names),
+            table.segments,
+            table.tiles,
+            coefficients.to(device, wide).contiguous(),
+            len(coefficients),
+            len(sources),
+            DTYPE=triton_dtype(dtype),
+            WIDE=triton_dtype(wide),
+            BLOCK=tile.block,
+            num_warps=tile.warps,
+        )
+
+
 def combine(
     sources: Sequence[Tensors],
     coefficients: Tensor | Sequence[Sequence[float]],
@@ -96,7 +164,8 @@ def combine(
         results[name].copy_(first[name].expand(shapes[name]))
     if floating and len(table):
         used = [{name: source[name] for name in floating} for source in sources]
-        {"torch": _combine_torch}[chosen](used, table, results)
+        run = _combine_triton if chosen == "triton" else _combine_torch
+        run(used, table, results)
     return results
 
 

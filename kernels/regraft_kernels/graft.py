@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import resolve
-from regraft_kernels.packing import Packing, Tensors, allocate
+from regraft_kernels.backend import Kernel, resolve, triton_dtype
+from regraft_kernels.packing import Packing, Tensors, addresses, allocate
 from regraft_kernels.permute import permute_reference, row_blocks
+from regraft_kernels.tiles import family
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 
 def graft_reference(
@@ -91,6 +96,96 @@ def _graft_one(
                 result.copy_(torch.add(here.to(wide), moved, alpha=scale))
 
 
+@Kernel
+def _graft_kernel(
+    addresses,  # int64 [4, N]: of base, start, end, the results
+    count,  # N
+    segments,  # int64 [N, 6]
+    tiles,  # int64 [programs, 3]
+    vectors,  # int64 [P, vector_length]: the index vectors, one after the other
+    vector_length,
+    scales,  # [K], of the dtype of the arithmetic
+    steps,  # K
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One tile of one tensor for one target, all K results of it: program (tile, target)."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    target = tl.program_id(1).to(tl.int64)
+    number = tl.load(tile)
+    segment = segments + number * 6
+    rows, length, tail = tl.load(segment), tl.load(segment + 1), tl.load(segment + 2)
+    row_vector, column_vector = tl.load(segment + 3), tl.load(segment + 4)
+    size = tl.load(segment + 5)
+    base = tl.load(addresses + number).to(tl.pointer_type(DTYPE)) + target * size
+    start = tl.load(addresses + count + number).to(tl.pointer_type(DTYPE))
+    end = tl.load(addresses + 2 * count + number).to(tl.pointer_type(DTYPE))
+    result = tl.load(addresses + 3 * count + number).to(tl.pointer_type(DTYPE)) + target * steps * size
+    vectors += target * vector_length
+
+    i = tl.load(tile + 1) + tl.arange(0, ROWS)
+    j = tl.load(tile + 2) + tl.arange(0, COLUMNS)
+    from_i = i
+    if row_vector >= 0:
+        from_i = tl.load(vectors + row_vector + i, mask=i < rows, other=0)
+    from_j = j
+    if column_vector >= 0:
+        column = j // tail
+        from_j = (
+            tl.load(vectors + column_vector + column, mask=j < length, other=0) * tail + j - column * tail
+        )
+    inside = (i < rows)[:, None] & (j < length)[None, :]
+    here = i[:, None] * length + j[None, :]
+    there = from_i[:, None] * length + from_j[None, :]
+    later = tl.load(end + there, mask=inside).to(WIDE)
+    moved = later - tl.load(start + there, mask=inside).to(WIDE)
+    value = tl.load(base + here, mask=inside).to(WIDE)
+    for k in range(steps):
+        step = value + tl.load(scales + k) * moved
+        tl.store(result + k * size + here, step.to(DTYPE), mask=inside)
+
+
+def _graft_triton(
+    base: Tensors,
+    start: Tensors,
+    end: Tensors,
+    scales: Sequence[float],
+    out: Tensors,
+    indices: Mapping[str, Tensor],
+    packing: Packing,
+    targets: int | None,
+) -> None:
+    """One launch for each dtype among the tensors."""
+    device = next(iter(base.values())).device
+    checked = packing.vectors(indices, list(base), device, targets=targets)
+    tile = family(device).move
+    for dtype in dict.fromkeys(tensor.dtype for tensor in base.values()):
+        names = [name for name, tensor in base.items() if tensor.dtype == dtype and out[name].numel()]
+        if not names:
+            continue
+        wide = torch.promote_types(dtype, torch.float32)
+        table = packing.table(names, [1] * len(names), tile, device)
+        vectors = table.vectors(checked, targets)
+        columns = [[tensors[name].contiguous() for name in names] for tensors in (base, start, end, out)]
+        _graft_kernel[len(table.tiles), 1 if targets is None else targets](
+            addresses(columns, device),
+            len(names),
+            table.segments,
+            table.tiles,
+            vectors,
+            vectors.shape[-1],
+            torch.tensor(scales, dtype=wide, device=device),
+            len(scales),
+            DTYPE=triton_dtype(dtype),
+            WIDE=triton_dtype(wide),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+        )
+
+
 def graft(
     base: Tensors,
     start: Tensors,
@@ -128,7 +223,8 @@ def graft(
         results[name].copy_(base[name].unsqueeze(len(batch)))
     if floating:
         targets = batch[0] if batch else None
-        {"torch": _graft_torch}[chosen](floating, *moves, factors, results, indices, packing, targets)
+        run = _graft_triton if chosen == "triton" else _graft_torch
+        run(floating, *moves, factors, results, indices, packing, targets)
     return results
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from regraft_kernels.tiles import MoveTile
 
 Tensors = Mapping[str, Tensor]
 Factors = tuple[tuple[int, str | None], ...]
@@ -49,6 +51,7 @@ class Packing:
     axes: dict[str, tuple[str | None, ...]]
     slots: dict[str, int]
     segments: dict[str, Segment]
+    _tables: dict[tuple, Table] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def build(
@@ -130,6 +133,18 @@ class Packing:
                     composed[factors] = _compose(factors, checked)
         return Indices(composed)
 
+    def table(
+        self, names: Sequence[str], widths: Sequence[int], tile: MoveTile, device: torch.device
+    ) -> Table:
+        """The segment table of the named tensors for the kernels, made at its first use and kept.
+
+        `widths`: for each tensor, how many of the kernel's elements make one of its own.
+        """
+        key = (tuple(names), tuple(widths), tile, device)
+        if key not in self._tables:
+            self._tables[key] = Table.build([self.segments[n] for n in names], widths, tile, device)
+        return self._tables[key]
+
 
 @dataclass(frozen=True)
 class Indices:
@@ -143,6 +158,70 @@ class Indices:
             return None
         vector = self.vectors[factors]
         return vector if target is None else vector[target]
+
+
+FIELDS = 6
+"""Columns of a segment table: rows, row length, tail, row vector, column vector (-1: none), size."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a kernel reads to find its way: int64 tensors on the device.
+
+    `segments` [N, FIELDS]; `tiles` [programs, 3]: segment, first row, first element of the row. `factors` are
+    the index vectors that the segments point into, in the order in which they are concatenated.
+    """
+
+    segments: Tensor
+    tiles: Tensor
+    factors: tuple[Factors, ...]
+
+    @staticmethod
+    def build(
+        segments: Sequence[Segment], widths: Sequence[int], tile: MoveTile, device: torch.device
+    ) -> Table:
+        """Lay the tiles over the segments; all in Python integers and int64, beyond 2^31 elements."""
+        places: dict[Factors, int] = {(): -1}
+        filled = 0
+        rows, tiles = [], []
+        for number, (segment, width) in enumerate(zip(segments, widths, strict=True)):
+            for factors in (segment.row_factors, segment.column_factors):
+                if factors not in places:
+                    places[factors] = filled
+                    filled += math.prod(n for n, _ in factors)
+            tail = segment.tail * width
+            length = segment.columns * tail
+            places_of = places[segment.row_factors], places[segment.column_factors]
+            rows.append((segment.rows, length, tail, *places_of, segment.size * width))
+            tiles.append(_tile_grid(number, segment.rows, length, tile))
+        return Table(
+            torch.tensor(rows, dtype=torch.int64).reshape(-1, FIELDS).to(device),
+            torch.cat([torch.zeros(0, 3, dtype=torch.int64), *tiles]).to(device),
+            tuple(factors for factors in places if factors),
+        )
+
+    def vectors(self, indices: Indices, targets: int | None = None) -> Tensor:
+        """The index vectors one after the other, [length] or [targets, length]."""
+        lead = () if targets is None else (targets,)
+        empty = torch.zeros((*lead, 0), dtype=torch.int64, device=self.tiles.device)
+        # Vectors of fixed axes alone are the same for every target.
+        parts = [indices.vectors[f].expand(*lead, -1) for f in self.factors]
+        return torch.cat([empty, *parts], dim=-1)
+
+
+def addresses(columns: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """The addresses of tensors as int64 [len(columns), N] on the device."""
+    table = torch.tensor([[t.data_ptr() for t in column] for column in columns], dtype=torch.int64)
+    if device.type == "cuda":
+        return table.pin_memory().to(device, non_blocking=True)
+    return table
+
+
+def _tile_grid(number: int, rows: int, length: int, tile: MoveTile) -> Tensor:
+    first_rows = torch.arange(0, rows if length else 0, tile.rows)
+    first_columns = torch.arange(0, length, tile.columns)
+    grid = torch.cartesian_prod(torch.tensor([number]), first_rows, first_columns)
+    return grid.reshape(-1, 3)
 
 
 def _slot_lengths(

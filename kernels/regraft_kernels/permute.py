@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import resolve
-from regraft_kernels.packing import Packing, Tensors, allocate
+from regraft_kernels.backend import Kernel, resolve, triton_dtype
+from regraft_kernels.packing import Packing, Tensors, addresses, allocate
+from regraft_kernels.tiles import family
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 BLOCK_BYTES = 512 << 10
 """The torch path moves a block of rows of this size at a time: what it gathers first is still in the cache."""
@@ -66,6 +71,74 @@ def _gather_one(source: Tensor, out: Tensor, rows: Tensor | None, columns: Tenso
             torch.index_select(chosen, 1, columns, out=out[block])
 
 
+@Kernel
+def _permute_kernel(
+    addresses,  # int64 [2, N]: of the sources, of the results
+    count,  # N
+    segments,  # int64 [N, 6]
+    tiles,  # int64 [programs, 3]
+    vectors,  # int64: the index vectors, one after the other
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One tile of one tensor of one model: program (tile, model)."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    model = tl.program_id(1).to(tl.int64)
+    number = tl.load(tile)
+    segment = segments + number * 6
+    rows, length, tail = tl.load(segment), tl.load(segment + 1), tl.load(segment + 2)
+    row_vector, column_vector = tl.load(segment + 3), tl.load(segment + 4)
+    start = model * tl.load(segment + 5)
+    source = tl.load(addresses + number).to(tl.pointer_type(DTYPE)) + start
+    result = tl.load(addresses + count + number).to(tl.pointer_type(DTYPE)) + start
+
+    i = tl.load(tile + 1) + tl.arange(0, ROWS)
+    j = tl.load(tile + 2) + tl.arange(0, COLUMNS)
+    from_i = i
+    if row_vector >= 0:
+        from_i = tl.load(vectors + row_vector + i, mask=i < rows, other=0)
+    from_j = j
+    if column_vector >= 0:
+        column = j // tail
+        from_j = (
+            tl.load(vectors + column_vector + column, mask=j < length, other=0) * tail + j - column * tail
+        )
+    inside = (i < rows)[:, None] & (j < length)[None, :]
+    value = tl.load(source + from_i[:, None] * length + from_j[None, :], mask=inside)
+    tl.store(result + i[:, None] * length + j[None, :], value, mask=inside)
+
+
+def _permute_triton(
+    tensors: Tensors, out: Tensors, indices: Mapping[str, Tensor], packing: Packing, inverse: bool
+) -> None:
+    """One launch, in units of the smallest element size; a second one where there are tensors of bytes."""
+    first = next(iter(tensors.values()))
+    device = first.device
+    checked = packing.vectors(indices, list(tensors), device, inverse=inverse)
+    for wide in (True, False):
+        names = [name for name, t in tensors.items() if (t.element_size() > 1) == wide and t.numel()]
+        if not names:
+            continue
+        unit = min(8, *(tensors[name].element_size() for name in names))
+        widths = [tensors[name].element_size() // unit for name in names]
+        tile = family(device).move
+        table = packing.table(names, widths, tile, device)
+        sources = [tensors[name].contiguous() for name in names]
+        models = sources[0].numel() // packing.segments[names[0]].size
+        _permute_kernel[len(table.tiles), models](
+            addresses([sources, [out[name] for name in names]], device),
+            len(names),
+            table.segments,
+            table.tiles,
+            table.vectors(checked),
+            DTYPE=triton_dtype({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[unit]),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+        )
+
+
 def permute(
     tensors: Tensors,
     indices: Mapping[str, Tensor],
@@ -90,5 +163,6 @@ def permute(
     device = next(iter(tensors.values())).device
     chosen = resolve(backend, device)
     results = allocate({n: tuple(t.shape) for n, t in tensors.items()}, tensors, out, [tensors])
-    {"torch": _permute_torch}[chosen](tensors, results, indices, packing, inverse)
+    run = _permute_triton if chosen == "triton" else _permute_torch
+    run(tensors, results, indices, packing, inverse)
     return results

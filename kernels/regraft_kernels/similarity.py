@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import resolve
+from regraft_kernels.backend import Kernel, resolve, triton_dtype
 from regraft_kernels.packing import check_index, check_ranges
+from regraft_kernels.tiles import dot_tile, family
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
@@ -213,6 +219,219 @@ def _multiply_add_(total: Tensor, left: Tensor, right: Tensor, place: int) -> No
         total.addbmm_(left, right.mT)
 
 
+@Kernel
+def _similarity_kernel(
+    programs,  # int64 [programs, 6]: first and last part, n, first row, first column, place in `out`
+    parts,  # int64 [parts, 8]: see _Work.add
+    rows,  # int64: where the units stand in a stack, in elements
+    columns,  # int64: where everything else stands
+    out,  # float32: one [n, n] for each group and split
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """One tile of S, over one split of the sum; the splits are added afterwards, always in the same order."""
+    program = programs + tl.program_id(0).to(tl.int64) * 6
+    first_part, last_part, n = tl.load(program), tl.load(program + 1), tl.load(program + 2)
+    i = tl.load(program + 3) + tl.arange(0, M)
+    j = tl.load(program + 4) + tl.arange(0, N)
+    total = tl.zeros((M, N), tl.float32)
+    for number in range(first_part, last_part):
+        part = parts + number * 8
+        target = tl.load(part).to(tl.pointer_type(DTYPE))
+        source = tl.load(part + 1).to(tl.pointer_type(DTYPE))
+        target_row = tl.load(rows + tl.load(part + 2) + i, mask=i < n, other=0)
+        source_row = tl.load(rows + tl.load(part + 3) + j, mask=j < n, other=0)
+        first, last = tl.load(part + 4), tl.load(part + 5)
+        to_source = tl.load(part + 6)
+        kind = tl.load(part + 7)
+        sign = tl.where(kind >= 2, -1.0, 1.0).to(DTYPE)
+        # Neighbouring threads read neighbouring memory: along the units where these stand innermost.
+        if kind % 2 == 1:
+            for place in range(first, last, K):
+                k = place + tl.arange(0, K)
+                here = tl.load(columns + k, mask=k < last, other=0)
+                there = tl.load(columns + to_source + k, mask=k < last, other=0)
+                ok_left = (k < last)[:, None] & (i < n)[None, :]
+                ok_right = (k < last)[:, None] & (j < n)[None, :]
+                left = tl.load(target + here[:, None] + target_row[None, :], mask=ok_left, other=0.0)
+                right = tl.load(source + there[:, None] + source_row[None, :], mask=ok_right, other=0.0)
+                total = tl.dot(tl.trans(left), right * sign, total, input_precision=PRECISION)
+        else:
+            for place in range(first, last, K):
+                k = place + tl.arange(0, K)
+                here = tl.load(columns + k, mask=k < last, other=0)
+                there = tl.load(columns + to_source + k, mask=k < last, other=0)
+                ok_left = (i < n)[:, None] & (k < last)[None, :]
+                ok_right = (j < n)[:, None] & (k < last)[None, :]
+                left = tl.load(target + target_row[:, None] + here[None, :], mask=ok_left, other=0.0)
+                right = tl.load(source + source_row[:, None] + there[None, :], mask=ok_right, other=0.0)
+                total = tl.dot(left, tl.trans(right * sign), total, input_precision=PRECISION)
+    place = out + tl.load(program + 5) + i.to(tl.int64)[:, None] * n + j[None, :]
+    tl.store(place, total, mask=(i < n)[:, None] & (j < n)[None, :])
+
+
+@dataclass
+class _Work:
+    """The tables of one launch of `_similarity_kernel`, as they grow term by term."""
+
+    device: torch.device
+    parts: list[list[int]] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    columns: list[Tensor] = field(default_factory=list)
+    rows_filled: int = 0
+    columns_filled: int = 0
+
+    def add(self, term: Term, target: _Operand, source: _Operand, sign: int = 1) -> None:
+        """Append one part for each occurrence of the units on the axis: the addresses of target and source,
+        the places of their row offsets, the range of the target's column offsets, how far behind these the
+        source's lie, and a kind: 1 where units stand innermost, 2 more where the part is subtracted."""
+        dim = term.axis + 1
+        order = sorted(
+            (d for d in range(target.stack.ndim) if d != dim), key=lambda d: -target.stack.stride(d)
+        )
+        length = 0
+        for operand in (target, source):
+            columns = _offsets(operand, order, self.device)
+            length = len(columns)
+            self.columns.append(columns)
+        inner = target.stack.stride(dim) == 1 and target.stack.shape[dim] > 1
+        occurrences = (
+            torch.arange(term.units, device=self.device)[:, None]
+            if term.positions is None
+            else term.positions
+        )
+        for positions in occurrences.T:
+            for operand in (target, source):
+                index = operand.gathers[dim]
+                place = positions if index is None else index[positions]
+                self.rows.append(place * operand.stack.stride(dim))
+            addresses = [target.stack.data_ptr(), source.stack.data_ptr()]
+            rows = [self.rows_filled, self.rows_filled + term.units]
+            columns = [self.columns_filled, self.columns_filled + length, length]
+            self.parts.append([*addresses, *rows, *columns, int(inner) + (2 if sign < 0 else 0)])
+            self.rows_filled += 2 * term.units
+        self.columns_filled += 2 * length
+
+
+def _offsets(operand: _Operand, order: Sequence[int], device: torch.device) -> Tensor:
+    """Where the entries of the gathered dimensions in `order` stand in the stack, in elements, int64."""
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+    for dim in order:
+        index = operand.gathers[dim]
+        place = torch.arange(operand.stack.shape[dim], device=device) if index is None else index
+        offsets = (offsets[:, None] + place * operand.stack.stride(dim)).flatten()
+    return offsets
+
+
+PROGRAMS = 512
+"""So many programs at least, where the sum is long enough, so that they fill a GPU: the sum is split."""
+
+SPLIT = 512
+"""No split of the sum is shorter than this."""
+
+
+def _split(parts: list[list[int]], splits: int) -> list[list[list[int]]]:
+    """Cut the sum over all parts into at most `splits` runs of nearly equal length."""
+    each = max(1, -(-sum(part[5] - part[4] for part in parts) // splits))
+    runs: list[list[list[int]]] = [[]]
+    room = each
+    for part in parts:
+        first, last = part[4], part[5]
+        while first < last:
+            if room == 0:
+                runs.append([])
+                room = each
+            end = min(last, first + room)
+            runs[-1].append([*part[:4], first, end, *part[6:]])
+            room -= end - first
+            first = end
+    return runs
+
+
+def _launch(groups: Sequence[tuple[int, _Work]], dtype: torch.dtype, precision: str) -> list[Tensor]:
+    """Launch the kernel once for all groups (n, work), which share their tables' lists; return their S."""
+    device = groups[0][1].device
+    tiles = family(device)
+    tile = dot_tile(tiles, dtype, precision, max(n for n, _ in groups))
+    grids = [[(r, c) for r in range(0, n, tile.m) for c in range(0, n, tile.n)] for n, _ in groups]
+    wanted = -(-PROGRAMS // max(1, sum(len(grid) for grid in grids)))
+    parts: list[list[int]] = []
+    programs: list[list[int]] = []
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    counts: list[int] = []
+    place = rows_before = columns_before = 0
+    for (n, work), grid in zip(groups, grids, strict=True):
+        moved = [
+            [
+                *p[:2],
+                p[2] + rows_before,
+                p[3] + rows_before,
+                p[4] + columns_before,
+                p[5] + columns_before,
+                *p[6:],
+            ]
+            for p in work.parts
+        ]
+        total = sum(p[5] - p[4] for p in moved)
+        runs = _split(moved, max(1, min(wanted, total // SPLIT)))
+        for run in runs:
+            first = len(parts)
+            parts += run
+            programs += [[first, len(parts), n, row, column, place] for row, column in grid]
+            place += n * n
+        counts.append(len(runs))
+        rows += work.rows
+        columns += work.columns
+        rows_before += work.rows_filled
+        columns_before += work.columns_filled
+    out = torch.empty(place, dtype=torch.float32, device=device)
+    if programs:
+        _similarity_kernel[(len(programs),)](
+            torch.tensor(programs, dtype=torch.int64).to(device),
+            torch.tensor(parts, dtype=torch.int64).reshape(-1, 8).to(device),
+            torch.cat(rows),
+            torch.cat(columns),
+            out,
+            DTYPE=triton_dtype(dtype),
+            PRECISION=precision if dtype == torch.float32 else "ieee",
+            M=tile.m,
+            N=tile.n,
+            K=tile.k,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    sizes = [count * n * n for count, (n, _) in zip(counts, groups, strict=True)]
+    stacks = [
+        part.view(count, n, n) for part, count, (n, _) in zip(out.split(sizes), counts, groups, strict=True)
+    ]
+    return [stack[0] if len(stack) == 1 else stack.sum(0) for stack in stacks]
+
+
+def _similarity_triton(groups: Sequence[Sequence[Term]], precision: str) -> list[Tensor]:
+    works = []
+    for terms in groups:
+        work = _Work(terms[0].target.device)
+        for term in terms:
+            work.add(term, *_operands(term))
+        works.append((terms[0].units, work))
+    return _launch(works, groups[0][0].target.dtype, precision)
+
+
+def _update_triton_(
+    S: Tensor, term: Term, axis: int, changed: Tensor, old: Tensor, new: Tensor, precision: str
+) -> Tensor:
+    target, source = _operands(term)
+    target = target.with_gather(axis + 1, changed)
+    work = _Work(S.device)
+    work.add(term, target, source.with_gather(axis + 1, new))
+    work.add(term, target, source.with_gather(axis + 1, old), sign=-1)
+    return S.add_(_launch([(term.units, work)], term.target.dtype, precision)[0])
+
+
 def similarity(terms: Sequence[Term], *, precision: str = "tf32x3", backend: str = "auto") -> Tensor:
     """S[i, j] = sum over terms and steps of <target unit i, source unit j>, as [n, n].
 
@@ -233,10 +452,18 @@ def similarity_many(
     """`similarity` of several groups (of one colour, or of several pairs of models): one launch on a GPU."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    if not groups:
+        return []
     for terms in groups:
         check_terms(terms)
-        resolve(backend, terms[0].target.device)
-    return [_similarity_torch(terms) for terms in groups]
+    first = groups[0][0].target
+    kinds = {(terms[0].target.dtype, terms[0].target.device) for terms in groups}
+    if len(kinds) > 1:
+        raise ValueError(f"the groups differ in dtype or device: {sorted(map(str, kinds))}")
+    if _resolve(backend, first) == "triton":
+        return _similarity_triton(groups, precision)
+    with _float32_products(first.device, precision):
+        return [_similarity_torch(terms) for terms in groups]
 
 
 def similarity_update_(
@@ -268,11 +495,41 @@ def similarity_update_(
     for what, index in (("old", old), ("new", new)):
         check_index(what, index, length, term.source.device)
     check_ranges([("old", old, length), ("new", new, length)])
-    resolve(backend, S.device)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    chosen = _resolve(backend, term.target)
     changed = (old != new).nonzero().squeeze(1)
     if not len(changed):
         return S
-    return _update_torch_(S, term, axis_changed, changed, old[changed], new[changed])
+    if chosen == "triton":
+        return _update_triton_(S, term, axis_changed, changed, old[changed], new[changed], precision)
+    with _float32_products(S.device, precision):
+        return _update_torch_(S, term, axis_changed, changed, old[changed], new[changed])
+
+
+def _resolve(backend: str, stack: Tensor) -> str:
+    """float64 is torch's: its own product is as fast as a matrix unit allows."""
+    if stack.dtype != torch.float64:
+        return resolve(backend, stack.device)
+    if backend == "triton":
+        raise ValueError("backend 'triton' multiplies float32, bfloat16 and float16, not float64")
+    resolve(backend, stack.device)
+    return "torch"
+
+
+@contextmanager
+def _float32_products(device: torch.device, precision: str) -> Iterator[None]:
+    """Torch's products on a GPU in tf32 where that was asked for, and in float32 otherwise."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def check_terms(terms: Sequence[Term]) -> None:

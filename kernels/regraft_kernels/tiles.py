@@ -1,1 +1,91 @@
 """Frozen tile configurations per GPU family, and how one is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class MoveTile:
+    """A tile of permute and graft: rows x columns, where a column is one element of a row's contiguous tail."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class FlatTile:
+    """A tile of combine: `block` consecutive elements."""
+
+    block: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class DotTile:
+    """A tile of similarity: m x n of the result, k at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """The tiles of one GPU family. `dot` is precision -> (small, large); "half" stands for bf16 and fp16."""
+
+    name: str
+    move: MoveTile
+    flat: FlatTile
+    dot: dict[str, tuple[DotTile, DotTile]]
+
+
+_NVIDIA_DOT = {
+    "half": (DotTile(64, 64, 32, 4, 3), DotTile(128, 128, 64, 8, 3)),
+    "tf32": (DotTile(64, 64, 32, 4, 3), DotTile(128, 128, 32, 8, 3)),
+    "tf32x3": (DotTile(64, 64, 32, 4, 2), DotTile(128, 64, 32, 8, 2)),
+    "ieee": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 16, 8, 2)),
+}
+_AMD_DOT = {
+    "half": (DotTile(64, 64, 32, 4, 2), DotTile(128, 128, 32, 8, 2)),
+    "tf32": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 32, 4, 2)),
+    "tf32x3": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 32, 4, 2)),
+    "ieee": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 16, 4, 2)),
+}
+
+FAMILIES = {
+    "sm_80": Family("sm_80", MoveTile(4, 512, 4), FlatTile(2048, 4), _NVIDIA_DOT),
+    "sm_90": Family("sm_90", MoveTile(4, 512, 4), FlatTile(2048, 4), _NVIDIA_DOT),
+    "sm_100": Family("sm_100", MoveTile(4, 512, 4), FlatTile(2048, 4), _NVIDIA_DOT),
+    "gfx942": Family("gfx942", MoveTile(4, 512, 4), FlatTile(2048, 4), _AMD_DOT),
+}
+INTERPRETER = Family(
+    "interpreter",
+    MoveTile(4, 16, 1),
+    FlatTile(32, 1),
+    {p: (DotTile(16, 16, 16, 1, 1),) * 2 for p in ("half", "tf32", "tf32x3", "ieee")},
+)
+"""Small tiles for Triton's interpreter, so that small tests cross their borders."""
+
+
+@cache
+def family(device: torch.device) -> Family:
+    """The tiles for a device; those of the nearest older NVIDIA family where there are none of its own."""
+    if device.type != "cuda":
+        return INTERPRETER
+    if torch.version.hip:
+        return FAMILIES["gfx942"]
+    major, _ = torch.cuda.get_device_capability(device)
+    return FAMILIES["sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]
+
+
+def dot_tile(tiles: Family, dtype: torch.dtype, precision: str, units: int) -> DotTile:
+    """The tile of similarity for inputs of `dtype` and groups of `units`."""
+    small, large = tiles.dot[precision if dtype == torch.float32 else "half"]
+    return small if units <= 2 * small.m else large
