@@ -67,6 +67,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("benchmark_json", None) is None:
         # pytest-benchmark writes into the open file; it is renamed into place once it is whole
         config.option.benchmark_json = str(_benchmark_part(config))
+    if config.getoption("benchmark_columns", None) is None:
+        config.option.benchmark_columns = ["median", "rounds"]  # the tables of this project say the rest
     _benchmark_part(config).parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -187,6 +189,7 @@ def open_book(pytestconfig: pytest.Config) -> Callable[[str, Sequence[Column]], 
     return opener
 
 
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's own table
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     for book in config.stash.get(BOOKS, []):
         if not book.rows:

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -66,8 +65,11 @@ def test_outside_a_checkout_it_says_where_the_benches_are(tmp_path, monkeypatch,
 
 def test_symmetry_describes_the_model_asked_for(monkeypatch):
     seen = []
-    describe = SimpleNamespace(describe=lambda *asked: seen.append(asked))
-    monkeypatch.setitem(sys.modules, "regraft.symmetry", describe)
-    monkeypatch.setattr("regraft.symmetry", describe, raising=False)
+    monkeypatch.setattr("regraft.symmetry.describe", lambda *asked: seen.append(asked))
     assert cli.main(["symmetry", "resnet18", "--shape", "2", "3", "64", "64"]) == 0
     assert seen == [("resnet18", (2, 3, 64, 64))]
+
+
+def test_a_model_that_is_not_there_is_one_line_and_status_2(capsys):
+    assert cli.main(["symmetry", "no_such_model"]) == 2
+    assert capsys.readouterr().err.startswith("regraft: ")
