@@ -33,9 +33,12 @@ A group that occurs in an axis must occur with all its units, and with each equa
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -483,15 +486,22 @@ def _segments(names: list[str], group: np.ndarray, unit: np.ndarray) -> Axis:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def evaluating(model: nn.Module, *, heads: bool = False) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode afterwards.
+
+    ``heads``: modules that are built of others behave as in training, when auxiliary heads run; the layers
+    themselves (dropout, norms) do not.
+    """
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = (
+            heads and any(module.children()) and not type(module).__module__.startswith("torch.nn")
+        )
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes.items():
+            module.training = training
 
 
 # ---- the proof
@@ -510,9 +520,10 @@ def verify(
 
     Each draw takes a random permutation of every group, and random parameters and buffers near the model's own:
     zero-initialised heads and constant norms are given random values, or the comparison would say nothing, and
-    BatchNorm statistics are what the layer sees, give or take a half. The model itself is not changed, and
-    evaluated in evaluation mode. The error is max |f(x; pi theta) - f(x; theta)| / max |f(x; theta)|, for each
-    output tensor. ``generator``: a CPU generator (seed 0 if not given).
+    BatchNorm statistics are near what the layer sees. The model is evaluated in evaluation mode and left as it
+    is; where that does not read everything that moves, its auxiliary heads are proved as well. The error is
+    max |f(x; pi theta) - f(x; theta)| / max |f(x; theta)|, the largest of all output tensors. ``generator``: a
+    CPU generator (seed 0 if not given).
 
     Raises ValueError naming the tensor where the specification does not fit the model or an error is not below
     ``tolerance``.
@@ -522,18 +533,22 @@ def verify(
     generator = generator or torch.Generator().manual_seed(0)
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     spec.validate(held)
+    unread = {name for name, axes in spec.axes.items() if any(map(_groups_of, axes))}
     worst = 0.0
-    with evaluating(model), torch.no_grad():
-        for _ in range(draws):
-            tensors = _generic(model, held, inputs, generator)
-            before = functional_call(model, tensors, inputs)
-            tensors = _moved(spec, spec.random(generator), tensors)
-            error = _difference(before, functional_call(model, tensors, inputs))
-            if not error < tolerance:
-                raise ValueError(
-                    _blame(spec, model, _generic(model, held, inputs, generator), inputs, generator, error)
-                )
-            worst = max(worst, error)
+    for heads in (False, True):
+        with evaluating(model, heads=heads), torch.no_grad():
+            for _ in range(draws):
+                tensors, read = _generic(model, held, inputs, generator)
+                unread -= read
+                before = functional_call(model, tensors, inputs)
+                tensors = _moved(spec, spec.random(generator), tensors)
+                error = _difference(before, functional_call(model, tensors, inputs))
+                if not error < tolerance:
+                    tensors, _ = _generic(model, held, inputs, generator)
+                    raise ValueError(_blame(spec, model, tensors, inputs, generator, error))
+                worst = max(worst, error)
+        if not unread:  # else auxiliary heads are still to be proved
+            break
     return worst
 
 
@@ -554,15 +569,16 @@ def _moved(spec: PermutationSpec, perm: Perm, tensors: Tensors) -> Tensors:
 def _generic(
     model: nn.Module, held: Mapping[str, Tensor], inputs: Any, generator: torch.Generator
 ) -> Tensors:
-    """Random float64 parameters and buffers near the model's own, none of them constant or zero."""
+    """Random float64 parameters and buffers near the model's own, none of them constant or zero; and the names of
+    those that the model reads."""
     tensors = {}
     for name, tensor in held.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"tensor {name!r} of the model is not finite")
         tensors[name] = _perturbed(tensor.detach(), generator)
-    with _Statistics(generator):
+    with _Statistics(generator) as statistics:
         functional_call(model, tensors, inputs)
-    return tensors
+    return tensors, {name for name, tensor in tensors.items() if id(tensor) in statistics.read}
 
 
 def _perturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -593,9 +609,11 @@ class _Statistics(TorchFunctionMode):
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
         self.generator = generator
+        self.read: set[int] = set()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.read |= {id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         if function is torch.nn.functional.batch_norm:
             x, mean, var = args[:3]
             if mean is not None and var is not None:
@@ -671,3 +689,59 @@ def _axes_of_length(spec: PermutationSpec, length: int) -> list[tuple[str, int]]
     return [
         (name, a) for name, shape in spec.shapes.items() for a, size in enumerate(shape) if size == length
     ]
+
+
+# ---- the command
+
+
+def describe(name: str, shape: Sequence[int] | None = None) -> PermutationSpec:
+    """What ``regraft symmetry NAME`` does: traces a model, prints its groups, and proves them.
+
+    ``name``: a classification model of torchvision, or ``module:factory``, where the factory (a class, a function
+    or a model) needs no arguments. ``shape``: of one input, batch first; torchvision's usual one if not given.
+    Raises ValueError for a model that cannot be found, called, traced or proved.
+    """
+    from rich.console import Console
+
+    model, usual = _find_model(name)
+    inputs = torch.rand(tuple(shape or usual), generator=torch.Generator().manual_seed(0))
+    console = Console()
+    with console.status(f"tracing {name}"):
+        spec = trace(model, inputs)
+    console.print(spec.table())
+    with console.status(f"proving {name}"):
+        error = verify(spec, model, inputs)
+    total = sum(math.prod(size) for size in spec.shapes.values())
+    console.print(
+        f"{name}: proved at random permutations, relative error {error:.1e} in float64; "
+        f"they may move {spec.moved() / max(total, 1):.1%} of all parameters and buffers"
+    )
+    return spec
+
+
+def _find_model(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    module, colon, factory = name.partition(":")
+    if not colon:
+        import torchvision.models as zoo
+
+        known = zoo.list_models(module=zoo)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            raise ValueError(
+                f"torchvision has no classification model {name!r}"
+                + (f" (do you mean {' or '.join(close)}?)" if close else "")
+                + "; your own model is given as module:factory"
+            )
+        (crop,) = zoo.get_model_weights(name).DEFAULT.transforms().crop_size
+        return zoo.get_model(name), (1, 3, crop, crop)
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's own module stands where the user does
+    try:
+        made = getattr(importlib.import_module(module), factory)
+        model = made if isinstance(made, nn.Module) else made()
+    except Exception as error:
+        raise ValueError(f"cannot make a model of {name!r}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name!r} gives a {type(model).__name__}, not a torch.nn.Module")
+    return model, (1, 3, 224, 224)

@@ -17,11 +17,13 @@ To teach the tracer an operator, write one function here and register it with ``
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -731,11 +733,11 @@ class Labelled:
 
 
 def find_units(model: nn.Module, example_inputs: tuple[Any, ...]) -> Labelled:
-    """Exports the model, lets labels flow through the graph, and groups the units of equal signature."""
-    program = export(model, example_inputs)
+    """Exports the model, lets labels flow through its graphs, and groups the units of equal signature."""
+    programs = export(model, example_inputs)
     eager: frozenset[int] = frozenset()
     while True:
-        flow, leaves = run_through(program, model, eager)
+        flow, leaves = run_through(programs, model, eager)
         # A mean over tokens that only later turned out to be of one unit passes it in the next round.
         late = frozenset(
             i for i, doubt in enumerate(flow.doubts) if i not in eager and _became_single(flow, doubt)
@@ -744,67 +746,114 @@ def find_units(model: nn.Module, example_inputs: tuple[Any, ...]) -> Labelled:
             break
         eager |= late
     for name in flow.unknown:
-        warnings.warn(
-            f"operator {name} is not known to the tracer: what it touches stays fixed", stacklevel=3
-        )
+        warn(f"operator {name} is not known to the tracer: what it touches stays fixed")
     return grouped(flow, leaves)
 
 
-def run_through(program: ExportedProgram, model: nn.Module, eager: frozenset[int]) -> tuple[Flow, list[Leaf]]:
-    """One pass of labels through the graph, through its functional form where writing in place matters."""
+def warn(message: str) -> None:
+    """A warning that points at the caller of :func:`regraft.symmetry.trace`."""
+    warnings.warn(message, stacklevel=5)
+
+
+def export(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[ExportedProgram]:
+    """The model's graph in evaluation mode; and, where that leaves parameters unused, the one with its auxiliary
+    heads. Raises ValueError where torch.export cannot trace the model."""
     try:
-        flow, leaves = run(program, model, eager)
+        programs = [_export(model, example_inputs, heads=False)]
+    except Exception as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}: {cause}); trace it "
+            "without data-dependent control flow, or write its specification by hand (PermutationSpec.build)"
+        ) from error
+    if _unused(programs, model):
+        with contextlib.suppress(Exception):  # heads may need larger inputs
+            programs.append(_export(model, example_inputs, heads=True))
+    if idle := _unused(programs, model):
+        warn(
+            f"{len(idle)} parameters of {type(model).__name__} are not used and stay fixed, such as {idle[0]!r}"
+        )
+    return programs
+
+
+def _export(model: nn.Module, example_inputs: tuple[Any, ...], *, heads: bool) -> ExportedProgram:
+    with evaluating(model, heads=heads), _quiet("torch._subclasses.fake_tensor"):
+        return torch.export.export(model, example_inputs, strict=False)
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """What fails inside is reported by an exception, not by a log."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _unused(programs: Sequence[ExportedProgram], model: nn.Module) -> list[str]:
+    """The parameters that occur in no graph."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    used = {
+        id(every[spec.target])
+        for program in programs
+        for spec, node in _inputs(program)
+        if spec.target in every and node.users
+    }
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in used]
+
+
+def _inputs(program: ExportedProgram) -> Iterable[tuple[Any, Node]]:
+    """What every placeholder of a graph stands for."""
+    return zip(program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True)
+
+
+def run_through(
+    programs: Sequence[ExportedProgram], model: nn.Module, eager: frozenset[int]
+) -> tuple[Flow, list[Leaf]]:
+    """One pass of labels through the graphs, through their functional form where writing in place matters."""
+    try:
+        flow, leaves = run(programs, model, eager)
     except Entangled:
-        flow, leaves = run(program.run_decompositions({}), model, eager)
+        flow, leaves = run([program.run_decompositions({}) for program in programs], model, eager)
     settle(flow, leaves)
     return flow, leaves
 
 
-def export(model: nn.Module, example_inputs: tuple[Any, ...]) -> ExportedProgram:
-    """The model's graph in evaluation mode. Raises ValueError where torch.export cannot trace it."""
-    with evaluating(model):
-        try:
-            return torch.export.export(model, example_inputs, strict=False)
-        except Exception as error:
-            cause = str(error).strip().partition("\n")[0]
-            raise ValueError(
-                f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}: {cause}); trace it without "
-                "data-dependent control flow, or write its specification by hand (PermutationSpec.build)"
-            ) from error
-
-
-def run(program: ExportedProgram, model: nn.Module, eager: frozenset[int]) -> tuple[Flow, list[Leaf]]:
-    """One pass of labels through the graph; every parameter and buffer as a leaf."""
+def run(
+    programs: Sequence[ExportedProgram], model: nn.Module, eager: frozenset[int]
+) -> tuple[Flow, list[Leaf]]:
+    """One pass of labels; every parameter and buffer is a leaf that the graphs share."""
     flow = Flow(eager)
     leaves = {
         id(tensor): Leaf(name, tuple(tensor.shape), learned=learned)
         for pairs, learned in ((model.named_parameters(), True), (model.named_buffers(), False))
         for name, tensor in pairs
     }
-    held = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **program.constants,
-    }
-    values: dict[Node, Any] = {}
-    for spec, node in zip(
-        program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True
-    ):
-        tensor = held.get(spec.target)
-        if isinstance(tensor, Tensor) and id(tensor) in leaves and tensor.is_floating_point():
-            values[node] = Value(leaves[id(tensor)], tuple(tensor.shape))
-        elif isinstance(tensor, Tensor):
-            values[node] = tensor.detach().cpu().clone()  # operators may write into it
-        else:
-            content = node.meta.get("val")
-            values[node] = flow.fixed(content.shape) if isinstance(content, Tensor) else content
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            values[node] = call(flow, node, values)
-        elif node.op == "get_attr":
-            values[node] = getattr(program.graph_module, node.target)
-        elif node.op == "output":
-            _finish(flow, program, map_arg(node.args[0], values.__getitem__), leaves, held)
+    for program in programs:
+        held = {
+            **program.constants,
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        values: dict[Node, Any] = {}
+        for spec, node in _inputs(program):
+            tensor = held.get(spec.target)
+            if isinstance(tensor, Tensor) and id(tensor) in leaves and tensor.is_floating_point():
+                values[node] = Value(leaves[id(tensor)], tuple(tensor.shape))
+            elif isinstance(tensor, Tensor):
+                values[node] = tensor.detach().cpu().clone()  # operators may write into it
+            else:
+                content = node.meta.get("val")
+                values[node] = flow.fixed(content.shape) if isinstance(content, Tensor) else content
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                values[node] = call(flow, node, values)
+            elif node.op == "get_attr":
+                values[node] = getattr(program.graph_module, node.target)
+            elif node.op == "output":
+                _finish(flow, program, map_arg(node.args[0], values.__getitem__), leaves, held)
     return flow, list(leaves.values())
 
 
