@@ -518,7 +518,8 @@ def verify(
 ) -> float:
     """Proves by computing that f(x; pi theta) = f(x; theta): the largest relative error of all draws, in float64.
 
-    Each draw takes a random permutation of every group, and random parameters and buffers near the model's own:
+    Each of ``draws`` (more where groups of two or three units need it to be told apart) takes a random
+    permutation of every group, and random parameters and buffers near the model's own:
     zero-initialised heads and constant norms are given random values, or the comparison would say nothing, and
     BatchNorm statistics are near what the layer sees. The model is evaluated in evaluation mode and left as it
     is; where that does not read everything that moves, its auxiliary heads are proved as well. The error is
@@ -537,11 +538,11 @@ def verify(
     worst = 0.0
     for heads in (False, True):
         with evaluating(model, heads=heads), torch.no_grad():
-            for _ in range(draws):
+            for perm in _telling(spec, draws, generator):
                 tensors, read = _generic(model, held, inputs, generator)
                 unread -= read
                 before = functional_call(model, tensors, inputs)
-                tensors = _moved(spec, spec.random(generator), tensors)
+                tensors = _moved(spec, perm, tensors)
                 error = _difference(before, functional_call(model, tensors, inputs))
                 if not error < tolerance:
                     tensors, _ = _generic(model, held, inputs, generator)
@@ -550,6 +551,22 @@ def verify(
         if not unread:  # else auxiliary heads are still to be proved
             break
     return worst
+
+
+def _telling(spec: PermutationSpec, draws: int, generator: torch.Generator) -> list[Perm]:
+    """Random permutations, ``draws`` or (where groups are tiny) more: so many that each group moves in one of them,
+    and that no two groups always move alike."""
+    perms: list[Perm] = []
+    while True:
+        codes = [
+            torch.cat([perm[group] for perm in perms]).tolist() if perms else []
+            for group, size in spec.groups.items()
+            if size > 1
+        ]
+        still = [list(range(size)) * len(perms) for size in set(spec.groups.values()) if size > 1]
+        if len(perms) >= draws and len(set(map(tuple, codes + still))) == len(codes + still):
+            return perms
+        perms.append(spec.random(generator))
 
 
 def _is_floating(x: Any) -> bool:

@@ -1,0 +1,378 @@
+"""Specifications, their application, and the proof: first by hand, then over every axis of small models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from regraft import symmetry
+from regraft.symmetry import PermutationSpec, Segment, apply, compose, inverse, trace, verify
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tensors_of(spec: PermutationSpec, seed: int = 0, stack: int | None = None) -> dict[str, torch.Tensor]:
+    lead = () if stack is None else (stack,)
+    return {
+        name: torch.randn((*lead, *shape), generator=generator(seed)) for name, shape in spec.shapes.items()
+    }
+
+
+SMALL = PermutationSpec.build(
+    {"conv": 3, "fc": 4},
+    {
+        "conv.weight": ["conv", 2, 1, 1],
+        "conv.bias": ["conv"],
+        "fc.weight": ["fc", [["conv", 0, 3, 2], [None, 0, 1, 1]]],
+        "fc.bias": ["fc"],
+        "square": ["fc", "fc"],
+        "out.weight": [5, "fc"],
+        "steps": [],
+    },
+)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.second = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.second(self.first(x).tanh()).tanh())
+
+
+class Residual(nn.Module):
+    """Convolution, BatchNorm, a square residual layer, flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.inner = nn.Conv2d(4, 4, 1, bias=False)
+        self.fc = nn.Linear(16, 4)
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = x + self.inner(x)
+        return self.out(self.fc(x.flatten(1)).relu())
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3, 8)
+        self.position = nn.Parameter(torch.zeros(1, 5, 8))
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale = nn.Parameter(torch.full((8,), 1e-6))
+        self.head = nn.Linear(8, 2)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x) + self.position
+        y = self.norm(x)
+        return self.head(self.norm(x + self.scale * self.attention(y, y, y)[0]).mean(1))
+
+
+PROVED = {
+    "mlp": (Mlp, (3, 5)),
+    "residual": (Residual, (2, 2, 2, 2)),
+    "attention": (Attention, (2, 5, 3)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_a_specification_reads_like_a_shape():
+    assert SMALL.shapes["fc.weight"] == (4, 7)
+    assert SMALL.axes["fc.weight"][1] == (Segment("conv", 0, 3, 2), Segment(None, 0, 1))
+    assert SMALL.tensors_of("fc") == (
+        ("fc.weight", 0),
+        ("fc.bias", 0),
+        ("square", 0),
+        ("square", 1),
+        ("out.weight", 1),
+    )
+
+
+def test_positions_hold_each_unit_in_rising_order():
+    axis = (Segment("g", 1, 2), Segment(None, 0, 2), Segment("g", 0, 1, 2), Segment("g", 1, 2))
+    spec = PermutationSpec({"g": 3}, {"w": (axis,)})
+    assert spec.positions("w", 0, "g").tolist() == [[4, 5], [0, 6], [1, 7]]
+    perm = {"g": torch.tensor([2, 0, 1])}
+    # position 0 holds the first place of unit 1: it takes the first place of unit perm[1] = 0
+    assert spec.axis_index("w", 0, perm).tolist() == [4, 0, 2, 3, 1, 7, 5, 6]
+
+
+def test_json_gives_the_same_specification_back():
+    assert PermutationSpec.from_json(SMALL.to_json()) == SMALL
+    assert json.loads(SMALL.to_json())["axes"]["conv.weight"] == ["conv", 2, 1, 1]
+
+
+def test_save_and_load(tmp_path):
+    SMALL.save(tmp_path / "spec.json")
+    assert PermutationSpec.load(tmp_path / "spec.json") == SMALL
+    assert [path.name for path in tmp_path.iterdir()] == ["spec.json"]
+    (tmp_path / "broken.json").write_text(SMALL.to_json()[:40])
+    with pytest.raises(ValueError, match=r"broken\.json: not a permutation specification"):
+        PermutationSpec.load(tmp_path / "broken.json")
+    with pytest.raises(FileNotFoundError):
+        PermutationSpec.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("axes", "complaint"),
+    [
+        ({"w": ["absent"]}, "axis 0 of tensor 'w': there is no group 'absent'"),
+        ({"w": [3, [["g", 0, 4, 1]]]}, "axis 1 of tensor 'w': group 'g' has 3 units, not 4"),
+        ({"w": [[["g", 0, 2, 1]]]}, "not every unit of group 'g' occurs, or not each equally often"),
+        ({"w": [[["g", 0, 3, 0]]]}, "malformed"),
+        ({"w": [2.5]}, "expected a length, a group or a list of segments"),
+        ({"w": [True]}, "expected a length"),
+        ({"w": [[["g", 0]]]}, "expected a length, a group or a list of segments"),
+    ],
+)
+def test_a_wrong_axis_is_named(axes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        PermutationSpec.build({"g": 3}, axes)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"groups": {}, "axes": {"w": 3}}', '{"groups": {}, "axes": 1}']
+)
+def test_json_of_something_else_is_refused(text):
+    with pytest.raises(
+        ValueError, match=r"permutation specification|expected a list with one entry per axis"
+    ):
+        PermutationSpec.from_json(text)
+
+
+def test_it_prints_as_text_and_as_a_table():
+    assert "fc [4]: fc.weight:0, fc.bias:0, square:0, square:1, out.weight:1" in str(SMALL)
+    table = SMALL.table()
+    assert [list(column.cells) for column in table.columns][:2] == [["conv", "fc"], ["3", "4"]]
+
+
+def test_simple_axes_use_their_group_as_slot():
+    assert SMALL.indices(SMALL.identity()).keys() == {"conv", "fc", "fc.weight:1"}
+    assert SMALL.packing().axes["square"] == ("fc", "fc")
+
+
+def test_what_moves_is_counted():
+    # out.weight: all 20; fc.weight: all 28, since its rows move; fixed rows and columns only where both are
+    spec = PermutationSpec.build({"g": 2}, {"w": [3, [["g", 0, 2, 1], [None, 0, 4, 1]]], "b": [3]})
+    assert spec.moved() == 3 * 2
+    assert SMALL.moved() == sum(tensor.numel() for tensor in tensors_of(SMALL).values()) - 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Application
+
+
+def test_apply_is_an_index_select_along_each_axis():
+    tensors, perm = tensors_of(SMALL), SMALL.random(generator(1))
+    moved = apply(SMALL, perm, tensors)
+    conv, fc = perm["conv"], perm["fc"]
+    columns = torch.cat([torch.stack([2 * conv, 2 * conv + 1], 1).flatten(), torch.tensor([6])])
+    assert torch.equal(moved["conv.weight"], tensors["conv.weight"][conv])
+    assert torch.equal(moved["fc.weight"], tensors["fc.weight"][fc][:, columns])
+    assert torch.equal(moved["square"], tensors["square"][fc][:, fc])
+    assert torch.equal(moved["out.weight"], tensors["out.weight"][:, fc])
+    assert torch.equal(moved["steps"], tensors["steps"])
+
+
+def test_apply_takes_stacks_and_leaves_its_arguments_alone():
+    stacks, perm = tensors_of(SMALL, stack=3), SMALL.random(generator(1))
+    before = {name: tensor.clone() for name, tensor in stacks.items()}
+    moved = apply(SMALL, perm, stacks)
+    for t in range(3):
+        one = apply(SMALL, perm, {name: tensor[t] for name, tensor in stacks.items()})
+        assert all(torch.equal(moved[name][t], one[name]) for name in one)
+    assert all(torch.equal(stacks[name], before[name]) for name in before)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_permutations_are_a_group(a, b):
+    tensors = tensors_of(SMALL, seed=a)
+    p, q = SMALL.random(generator(a)), SMALL.random(generator(b))
+    back = apply(SMALL, inverse(p), apply(SMALL, p, tensors))
+    twice = apply(SMALL, p, apply(SMALL, q, tensors))
+    once = apply(SMALL, compose(p, q), tensors)
+    same = apply(SMALL, SMALL.identity(), tensors)
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert all(torch.equal(twice[name], once[name]) for name in tensors)
+    assert all(torch.equal(same[name], tensors[name]) for name in tensors)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> PermutationSpec:
+    groups = draw(st.dictionaries(st.text("abc./", min_size=1, max_size=4), st.integers(1, 4), max_size=3))
+
+    def axis() -> object:
+        kind = draw(st.sampled_from(["fixed", "whole", "segments"]))
+        if kind == "fixed" or not groups:
+            return draw(st.integers(0, 3))
+        group = draw(st.sampled_from(sorted(groups)))
+        if kind == "whole":
+            return group
+        repeats = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+        segments = [[group, 0, groups[group], repeat] for repeat in repeats]
+        return [*segments, [None, 0, draw(st.integers(1, 3)), 1]]
+
+    names = draw(st.lists(st.text("xyz.", min_size=1, max_size=5), unique=True, max_size=4))
+    return PermutationSpec.build(
+        groups, {name: [axis() for _ in range(draw(st.integers(0, 3)))] for name in names}
+    )
+
+
+@given(specs(), st.integers(0, 100))
+@settings(max_examples=50, deadline=None)
+def test_any_specification_goes_through_json_and_back_and_inverts(spec, seed):
+    assert PermutationSpec.from_json(spec.to_json()) == spec
+    tensors, perm = tensors_of(spec, seed), spec.random(generator(seed))
+    moved = apply(spec, perm, tensors)
+    back = apply(spec, inverse(perm), moved)
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert all(
+        torch.equal(moved[n].flatten().sort().values, tensors[n].flatten().sort().values) for n in tensors
+    )
+
+
+def test_misfits_are_named():
+    tensors, perm = tensors_of(SMALL), SMALL.identity()
+    with pytest.raises(ValueError, match=r"tensor 'fc.bias' of the specification is missing"):
+        apply(SMALL, perm, {name: tensor for name, tensor in tensors.items() if name != "fc.bias"})
+    with pytest.raises(ValueError, match=r"lacks tensor 'more'"):
+        apply(SMALL, perm, {**tensors, "more": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"'conv.weight' has shape \(3, 2, 3, 1\)"):
+        apply(SMALL, perm, {**tensors, "conv.weight": torch.zeros(3, 2, 3, 1)})
+    with pytest.raises(ValueError, match="leading stack dimension"):
+        apply(SMALL, perm, {**tensors, "fc.bias": torch.zeros(2, 4)})
+    with pytest.raises(ValueError, match="lacks group 'fc'"):
+        apply(SMALL, {"conv": perm["conv"]}, tensors)
+    with pytest.raises(ValueError, match="has group 'other'"):
+        apply(SMALL, {**perm, "other": perm["fc"]}, tensors)
+    with pytest.raises(ValueError, match="group 'fc': expected 4 int64 indices"):
+        apply(SMALL, {**perm, "fc": perm["fc"][:3]}, tensors)
+    with pytest.raises(ValueError, match="group 'fc': the index vector is not a permutation"):
+        apply(SMALL, {**perm, "fc": torch.tensor([0, 1, 1, 3])}, tensors)
+    with pytest.raises(ValueError, match="group 'fc' is in only one"):
+        compose(perm, {"conv": perm["conv"]})
+    with pytest.raises(ValueError, match="group 'fc' has 4 units in one permutation and 3"):
+        compose(perm, {**perm, "fc": torch.arange(3)})
+
+
+# ---------------------------------------------------------------------------------------------------
+# The proof
+
+
+@pytest.mark.parametrize("name", PROVED)
+def test_the_proof_fails_when_any_one_axis_is_changed(name):
+    """Every axis of every tensor: one that moves is tied to each other group of its size or fixed, and one that is
+    fixed is tied to each group of its size."""
+    make, shape = PROVED[name]
+    torch.manual_seed(0)
+    model, x = make(), torch.rand(shape)
+    spec = trace(model, x)
+    assert verify(spec, model, x) < 1e-12
+    changed = 0
+    for tensor, sizes in spec.shapes.items():
+        for a, size in enumerate(sizes):
+            right = spec.axes[tensor][a]
+            wrong = [(Segment(group, 0, n),) for group, n in spec.groups.items() if n == size]
+            for axis in [(Segment(None, 0, size),), *wrong]:
+                if axis == right or all(s.group is None for s in (*axis, *right)):
+                    continue
+                changed += 1
+                with pytest.raises(ValueError, match="changes the function"):
+                    verify(symmetry._with_axis(spec, tensor, a, axis), model, x)
+    assert changed > 10
+
+
+def test_small_groups_are_told_apart():
+    """Two groups of two units have one exchange each: the proof must also move one of them alone."""
+    groups = {f"g{i}": 2 for i in range(6)}
+    perms = symmetry._telling(PermutationSpec.build(groups, {}), 2, generator())
+    codes = {group: tuple(int(perm[group][0]) for perm in perms) for group in groups}
+    assert len(set(codes.values())) == 6
+    assert all(any(code) for code in codes.values())
+    assert len(symmetry._telling(PermutationSpec.build({"one": 1, "many": 9}, {}), 2, generator())) == 2
+
+
+def test_a_failed_proof_names_the_tensor_and_the_axis():
+    model, x = Mlp(), torch.rand(3, 5)
+    spec = trace(model, x)
+    lacking = symmetry._with_axis(spec, "second.bias", 0, (Segment(None, 0, 6),))
+    with pytest.raises(ValueError, match=r"group 'second' .* it lacks axis 0 of tensor 'second.bias'"):
+        verify(lacking, model, x)
+    permuted_outputs = symmetry._with_axis(spec, "out.weight", 0, (Segment("first", 0, 6),))
+    with pytest.raises(
+        ValueError, match=r"group 'first' .* axis 0 of tensor 'out.weight' does not belong to it"
+    ):
+        verify(permuted_outputs, model, x)
+
+
+def test_the_proof_is_not_vacuous_and_leaves_the_model_alone():
+    """The attention model's head is zero and its layer scale tiny: as it stands, any specification would pass."""
+    model, x = Attention().train(), torch.rand(2, 5, 3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    spec = trace(model, x)
+    wrong = symmetry._with_axis(spec, "scale", 0, (Segment(None, 0, 8),))
+    with pytest.raises(ValueError, match="'scale'"):
+        verify(wrong, model, x)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_cannot_be_proved_says_why():
+    class Noisy(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + torch.rand_like(x)
+
+    spec = PermutationSpec.build({}, {"weight": [4, 4], "bias": [4]})
+    with pytest.raises(ValueError, match="Noisy gives two results for the same input"):
+        verify(spec, Noisy(4, 4), torch.rand(2, 4))
+    model = nn.Linear(4, 4)
+    nn.init.constant_(model.weight, float("nan"))
+    with pytest.raises(ValueError, match="tensor 'weight' of the model is not finite"):
+        verify(spec, model, torch.rand(2, 4))
+    with pytest.raises(ValueError, match="lacks tensor 'bias'"):
+        verify(PermutationSpec.build({}, {"weight": [4, 4]}), nn.Linear(4, 4), torch.rand(2, 4))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_describe_prints_the_groups_and_the_proof(capsys):
+    spec = symmetry.describe(f"{__name__}:Residual", (2, 2, 2, 2))
+    printed = capsys.readouterr().out
+    assert all(group in printed for group in spec.groups)
+    assert "proved" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("resnet", "no classification model 'resnet' .*do you mean .*resnet"),
+        ("no_such_module:make", "cannot make a model of 'no_such_module:make'"),
+        (f"{__name__}:absent", "AttributeError"),
+        ("builtins:dict", "gives a dict, not a torch.nn.Module"),
+    ],
+)
+def test_describe_says_what_it_cannot_find(name, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        symmetry.describe(name)
