@@ -384,10 +384,14 @@ class _Raw:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where and how a loader looks: the root folder, and how file-based images are decoded."""
+    """Where and how a loader looks: the root folder, and how file-based images are decoded.
+
+    ``classes`` are those asked for, which tell the CIFAR-100 loader whether its extract would do.
+    """
 
     root: Path
     download: bool
+    classes: Sequence[str | int] | None
     size: int
     channels: int
     workers: int
@@ -440,14 +444,12 @@ def load(
     place = _Place(
         root=Path(path) if path else Path(root) if root is not None else default_root(),
         download=download,
+        classes=classes,
         size=image_size or 224,
         channels=channels or 3,
         workers=len(os.sched_getaffinity(0)) if workers is None else workers,
     )
-    if family == "cifar100" and classes is not None:
-        raw = _cifar100_or_extract(place, classes)
-    else:
-        raw = _LOADERS[family](place)
+    raw = _LOADERS[family](place)
     raw = _choose_classes(raw, classes) if classes is not None else raw
     raw = replace(
         raw, train=_convert(raw.train, image_size, channels), test=_convert(raw.test, image_size, channels)
@@ -539,9 +541,10 @@ def _statistics(split: AnySplit, file_sample: int = 2000) -> tuple[tuple[float, 
 def _missing(
     place: _Place, name: str, looked_for: str, how: str, cause: Exception | None = None
 ) -> MissingData:
-    reason = f" ({str(cause).splitlines()[0]})" if cause is not None and str(cause) else ""
+    reason = f" ({str(cause).splitlines()[0].rstrip('.')})" if cause is not None and str(cause) else ""
     return MissingData(
-        f"{name} is missing: looked for {place.root / looked_for}{reason}. {how} "
+        f"{name} is missing{' or damaged' if cause else ''}: "
+        f"looked for {place.root / looked_for}{reason}. {how} "
         f"Another folder is chosen with root=... or the environment variable {ROOT_VARIABLE}."
     )
 
@@ -605,14 +608,19 @@ def _cifar(cls_name: str, folder: str) -> Callable[[_Place], _Raw]:
     return read
 
 
-def _cifar100_or_extract(place: _Place, classes: Sequence[str | int]) -> _Raw:
+def _cifar100(place: _Place) -> _Raw:
     """All of CIFAR-100, or its 18-class extract where only that is there and holds what is wanted."""
     try:
-        return _LOADERS["cifar100"](place)
+        return _cifar("CIFAR100", "cifar-100-python")(place)
     except MissingData as missing:
         extract = place.root / "cifar-100-18" / "train"
-        if not all(isinstance(name, str) and (extract / name).is_dir() for name in classes):
+        if not extract.is_dir():
             raise
+        if not all(isinstance(name, str) and (extract / name).is_dir() for name in place.classes or [None]):
+            there = ", ".join(sorted(folder.name for folder in extract.iterdir()))
+            raise MissingData(
+                f"{missing} Choose by name among the classes that are there: {there}."
+            ) from missing
         warnings.warn(
             f"{missing} Its 18-class extract in {extract.parent} has the classes asked for and is used; "
             "the images are the same, their order is not.",
@@ -784,7 +792,7 @@ _LOADERS: dict[str, Callable[[_Place], _Raw]] = {
     "mnist": _mnist_like("MNIST", "MNIST/raw"),
     "fashion-mnist": _mnist_like("FashionMNIST", "FashionMNIST/raw"),
     "cifar10": _cifar("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": _cifar("CIFAR100", "cifar-100-python"),
+    "cifar100": _cifar100,
     "cifar100-18": _cifar100_18,
     "stl10": _stl10,
     "svhn": _svhn,

@@ -127,7 +127,8 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
 def many(model: nn.Module, stacked: Mapping[str, Tensor], batches: Iterable[Batch]) -> Tensor:
     """The accuracy of K parameter sets, float64 [K] on the CPU, reading each batch once.
 
-    stacked: each tensor [K, *shape]. Otherwise as `accuracy`.
+    stacked: each tensor [K, *shape]. Otherwise as `accuracy`. (One set after the other on each batch:
+    torch.func.vmap over the sets was measured at 1.05 to 2.1 times the CPU time, MLPs to the small CNN.)
     """
     sizes = {len(tensor) for tensor in stacked.values()}
     if len(sizes) != 1:

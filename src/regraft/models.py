@@ -42,9 +42,14 @@ def seeded(generator: torch.Generator, device: torch.device | str = "cpu") -> It
     from the generator. Not for several threads at once: the global state is one for all of them.
     """
     device = torch.device(device)
+    accelerators = [device] if device.type == "cuda" else []
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=accelerators):
+        # Not torch.manual_seed, which reseeds every accelerator, those that are not restored included.
+        torch.default_generator.manual_seed(seed)
+        for accelerator in accelerators:
+            with torch.cuda.device(accelerator):
+                torch.cuda.manual_seed(seed)
         yield
 
 
