@@ -142,8 +142,9 @@ def train(
     stop: the run ends after the first row for which this is true.
     test: measure test accuracy after each epoch, too.
     checkpoint: a file. After every epoch the whole state is written there, in one step; if it is
-        there at the beginning, the run goes on from it, and ends as if it had not been interrupted. It
-        is refused with a ValueError where it belongs to another run (recipe, data, start, generator).
+        there at the beginning, the run goes on from it, and ends as if it had not been interrupted (what
+        was told to ``on_epoch`` and ``record`` before is not told again). It is refused with a
+        ValueError where it is damaged or belongs to another run (recipe, data, start, generator).
 
     Raises ValueError for tensors that do not fit the model, `Diverged` for a loss that is not finite.
     """
@@ -169,7 +170,7 @@ def train(
     validation = data.validation.batches(500, device=device) if len(data.validation) else None
     tests = data.test.batches(500, device=device) if test else None
 
-    def finish_epoch(epoch: int, train_loss: float | None) -> EpochRow:
+    def finish_epoch(epoch: int, train_loss: float | None) -> None:
         values = live_state(network)
         row = EpochRow(
             epoch=epoch,
@@ -184,7 +185,6 @@ def train(
             _save(path, identity, history, network, optimiser, generator)
         if on_epoch is not None:
             on_epoch(row)
-        return row
 
     _warm_up(network, data.train, recipe.batch_size, device)
     if not history:
@@ -194,35 +194,20 @@ def train(
     for epoch in range(history[-1].epoch + 1, recipe.epochs + 1):
         if stop is not None and stop(history[-1]):
             break
-        losses = torch.zeros(steps, device=device)
         first = (epoch - 1) * steps
+        losses = torch.zeros(steps, device=device)
         with seeded(generator, device):  # dropout draws from the global state
             stream = iter(batches)
-            done = 0
-            while done < steps:
-                # Train without a break up to the next step that is to be recorded.
-                until = done + 1
-                if record is not None:
-                    while until < steps and first + until not in wanted:
-                        until += 1
-                else:
-                    until = steps
+            for stretch in _stretches(range(first, first + steps), () if record is None else wanted):
                 with clock.phase("train", device):
-                    for index in range(done, until):
-                        images, labels = next(stream)
-                        for group in optimiser.param_groups:
-                            group["lr"] = recipe.learning_rate(first + index, steps)
-                        optimiser.zero_grad(set_to_none=True)
-                        loss = F.cross_entropy(network(images), labels)
-                        loss.backward()
-                        optimiser.step()
-                        losses[index] = loss.detach()
-                        if index % 50 == 49:
-                            _check(losses[: index + 1], first, epoch, recipe)
-                done = until
-                _check(losses[:done], first, epoch, recipe)
-                if record is not None and first + done in wanted:
-                    record(first + done, _values(network))
+                    for step in stretch:
+                        rate = recipe.learning_rate(step, steps)
+                        losses[step - first] = _step_(network, optimiser, next(stream), rate)
+                        if step % 50 == 49:
+                            _check(losses, first, epoch, recipe)
+                    _check(losses, first, epoch, recipe)
+                if record is not None and stretch.stop in wanted:
+                    record(stretch.stop, _values(network))
         finish_epoch(epoch, float(losses.mean()))
     return Training(_values(network), tuple(history))
 
@@ -283,6 +268,29 @@ def _fill_(network: nn.Module, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in live_state(network).items():
             tensor.copy_(values[name])
+
+
+def _stretches(steps: range, ends: Container[int]) -> Iterator[range]:
+    """``steps`` in pieces that each run without a break, to one of ``ends`` or to the last step."""
+    begin = steps.start
+    for end in range(steps.start + 1, steps.stop + 1):
+        if end in ends or end == steps.stop:
+            yield range(begin, end)
+            begin = end
+
+
+def _step_(
+    network: nn.Module, optimiser: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], rate: float
+) -> Tensor:
+    """One update, with this learning rate; gives the loss before it."""
+    images, labels = batch
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad(set_to_none=True)
+    loss = F.cross_entropy(network(images), labels)
+    loss.backward()
+    optimiser.step()
+    return loss.detach()
 
 
 def _values(network: nn.Module) -> Tensors:
