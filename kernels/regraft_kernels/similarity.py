@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regraft_kernels.backend import Kernel, resolve, triton_dtype
 from regraft_kernels.packing import check_index, check_ranges
-from regraft_kernels.tiles import dot_tile, family
+from regraft_kernels.tiles import dot_choice, family
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -247,7 +247,8 @@ def _similarity_kernel(
         first, last = tl.load(part + 4), tl.load(part + 5)
         to_source = tl.load(part + 6)
         kind = tl.load(part + 7)
-        sign = tl.where(kind >= 2, -1.0, 1.0).to(DTYPE)
+        if kind >= 2:
+            total = -total
         # Neighbouring threads read neighbouring memory: along the units where these stand innermost.
         if kind % 2 == 1:
             for place in range(first, last, K):
@@ -258,7 +259,7 @@ def _similarity_kernel(
                 ok_right = (k < last)[:, None] & (j < n)[None, :]
                 left = tl.load(target + here[:, None] + target_row[None, :], mask=ok_left, other=0.0)
                 right = tl.load(source + there[:, None] + source_row[None, :], mask=ok_right, other=0.0)
-                total = tl.dot(tl.trans(left), right * sign, total, input_precision=PRECISION)
+                total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
         else:
             for place in range(first, last, K):
                 k = place + tl.arange(0, K)
@@ -268,7 +269,9 @@ def _similarity_kernel(
                 ok_right = (j < n)[:, None] & (k < last)[None, :]
                 left = tl.load(target + target_row[:, None] + here[None, :], mask=ok_left, other=0.0)
                 right = tl.load(source + source_row[:, None] + there[None, :], mask=ok_right, other=0.0)
-                total = tl.dot(left, tl.trans(right * sign), total, input_precision=PRECISION)
+                total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+        if kind >= 2:
+            total = -total
     place = out + tl.load(program + 5) + i.to(tl.int64)[:, None] * n + j[None, :]
     tl.store(place, total, mask=(i < n)[:, None] & (j < n)[None, :])
 
@@ -354,8 +357,7 @@ def _split(parts: list[list[int]], splits: int) -> list[list[list[int]]]:
 def _launch(groups: Sequence[tuple[int, _Work]], dtype: torch.dtype, precision: str) -> list[Tensor]:
     """Launch the kernel once for all groups (n, work), which share their tables' lists; return their S."""
     device = groups[0][1].device
-    tiles = family(device)
-    tile = dot_tile(tiles, dtype, precision, max(n for n, _ in groups))
+    tile, asked = dot_choice(family(device), dtype, precision, max(n for n, _ in groups))
     grids = [[(r, c) for r in range(0, n, tile.m) for c in range(0, n, tile.n)] for n, _ in groups]
     wanted = -(-PROGRAMS // max(1, sum(len(grid) for grid in grids)))
     parts: list[list[int]] = []
@@ -397,7 +399,7 @@ def _launch(groups: Sequence[tuple[int, _Work]], dtype: torch.dtype, precision: 
             torch.cat(columns),
             out,
             DTYPE=triton_dtype(dtype),
-            PRECISION=precision if dtype == torch.float32 else "ieee",
+            PRECISION=asked,
             M=tile.m,
             N=tile.n,
             K=tile.k,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -38,32 +38,40 @@ class DotTile:
 
 @dataclass(frozen=True)
 class Family:
-    """The tiles of one GPU family. `dot` is precision -> (small, large); "half" stands for bf16 and fp16."""
+    """The tiles of one GPU family. `dot` is precision -> (small, large), "half" stands for bf16 and fp16;
+    `substitutes` names what is multiplied instead where the hardware lacks a precision: never a lesser one."""
 
     name: str
     move: MoveTile
     flat: FlatTile
     dot: dict[str, tuple[DotTile, DotTile]]
+    substitutes: dict[str, str] = field(default_factory=dict)
 
 
-_NVIDIA_DOT = {
-    "half": (DotTile(64, 64, 32, 4, 3), DotTile(128, 128, 64, 8, 3)),
-    "tf32": (DotTile(64, 64, 32, 4, 3), DotTile(128, 128, 32, 8, 3)),
-    "tf32x3": (DotTile(64, 64, 32, 4, 2), DotTile(128, 64, 32, 8, 2)),
+_AMPERE_DOT = {
+    "half": (DotTile(64, 64, 32, 8, 3), DotTile(128, 64, 32, 8, 3)),
+    "tf32": (DotTile(64, 64, 32, 8, 3), DotTile(128, 64, 32, 8, 3)),
+    "tf32x3": (DotTile(64, 64, 16, 8, 2), DotTile(128, 64, 16, 8, 2)),
     "ieee": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 16, 8, 2)),
 }
-_AMD_DOT = {
+_HOPPER_DOT = {
+    "half": (DotTile(64, 64, 32, 8, 3), DotTile(128, 64, 32, 8, 3)),
+    "tf32": (DotTile(64, 64, 32, 4, 3), DotTile(128, 64, 32, 8, 3)),
+    "tf32x3": (DotTile(64, 64, 32, 8, 2), DotTile(128, 64, 32, 8, 2)),
+    "ieee": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 16, 8, 2)),
+}
+_CDNA3_DOT = {
     "half": (DotTile(64, 64, 32, 4, 2), DotTile(128, 128, 32, 8, 2)),
     "tf32": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 32, 4, 2)),
-    "tf32x3": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 32, 4, 2)),
-    "ieee": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 16, 4, 2)),
+    "ieee": (DotTile(64, 64, 16, 4, 2), DotTile(128, 64, 16, 8, 2)),
 }
 
+# Chosen so that nothing spills (results/kernels-compiled.md); not yet tuned by measurement on any GPU.
 FAMILIES = {
-    "sm_80": Family("sm_80", MoveTile(4, 512, 4), FlatTile(2048, 4), _NVIDIA_DOT),
-    "sm_90": Family("sm_90", MoveTile(4, 512, 4), FlatTile(2048, 4), _NVIDIA_DOT),
-    "sm_100": Family("sm_100", MoveTile(4, 512, 4), FlatTile(2048, 4), _NVIDIA_DOT),
-    "gfx942": Family("gfx942", MoveTile(4, 512, 4), FlatTile(2048, 4), _AMD_DOT),
+    "sm_80": Family("sm_80", MoveTile(4, 512, 4), FlatTile(2048, 4), _AMPERE_DOT),
+    "sm_90": Family("sm_90", MoveTile(4, 512, 4), FlatTile(2048, 4), _HOPPER_DOT),
+    "sm_100": Family("sm_100", MoveTile(4, 512, 4), FlatTile(2048, 4), _HOPPER_DOT),
+    "gfx942": Family("gfx942", MoveTile(4, 512, 4), FlatTile(2048, 4), _CDNA3_DOT, {"tf32x3": "ieee"}),
 }
 INTERPRETER = Family(
     "interpreter",
@@ -85,7 +93,11 @@ def family(device: torch.device) -> Family:
     return FAMILIES["sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]
 
 
-def dot_tile(tiles: Family, dtype: torch.dtype, precision: str, units: int) -> DotTile:
-    """The tile of similarity for inputs of `dtype` and groups of `units`."""
-    small, large = tiles.dot[precision if dtype == torch.float32 else "half"]
-    return small if units <= 2 * small.m else large
+def dot_choice(tiles: Family, dtype: torch.dtype, precision: str, units: int) -> tuple[DotTile, str]:
+    """The tile of similarity for inputs of `dtype` and groups of `units`, and the precision to ask for."""
+    if dtype != torch.float32:
+        kind, asked = "half", "ieee"
+    else:
+        kind = asked = tiles.substitutes.get(precision, precision)
+    small, large = tiles.dot[kind]
+    return (small if units <= 2 * small.m else large), asked
