@@ -112,12 +112,13 @@ def test_labels_must_have_a_class():
 
 def tiny(**changes) -> Scenario:
     """Digits, a very small source, few steps."""
-    origin = Origin(scenarios.digits_conv, scenarios.LOW, Recipe(epochs=1, lr=0.05, batch_size=50))
+    origin = Origin(scenarios.digits_conv, scenarios.LOW, Recipe(epochs=12, lr=0.05, batch_size=50))
     methods = (
         Method("fast", ((0.3, 0.03), (0.1, 0.01))),
         Method("fan-in", ((0.03, 0.03),), prepare=Draw(finetune.kaiming_fan_in)),
         Method("plain", ((0.1, 0.1),), prepare=runs.from_scratch),
         Method("class means", ((0.1, 0.1),), prepare=runs.imprint),
+        Method("transferred", ((0.1, 0.01),), prepare=runs.transferred),
     )
     return replace(
         Scenario("tiny", origin, scenarios.HIGH, methods, steps=5, batch_size=20, seeds=2), **changes
@@ -166,6 +167,9 @@ def test_methods_differ_in_what_they_prepare(cache, environment):
     assert rows["class means"]["validated"]["top1"][0] > 0.3
     assert rows["plain"]["source_start"] < rows["fast"]["source_start"]
     assert all(extra["validated"]["distance"][0] == 0 for extra in rows.values())
+    chance = rows["plain"]["source_start"]
+    assert rows["transferred"]["source_start"] > (chance + rows["fast"]["source_start"]) / 2
+    assert rows["transferred"]["source_start"] != rows["fast"]["source_start"]
 
 
 def test_measure_runs_what_is_missing_and_tunes_once(cache, environment, tmp_path, monkeypatch):

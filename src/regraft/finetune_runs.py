@@ -232,13 +232,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class Setting:
-    """One run's surroundings, handed to its method's preparation. ``values`` are of the pre-trained source."""
+    """One run's surroundings, handed to its method's preparation."""
 
     scenario: Scenario
     seed: int
-    source: Dataset | None
+    source: Pretrained
     target: Dataset
-    values: Tensors
     batches: Iterable[Batch]
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -278,6 +277,33 @@ def from_scratch(model: nn.Module, adopted: Adoption, setting: Setting) -> None:
     with torch.no_grad():
         for name, tensor in models.live_state(model).items():
             tensor.copy_(fresh[name])
+
+
+def transferred(model: nn.Module, adopted: Adoption, setting: Setting) -> None:
+    """Preparation: in place of the source, a fresh network to which the source's training is transferred (FGMT).
+
+    Gradients are taken on the source task, in ten steps of one batch of 128. The head that forgetting is measured
+    through is the transferred one. Raises ValueError where the source's data are not known.
+    """
+    from regraft.learning_transfer import transfer
+    from regraft.trajectory import Trajectory
+
+    source = setting.source
+    if source.data is None:
+        raise ValueError("a transfer takes gradients on the source task, whose data are not known here")
+    start = models.initialise(source.model, setting.generator("target start"))
+    path = Trajectory.linear(source.start, source.values, steps=10, schedule="cosine")
+    batches = source.data.train.batches(
+        128, generator=setting.generator("transfer"), device=adopted.head.weight.device, drop_last=True
+    )
+    moved = transfer(source.model, path, start, batches, "fgmt", generator=setting.generator("sweeps")).params
+    old = f"{adopted.name}."
+    with torch.no_grad():
+        for name, tensor in models.live_state(model).items():
+            if not name.startswith(old):
+                tensor.copy_(moved[name])
+        for name, tensor in adopted.source_head.named_parameters():
+            tensor.copy_(moved[old + name])
 
 
 @dataclass(frozen=True)
@@ -455,7 +481,7 @@ def _measure(
         scenario.flip,
         device,
     )
-    setting = Setting(scenario, seed, source.data, target, source.values, batches)
+    setting = Setting(scenario, seed, source, target, batches)
     clock = Clock()
     with clock.phase("prepare", device), models.seeded(_generator(seed, "dropout"), device):
         method.prepare(model, adopted, setting)

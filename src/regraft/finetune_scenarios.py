@@ -31,6 +31,7 @@ from regraft.finetune_runs import (
     nesterov,
     probe_first,
     radam,
+    transferred,
     warm_up,
     warm_up_with_statistics,
 )
@@ -198,7 +199,8 @@ OTHERS = (
     Method("frozen head", BODY_ONLY, prepare=Draw(finetune.Normal(0.01))),
 )
 PLAIN = Method("plain", EQUAL, prepare=from_scratch)
-MAIN = (PLAIN, FAST, FAST_UNTUNED, *EQUAL_RATES, *OTHERS)
+FAST_TRANSFERRED = Method("fast, transferred start", UNEQUAL, prepare=transferred)
+MAIN = (PLAIN, FAST, FAST_UNTUNED, *EQUAL_RATES, *OTHERS, FAST_TRANSFERRED)
 
 digits_main = Scenario("digits", DIGITS_CONV, HIGH, MAIN, steps=89, batch_size=50)
 fashion_mnist_main = Scenario(
