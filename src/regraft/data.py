@@ -451,7 +451,7 @@ def load(
         classes=classes,
         size=image_size or 224,
         channels=channels or 3,
-        workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+        workers=(os.cpu_count() or 1) if workers is None else workers,
     )
     raw = _LOADERS[family](place)
     raw = _choose_classes(raw, classes) if classes is not None else raw
