@@ -93,6 +93,7 @@ def _dots(family: Family, dtype: torch.dtype, precision: str, signature: dict[st
     for tile in dict.fromkeys(family.dot[precision]):
         constants = {
             "DTYPE": triton_dtype(dtype),
+            "FACTOR": triton_dtype(dtype),
             "PRECISION": "ieee" if precision == "half" else precision,
             "M": tile.m,
             "N": tile.n,

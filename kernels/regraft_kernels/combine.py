@@ -23,7 +23,7 @@ def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[
     out = {}
     for name, first in sources[0].items():
         if not first.is_floating_point():
-            out[name] = first.expand(len(coefficients), *first.shape).clone()
+            out[name] = first.repeat(len(coefficients), *(1,) * first.ndim)
             continue
         wide = torch.promote_types(first.dtype, torch.float32)
         total = torch.zeros((len(coefficients), *first.shape), dtype=wide, device=first.device)

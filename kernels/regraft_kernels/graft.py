@@ -29,7 +29,7 @@ def graft_reference(
     out = {}
     for name, tensor in base.items():
         if not tensor.is_floating_point():
-            out[name] = tensor.expand(len(scales), *tensor.shape).clone()
+            out[name] = tensor.repeat(len(scales), *(1,) * tensor.ndim)
             continue
         wide = torch.promote_types(tensor.dtype, torch.float32)
         delta = {name: end[name].to(wide) - start[name].to(wide)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import Kernel, resolve, triton_dtype
+from regraft_kernels.backend import Kernel, interpreting, resolve, triton_dtype
 from regraft_kernels.packing import check_index, check_ranges
 from regraft_kernels.tiles import dot_choice, family
 
@@ -70,7 +70,7 @@ def _unfold(stack: Tensor, term: Term) -> Tensor:
     by_position = stack.movedim(term.axis + 1, 0).to(_accumulator(stack))
     if term.positions is not None:
         by_position = by_position[term.positions]
-    return by_position.reshape(term.units, -1)
+    return by_position.flatten(1)
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
@@ -227,6 +227,7 @@ def _similarity_kernel(
     columns,  # int64: where everything else stands
     out,  # float32: one [n, n] for each group and split
     DTYPE: tl.constexpr,
+    FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -259,7 +260,7 @@ def _similarity_kernel(
                 ok_right = (k < last)[:, None] & (j < n)[None, :]
                 left = tl.load(target + here[:, None] + target_row[None, :], mask=ok_left, other=0.0)
                 right = tl.load(source + there[:, None] + source_row[None, :], mask=ok_right, other=0.0)
-                total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+                total = tl.dot(tl.trans(left).to(FACTOR), right.to(FACTOR), total, input_precision=PRECISION)
         else:
             for place in range(first, last, K):
                 k = place + tl.arange(0, K)
@@ -269,7 +270,7 @@ def _similarity_kernel(
                 ok_right = (j < n)[:, None] & (k < last)[None, :]
                 left = tl.load(target + target_row[:, None] + here[None, :], mask=ok_left, other=0.0)
                 right = tl.load(source + source_row[:, None] + there[None, :], mask=ok_right, other=0.0)
-                total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+                total = tl.dot(left.to(FACTOR), tl.trans(right).to(FACTOR), total, input_precision=PRECISION)
         if kind >= 2:
             total = -total
     place = out + tl.load(program + 5) + i.to(tl.int64)[:, None] * n + j[None, :]
@@ -399,6 +400,8 @@ def _launch(groups: Sequence[tuple[int, _Work]], dtype: torch.dtype, precision: 
             torch.cat(columns),
             out,
             DTYPE=triton_dtype(dtype),
+            # Triton's interpreter multiplies the bit patterns of bfloat16; products of it are exact in float32.
+            FACTOR=triton_dtype(torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype),
             PRECISION=asked,
             M=tile.m,
             N=tile.n,

@@ -1,0 +1,210 @@
+"""assign: every backend against the optimum, on the matrices that matter and on those that break solvers."""
+
+import importlib.util
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.optimize import linear_sum_assignment
+
+from regraft_kernels import Duals, assign, assign_many
+from regraft_kernels import assignment as module
+
+MODULES = {"scipy": "scipy", "lapx": "lap", "lapjv": "lapjv"}
+SOLVERS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"no {name}")
+    )
+    for name, package in MODULES.items()
+]
+
+
+@pytest.fixture(params=["auto", *SOLVERS])
+def solver(request):
+    return request.param
+
+
+def kinds(n, seed=0):
+    """The kinds of similarity that occur, and the hard ones."""
+    g = np.random.default_rng(seed)
+    yield "gaussian", g.standard_normal((n, n))
+    a, b = np.maximum(g.standard_normal((2, n, 2 * n)), 0)
+    yield "relu gram", a @ b.T
+    yield "near rank one", np.outer(g.random(n), g.random(n)) + 1e-3 * g.standard_normal((n, n))
+    heavy = g.standard_t(2, (n, n)) ** 3
+    heavy[g.random(n) < 0.3], heavy[:, g.random(n) < 0.3] = 0, 0
+    yield "heavy tails with dead rows", heavy
+    yield "integer ties", g.integers(0, 5, (n, n)).astype(float)
+    yield "zero", np.zeros((n, n))
+    yield "constant rows", np.repeat(g.standard_normal((n, 1)), n, 1)
+    yield "tiny", 1e-30 * g.standard_normal((n, n))
+
+
+def best(matrix, maximize=True):
+    rows, columns = linear_sum_assignment(matrix, maximize=maximize)
+    return float(matrix[rows, columns].sum(dtype=np.float64))
+
+
+def is_permutation(perm):
+    return perm.dtype == torch.int64 and perm.sort().values.tolist() == list(range(len(perm)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("maximize", [True, False])
+def test_is_optimal_cold_and_warm_on_every_kind(solver, dtype, maximize):
+    for kind, wide in kinds(40):
+        matrix = wide.astype(dtype)
+        size = max(1e-300, float(np.abs(matrix).max()) * len(matrix))
+        exact = 1e-6 if dtype == np.float32 else 1e-12
+        cold = assign(matrix, maximize=maximize, backend=solver)
+        assert is_permutation(cold.perm), kind
+        found = matrix[np.arange(40), cold.perm.numpy()].sum(dtype=np.float64)
+        assert cold.objective == pytest.approx(found, abs=1e-12 * size), kind
+        assert abs(cold.objective - best(matrix, maximize)) <= exact * size, kind
+        changed = (matrix * (1 + 0.01 * np.random.default_rng(1).standard_normal(matrix.shape))).astype(dtype)
+        warm = assign(changed, maximize=maximize, backend=solver, warm=cold.duals)
+        assert is_permutation(warm.perm), kind
+        assert abs(warm.objective - best(changed, maximize)) <= exact * size, kind
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_duals_are_a_certificate(solver, maximize):
+    for kind, matrix in kinds(30):
+        for warm in (None, Duals(np.linspace(0, 1, 30), np.linspace(2, 0, 30))):
+            found = assign(matrix, maximize=maximize, backend=solver, warm=warm)
+            size = np.abs(matrix).max() + 2
+            slack = found.duals.u[:, None] + found.duals.v - matrix
+            assert (slack if maximize else -slack).min() >= -1e-12 * size, kind
+            assert np.abs(slack[np.arange(30), found.perm.numpy()]).max() <= 1e-10 * size, kind
+            assert 0 <= found.gap <= 1e-10 * size, kind
+
+
+def test_gap_shows_what_is_not_optimal(monkeypatch):
+    monkeypatch.setitem(module.SOLVERS, "scipy", lambda cost: np.arange(len(cost)))
+    matrix = np.random.default_rng(0).standard_normal((20, 20))
+    found = assign(matrix, backend="scipy")
+    assert found.gap >= best(matrix) - found.objective > 1
+
+
+@settings(max_examples=60)
+@given(
+    matrix=hnp.arrays(
+        np.float64,
+        st.integers(0, 5).map(lambda n: (n, n)),
+        elements=st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, 1.0]),
+    )
+)
+def test_small_ones_against_every_permutation(matrix):
+    n = len(matrix)
+    expected = max(sum(matrix[i, p[i]] for i in range(n)) for p in itertools.permutations(range(n)))
+    found = assign(matrix)
+    assert is_permutation(found.perm)
+    assert len(found.perm) == n
+    assert found.objective == pytest.approx(expected, rel=1e-12, abs=1e-9)
+    assert found.gap <= 1e-6 * max(1.0, np.abs(matrix).max(initial=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_takes_tensors_of_any_floating_dtype_and_layout(solver, dtype, generator):
+    matrix = torch.randn(25, 25, generator=generator).to(dtype)
+    for given_ in (matrix, matrix.T.contiguous().T, matrix.clone().requires_grad_()):
+        assert assign(given_, backend=solver).objective == pytest.approx(
+            best(matrix.double().numpy()), rel=1e-6
+        )
+    before = matrix.clone()
+    assign(matrix, backend=solver).duals  # noqa: B018
+    assert torch.equal(matrix, before)
+
+
+def test_duals_outlive_changes_of_the_matrix(generator):
+    matrix = torch.randn(20, 20, generator=generator)
+    plain = assign(matrix.clone()).duals
+    found = assign(matrix)
+    matrix.zero_()
+    assert np.array_equal(found.duals.v, plain.v)
+
+
+def test_sizes_zero_and_one(solver):
+    assert assign(torch.zeros(0, 0), backend=solver).perm.tolist() == []
+    assert assign(torch.zeros(0, 0), backend=solver).gap == 0
+    one = assign(torch.tensor([[-3.0]]), backend=solver)
+    assert (one.perm.tolist(), one.objective, one.duals.u.tolist()) == ([0], -3.0, [-3.0])
+
+
+@pytest.mark.parametrize("scale", [1e30, 3e38])
+def test_large_entries_do_not_overflow(solver, scale):
+    matrix = (np.random.default_rng(0).uniform(-1, 1, (12, 12)) * scale).astype(np.float32)
+    found = assign(matrix, backend=solver)
+    assert found.objective == pytest.approx(best(matrix.astype(np.float64)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "text"),
+    [
+        (torch.zeros(2, 3), "layer1 must be square"),
+        (torch.zeros(4), "layer1 must be square"),
+        (torch.zeros(2, 2, 2), "layer1 must be square"),
+        (torch.zeros(3, 3).long(), "layer1 must be real and floating, not torch.int64"),
+        (torch.zeros(3, 3).bool(), "layer1 must be real and floating"),
+        (torch.zeros(3, 3, dtype=torch.complex64), "layer1 must be real and floating"),
+        (np.zeros((3, 3), np.int32), "layer1 must be real and floating, not int32"),
+        (np.zeros((3, 3), complex), "layer1 must be real and floating"),
+        (torch.tensor([[0.0, torch.nan], [0.0, 0.0]]), "layer1 has entries that are not finite"),
+        (torch.tensor([[0.0, torch.inf], [0.0, 0.0]]), "layer1 has entries that are not finite"),
+        (torch.tensor([[0.0, -torch.inf], [0.0, 0.0]]), "layer1 has entries that are not finite"),
+        (np.array([[1e308, -1e308], [0.0, 0.0]]), "layer1 has entries too large"),
+    ],
+)
+def test_refuses_bad_matrices_before_any_solver_sees_them(monkeypatch, matrix, text):
+    def never(cost):
+        raise AssertionError("a solver was called")
+
+    for name in MODULES:
+        monkeypatch.setitem(module.SOLVERS, name, never)
+        if importlib.util.find_spec(MODULES[name]) is not None:
+            with pytest.raises(ValueError, match=text):
+                assign(matrix, backend=name, name="layer1")
+
+
+def test_refuses_bad_options(monkeypatch):
+    matrix = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match="backend must be one of auto, scipy, lapx, lapjv"):
+        assign(matrix, backend="hungarian")
+    with pytest.raises(ValueError, match="duals of length 2 for 3 units"):
+        assign(matrix, warm=Duals(np.zeros(2), np.zeros(2)))
+    with pytest.raises(ValueError, match="duals are not finite"):
+        assign(matrix, warm=Duals(np.zeros(3), np.full(3, np.nan)))
+    with pytest.raises(ValueError, match="threads must be positive"):
+        assign_many([matrix], threads=0)
+    with pytest.raises(ValueError, match="1 warm starts"):
+        assign_many([matrix, matrix], warm=[None])
+    with pytest.raises(ValueError, match="conv2 has entries"):
+        assign_many([matrix, torch.full((2, 2), torch.nan)], names=["conv1", "conv2"])
+    for result in ([0, 0, 1], [0, 1, 3], [0, 1]):
+        monkeypatch.setitem(module.SOLVERS, "scipy", lambda cost, result=result: np.array(result))
+        with pytest.raises(RuntimeError, match="fc1: backend scipy returned no permutation"):
+            assign(matrix, backend="scipy", name="fc1")
+
+
+def test_a_backend_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(module, "_installed", lambda name: name == "scipy")
+    assert assign(torch.eye(3)).backend == "scipy"
+    for name in ("lapx", "lapjv"):
+        with pytest.raises(ImportError, match=f"the package {name} is not installed"):
+            assign(torch.eye(3), backend=name)
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_many_in_threads_equal_one_by_one(threads, generator):
+    matrices = [torch.randn(n, n, generator=generator) for n in (5, 0, 30, 1, 17)]
+    together = assign_many(matrices, threads=threads)
+    for found, matrix in zip(together, matrices, strict=True):
+        assert found.objective == assign(matrix).objective
+        assert found.backend == assign(matrix).backend
+    again = assign_many(matrices, threads=threads, warm=[f.duals for f in together])
+    assert [f.objective for f in again] == pytest.approx([f.objective for f in together], rel=1e-6)
+    assert assign_many([], threads=threads) == []

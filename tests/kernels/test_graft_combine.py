@@ -1,0 +1,125 @@
+"""graft and combine against their formulas."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_models import models, same_bits
+
+from regraft_kernels import Packing, combine, graft
+from regraft_kernels.combine import combine_reference
+from regraft_kernels.graft import graft_reference
+
+NUMBERS = st.sampled_from([0.0, 1.0, -1.0, 0.5, 3.25])
+
+
+def close(found, expected):
+    """Equal, but for the rounding that fusing a product and a sum saves."""
+    if not found.is_floating_point():
+        return same_bits(found, expected)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    return True
+
+
+@settings(max_examples=20)
+@given(
+    model=models(),
+    scales=st.lists(NUMBERS, max_size=3),
+    targets=st.sampled_from([None, 1, 3]),
+    seed=st.integers(0, 99),
+)
+def test_graft_equals_the_reference(backend, model, scales, targets, seed):
+    generator = torch.Generator().manual_seed(seed)
+    base = model.tensors(generator, () if targets is None else (targets,))
+    start, end = model.tensors(generator), model.tensors(generator)
+    indices = model.indices(generator, targets)
+    found = graft(base, start, end, scales, indices, model.packing, backend=backend)
+    assert found.keys() == base.keys()
+    for target in range(1 if targets is None else targets):
+        if targets is None:
+            here, index, result = base, indices, found
+        else:
+            here, index, result = (
+                {name: t[target] for name, t in tensors.items()} for tensors in (base, indices, found)
+            )
+        expected = graft_reference(here, start, end, scales, index, model.packing)
+        assert all(close(result[name], expected[name]) for name in base)
+
+
+@settings(max_examples=20)
+@given(
+    model=models(),
+    table=st.data(),
+    sources=st.integers(1, 4),
+    rows=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_combine_equals_the_reference(backend, model, table, sources, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    given_ = [model.tensors(generator) for _ in range(sources)]
+    row = st.lists(NUMBERS, min_size=sources, max_size=sources)
+    coefficients = table.draw(st.lists(row, min_size=rows, max_size=rows))
+    found = combine(given_, coefficients, backend=backend)
+    as_tensor = torch.tensor(coefficients, dtype=torch.float64).reshape(rows, sources)
+    expected = combine_reference(given_, as_tensor)
+    assert found.keys() == expected.keys()
+    for name in found:
+        # The order of the additions differs; bf16 and fp16 are rounded once in each.
+        assert found[name].shape == (rows, *model.shapes[name])
+        assert close(found[name], expected[name])
+
+
+def test_outputs_given_are_filled_and_may_not_overlap(backend, generator):
+    packing = Packing.build({"w": (6, 5)}, {"w": ("a", None)})
+    base, start, end = ({"w": torch.randn(6, 5, generator=generator)} for _ in range(3))
+    indices = {"a": torch.randperm(6, generator=generator)}
+    out = {"w": torch.full((2, 6, 5), torch.nan)}
+    assert graft(base, start, end, [1.0, 2.0], indices, packing, backend=backend, out=out)["w"] is out["w"]
+    torch.testing.assert_close(out["w"][1], base["w"] + 2 * (end["w"] - start["w"])[indices["a"]])
+    out["w"].fill_(torch.nan)
+    combine([base, end], [[1, 2], [3, 4]], backend=backend, out=out)
+    torch.testing.assert_close(out["w"][1], 3 * base["w"] + 4 * end["w"])
+    one = {"w": base["w"].unsqueeze(0)}
+    with pytest.raises(ValueError, match="share memory"):
+        graft(base, start, end, [1.0], indices, packing, backend=backend, out=one)
+    with pytest.raises(ValueError, match="share memory"):
+        combine([end, base], [[1.0, 1.0]], backend=backend, out=one)
+
+
+def test_zero_times_nan_is_nan_everywhere(backend):
+    bad, fine = {"w": torch.tensor([torch.nan, 1.0])}, {"w": torch.ones(2)}
+    for sources in ([bad, fine], [fine, bad]):
+        result = combine(sources, [[0.0, 1.0], [1.0, 0.0]], backend=backend)["w"]
+        assert result.isnan().tolist() == [[True, False], [True, False]]
+
+
+def test_refuses_what_does_not_fit():
+    packing = Packing.build({"w": (4, 2), "n": ()}, {"w": ("a", None)})
+    one = {"w": torch.zeros(4, 2)}
+    index = {"a": torch.arange(4)}
+    for start, end, scales, text in (
+        ({}, one, [1.0], "start lacks w"),
+        (one, {}, [1.0], "end lacks w"),
+        ({"w": torch.zeros(3, 4, 2)}, one, [1.0], "start must have no batch"),
+        (one, {"w": torch.zeros(4, 2).double()}, [1.0], "end: dtype of 'w'"),
+        (one, {"w": torch.zeros(4, 2, device="meta")}, [1.0], "end: device of 'w'"),
+        (one, one, [float("nan")], "scales must be finite"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            graft(one, start, end, scales, index, packing)
+    with pytest.raises(ValueError, match="slot 'a' has shape"):
+        graft({"w": torch.zeros(3, 4, 2)}, one, one, [1.0], index, packing)
+    for sources, coefficients, text in (
+        ([], [[1.0]], "at least one source"),
+        ([one], [[1.0, 2.0]], "coefficients have shape"),
+        ([one], [1.0], "coefficients have shape"),
+        ([one], [[float("inf")]], "coefficients must be finite"),
+        ([one, {"v": one["w"]}], [[1.0, 1.0]], "source 1 and source 0 differ in v, w"),
+        ([one, {"w": torch.zeros(2, 4)}], [[1.0, 1.0]], "'w': shape is"),
+        ([one, {"w": torch.zeros(4, 2).half()}], [[1.0, 1.0]], "'w': dtype is"),
+        ([one, {"w": torch.zeros(4, 2, device="meta")}], [[1.0, 1.0]], "'w' of source 1 is on meta"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            combine(sources, coefficients)
+    assert graft({}, {}, {}, [1.0], {}, packing) == {}
+    assert combine([{}], [[1.0]]) == {}
