@@ -310,7 +310,7 @@ def comparison(rows: Sequence[Record], scenario: str) -> list[str]:
         return []
     finals = {name: band([row["accuracy"] for row in own])[0] for name, own in methods.items()}
     goal = 0.95 * max(finals.values())
-    start = next(iter(methods.values()))[0]["extra"]["source_start"]
+    start = max(own[0]["extra"]["source_start"] for own in methods.values())
     lines = [
         f"## {scenario}",
         "",

@@ -203,6 +203,28 @@ FAST_TRANSFERRED = Method("fast, transferred start", UNEQUAL, prepare=transferre
 MAIN = (PLAIN, FAST, FAST_UNTUNED, *EQUAL_RATES, *OTHERS, FAST_TRANSFERRED)
 
 digits_main = Scenario("digits", DIGITS_CONV, HIGH, MAIN, steps=89, batch_size=50)
+# For the bench, which is to be quick: at the rates that were best on ``digits``; finding them takes longest.
+DIGITS_RATES = {
+    "plain": (0.1, 0.1),
+    "fast": (0.3, 0.1),
+    "fast, transferred start": (0.3, 0.1),
+    "fan-in": (0.06, 0.06),
+    "fan-out": (0.03, 0.03),
+    "lp-ft": (0.3, 0.01),
+    "feature extraction": (0.3, None),
+    "frozen head": (None, 0.3),
+}
+digits_fixed = replace(
+    digits_main,
+    name="digits-fixed",
+    seeds=3,
+    methods=tuple(
+        method
+        if len(method.rates) == 1
+        else replace(method, rates=(DIGITS_RATES.get(method.name, (0.1, 0.1)),))
+        for method in MAIN
+    ),
+)
 fashion_mnist_main = Scenario(
     "fashion-mnist", FASHION_CONV3, MNIST, MAIN, steps=89, source_images=1000, test_images=1000
 )
@@ -383,12 +405,12 @@ convergence_caltech_paper = replace(
 )
 
 TWO_CORES = (
-    digits_main, fashion_mnist_main, cifar_main, initial_same, initial_other, frozen_head, warm_ups, rates_resnet,
-    rates_vgg, optimisers_densenet, optimisers_vgg, convergence_mnist, convergence_digits,
+    digits_fixed, digits_main, fashion_mnist_main, cifar_main, initial_same, initial_other, frozen_head, warm_ups,
+    rates_resnet, rates_vgg, optimisers_densenet, optimisers_vgg, convergence_mnist, convergence_digits,
 )  # fmt: skip
 PAPER = (
     initial_same_paper, initial_other_paper, frozen_head_paper, warm_ups_paper, rates_resnet_paper, rates_vgg_paper,
     optimisers_densenet_paper, optimisers_vgg_paper, convergence_cifar100_paper, convergence_caltech_paper,
 )  # fmt: skip
 SCENARIOS = {scenario.name: scenario for scenario in (*TWO_CORES, *PAPER)}
-DEFAULT = (digits_main.name,)
+DEFAULT = (digits_fixed.name,)
