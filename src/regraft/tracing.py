@@ -18,7 +18,6 @@ To teach the tracer an operator, write one function here and register it with ``
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import operator
@@ -146,26 +145,14 @@ class Tie:
     sources: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """A reduction of ``labels`` over ``dims``, and which slices looked like one unit (the ``first``) then."""
-
-    labels: Tensor
-    first: Tensor
-    dims: tuple[int, ...]
-    single: Tensor
-
-
 class Flow:
     """One pass of labels through a graph. The rules below call its methods."""
 
-    def __init__(self, eager: frozenset[int] = frozenset()) -> None:
+    def __init__(self) -> None:
         self.units = Units()
         self.ties: list[Tie] = []
         self.made: list[tuple[Leaf, Tensor]] = []  # labels in the order in which parameters produce them
         self.unknown: dict[str, None] = {}
-        self.eager = eager
-        self.doubts: list[Doubt] = []
 
     # -- labels of values
 
@@ -180,15 +167,19 @@ class Flow:
         """int32 [length]: labels of one axis of a leaf."""
         labels = leaf.axes[axis]
         if labels is None:
-            labels = leaf.axes[axis] = self.units.fresh(leaf.shape[axis])
+            length = leaf.shape[axis]  # one unit alone has no place to go: it is fixed, and joins nobody
+            labels = self.units.fresh(length) if length > 1 else torch.zeros(1, dtype=torch.int32)
+            leaf.axes[axis] = labels
         return labels
 
     def scalars(self, leaf: Leaf) -> Tensor:
         """int32 of the leaf's shape: a label for every scalar."""
         if leaf.scalars is None:
             long = [a for a, length in enumerate(leaf.shape) if length != 1]
-            if len(long) <= 1 and leaf.shape:
-                leaf.scalars = self.axis(leaf, long[0] if long else 0).view(leaf.shape)
+            if not long:
+                leaf.scalars = torch.zeros(leaf.shape, dtype=torch.int32)
+            elif len(long) == 1:
+                leaf.scalars = self.axis(leaf, long[0]).view(leaf.shape)
             else:
                 leaf.scalars = self.units.fresh(*leaf.shape)
             self.produce(leaf, leaf.scalars)
@@ -197,16 +188,21 @@ class Flow:
     def labels(self, value: Value) -> Tensor:
         """int32 of the value's shape, tied to its base."""
         if value.labels is None:
-            base = self.scalars(value.base) if isinstance(value.base, Leaf) else value.base
-            value.labels = base if value.positions is None else self._gathered(value, base)
+            base = self.base(value)
+            value.labels = base if value.positions is None else self.gather(value.positions, base)
         return value.labels
 
-    def _gathered(self, value: Value, base: Tensor) -> Tensor:
-        labels = base.reshape(-1)[value.positions.clamp(min=0)]
-        padding = value.positions < 0
+    def base(self, value: Value) -> Tensor:
+        """The labels that the value's positions point into."""
+        return self.scalars(value.base) if isinstance(value.base, Leaf) else value.base
+
+    def gather(self, positions: Tensor, *sources: Tensor) -> Tensor:
+        """A new tensor whose scalars come from ``positions`` of the sources, read one after the other."""
+        labels = torch.cat([source.reshape(-1) for source in sources])[positions.clamp(min=0)]
+        padding = positions < 0
         if padding.any():
             labels[padding] = self.units.fresh(int(padding.sum()))  # a constant takes any unit's part
-        self.tie(labels, value.positions, base)
+        self.tie(labels, positions, *sources)
         return labels
 
     def constant(self, tensor: Tensor) -> Tensor:
@@ -308,9 +304,10 @@ def _words(text: str) -> frozenset[str]:
 
 UNARY = _words(
     "alias clone contiguous detach dropout feature_dropout alpha_dropout lift lift_fresh lift_fresh_copy "
-    "positive to _to_copy type_as hardswish log_sigmoid celu rrelu"
+    "positive to _to_copy type_as hardswish log_sigmoid celu rrelu zero fill"
 )
-"""Operators that leave every scalar at its place and read one tensor (beside those that torch tags pointwise)."""
+"""Operators that leave every scalar at its place and read one tensor (beside those that torch tags pointwise), or
+put a constant in the place of each: it keeps the labels of what it replaces."""
 
 VIEWS = _words(
     "broadcast_to channel_shuffle chunk diagonal expand expand_as flatten flip index index_select "
@@ -331,7 +328,7 @@ ASSEMBLIES = _words("cat concat concatenate hstack select_scatter slice_scatter 
 REDUCTIONS = _words("all amax amin any linalg_vector_norm logsumexp mean nansum norm prod std sum var")
 """Operators over ``dim`` whose result does not depend on the order in a slice."""
 
-FILLS = _words("empty_like fill full_like new_empty new_full new_ones new_zeros ones_like zero zeros_like")
+FILLS = _words("empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like")
 """Operators that read nothing but the shape."""
 
 
@@ -343,7 +340,7 @@ def pointwise(flow: Flow, out: torch.Size, operands: Sequence[Any]) -> Value:
     """Scalars that meet become one unit. A fixed operand that is broadcast only keeps units where they see the
     same of it: dividing by a norm moves nothing."""
     values = [x for x in operands if isinstance(x, Value)]
-    fixed = [v for v in values if isinstance(v.base, Tensor) and flow.is_fixed(v.base)]
+    fixed = [v for v in values if flow.is_fixed(flow.base(v))]
     moving = [v for v in values if not any(v is f for f in fixed)]
     if not moving:
         return flow.fixed(out)
@@ -402,21 +399,23 @@ def _pad(flow: Flow, out: torch.Size, x: Value, pad: list[int], *options: Any) -
 
 
 def assemble(flow: Flow, function: Callable[[list[Any]], Tensor], args: Sequence[Any]) -> Value:
-    """Several tensors become one: run on their labels, and on positions in all of them, one after the other."""
+    """Several tensors become one: run on positions in all that they come from, one after the other."""
     leaves, structure = pytree.tree_flatten(list(args))
-    parts = [x for x in leaves if isinstance(x, Value | Tensor)]
-    sources = [flow.labels(x) if isinstance(x, Value) else flow.constant(x) for x in parts]
-    starts = [0, *itertools.accumulate(s.numel() for s in sources)]
-    places = [_places(s.shape) + start for s, start in zip(sources, starts, strict=False)]
-
-    def run(tensors: list[Tensor]) -> Tensor:
-        given = iter(tensors)
-        filled = [next(given) if isinstance(x, Value | Tensor) else x for x in leaves]
-        return function(pytree.tree_unflatten(filled, structure))
-
-    labels = run(sources)
-    flow.tie(labels, run(places), *sources)
-    return Value(labels, tuple(labels.shape))
+    bases: dict[int, Tensor] = {}
+    starts: dict[int, int] = {}
+    places: dict[int, Tensor] = {}
+    count = 0
+    for i, x in enumerate(leaves):
+        if isinstance(x, Value | Tensor):
+            base = flow.base(x) if isinstance(x, Value) else flow.constant(x)
+            if id(base) not in bases:
+                bases[id(base)], starts[id(base)] = base, count
+                count += base.numel()
+            own = x.places() if isinstance(x, Value) else _places(x.shape)
+            places[i] = torch.where(own < 0, own, own + starts[id(base)])
+    filled = [places.get(i, x) for i, x in enumerate(leaves)]
+    positions = function(pytree.tree_unflatten(filled, structure))
+    return Value(flow.gather(positions, *bases.values()), tuple(positions.shape))
 
 
 def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
@@ -426,19 +425,11 @@ def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
         return flow.fixed(out)
     dims = tuple(sorted({d % labels.ndim for d in dims})) or tuple(range(labels.ndim))
     first = labels[tuple(slice(0, 1) if d in dims else slice(None) for d in range(labels.ndim))]
-    if len(flow.doubts) in flow.eager:
-        flow.join(labels, first)
-    single = is_single(flow, labels, first, dims)
-    flow.doubts.append(Doubt(labels, first, dims, single))
+    roots = flow.units.roots(labels)
+    single = (roots == flow.units.roots(first)).all(dims, keepdim=True)
     passed = torch.where(single, first, 0)
     flow.tie(labels, _places(passed.shape).expand(labels.shape), passed)
     return Value(passed.reshape(out), tuple(out))
-
-
-def is_single(flow: Flow, labels: Tensor, first: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """bool: which slices along ``dims`` are one unit."""
-    same = flow.units.roots(labels) == flow.units.roots(first)
-    return same.all(dims, keepdim=True)
 
 
 @rule("linear")
@@ -525,7 +516,13 @@ def convolve(
     before = channel_units(flow, x, spatial)
     after = outward.repeat(out[-spatial - 1] // len(outward))
     if groups == len(before) > 1 and not flow.is_fixed(before):  # depth-wise: a channel goes through
-        flow.join(after, before.repeat_interleave(len(after) // groups))
+        through = before.repeat_interleave(len(after) // groups)
+        if len(outward) == len(after):
+            flow.join(outward, through)
+        else:  # transposed: the weight's own channels are those that go in
+            flow.join(inward, before)
+            flow.freeze(outward)
+        after = through
     else:
         flow.join(before, inward.repeat(len(before) // len(inward)))
         if groups > 1:
@@ -735,16 +732,11 @@ class Labelled:
 def find_units(model: nn.Module, example_inputs: tuple[Any, ...]) -> Labelled:
     """Exports the model, lets labels flow through its graphs, and groups the units of equal signature."""
     programs = export(model, example_inputs)
-    eager: frozenset[int] = frozenset()
-    while True:
-        flow, leaves = run_through(programs, model, eager)
-        # A mean over tokens that only later turned out to be of one unit passes it in the next round.
-        late = frozenset(
-            i for i, doubt in enumerate(flow.doubts) if i not in eager and _became_single(flow, doubt)
-        )
-        if not late:
-            break
-        eager |= late
+    try:
+        flow, leaves = run(programs, model)
+    except Entangled:  # the functional form is slower to make: only where writing in place matters
+        flow, leaves = run([program.run_decompositions({}) for program in programs], model)
+    settle(flow, leaves)
     for name in flow.unknown:
         warn(f"operator {name} is not known to the tracer: what it touches stays fixed")
     return grouped(flow, leaves)
@@ -809,23 +801,9 @@ def _inputs(program: ExportedProgram) -> Iterable[tuple[Any, Node]]:
     return zip(program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True)
 
 
-def run_through(
-    programs: Sequence[ExportedProgram], model: nn.Module, eager: frozenset[int]
-) -> tuple[Flow, list[Leaf]]:
-    """One pass of labels through the graphs, through their functional form where writing in place matters."""
-    try:
-        flow, leaves = run(programs, model, eager)
-    except Entangled:
-        flow, leaves = run([program.run_decompositions({}) for program in programs], model, eager)
-    settle(flow, leaves)
-    return flow, leaves
-
-
-def run(
-    programs: Sequence[ExportedProgram], model: nn.Module, eager: frozenset[int]
-) -> tuple[Flow, list[Leaf]]:
+def run(programs: Sequence[ExportedProgram], model: nn.Module) -> tuple[Flow, list[Leaf]]:
     """One pass of labels; every parameter and buffer is a leaf that the graphs share."""
-    flow = Flow(eager)
+    flow = Flow()
     leaves = {
         id(tensor): Leaf(name, tuple(tensor.shape), learned=learned)
         for pairs, learned in ((model.named_parameters(), True), (model.named_buffers(), False))
@@ -973,16 +951,10 @@ def bind(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, A
 def _reads_one(target: OpOverload, named: dict[str, Any], given: Sequence[Value]) -> bool:
     """Whether every scalar stays at its place and meets nothing but constants that are the same everywhere."""
     if _name(target) in UNARY:
-        return True
+        return len(given) == 1 or _name(target) in LIKE
     constants = [x for x in pytree.tree_leaves(list(named.values())) if isinstance(x, Tensor)]
     same = all(x.numel() == 1 and x.ndim <= len(given[0].shape) for x in constants)
     return torch.Tag.pointwise in target.tags and len(given) == 1 and same
-
-
-def _became_single(flow: Flow, doubt: Doubt) -> bool:
-    """Whether a slice that was of several units is of one by now, and it may move."""
-    now = is_single(flow, doubt.labels, doubt.first, doubt.dims) & (flow.units.roots(doubt.first) != 0)
-    return bool((now & ~doubt.single).any())
 
 
 # ---- groups
