@@ -171,10 +171,13 @@ def test_simple_axes_use_their_group_as_slot():
 
 
 def test_what_moves_is_counted():
-    # out.weight: all 20; fc.weight: all 28, since its rows move; fixed rows and columns only where both are
-    spec = PermutationSpec.build({"g": 2}, {"w": [3, [["g", 0, 2, 1], [None, 0, 4, 1]]], "b": [3]})
-    assert spec.moved() == 3 * 2
-    assert SMALL.moved() == sum(tensor.numel() for tensor in tensors_of(SMALL).values()) - 1
+    spec = PermutationSpec.build(
+        {"g": 3}, {"w": [3, [["g", 0, 3, 1], [None, 0, 4, 1]]], "v": ["g", "g"], "b": [3]}
+    )
+    assert spec.moved() == {"w": 9, "v": 9, "b": 0}
+    # the exchange of units 0 and 1 leaves five columns of w, and one scalar of v
+    assert spec.moved({"g": torch.tensor([1, 0, 2])}) == {"w": 6, "v": 8, "b": 0}
+    assert set(spec.moved(spec.identity()).values()) == {0}
 
 
 # ---------------------------------------------------------------------------------------------------

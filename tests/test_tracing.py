@@ -35,11 +35,9 @@ def proved(model: nn.Module, *shape: int, draws: int = 2) -> PermutationSpec:
 
 def share(spec: PermutationSpec, model: nn.Module) -> float:
     """The share of parameters that may move."""
-    parameters = {name for name, _ in model.named_parameters()}
-    only = PermutationSpec(
-        spec.groups, {name: axes for name, axes in spec.axes.items() if name in parameters}
-    )
-    return only.moved() / sum(parameter.numel() for parameter in model.parameters())
+    moved = spec.moved()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(moved[name] for name in sizes) / sum(sizes.values())
 
 
 class Net(nn.Module):
