@@ -18,8 +18,8 @@ Matrix = Tensor | np.ndarray
 
 @dataclass(frozen=True)
 class Duals:
-    """Potentials of an assignment, float64 [n] each: u[i] + v[j] >= S[i, j] for all i and j where S was
-    maximised (<= where it was minimised), with equality, to rounding, where j = perm[i]."""
+    """Potentials of an assignment, float64 [n] each: to rounding, u[i] + v[j] >= S[i, j] for all i and j where S
+    was maximised (<= where it was minimised), with equality where j = perm[i]."""
 
     u: np.ndarray
     v: np.ndarray
@@ -38,13 +38,13 @@ class Assignment:
 
     @cached_property
     def duals(self) -> Duals:
-        """Feasible potentials, from which a similar problem starts warm."""
-        return self._problem.duals(self.perm.numpy())
+        """Potentials of the optimum, from which a similar problem starts warm."""
+        return self._problem.tight_duals(self.perm.numpy())
 
     @cached_property
     def gap(self) -> float:
         """The certificate: no assignment is better than this one by more than `gap` (rounding, if optimal)."""
-        exact = self._problem.duals(self.perm.numpy(), np.float64)
+        exact = self._problem.feasible_duals(self.perm.numpy())
         return max(0.0, self._problem.sign * (float(exact.u.sum() + exact.v.sum()) - self.objective))
 
 
@@ -170,21 +170,26 @@ class _Problem:
             raise ValueError(f"{name} has entries too large to subtract in float64")
         if reach > np.finfo(np.float32).max / 4:
             matrix = matrix.astype(np.float64)
-        sign_here = matrix.dtype.type(sign)
-        if column is None:
-            gain, column = (matrix if sign > 0 else -matrix), np.zeros(n)
-        else:
-            column = sign * column
-            gain = sign_here * matrix
-            gain -= column.astype(matrix.dtype)
-        row = gain.max(axis=1)
-        return _Problem(row[:, None] - gain, row.astype(np.float64), column, sign)
+        column = np.zeros(n) if column is None else sign * column
+        shift = column.astype(matrix.dtype)
+        cost = shift - matrix if sign > 0 else shift + matrix
+        row = -cost.min(axis=1)
+        cost += row[:, None]
+        return _Problem(cost, row.astype(np.float64), column, sign)
 
-    def duals(self, perm: np.ndarray, dtype: type | None = None) -> Duals:
-        """Potentials that are feasible always, and tight on the assignment to the rounding of `dtype`."""
+    def tight_duals(self, perm: np.ndarray) -> Duals:
+        """Potentials that are tight on the assignment, and feasible to rounding where it is optimal."""
         if len(perm) == 0:
             return Duals(np.zeros(0), np.zeros(0))
-        v = _column_potentials(self.cost if dtype is None else self.cost.astype(dtype), perm)
+        v = _column_potentials(self.cost, perm)
+        u = self.cost[np.arange(len(perm)), perm] - v[perm]
+        return Duals(self.sign * (self.row - u), self.sign * (self.column - v))
+
+    def feasible_duals(self, perm: np.ndarray) -> Duals:
+        """Potentials that are feasible always, and tight on the assignment to the rounding of float64."""
+        if len(perm) == 0:
+            return Duals(np.zeros(0), np.zeros(0))
+        v = _column_potentials(self.cost.astype(np.float64), perm)
         pieces = np.array_split(self.cost, -(-self.cost.size // (1 << 20)))
         u = np.concatenate([(piece - v).min(axis=1) for piece in pieces])
         return Duals(self.sign * (self.row - u), self.sign * (self.column - v))

@@ -24,7 +24,7 @@ from torch import Tensor
 from regraft.clock import Clock
 from regraft.symmetry import PermutationSpec
 from regraft.trajectory import check_alike, check_finite
-from regraft_kernels import Term, assign_many, similarity, similarity_update_
+from regraft_kernels import Duals, Term, assign_many, similarity, similarity_update_
 
 Tensors = dict[str, Tensor]
 Perm = dict[str, Tensor]
@@ -37,6 +37,9 @@ CORRECTIONS_BEFORE_REBUILD = 32
 # Correcting reads and multiplies the changed columns of one tensor; from this part of a rebuild's products on, it
 # gains nothing.
 WORTH_CORRECTING = 0.8
+# The duals of an assignment are recovered only where more than this part of it moved: older ones start the next solve
+# nearly as well, and recovering takes longer than a warm solve.
+RENEW_DUALS = 0.2
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Descent:
     version: dict[str, int] = field(default_factory=dict)  # group -> how often its permutation changed
     solved: dict[str, object] = field(default_factory=dict)  # group -> what its last solve looked at
     cached: dict[str, _Cached] = field(default_factory=dict)
-    duals: dict[str, object] = field(default_factory=dict)
+    duals: dict[str, Duals] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -290,11 +293,14 @@ def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, backend: st
             [scores[g] for g in stale],
             backend=assignment,
             warm=[descent.duals.get(g) for g in stale],
+            names=[f"similarity of group {g!r}" for g in stale],
         )
     improved = False
     with clock.phase("objective", device):
         for group, solution in zip(stale, solutions, strict=True):
-            descent.duals[group] = solution.duals
+            moved = _changed_share(descent.perm[group].cpu(), solution.perm)
+            if group not in descent.duals or moved > RENEW_DUALS:
+                descent.duals[group] = solution.duals
             descent.solved[group] = _depends_on(descent, group)
             improved |= _accept_(descent, group, own[group], solution.perm.to(device))
     return improved
