@@ -299,10 +299,13 @@ TABLED = {"1": ("F1", 0), "2": ("F2", 3), "3": ("F3", 0), "4": ("F4", 3)}
 
 
 def target_networks(study: Study, kind: str) -> dict[str, Tensors]:
-    """theta_1 to theta_5 of the CNN by name."""
+    """theta_1 to theta_5 of the CNN by name, each from initial values of its own."""
     if kind == "random":
         return {f"theta_{number}": start(study, "small_cnn", number) for number in range(1, 6)}
-    return {task.label: trained(study, "small_cnn", task).tensors for task in targets(study)}
+    return {
+        task.label: trained(study, "small_cnn", task, number=number).tensors
+        for number, task in enumerate(targets(study), start=1)
+    }
 
 
 def moved(study: Study, question: Question) -> tuple[Tensors, Tensors]:
