@@ -69,6 +69,39 @@ def test_combine_equals_the_reference(backend, model, table, sources, rows, seed
         assert close(found[name], expected[name])
 
 
+def test_graft_of_many_targets_and_scales_at_once(backend, generator):
+    """Sizes beyond a tile in both directions, every target with its own permutations."""
+    packing = Packing.build({"w": (9, 20, 3), "v": (35,)}, {"w": ("a", "b", None), "v": ("c",)})
+    targets, scales = 3, [0.5, -1.0]
+    base = {
+        "w": torch.randn(targets, 9, 20, 3, generator=generator),
+        "v": torch.randn(targets, 35, generator=generator),
+    }
+    start, end = (
+        {name: torch.randn(t.shape[1:], generator=generator) for name, t in base.items()} for _ in "ab"
+    )
+    indices = {
+        slot: torch.stack([torch.randperm(n, generator=generator) for _ in range(targets)])
+        for slot, n in packing.slots.items()
+    }
+    found = graft(base, start, end, scales, indices, packing, backend=backend)
+    assert found["w"].shape == (targets, 2, 9, 20, 3)
+    for p in range(targets):
+        a, b, c = (indices[slot][p] for slot in "abc")
+        for k, scale in enumerate(scales):
+            moved = (end["w"] - start["w"])[a][:, b]
+            torch.testing.assert_close(found["w"][p, k], base["w"][p] + scale * moved)
+            torch.testing.assert_close(found["v"][p, k], base["v"][p] + scale * (end["v"] - start["v"])[c])
+
+
+def test_combine_of_large_tensors(backend, generator):
+    """Beyond a tile, with an odd rest."""
+    sources = [{"w": torch.randn(7, 11, generator=generator)} for _ in range(3)]
+    found = combine(sources, [[1.0, 2.0, -1.0], [0.5, 0.0, 3.0]], backend=backend)["w"]
+    a, b, c = (source["w"] for source in sources)
+    torch.testing.assert_close(found, torch.stack([a + 2 * b - c, 0.5 * a + 3 * c]))
+
+
 def test_outputs_given_are_filled_and_may_not_overlap(backend, generator):
     packing = Packing.build({"w": (6, 5)}, {"w": ("a", None)})
     base, start, end = ({"w": torch.randn(6, 5, generator=generator)} for _ in range(3))

@@ -1,0 +1,244 @@
+"""The kernels' torch path on a CPU against what a PyTorch user would write, and against a copy.
+
+``pytest bench/bench_kernels.py --benchmark-only``. Contenders are alternated in one process on one thread, and
+the medians of their thread's CPU seconds compared. Permute, graft and combine move ResNet-18 with its traced
+permutations; their floor is a clone of every tensor for each two tensors read or written. The floor of
+similarity is one matrix product of the same shape. The table goes to ``results/kernels-cpu.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.models import resnet18
+
+import regraft
+import regraft_kernels as rk
+from regraft.results import environment, write
+
+pytestmark = pytest.mark.kernels
+
+Tensors = dict[str, Tensor]
+RESULTS = Path(__file__).parents[1] / "results"
+ROUNDS = 15
+WANTED = "2x the loop, or within 1.3x of the floor"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Model:
+    """ResNet-18's spec and three sets of its tensors, with random permutations."""
+
+    axes: dict[str, tuple[str | None, ...]]
+    packing: rk.Packing
+    indices: dict[str, Tensor]
+    sets: tuple[Tensors, Tensors, Tensors]
+
+    def moved(self, name: str, tensor: Tensor) -> Tensor:
+        """pi of one tensor, as one would write it: rows, then columns."""
+        for axis, slot in enumerate(self.axes[name]):
+            if slot is not None:
+                tensor = tensor.index_select(axis, self.indices[slot])
+        return tensor
+
+
+@cache
+def model() -> Model:
+    network = resnet18()
+    spec = regraft.trace(network, (torch.zeros(2, 3, 64, 64),))
+    generator = torch.Generator().manual_seed(0)
+    state = network.state_dict()
+
+    def draw() -> Tensors:
+        return {
+            name: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t.clone()
+            for name, t in state.items()
+        }
+
+    packing = spec.packing()
+    indices = spec.indices(spec.random(generator))
+    return Model(packing.axes, packing, indices, (draw(), draw(), draw()))
+
+
+def alternate(contenders: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median CPU milliseconds of the thread, of each contender in turn; the first round warms up."""
+    spent: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, run in contenders.items():
+            start = time.thread_time()
+            run()
+            spent[name].append(time.thread_time() - start)
+    return {name: 1e3 * statistics.median(values[1:]) for name, values in spent.items()}
+
+
+def copies(tensors: Tensors, moved: float) -> Callable[[], object]:
+    """Clone every tensor so often that as many bytes move as in `moved` tensors read or written."""
+    whole, half = divmod(moved / 2, 1)
+
+    def run() -> list[Tensor]:
+        result = [tensor.clone() for _ in range(int(whole)) for tensor in tensors.values()]
+        if half:
+            result += [tensor.flatten()[: tensor.numel() // 2].clone() for tensor in tensors.values()]
+        return result
+
+    return run
+
+
+def test_permute(benchmark, request) -> None:
+    m = model()
+    a = m.sets[0]
+    fast = lambda: rk.permute(a, m.indices, m.packing)  # noqa: E731
+    measure(
+        benchmark,
+        request,
+        "permute, ResNet-18",
+        {
+            "loop": lambda: {name: m.moved(name, tensor) for name, tensor in a.items()},
+            "ours": fast,
+            "floor": copies(a, 2),
+        },
+        WANTED,
+    )
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_graft(count: int, benchmark, request) -> None:
+    m = model()
+    base, start, end = m.sets
+    scales = [(k + 1) / count for k in range(count)]
+
+    def loop() -> Tensors:
+        result = {}
+        for name, tensor in base.items():
+            if tensor.is_floating_point():
+                moved = m.moved(name, end[name] - start[name])
+                result[name] = torch.stack([tensor + scale * moved for scale in scales])
+        return result
+
+    def fast() -> Tensors:
+        return rk.graft(base, start, end, scales, m.indices, m.packing)
+
+    contenders = {"loop": loop, "ours": fast, "floor": copies(base, 3 + count)}
+    measure(benchmark, request, f"graft, ResNet-18, {count} scales", contenders, WANTED)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_combine(count: int, benchmark, request) -> None:
+    m = model()
+    a, b, _ = m.sets
+    table = [[0.1 * k + 0.5, 0.5 - 0.1 * k] for k in range(count)]
+
+    def loop() -> Tensors:
+        return {
+            name: torch.stack([x * a[name] + y * b[name] for x, y in table])
+            for name in a
+            if a[name].is_floating_point()
+        }
+
+    contenders = {"loop": loop, "ours": lambda: rk.combine([a, b], table), "floor": copies(a, 2 + count)}
+    measure(benchmark, request, f"combine, ResNet-18, 2 sources, {count} results", contenders, WANTED)
+
+
+@pytest.mark.parametrize(("steps", "rows", "columns", "area"), [(10, 256, 256, 9), (10, 512, 512, 1)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_similarity(axis: int, steps: int, rows: int, columns: int, area: int, benchmark, request) -> None:
+    """One term, the other axis gathered. Ours is given channels last, the user's way PyTorch's own order."""
+    generator = torch.Generator().manual_seed(0)
+    target, source = torch.randn(2, steps, rows, area, columns, generator=generator).movedim(-1, 3)
+    plain = target.contiguous(), source.contiguous()
+    other = torch.randperm((rows, columns)[1 - axis], generator=generator)
+    gathers = (None, other, None) if axis == 0 else (other, None, None)
+    n = (rows, columns)[axis]
+    flat = [torch.randn(n, target.numel() // n, generator=generator) for _ in range(2)]
+
+    def user() -> Tensor:
+        moved = plain[1].index_select(2 - axis, other)
+        return plain[0].movedim(axis + 1, 0).reshape(n, -1) @ moved.movedim(axis + 1, 0).reshape(n, -1).T
+
+    term = rk.Term(target, source, axis, None, gathers)
+    contenders = {
+        "loop": user,
+        "ours": lambda: rk.similarity([term]),
+        "floor": lambda: flat[0] @ flat[1].T,
+    }
+    shape = f"[{steps}, {rows}, {columns}, {area}], axis {axis}"
+    measure(benchmark, request, f"similarity, {shape}", contenders, "", rounds=5)
+
+
+def test_similarity_update(benchmark, request) -> None:
+    """5 % of a neighbour's 1024 units changed, against building the term again."""
+    generator = torch.Generator().manual_seed(0)
+    target, source = torch.randn(2, 1, 1024, 1024, generator=generator)
+    old = torch.randperm(1024, generator=generator)
+    new = old.clone()
+    new[:50] = old[:50].roll(1)
+    total = torch.zeros(1024, 1024)
+    term = rk.Term(target, source, 0)
+    contenders = {
+        "loop": lambda: rk.similarity([rk.Term(target, source, 0, None, (None, new))]),
+        "ours": lambda: rk.similarity_update_(total, term, 1, old, new),
+    }
+    name = "similarity_update_, [1, 1024, 1024], 5 % changed, against building anew"
+    measure(benchmark, request, name, contenders, "", rounds=5)
+
+
+ROWS = pytest.StashKey[list]()
+
+
+def measure(
+    benchmark,
+    request,
+    case: str,
+    contenders: dict[str, Callable[[], object]],
+    wanted: str,
+    rounds: int = ROUNDS,
+) -> None:
+    """Measure, keep the row, and write the table so far."""
+    times = alternate(contenders, rounds)
+    benchmark.pedantic(contenders["ours"], rounds=1)
+    row = {"case": case, "milliseconds": times, "wanted": wanted}
+    benchmark.extra_info.update(row)
+    rows = request.config.stash.setdefault(ROWS, [])
+    rows.append(row)
+    save(rows)
+
+
+def save(rows: list[dict]) -> None:
+    """``results/kernels-cpu.json`` and the table made from it."""
+    where = environment()
+    text = json.dumps({"environment": asdict(where), "rows": rows}, indent=1) + "\n"
+    write(RESULTS / "kernels-cpu.json", text)
+    lines = [
+        "# Kernels on a CPU",
+        "",
+        __doc__ or "",
+        f"`{where.command}` at {where.commit}{' (dirty)' if where.dirty else ''}, {where.machine}, one thread, "
+        f"torch {torch.__version__}. Milliseconds.",
+        "",
+        "| case | user's way | ours | floor | user's way / ours | ours / floor | wanted |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        t = row["milliseconds"]
+        floor = (f"{t['floor']:.2f}", f"{t['ours'] / t['floor']:.2f}") if "floor" in t else ("", "")
+        lines.append(
+            f"| {row['case']} | {t['loop']:.2f} | {t['ours']:.2f} | {floor[0]} "
+            f"| {t['loop'] / t['ours']:.2f} | {floor[1]} | {row['wanted']} |"
+        )
+    write(RESULTS / "kernels-cpu.md", "\n".join([*lines, ""]))
