@@ -5,7 +5,7 @@ Networks, sections 3 and 4.1). The methods differ in how they find pi:
 
 - ``naive``: pi is the identity.
 - ``weights``: pi matches the two starts' weights, as a Git Re-Basin user would do.
-- ``oracle``: pi matches ``theta_2^T - theta_2^0`` of a real training with ``theta_1^T - theta_1^0``: a bound, no method.
+- ``oracle``: pi matches what a real training of theta_2 learned with ``theta_1^T - theta_1^0``: a bound, no method.
 - ``gmt`` (Algorithm 1): for s = 1..T pi_s matches the gradients along both paths up to s, all computed anew.
 - ``fgmt`` (Algorithm 2): the same, but only the newest pair of gradients is computed and the earlier ones are kept.
 """
@@ -153,7 +153,7 @@ def transfer(
     endless = _cycle(batches)
     first = next(endless)
     if spec is None:
-        spec = trace(model, (first[0][:2].cpu(),))
+        spec = trace(model, (first[0][:2].to(next(model.parameters()).device),))
     spec.validate(target_start)
     needs_bn = bn_batches > 0 and bool(batch_norms(model))
     run = _Run(

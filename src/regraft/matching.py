@@ -15,7 +15,7 @@ All of these leave the result as it is: `regraft.reference.matching` finds the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,10 +24,11 @@ from torch import Tensor
 from regraft.clock import Clock
 from regraft.symmetry import PermutationSpec
 from regraft.trajectory import check_alike, check_finite
-from regraft_kernels import Duals, Term, assign_many, similarity, similarity_update_
+from regraft_kernels import Duals, Term, assign_many, similarity, similarity_many, similarity_update_
 
 Tensors = dict[str, Tensor]
 Perm = dict[str, Tensor]
+Gathers = dict[tuple[str, int], Tensor | None]  # (tensor, axis) -> index vector
 
 # A new assignment must raise the objective by more than this part of the similarity that it collects: below lies
 # the rounding of float32 sums, and ties, where "improvements" would go round in circles.
@@ -172,8 +173,10 @@ class Descent:
         """A descent over given stacks, of which the first `steps` are filled."""
         names = frozenset(target)
         classes = colours(spec, names, generator)
-        around = {group: _neighbourhood(spec, group, names) for members in classes for group in members}
         device = next(iter(target.values())).device
+        around = {
+            group: _neighbourhood(spec, group, names, device) for members in classes for group in members
+        }
         perm = {group: index.to(device) for group, index in _checked_start(spec, start).items()}
         return cls(spec, target, source, steps, classes, around, perm)
 
@@ -285,7 +288,7 @@ def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, backend: st
         return False
     device = descent.device
     with clock.phase("similarity", device):
-        own = {group: _similarity_(descent, group, backend) for group in stale}
+        own = _similarities_(descent, stale, backend)
         both = {group: _coupled_similarity(descent, group, backend) for group in stale}
         scores = {g: own[g] if both[g] is None else own[g] + both[g] for g in stale}
     with clock.phase("assignment", device):
@@ -327,50 +330,50 @@ def _depends_on(descent: Descent, group: str) -> tuple[object, ...]:
     return descent.steps, tuple(descent.version.get(other, 0) for other in descent.around[group].groups)
 
 
-def _similarity_(descent: Descent, group: str, backend: str) -> Tensor:
-    """S [n, n] of the tensors in which `group` stands on one axis; kept up to date by what changed.
+def _similarities_(descent: Descent, groups: Sequence[str], backend: str) -> dict[str, Tensor]:
+    """S [n, n] of each group, of the tensors in which it stands on one axis; kept up to date by what changed.
 
     Correcting a tensor whose neighbour changed at m of n entries costs m/n of building its term (of both the old and
-    the new columns, one product); where that saves nothing, or rounding could pile up, all terms are built anew.
+    the new columns, one product); where that saves nothing, or rounding could pile up, all terms are built anew, those
+    of all such groups at once.
     """
-    spec, perm = descent.spec, descent.perm
-    places = descent.around[group].single
-    current = {
-        (place.name, other): spec.axis_index(place.name, other, perm)
-        for place in places
-        for other in _other_axes(spec, place)
-    }
-    cached = descent.cached.get(group)
-    if cached is None or not _worth_correcting(descent, places, cached, current):
-        n, like = spec.groups[group], next(iter(descent.target.values()))
-        terms = [_term(descent, place, 0, descent.steps, current) for place in places]
-        total = similarity(terms, backend=backend) if terms else like.new_zeros(n, n)
-        descent.cached[group] = _Cached(total, descent.steps, current)
-        return total
+    current = {group: _gathers(descent, descent.around[group].single) for group in groups}
+    anew = [group for group in groups if not _worth_correcting(descent, group, current[group])]
+    terms = [_terms(descent, descent.around[g].single, 0, descent.steps, current[g]) for g in anew]
+    built = similarity_many([t for t in terms if t], backend=backend) if any(terms) else []
+    for group, own in zip(anew, terms, strict=True):
+        n = descent.spec.groups[group]
+        total = built.pop(0) if own else next(iter(descent.target.values())).new_zeros(n, n)
+        descent.cached[group] = _Cached(total, descent.steps, current[group])
+    for group in groups:
+        if group not in anew:
+            _correct_(descent, group, current[group], backend)
+    return {group: descent.cached[group].similarity for group in groups}
+
+
+def _correct_(descent: Descent, group: str, current: Gathers, backend: str) -> None:
+    """Bring a group's similarity up to date: first for changed neighbours over the old steps, then for new steps."""
+    cached, places = descent.cached[group], descent.around[group].single
     for place in places:
-        for other in _other_axes(spec, place):
+        for other in _other_axes(descent.spec, place):
             old, new = cached.indices[place.name, other], current[place.name, other]
             if old is None or new is None or torch.equal(old, new):
                 continue
-            term = _term(descent, place, 0, cached.steps, cached.indices)
-            similarity_update_(cached.similarity, term, other, old, new)
+            (term,) = _terms(descent, [place], 0, cached.steps, cached.indices)
+            similarity_update_(cached.similarity, term, other, old, new, backend=backend)
             cached.indices[place.name, other] = new
             cached.corrections += 1
     if cached.steps < descent.steps:
-        terms = [_term(descent, place, cached.steps, descent.steps, current) for place in places]
+        terms = _terms(descent, places, cached.steps, descent.steps, current)
         cached.similarity += similarity(terms, backend=backend)
         cached.steps = descent.steps
-    return cached.similarity
 
 
-def _worth_correcting(
-    descent: Descent,
-    places: tuple[_Place, ...],
-    cached: _Cached,
-    current: Mapping[tuple[str, int], Tensor | None],
-) -> bool:
-    exact = cached.similarity.dtype == torch.float64
-    if not places or (cached.corrections >= CORRECTIONS_BEFORE_REBUILD and not exact):
+def _worth_correcting(descent: Descent, group: str, current: Gathers) -> bool:
+    cached, places = descent.cached.get(group), descent.around[group].single
+    if cached is None or not places:
+        return False
+    if cached.corrections >= CORRECTIONS_BEFORE_REBUILD and cached.similarity.dtype != torch.float64:
         return False
     whole = correct = 0.0
     for place in places:
@@ -383,23 +386,30 @@ def _worth_correcting(
     return correct < WORTH_CORRECTING * whole
 
 
-def _term(
-    descent: Descent,
-    place: _Place,
-    first: int,
-    last: int,
-    indices: Mapping[tuple[str, int], Tensor | None],
-) -> Term:
-    return Term(
-        target=descent.target[place.name][first:last],
-        source=descent.source[place.name][first:last],
-        axis=place.axis,
-        positions=place.positions,
-        gathers=tuple(
-            None if other == place.axis else indices[place.name, other]
-            for other in range(len(descent.spec.axes[place.name]))
-        ),
-    )
+def _gathers(descent: Descent, places: Sequence[_Place]) -> Gathers:
+    """What the current permutation means for the other axes of each place's tensor."""
+    return {
+        (place.name, other): descent.spec.axis_index(place.name, other, descent.perm)
+        for place in places
+        for other in _other_axes(descent.spec, place)
+    }
+
+
+def _terms(descent: Descent, places: Sequence[_Place], first: int, last: int, gathers: Gathers) -> list[Term]:
+    """The places' terms over the steps first .. last - 1, the source's other axes gathered."""
+    return [
+        Term(
+            target=descent.target[place.name][first:last],
+            source=descent.source[place.name][first:last],
+            axis=place.axis,
+            positions=place.positions,
+            gathers=tuple(
+                None if other == place.axis else gathers[place.name, other]
+                for other in range(len(descent.spec.axes[place.name]))
+            ),
+        )
+        for place in places
+    ]
 
 
 def _coupled_similarity(descent: Descent, group: str, backend: str) -> Tensor | None:
@@ -407,12 +417,7 @@ def _coupled_similarity(descent: Descent, group: str, backend: str) -> Tensor | 
     places = descent.around[group].coupled
     if not places:
         return None
-    indices = {
-        (place.name, other): descent.spec.axis_index(place.name, other, descent.perm)
-        for place in places
-        for other in _other_axes(descent.spec, place)
-    }
-    return similarity([_term(descent, place, 0, descent.steps, indices) for place in places], backend=backend)
+    return similarity(_terms(descent, places, 0, descent.steps, _gathers(descent, places)), backend=backend)
 
 
 def _coupled_objective(descent: Descent, group: str, candidate: Tensor) -> float:
@@ -444,7 +449,9 @@ def _other_axes(spec: PermutationSpec, place: _Place) -> list[int]:
     return [other for other in range(len(spec.axes[place.name])) if other != place.axis]
 
 
-def _neighbourhood(spec: PermutationSpec, group: str, names: frozenset[str]) -> _Neighbourhood:
+def _neighbourhood(
+    spec: PermutationSpec, group: str, names: frozenset[str], device: torch.device
+) -> _Neighbourhood:
     axes: dict[str, list[int]] = {}
     for name, axis in spec.tensors_of(group):
         if name in names:
@@ -452,7 +459,7 @@ def _neighbourhood(spec: PermutationSpec, group: str, names: frozenset[str]) -> 
 
     def places(wanted: Callable[[list[int]], bool]) -> tuple[_Place, ...]:
         return tuple(
-            _Place(name, axis, _positions(spec, name, axis, group))
+            _Place(name, axis, _positions(spec, name, axis, group, device))
             for name, found in axes.items()
             if wanted(found)
             for axis in found
@@ -468,11 +475,13 @@ def _neighbourhood(spec: PermutationSpec, group: str, names: frozenset[str]) -> 
     return _Neighbourhood(places(lambda found: len(found) == 1), coupled, neighbours)
 
 
-def _positions(spec: PermutationSpec, name: str, axis: int, group: str) -> Tensor | None:
+def _positions(
+    spec: PermutationSpec, name: str, axis: int, group: str, device: torch.device
+) -> Tensor | None:
     """[n, mult], or None where the group fills the whole axis in order."""
     positions = spec.positions(name, axis, group)
-    length = sum(segment.count * segment.repeat for segment in spec.axes[name][axis])
-    return None if positions.shape == (length, 1) and _is_identity(positions) else positions
+    whole = positions.shape == (spec.shapes[name][axis], 1) and _is_identity(positions)
+    return None if whole else positions.to(device)
 
 
 def _checked_start(spec: PermutationSpec, start: Perm | None) -> Perm:
