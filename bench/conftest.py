@@ -113,7 +113,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("kernels"):
             return bool(selecting) or item.path in named
         scenario = item.callspec.params.get("scenario") if hasattr(item, "callspec") else None
-        return scenario is None or scenario.name in (asked or item.module.DEFAULT)
+        if scenario is None:  # a bench without scenarios runs unless some were asked for
+            return not asked or bool(selecting) or item.path in named
+        return scenario.name in (asked or item.module.DEFAULT)
 
     dropped = [item for item in items if not wanted(item)]
     if dropped:
