@@ -273,6 +273,41 @@ def test_occurrences_of_a_unit_are_told_apart():
     assert proved(net, 3, 4).groups == {"stem/0": 2, "stem/1": 2}
 
 
+def test_occurrences_that_come_from_different_tensors_are_told_apart():
+    """The same, where relu and tanh never were parts of one tensor."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        a, b = m.stem(x).relu(), m.stem(x).tanh()
+        order = [(a, b), (b, a), (a, b), (b, a)]
+        return m.out(torch.stack([y[:, i] for i, pair in enumerate(order) for y in pair], dim=1))
+
+    net = Net(forward, stem=nn.Linear(4, 4), out=nn.Linear(8, 2))
+    assert proved(net, 3, 4).groups == {"stem/0": 2, "stem/1": 2}
+
+
+def test_different_constants_beside_each_other_are_told_apart():
+    net = Net(
+        lambda m, x: m.out(
+            torch.stack(
+                [F.pad(m.stem(x)[:, i : i + 1], (0, 1), value=float(i % 2)) for i in range(4)], 1
+            ).flatten(1)
+        ),
+        stem=nn.Linear(4, 4),
+        out=nn.Linear(8, 2),
+    )
+    proved(net, 3, 4)
+
+
+def test_softmax_over_places_leaves_the_channels_free():
+    net = Net(
+        lambda m, x: m.out((F.softmax(m.score(x), 1) * m.stem(x)).sum(1)),
+        score=nn.Linear(4, 6),
+        stem=nn.Linear(4, 6),
+        out=nn.Linear(6, 2),
+    )
+    assert proved(net, 2, 5, 4).groups == {"score": 6}
+
+
 def test_padded_channels():
     """The parameter-free shortcut of CIFAR residual networks."""
     net = Net(
@@ -345,7 +380,7 @@ def test_one_weight_for_several_layers():
         both=parameter(10, 4),
         out=nn.Linear(10, 2),
     )
-    assert proved(net, 3, 4).groups == {"both": 10}
+    assert proved(net, 3, 4).groups == {"both/0": 5, "both/1": 5}  # each half is a tensor of its own
 
 
 def test_grouped_depthwise_and_transposed_convolutions():
@@ -524,6 +559,17 @@ def test_a_computed_weight_freezes_only_its_layer():
         out=nn.Linear(5, 2),
     )
     assert proved(net, 3, 4).groups == {}
+
+
+def test_a_weight_that_is_read_elsewhere_as_it_stands_is_frozen():
+    net = Net(
+        lambda m, x: (
+            m.out(m.first(x).relu()) + (m.first.weight * x.mean()).sum() + (m.first.weight * x).sum()
+        ),
+        first=nn.Linear(4, 4),
+        out=nn.Linear(4, 2),
+    )
+    assert proved(net, 4, 4).groups == {}
 
 
 def test_unused_parameters_stay_and_are_named():

@@ -239,7 +239,7 @@ class Flow:
         if leaf.learned:
             self.made.append((leaf, labels))
 
-    def plane(self, value: Value | None, dim: int) -> Tensor | None:
+    def plane(self, value: Value, dim: int) -> Tensor | None:
         """int32 [value.shape[dim]]: the labels of one dimension of a weight; None where the value is no leaf, or
         a view of one in which this dimension is not one axis."""
         if not isinstance(value.base, Leaf):
@@ -261,11 +261,13 @@ class Flow:
             elif leaf.shape[a] > 1:  # one slice of this axis: nothing may take its place
                 self.freeze(self.axis(leaf, a)[coordinate[origin]])
         if len(along[dim]) == 1:
-            line = coordinates[along[dim][0]][
-                tuple(slice(None) if d == dim else 0 for d in range(len(value.shape)))
-            ]
-            return self.axis(leaf, along[dim][0])[line]
+            return self.axis(leaf, along[dim][0])[line(coordinates[along[dim][0]], dim)]
         return self.units.fresh(1) if value.shape[dim] == 1 else None
+
+
+def line(tensor: Tensor, dim: int) -> Tensor:
+    """The first line along one dimension."""
+    return tensor[tuple(slice(None) if d == dim else 0 for d in range(tensor.ndim))]
 
 
 def _varying(tensor: Tensor) -> list[int]:
@@ -314,10 +316,10 @@ VIEWS = _words(
     "moveaxis movedim native_channel_shuffle narrow numpy_T mT permute pixel_shuffle pixel_unshuffle "
     "ravel reflection_pad1d reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d "
     "reshape reshape_as roll rot90 select slice split split_with_sizes squeeze swapaxes swapdims t "
-    "tensor_split tile transpose tril triu unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze "
+    "tensor_split tile transpose unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze "
     "view view_as _unsafe_view"
 )
-"""Operators that only move scalars, or put zeros in their place: they are run on positions."""
+"""Operators that only move scalars: they are run on positions."""
 
 LIKE = _words("expand_as view_as reshape_as type_as")
 """Of whose second tensor only the shape matters."""
@@ -325,7 +327,9 @@ LIKE = _words("expand_as view_as reshape_as type_as")
 ASSEMBLIES = _words("cat concat concatenate hstack select_scatter slice_scatter stack vstack")
 """Operators that put several tensors together."""
 
-REDUCTIONS = _words("all amax amin any linalg_vector_norm logsumexp mean nansum norm prod std sum var")
+REDUCTIONS = _words(
+    "all amax amin aminmax any linalg_vector_norm logsumexp mean nansum norm prod std std_mean sum var var_mean"
+)
 """Operators over ``dim`` whose result does not depend on the order in a slice."""
 
 FILLS = _words("empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like")
@@ -344,11 +348,10 @@ def pointwise(flow: Flow, out: torch.Size, operands: Sequence[Any]) -> Value:
     moving = [v for v in values if not any(v is f for f in fixed)]
     if not moving:
         return flow.fixed(out)
-    labels = [_broadcast(flow, v, out) for v in moving]
     constants = [x for x in operands if isinstance(x, Tensor) and bool((x != x.reshape(-1)[:1]).any())]
-    labels += [flow.constant(c).expand(out) for c in constants]
-    result = labels[0]
-    for other in labels[1:]:
+    moving += [Value(flow.constant(x), tuple(x.shape)) for x in constants]
+    result, *others = [_broadcast(flow, value, out) for value in moving]
+    for other in others:
         flow.join(result, other)
     for v in fixed:
         places = v.places().expand(out)
@@ -376,7 +379,7 @@ def _are_distinct(places: Tensor) -> bool:
 
 
 def view(function: Callable[..., Any], value: Value) -> Any:
-    """Runs a shape operator on the positions of a value (0 stands for the constant that it may put in)."""
+    """Runs a shape operator on the positions of a value (where 0 stands for a constant)."""
     places = value.places() + 1
     try:
         moved = function(places)
@@ -407,12 +410,15 @@ def assemble(flow: Flow, function: Callable[[list[Any]], Tensor], args: Sequence
     count = 0
     for i, x in enumerate(leaves):
         if isinstance(x, Value | Tensor):
-            base = flow.base(x) if isinstance(x, Value) else flow.constant(x)
+            if isinstance(x, Tensor) or bool(
+                (x.places() < 0).any()
+            ):  # constants may differ from part to part
+                x = Value(flow.constant(x) if isinstance(x, Tensor) else flow.labels(x), tuple(x.shape))
+            base = flow.base(x)
             if id(base) not in bases:
                 bases[id(base)], starts[id(base)] = base, count
                 count += base.numel()
-            own = x.places() if isinstance(x, Value) else _places(x.shape)
-            places[i] = torch.where(own < 0, own, own + starts[id(base)])
+            places[i] = x.places() + starts[id(base)]
     filled = [places.get(i, x) for i, x in enumerate(leaves)]
     positions = function(pytree.tree_unflatten(filled, structure))
     return Value(flow.gather(positions, *bases.values()), tuple(positions.shape))
@@ -457,7 +463,8 @@ def contract(flow: Flow, out: torch.Size, x: Any, weight: Any, bias: Any, dims: 
 
 def planes(flow: Flow, weight: Any, *dims: int) -> list[Tensor | None]:
     """The labels of some dimensions of a weight."""
-    return [flow.plane(weight, d) if isinstance(weight, Value) else None for d in dims]
+    usable = isinstance(weight, Value) and len(weight.shape) > max(dims, default=0)
+    return [flow.plane(weight, d) if usable else None for d in dims]
 
 
 def produced(
@@ -536,8 +543,7 @@ def convolve(
 def channel_units(flow: Flow, x: Value, spatial: int) -> Tensor:
     """int32 [C] for x [..., C, *spatial]: all places of a channel become one unit."""
     labels = flow.labels(x)
-    dim = labels.ndim - spatial - 1
-    units = labels[tuple(slice(None) if d == dim else 0 for d in range(labels.ndim))]
+    units = line(labels, labels.ndim - spatial - 1)
     flow.join(labels, units.view(-1, *(1,) * spatial))
     return units
 
@@ -558,13 +564,17 @@ def first_of(flow: Flow, out: Any, value: Value) -> Any:
 
 @rule("layer_norm", "rms_norm", "native_layer_norm")
 def _layer_norm(flow: Flow, out: Any, x: Any, normalized: list[int], *options: Any) -> Any:
-    labels = flow.labels(x)
+    result = normalised(flow, x, range(len(x.shape) - len(normalized), len(x.shape)))
     for tensor in options[:2]:
         if isinstance(tensor, Value):
-            flow.join(labels, flow.labels(tensor))
-    rows = x.shape[: len(x.shape) - len(normalized)]
-    flow.tie(labels, _places(rows).view(*rows, *(1,) * len(normalized)))
-    return first_of(flow, out, Value(labels, x.shape))
+            flow.join(flow.labels(result), flow.labels(tensor))
+    return first_of(flow, out, result)
+
+
+def normalised(flow: Flow, x: Value, dims: Sequence[int]) -> Value:
+    """Every scalar, and something of its slice along ``dims``."""
+    slices = [1 if d in [dim % len(x.shape) for dim in dims] else n for d, n in enumerate(x.shape)]
+    return pointwise(flow, torch.Size(x.shape), [x, reduce(flow, torch.Size(slices), x, dims)])
 
 
 @rule("group_norm")
@@ -604,25 +614,16 @@ rule("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_u
 rule("upsample_trilinear3d")(partial(_pool, spatial=3))
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
-def _softmax(flow: Flow, out: torch.Size, x: Any, dim: int, *options: Any) -> Value:
-    labels = flow.labels(x)
-    slices = torch.Size(1 if d == dim % len(out) else length for d, length in enumerate(out))
-    flow.tie(labels, _places(slices))
-    return Value(labels, x.shape)
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax")
+def _softmax(flow: Flow, out: torch.Size, x: Value, dim: int, *options: Any) -> Value:
+    return normalised(flow, x, [dim])
 
 
 @rule("matmul", "mm", "bmm")
 def _matmul(flow: Flow, out: torch.Size, a: Any, b: Any, *_: Any) -> Value:
-    if isinstance(b, Value) and isinstance(b.base, Leaf) and len(b.shape) == 2:
+    if _is_weight(b):
         return contract(flow, out, a, b, None, dims=(0, 1))
-    if (
-        isinstance(a, Value)
-        and isinstance(a.base, Leaf)
-        and len(a.shape) == 2
-        and isinstance(b, Value)
-        and len(b.shape) > 1
-    ):
+    if _is_weight(a) and isinstance(b, Value) and len(b.shape) > 1:
         flipped = torch.Size((*out[:-2], out[-1], out[-2]))
         return view(_flip, contract(flow, flipped, view(_flip, b), a, None, dims=(1, 0)))
     if not (isinstance(a, Value) and isinstance(b, Value)) or len(a.shape) < 2 or len(b.shape) < 2:
@@ -643,6 +644,10 @@ def _matmul(flow: Flow, out: torch.Size, a: Any, b: Any, *_: Any) -> Value:
     return flow.fixed(out)
 
 
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, Value) and isinstance(x.base, Leaf) and len(x.shape) == 2
+
+
 def _flip(matrix: Tensor) -> Tensor:
     return matrix.transpose(-2, -1)
 
@@ -655,15 +660,10 @@ def mixed(flow: Flow, out: torch.Size, labels: Tensor, passed: Tensor, batch: to
 
 @rule("scaled_dot_product_attention")
 def _attention(flow: Flow, out: torch.Size, q: Any, k: Any, v: Any, mask: Any = None, *_: Any) -> Value:
-    shapes = [x.shape[:-2] for x in (q, k, v) if isinstance(x, Value)]
-    if (
-        len(shapes) < 3
-        or len(set(shapes)) > 1
-        or (isinstance(mask, Value) and not isinstance(mask.base, Leaf))
-    ):
+    shapes = {x.shape[:-2] for x in (q, k, v) if isinstance(x, Value)}
+    if len(shapes) > 1 or not all(isinstance(x, Value) for x in (q, k, v)):
         return freeze(flow, out, [q, k, v, mask])
-    if isinstance(mask, Value):
-        flow.freeze(mask)
+    freeze(flow, out, [mask])
     scores = torch.Size((*q.shape[:-1], k.shape[-2]))
     return _matmul(flow, out, _matmul(flow, scores, q, view(_flip, k)), v)
 
@@ -673,20 +673,18 @@ def _einsum(flow: Flow, out: torch.Size, equation: str, operands: Sequence[Any],
     """Two operands: each is brought to [batch, rows, contracted], and it is a matrix product."""
     terms, _, result = equation.replace(" ", "").partition("->")
     names = terms.split(",")
-    if (
-        len(names) != 2
-        or "." in equation
-        or not result
-        or any(len(set(n)) != len(n) for n in (*names, result))
+    letters = "".join(names)
+    usable = (
+        len(names) == 2 and result and "." not in equation and all(isinstance(x, Value) for x in operands)
+    )
+    # every index once in a term, and either in the result or in both terms
+    if not usable or any(term.count(i) > 1 for term in (*names, result) for i in term):
+        return freeze(flow, out, operands)
+    if any(i not in letters for i in result) or any(
+        i not in result and letters.count(i) < 2 for i in letters
     ):
         return freeze(flow, out, operands)
     a, b = names
-    if not (set(result) <= set(a) | set(b)) or any(
-        i not in result and not (i in a and i in b) for i in a + b
-    ):
-        return freeze(flow, out, operands)
-    if not all(isinstance(x, Value) for x in operands):
-        return freeze(flow, out, operands)
     length = {
         i: n for name, x in zip(names, operands, strict=True) for i, n in zip(name, x.shape, strict=True)
     }
@@ -704,6 +702,13 @@ def _einsum(flow: Flow, out: torch.Size, equation: str, operands: Sequence[Any],
     order = [*batch, *rows, *columns]
     lengths, places = [length[i] for i in order], [order.index(i) for i in result]
     return view(lambda t: t.reshape(lengths).permute(places), product)
+
+
+@rule("copy")
+def _copy(flow: Flow, out: torch.Size, x: Any, source: Any, *_: Any) -> Any:
+    if isinstance(source, Value):
+        return view(lambda places: places.expand(out), source)
+    return source.expand(out)
 
 
 @rule("embedding")
@@ -739,12 +744,15 @@ def find_units(model: nn.Module, example_inputs: tuple[Any, ...]) -> Labelled:
     settle(flow, leaves)
     for name in flow.unknown:
         warn(f"operator {name} is not known to the tracer: what it touches stays fixed")
+    if idle := _unused(programs, model):
+        name = type(model).__name__
+        warn(f"{len(idle)} parameters of {name} are not used and stay fixed, such as {idle[0]!r}")
     return grouped(flow, leaves)
 
 
 def warn(message: str) -> None:
     """A warning that points at the caller of :func:`regraft.symmetry.trace`."""
-    warnings.warn(message, stacklevel=5)
+    warnings.warn(message, stacklevel=4)
 
 
 def export(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[ExportedProgram]:
@@ -761,10 +769,6 @@ def export(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[ExportedPr
     if _unused(programs, model):
         with contextlib.suppress(Exception):  # heads may need larger inputs
             programs.append(_export(model, example_inputs, heads=True))
-    if idle := _unused(programs, model):
-        warn(
-            f"{len(idle)} parameters of {type(model).__name__} are not used and stay fixed, such as {idle[0]!r}"
-        )
     return programs
 
 
@@ -867,6 +871,8 @@ def call(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
         kwargs = {**kwargs, "device": "cpu"}
     if not given and torch.Tag.nondeterministic_seeded not in target.tags:
         return target(*args, **kwargs)
+    if not target._schema.returns:  # an assertion
+        return None
     named = bind(target, args, kwargs)
     if target._schema.is_mutable and not _reads_one(target, named, given):
         if not (torch.Tag.pointwise in target.tags and _is_alone(node)):
@@ -887,12 +893,14 @@ def operate(flow: Flow, target: OpOverload, named: dict[str, Any], given: list[V
     if name in FILLS:
         return _run(target, [_blank(x) for x in named.values()])
     if name in VIEWS and isinstance(first, Value) and (len(given) == 1 or name in LIKE):
-        return view(partial(_run_view, target, rest), first)
+        with contextlib.suppress(RuntimeError, TypeError):  # such as a view as another type
+            return view(partial(_run_view, target, rest), first)
     if name in ASSEMBLIES:
         return assemble(flow, partial(_run, target), list(named.values()))
     if name in REDUCTIONS and len(given) == 1:
         dims = named.get("dim")
-        return reduce(flow, sizes, given[0], [dims] if isinstance(dims, int) else dims or ())
+        dims = [dims] if isinstance(dims, int) else dims or ()
+        return pytree.tree_map(lambda size: reduce(flow, size, given[0], dims), sizes, is_leaf=_is_size)
     if torch.Tag.pointwise in target.tags:
         return pointwise(flow, sizes, pytree.tree_leaves(list(named.values())))
     return unknown(flow, str(target), sizes, given)
@@ -963,15 +971,14 @@ def _reads_one(target: OpOverload, named: dict[str, Any], given: Sequence[Value]
 def settle(flow: Flow, leaves: Iterable[Leaf]) -> None:
     """A tensor used element by element moves along one axis, or not at all."""
     for leaf in leaves:
-        if leaf.scalars is None or flow.is_fixed(leaf.scalars) or leaf.scalars.ndim == 0:
+        if leaf.scalars is None or not leaf.shape:
             continue
         along = _varying(flow.units.roots(leaf.scalars))
-        if len(along) > 1:
+        if len(along) > 1 or flow.is_fixed(leaf.scalars):
             flow.freeze(Value(leaf, leaf.shape))
             continue
         axis = along[0] if along else int(np.argmax(leaf.shape))
-        units = leaf.scalars.movedim(axis, -1).reshape(-1, leaf.shape[axis])[0]
-        flow.join(flow.axis(leaf, axis), units)
+        flow.join(flow.axis(leaf, axis), line(leaf.scalars, axis))
         for other in range(len(leaf.shape)):
             if other != axis and leaf.axes[other] is not None:
                 flow.freeze(leaf.axes[other])
@@ -992,7 +999,7 @@ def signatures(flow: Flow, leaves: Sequence[Leaf]) -> np.ndarray:
         number += 1
         keys = tie.positions.long()
         if tie.sources:
-            table = torch.cat([rank(source).flatten() for source in tie.sources])
+            table = torch.cat([rank(source).flatten() + (j << 40) for j, source in enumerate(tie.sources)])
             keys = torch.where(keys < 0, torch.iinfo(torch.int64).min, table[keys.clamp(min=0)])
         add(total, flow.units.roots(tie.labels), number, rank(tie.labels), keys)
     for leaf in leaves:
@@ -1025,10 +1032,10 @@ def occurrences(roots: Tensor) -> Tensor:
         rank = _rank(roots.flatten()).view(roots.shape)
     else:  # one line, repeated: any numbering of the repetitions will do, as long as it is the same for all units
         axis = along[0] if along else 0
-        line = roots.movedim(axis, -1).reshape(-1, roots.shape[axis])[0] if roots.ndim else roots.reshape(1)
+        units = line(roots, axis) if roots.ndim else roots.reshape(1)
         shape = [1 if d == axis else length for d, length in enumerate(roots.shape)]
-        rank = torch.arange(math.prod(shape)).view(shape) * (len(line) + 1)
-        rank = rank + _rank(line).view([-1 if d == axis else 1 for d in range(roots.ndim)])
+        rank = torch.arange(math.prod(shape)).view(shape) * (len(units) + 1)
+        rank = rank + _rank(units).view([-1 if d == axis else 1 for d in range(roots.ndim)])
     return torch.where(roots == 0, -1 - torch.arange(roots.numel()).view(roots.shape), rank)
 
 
