@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def straightforward(spec: regraft.PermutationSpec, target: Tensors, source: Tensors) -> tuple[Perm, float]:
+def straightforward(spec: regraft.PermutationSpec, target: Tensors, source: Tensors) -> Perm:
     """What one would write first: at every step the whole similarity by torch in float32, scipy, no memory."""
     perm = spec.identity()
     order = [group for members in colours(spec, frozenset(target)) for group in members]
@@ -70,7 +70,7 @@ def straightforward(spec: regraft.PermutationSpec, target: Tensors, source: Tens
             if after > before + 1e-7 * abs(before):
                 perm = {**perm, group: torch.from_numpy(columns)}
                 improved = True
-    return perm, literal.objective(spec, [target], [source], perm)
+    return perm
 
 
 def alternate(contenders: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
@@ -104,20 +104,21 @@ def test_matching_two_random_starts(name: str, benchmark, request) -> None:
     spec = regraft.trace(model, (torch.zeros(shape),))
     target, source = two_starts(model)
     order = [group for members in colours(spec, frozenset(target)) for group in members]
-    objectives: dict[str, float] = {}
+    perms: dict[str, Perm] = {}
 
     def fast() -> None:
-        objectives["fast"] = regraft.match(spec, target, source).objective
+        perms["fast"] = regraft.match(spec, target, source).perm
 
     def simple() -> None:
-        objectives["straightforward"] = straightforward(spec, target, source)[1]
+        perms["straightforward"] = straightforward(spec, target, source)
 
     def by_the_book() -> None:
-        objectives["literal"] = literal.match(spec, [target], [source], order)[1][-1]
+        perms["literal"] = literal.match(spec, [target], [source], order)[0]
 
     seconds = alternate({"straightforward": simple, "fast": fast})
-    seconds["literal"] = alternate({"literal": by_the_book}, 1)["literal"]
+    seconds |= alternate({"literal": by_the_book}, 1)
     benchmark.pedantic(fast, rounds=1)
+    objectives = {name: literal.objective(spec, [target], [source], perm) for name, perm in perms.items()}
     record(benchmark, request, name, seconds, objectives, {"straightforward": wanted, "literal": 5.0})
 
 
@@ -131,7 +132,9 @@ def test_fgmt_on_mnist(benchmark, request) -> None:
     spec = regraft.trace(model, (torch.zeros(2, 1, 28, 28),))
     start, target = (models.initialise(model, torch.Generator().manual_seed(seed)) for seed in (1, 2))
     generator = torch.Generator().manual_seed(3)
-    batches = [batch for batch, _ in zip(mnist.train.batches(128, generator=generator), range(310), strict=False)]
+    batches = [
+        batch for batch, _ in zip(mnist.train.batches(128, generator=generator), range(310), strict=False)
+    ]
     end = dict(start)
     for batch in batches[:300]:
         g = literal_transfer.gradient(model, end, [batch])
@@ -177,7 +180,7 @@ def record(
     objectives: dict[str, float],
     wanted: dict[str, float],
 ) -> None:
-    """Keep what was measured, and fail where the objective is worse or the speed-up wanted is not reached."""
+    """Keep what was measured beside what is wanted; a speed-up at the price of the objective is none, and fails."""
     rows = [
         {
             "case": name,
@@ -204,12 +207,30 @@ ROWS = pytest.StashKey[list]()
 def save(rows: Sequence[dict[str, object]]) -> None:
     """``results/matching.json`` and the table made from it."""
     where = environment()
-    write(RESULTS / "matching.json", json.dumps({"environment": asdict(where), "rows": rows}, indent=1) + "\n")
-    head = "| case | against | CPU seconds | fast | ratio | wanted | objective, relative difference |\n|---|---|---|---|---|---|---|"
+    write(
+        RESULTS / "matching.json", json.dumps({"environment": asdict(where), "rows": rows}, indent=1) + "\n"
+    )
+    head = "| case | against | CPU seconds | fast | ratio | wanted | objective, relative difference |"
     lines = [
         f"| {r['case']} | {r['against']} | {r['seconds']:.3f} | {r['fast_seconds']:.3f} | {r['ratio']:.1f} "
         f"| {r['wanted']:g} | {r['difference']:+.1e} |"
         for r in rows
     ]
     source = f"`{where.command}` at {where.commit}{' (dirty)' if where.dirty else ''}, {where.machine}, one thread."
-    write(RESULTS / "matching.md", "\n".join(["# Matching", "", __doc__ or "", "", source, "", head, *lines, ""]))
+    write(
+        RESULTS / "matching.md",
+        "\n".join(
+            [
+                "# Matching",
+                "",
+                (__doc__ or "").strip(),
+                "",
+                source,
+                "",
+                head,
+                "|---|---|---:|---:|---:|---:|---:|",
+                *lines,
+                "",
+            ]
+        ),
+    )
