@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft_kernels.backend import Kernel, resolve, triton_dtype
-from regraft_kernels.packing import Packing, Tensors, addresses, allocate
+from regraft_kernels.packing import Packing, Tensors, addresses, allocate, check_real
 from regraft_kernels.permute import row_blocks
 from regraft_kernels.tiles import MoveTile, family
 
@@ -128,6 +128,7 @@ def _combine_triton(sources: Sequence[Tensors], coefficients: Tensor, out: Tenso
         )
 
 
+@torch.no_grad()
 def combine(
     sources: Sequence[Tensors],
     coefficients: Tensor | Sequence[Sequence[float]],
@@ -141,6 +142,8 @@ def combine(
     Arithmetic is in float32 (float64 for float64 tensors). A tensor that is not floating is copied from the
     first source, K times. The result is new, or that of `out`, which must share no memory with what is read.
 
+    Gradients are not tracked.
+
     Raises ValueError for no source, sources that differ, or coefficients of another shape or not finite.
     """
     if not sources:
@@ -153,6 +156,7 @@ def combine(
     if not table.isfinite().all():
         raise ValueError("coefficients must be finite")
     _check_sources(sources)
+    check_real(sources[0], "sources")
     first = sources[0]
     if not first:
         return {}

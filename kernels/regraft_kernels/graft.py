@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft_kernels.backend import Kernel, resolve, triton_dtype
-from regraft_kernels.packing import Packing, Tensors, addresses, allocate
+from regraft_kernels.packing import Packing, Tensors, addresses, allocate, check_real
 from regraft_kernels.permute import permute_reference, row_blocks
 from regraft_kernels.tiles import family
 
@@ -186,6 +186,7 @@ def _graft_triton(
         )
 
 
+@torch.no_grad()
 def graft(
     base: Tensors,
     start: Tensors,
@@ -205,9 +206,10 @@ def graft(
     `out`, which must share no memory with what is read. Source: Chijiwa et al., Transferring Learning
     Trajectories of Neural Networks, section 3: theta2_0 + pi(theta1_t - theta1_0).
 
-    Raises ValueError for names, shapes, dtypes or devices that do not fit.
+    Gradients are not tracked. Raises ValueError for names, shapes, dtypes or devices that do not fit.
     """
     batch = packing.check(base, "base")
+    check_real(base, "base")
     floating = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
     moves = [
         _check_move(tensors, floating, packing, what) for what, tensors in (("start", start), ("end", end))

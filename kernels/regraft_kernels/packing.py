@@ -326,6 +326,13 @@ def _compose(factors: Factors, vectors: Mapping[str, Tensor]) -> Tensor:
     return composed
 
 
+def check_real(tensors: Tensors, what: str) -> None:
+    """Raise ValueError for complex tensors, with which graft and combine would not know what to do."""
+    for name, tensor in tensors.items():
+        if tensor.is_complex():
+            raise ValueError(f"{what}: {name!r} is {tensor.dtype}; only real tensors are added and scaled")
+
+
 def allocate(
     shapes: Mapping[str, tuple[int, ...]],
     like: Tensors,

@@ -139,6 +139,7 @@ def _permute_triton(
         )
 
 
+@torch.no_grad()
 def permute(
     tensors: Tensors,
     indices: Mapping[str, Tensor],
@@ -152,7 +153,7 @@ def permute(
 
     `tensors` is name -> [*shape], or [B, *shape] for all, any dtype, and may lack tensors of the packing;
     `indices` slot -> int64 [length] on the same device. Returns contiguous tensors, exact to the bit: new
-    ones, or those of `out`, which must share no memory with what is read.
+    ones, or those of `out`, which must share no memory with what is read. Gradients are not tracked.
 
     Raises ValueError for names, shapes or devices that do not fit `packing`, and for index vectors that are
     missing or no permutations.

@@ -451,6 +451,7 @@ def similarity(terms: Sequence[Term], *, precision: str = "tf32x3", backend: str
     return similarity_many([terms], precision=precision, backend=backend)[0]
 
 
+@torch.no_grad()
 def similarity_many(
     groups: Sequence[Sequence[Term]], *, precision: str = "tf32x3", backend: str = "auto"
 ) -> list[Tensor]:
@@ -471,6 +472,7 @@ def similarity_many(
         return [_similarity_torch(terms) for terms in groups]
 
 
+@torch.no_grad()
 def similarity_update_(
     S: Tensor,
     term: Term,

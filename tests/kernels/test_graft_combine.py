@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import models, same_bits
 
-from regraft_kernels import Packing, combine, graft
+from regraft_kernels import Packing, Term, combine, graft, permute, similarity
 from regraft_kernels.combine import combine_reference
 from regraft_kernels.graft import graft_reference
 
@@ -119,6 +119,20 @@ def test_outputs_given_are_filled_and_may_not_overlap(backend, generator):
         combine([end, base], [[1.0, 1.0]], backend=backend, out=one)
 
 
+def test_parameters_that_want_gradients_are_read_like_any_tensor(backend):
+    packing = Packing.build({"weight": (3, 4), "bias": (3,)}, {"weight": ("a", None), "bias": ("a",)})
+    own = dict(torch.nn.Linear(4, 3).named_parameters())
+    indices = {"a": torch.tensor([2, 0, 1])}
+    moved = permute(own, indices, packing, backend=backend)
+    grafted = graft(own, own, own, [1.0], indices, packing, backend=backend)
+    combined = combine([own, own], [[1.0, 0.0]], backend=backend)
+    S = similarity([Term(own["weight"][None], own["weight"][None], 0)], backend=backend)
+    assert torch.equal(moved["bias"], own["bias"].detach()[indices["a"]])
+    assert torch.equal(grafted["bias"][0], own["bias"].detach())
+    assert torch.equal(combined["weight"][0], own["weight"].detach())
+    assert not any(t.requires_grad for t in (moved["bias"], grafted["bias"], combined["bias"], S))
+
+
 def test_zero_times_nan_is_nan_everywhere(backend):
     bad, fine = {"w": torch.tensor([torch.nan, 1.0])}, {"w": torch.ones(2)}
     for sources in ([bad, fine], [fine, bad]):
@@ -140,6 +154,11 @@ def test_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=text):
             graft(one, start, end, scales, index, packing)
+    strange = {"w": torch.zeros(4, 2, dtype=torch.complex64)}
+    with pytest.raises(ValueError, match="'w' is torch\\.complex64"):
+        graft(strange, strange, strange, [1.0], index, packing)
+    with pytest.raises(ValueError, match="'w' is torch\\.complex64"):
+        combine([strange], [[1.0]])
     with pytest.raises(ValueError, match="slot 'a' has shape"):
         graft({"w": torch.zeros(3, 4, 2)}, one, one, [1.0], index, packing)
     for sources, coefficients, text in (
