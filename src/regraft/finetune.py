@@ -7,8 +7,8 @@ A zero classifier, and two learning rates: a larger one for the classifier, a sm
     optimiser = torch.optim.SGD(groups, momentum=0.9)
 
 The rest of the training loop stays as it is. Beside it here: the initial classifiers that FAST is compared
-with, stratified batches, the paper's form of momentum, the stop rule of a classifier warm-up, and a small
-search for the two rates. `regraft.deployment` measures a run as it goes (Anytime Deployment Performance).
+with, stratified batches, the paper's form of momentum, and the stop rule of a classifier warm-up. `Recorder`
+(`regraft.deployment`) measures a run as it goes: Anytime Deployment Performance, forgetting, distances.
 """
 
 from __future__ import annotations
@@ -24,6 +24,29 @@ import torch
 from torch import Tensor, fx, nn
 
 from regraft.data import AnySplit, Split, normalise
+from regraft.deployment import Record, Recorder, Source
+
+__all__ = [
+    "Adoption",
+    "ClassMeans",
+    "NoGain",
+    "Normal",
+    "Record",
+    "Recorder",
+    "Source",
+    "Stratified",
+    "adopt",
+    "check_labels",
+    "class_means",
+    "features_of",
+    "find_head",
+    "kaiming_fan_in",
+    "kaiming_fan_out",
+    "param_groups",
+    "start_momentum_at_zero_",
+    "xavier",
+    "zero",
+]
 
 # ---------------------------------------------------------------------------------------------------
 # Adoption: the model's classifier, found and replaced
