@@ -22,7 +22,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
     assert "--scenario" in done.stdout and "--resume" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["bench", "symmetry"])
+@pytest.mark.parametrize("verb", ["bench", "symmetry", "reproduce"])
 def test_every_verb_is_in_the_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
@@ -73,3 +73,11 @@ def test_symmetry_describes_the_model_asked_for(monkeypatch):
 def test_a_model_that_is_not_there_is_one_line_and_status_2(capsys):
     assert cli.main(["symmetry", "no_such_model"]) == 2
     assert capsys.readouterr().err.startswith("regraft: ")
+
+
+@pytest.mark.parametrize(("system", "option"), [("fusion", "--table"), ("fast", "--figure")])
+def test_a_study_is_reproduced_by_two_words(system, option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", system, "--help"])
+    assert stop.value.code in (0, None)
+    assert option in capsys.readouterr().out

@@ -22,21 +22,43 @@ _PUBLIC = {
     "Trajectory": "trajectory",
     "transfer": "learning_transfer",
     "Transfer": "learning_transfer",
+    "fuse": "fusion",
+    "assign_gradient": "fusion",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [
+    "Match",
+    "PermutationSpec",
+    "Trajectory",
+    "Transfer",
+    "__version__",
+    "apply",
+    "assign_gradient",
+    "fast",
+    "fuse",
+    "inverse",
+    "match",
+    "trace",
+    "transfer",
+    "verify",
+]
 
 if TYPE_CHECKING:
+    from regraft import finetune as fast
+    from regraft.fusion import assign_gradient, fuse
+    from regraft.learning_transfer import Transfer, transfer
     from regraft.matching import Match, match
     from regraft.symmetry import PermutationSpec, apply, inverse, trace, verify
     from regraft.trajectory import Trajectory
-    from regraft.learning_transfer import Transfer, transfer
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name == "fast":
+        value = import_module("regraft.finetune")
+    elif name in _PUBLIC:
+        value = getattr(import_module(f"regraft.{_PUBLIC[name]}"), name)
+    else:
         raise AttributeError(f"module 'regraft' has no attribute {name!r}")
-    value = getattr(import_module(f"regraft.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value
 

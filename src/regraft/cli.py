@@ -80,18 +80,85 @@ def symmetry(model: Positional[str], /, *, shape: tuple[int, ...] | None = None)
     return 0
 
 
-VERBS: dict[str, Callable[..., int]] = {"bench": bench, "symmetry": symmetry}
+def reproduce_fusion(
+    *,
+    table: UseAppendAction[tuple[str, ...]] = (),
+    paper: bool = False,
+    device: str = "cpu",
+    data: Path | None = None,
+    results: Path = Path("results/local/fusion"),
+    cache: Path = Path(".cache/fusion"),
+) -> int:
+    """Run the tables of the gradient-assignment and fusion paper; print ours beside the paper's, and write them.
+
+    Args:
+        table: 1 to 6, A1 to A19 (the appendix), or a figure, F1 to F4; may be given several times. All by default.
+        paper: full width, all images, as many epochs as the paper; wants a GPU.
+        device: where to compute, such as cpu or cuda.
+        data: folder of the data sets.
+        results: folder for tables and figures.
+        cache: folder of trained networks.
+    """
+    from regraft.fusion_study import Study, paper_study, reproduce
+
+    study = paper_study(data, cache, device) if paper else Study(data, cache, device=device)
+    reproduce(study, table, results)
+    return 0
+
+
+def reproduce_fast(
+    *,
+    figure: UseAppendAction[tuple[str, ...]] = (),
+    paper: bool = False,
+    device: str = "cpu",
+    data: Path | None = None,
+    results: Path = Path("results/local/finetune"),
+    cache: Path = Path(".cache/finetune"),
+    seeds: int | None = None,
+) -> int:
+    """Run the experiments of the FAST paper that have no row yet; draw its figures and write its tables.
+
+    Args:
+        figure: 3 to 15, "table" or "main" (the comparison of methods); may be given several times. All by default.
+        paper: the paper's models, data and batches; wants a GPU, ImageNet weights and the data.
+        device: where to compute, such as cpu or cuda.
+        data: folder of the data sets.
+        results: folder for rows, figures and tables.
+        cache: folder of source networks.
+        seeds: how many seeds, instead of the scenario's own number.
+    """
+    from regraft.finetune_figures import reproduce
+
+    return reproduce(
+        figure, paper=paper, device=device, data=data, results_folder=results, cache=cache, seeds=seeds
+    )
+
+
+def reproduce(study: Positional[str], /) -> int:
+    """Run a paper's tables and figures again, ours beside the paper's: ``reproduce fusion``, ``reproduce fast``.
+
+    Args:
+        study: fusion or fast; each has its own --help.
+    """
+    raise ValueError(f"there is no study {study!r} to reproduce: choose from {', '.join(STUDIES)}")
+
+
+VERBS: dict[str, Callable[..., int]] = {"bench": bench, "symmetry": symmetry, "reproduce": reproduce}
+STUDIES: dict[str, Callable[..., int]] = {"fusion": reproduce_fusion, "fast": reproduce_fast}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; a mistake in what was asked for is one line on stderr and exit status 2."""
-    verbs = dict(VERBS)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    prog, verbs = "regraft", VERBS
+    if words[:1] == ["reproduce"] and words[1:2] and words[1] in STUDIES:
+        prog, verbs, words = "regraft reproduce", STUDIES, words[1:]
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            verbs,
-            prog="regraft",
+            dict(verbs),
+            prog=prog,
             description="Move learning from one neural network into another without training it again.",
-            args=None if arguments is None else list(arguments),
+            args=words,
         )
     except (ValueError, FileNotFoundError) as problem:
         print(f"regraft: {problem}", file=sys.stderr)
