@@ -382,7 +382,7 @@ def table_of_targets(study: Study, paper: PaperTable) -> dict[str, Any]:
         for theta_n in onto.values()
     )
     if question.targets == "trained":
-        controls |= both_tasks(study, paper, onto, theta_a, delta)
+        controls |= both_tasks(study, paper, onto, theta_a, delta, columns(ours))
     notes = [
         f"{task.label} stands in for {task.instead_of}, which is not here"
         for task in targets(study)
@@ -405,28 +405,35 @@ def columns(lines: Any) -> list[list[float]]:
 
 
 def both_tasks(
-    study: Study, paper: PaperTable, onto: dict[str, Tensors], theta_a: Tensors, delta: Tensors
+    study: Study,
+    paper: PaperTable,
+    onto: dict[str, Tensors],
+    theta_a: Tensors,
+    delta: Tensors,
+    test: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
-    """The targets' own tasks beside CIFAR-10, and the best alpha by validation, reported on test."""
+    """The targets' own tasks beside CIFAR-10, and the best alpha by validation, reported on test.
+
+    `test` has CIFAR-10's test accuracies, a line for each target.
+    """
     model = network(study, "small_cnn")
     rows = [[1.0, a] for a in paper.rows]
     on_a = images_of(study, dataset(study, CIFAR10).validation, study.held_out)
-    test_a = images_of(study, dataset(study, CIFAR10).test)
     before, ensembles, own, means, best = [], [], [], [], {}
-    for task, theta_n in zip(targets(study), onto.values(), strict=True):
+    for task, theta_n, line in zip(targets(study), onto.values(), test, strict=True):
         test_n = images_of(study, dataset(study, task).test, study.held_out)
         sources = [theta_n, delta]
         before.append(float(evaluate(model, [theta_n], [[1.0]], *test_n).accuracy))
         ensembles.append(ensemble(model, [theta_n, theta_a], *test_n))
-        test = [evaluate(model, sources, rows, *where).accuracy for where in (test_a, test_n)]
-        own.append(test[1].tolist())
-        means.append(harmonic_mean(*test).tolist())
+        own_line = evaluate(model, sources, rows, *test_n).accuracy
+        own.append(own_line.tolist())
+        means.append(harmonic_mean(torch.tensor(line, dtype=torch.float64), own_line).tolist())
         on_n = images_of(study, dataset(study, task).validation, study.held_out)
         chosen = [evaluate(model, sources, rows, *where).accuracy for where in (on_a, on_n)]
         for name, values in (("CIFAR-10", chosen[0]), ("both", harmonic_mean(*chosen))):
             k = int(values.argmax())
             best.setdefault(f"best alpha for {name}, chosen on validation", []).append(
-                {"alpha": paper.rows[k], "CIFAR-10 test": float(test[0][k]), "own test": float(test[1][k])}
+                {"alpha": paper.rows[k], "CIFAR-10 test": line[k], "own test": float(own_line[k])}
             )
     return {
         "own task before": before,

@@ -28,6 +28,7 @@ from regraft.results import write
 MEMORY = 1 << 30  # bytes
 CHUNK = 32  # points at most between two savings of what is finished
 TOGETHER = 8  # models run at once; more gains nothing and costs activations
+WORTH_TIMING = 50  # batches of so many points; below, the first strategy runs untimed
 LIVE_ACTIVATIONS = 3  # outputs of the largest layer that are alive at one time, about
 
 
@@ -297,7 +298,8 @@ def evaluate(
         batch_size: images at a time; smaller batches stay in the cache, and with
             :func:`regraft.fusion.batch_statistics` it is what each batch is normalised with. It is lowered
             only where `memory` asks for it, and never where a BatchNorm reads its batch.
-        strategies: where there are several, all are timed on the first batch and the fastest runs.
+        strategies: where there are several, and enough points and images, all are timed on the first batch
+            and the fastest runs; else the first.
         resume: a file that keeps what is finished after every chunk; a grid called again with the same
             file goes on from there.
         progress: called with (points finished, K) after every chunk.
@@ -328,7 +330,9 @@ def evaluate(
     if not _reads_batches(model):
         batch_size = max(1, min(batch_size, memory // 2 // max(1, footprint * together)))
     saved = _Saved.open(resume, _fingerprint(model, sources, rows, images, labels, finish))
-    strategy = strategies[0] if len(strategies) == 1 else None
+    # Timing costs six runs of a few points: only where there is enough to gain.
+    short = len(rows) * len(images) < WORTH_TIMING * TOGETHER * batch_size
+    strategy = strategies[0] if len(strategies) == 1 or short else None
     with torch.no_grad():
         for start in range(len(saved.correct), len(rows), chunk):
             part = rows[start : start + chunk]
