@@ -542,11 +542,8 @@ def verify(
     for heads in (False, True):
         with evaluating(model, heads=heads), torch.no_grad():
             for perm in _telling(spec, draws, generator):
-                tensors, read = _generic(model, held, inputs, generator)
+                error, read = _compare(spec, perm, model, held, inputs, generator)
                 unread -= read
-                before = functional_call(model, tensors, inputs)
-                tensors = _moved(spec, perm, tensors)
-                error = _difference(before, functional_call(model, tensors, inputs))
                 if not error < tolerance:
                     tensors, _ = _generic(model, held, inputs, generator)
                     raise ValueError(_blame(spec, model, tensors, inputs, generator, error))
@@ -554,6 +551,21 @@ def verify(
         if not unread:  # else auxiliary heads are still to be proved
             break
     return worst
+
+
+def _compare(
+    spec: PermutationSpec,
+    perm: Perm,
+    model: nn.Module,
+    held: Mapping[str, Tensor],
+    inputs: Any,
+    generator: torch.Generator,
+) -> tuple[float, set[str]]:
+    """The error of one draw, and the names of the tensors that the model reads."""
+    tensors, read = _generic(model, held, inputs, generator)
+    before = functional_call(model, tensors, inputs)
+    after = functional_call(model, _moved(spec, perm, tensors), inputs)
+    return _difference(before, after), read
 
 
 def _telling(spec: PermutationSpec, draws: int, generator: torch.Generator) -> list[Perm]:
