@@ -56,7 +56,7 @@ _AMPERE_DOT = {
 }
 _HOPPER_DOT = {
     "half": (DotTile(64, 64, 32, 8, 3), DotTile(128, 64, 32, 8, 3)),
-    "tf32": (DotTile(64, 64, 32, 4, 3), DotTile(128, 64, 32, 8, 3)),
+    "tf32": (DotTile(64, 64, 32, 8, 3), DotTile(128, 64, 32, 8, 3)),
     "tf32x3": (DotTile(64, 64, 32, 8, 2), DotTile(128, 64, 32, 8, 2)),
     "ieee": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 16, 8, 2)),
 }
