@@ -733,12 +733,18 @@ def table_document(study: Study, number: str) -> tuple[str, dict[str, Any], Any]
         "largest_absolute_difference": comparison.largest,
         "trend": comparison.trend,
         "study": results.plain_data(replace(study, data=None, cache=Path())),
-        "environment": results.plain_data(results.environment(study.device)),
+        "environment": _environment(study, number),
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - cpu,
     }
     figure = heatmaps(paper, found["ours"], f"Table {number}") if paper.column_name == "alpha" else None
     return document(paper, record), record, figure
+
+
+def _environment(study: Study, name: str) -> dict[str, Any]:
+    """Machine, versions and commit, with the command that makes this table, whoever called."""
+    found = results.plain_data(results.environment(study.device))
+    return {**found, "command": f"regraft reproduce fusion --table {name}"}
 
 
 def document(paper: PaperTable, record: dict[str, Any]) -> str:
@@ -812,7 +818,7 @@ def figure_document(study: Study, name: str) -> tuple[str, dict[str, Any], Any]:
         "questions": {k: asdict(q) for k, q in zip("abcd", FIGURES[name], strict=True)},
         "alphas": list(panels[0].alphas),
         "lines": lines,
-        "environment": results.plain_data(results.environment(study.device)),
+        "environment": _environment(study, name),
     }
     title = f"Figure {name[1:]}: {panels and FIGURES[name][0].formula}, {FIGURES[name][0].targets} targets"
     parts = [f"# {title}", "Accuracy on CIFAR-10, percent."]
