@@ -33,31 +33,48 @@ def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[
     return out
 
 
+SMALL = 1 << 14
+"""Up to so many elements, the number of calls costs more than the passes over memory."""
+
+
 def _combine_torch(sources: Sequence[Tensors], coefficients: Tensor, out: Tensors) -> None:
     """Block by block, so that each source is read from memory once for all K results."""
     table = coefficients.tolist()
     for name, first in sources[0].items():
-        flat = [source[name].reshape(-1) for source in sources]
-        results = out[name].view(len(table), -1)
+        tensors, results = [source[name] for source in sources], out[name]
+        if first.numel() <= SMALL:
+            _weighted_sums(tensors, table, results)
+            continue
+        flat, results = [tensor.reshape(-1) for tensor in tensors], results.view(len(table), -1)
         for block in row_blocks(flat[0]):
-            parts = [tensor[block] for tensor in flat]
-            if first.element_size() >= 4:
-                for row, result in zip(table, results, strict=True):
-                    _weighted_sum(parts, row, result[block])
-            else:
-                parts = [part.float() for part in parts]
-                for row, result in zip(table, results, strict=True):
-                    result[block] = _weighted_sum(parts, row, torch.empty_like(parts[0]))
+            _weighted_sums([tensor[block] for tensor in flat], table, results[:, block])
+
+
+def _weighted_sums(parts: Sequence[Tensor], table: Sequence[Sequence[float]], out: Tensor) -> None:
+    """out[k] = sum_i table[k][i] * parts[i], in float32 or float64."""
+    narrow = parts[0].element_size() < 4
+    if narrow:
+        parts = [part.float() for part in parts]
+    for k, row in enumerate(table):
+        if narrow:
+            out[k] = _weighted_sum(parts, row, torch.empty_like(parts[0]))
+        else:
+            _weighted_sum(parts, row, out[k])
 
 
 def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float], out: Tensor) -> Tensor:
-    """sum_i coefficients[i] * parts[i] of vectors, into `out`."""
     done = 1
-    if len(parts) > 1 and coefficients[0] != 0:  # addr would not multiply by beta = 0, and so hide a NaN
-        # a x + b y in one pass over memory, where mul and add_ take two.
-        first, second = parts[0].unsqueeze(0), parts[1]
-        one = second.new_ones(1)
-        torch.addr(first, one, second, beta=coefficients[0], alpha=coefficients[1], out=out.unsqueeze(0))
+    if len(parts) > 1 and coefficients[0] != 0 and out.ndim == 1 and out.numel() > SMALL:
+        # a x + b y in one pass over memory, where mul and add_ take two; but a = 0 would hide a NaN in x.
+        one = parts[1].new_ones(1)
+        torch.addr(
+            parts[0].unsqueeze(0),
+            one,
+            parts[1],
+            beta=coefficients[0],
+            alpha=coefficients[1],
+            out=out.unsqueeze(0),
+        )
         done = 2
     else:
         torch.mul(parts[0], coefficients[0], out=out)

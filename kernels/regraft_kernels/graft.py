@@ -79,21 +79,24 @@ def _graft_one(
 ) -> None:
     """Fill `out` [K, rows, columns, tail] for one tensor of one target, a block of rows at a time."""
     wide = torch.promote_types(base.dtype, torch.float32)
-    for block in row_blocks(base):
-        here, later, earlier = base[block], end, start
-        if rows is None:
-            later, earlier = later[block], earlier[block]
-        else:
+    blocks = row_blocks(base)
+    for block in blocks:
+        here, later, earlier = (base, end, start) if len(blocks) == 1 else (base[block], end, start)
+        if rows is not None:
             later, earlier = later.index_select(0, rows[block]), earlier.index_select(0, rows[block])
-        moved = later.to(wide) - earlier.to(wide)
+        elif len(blocks) > 1:
+            later, earlier = later[block], earlier[block]
+        if wide != base.dtype:
+            here, later, earlier = here.to(wide), later.to(wide), earlier.to(wide)
+        moved = later - earlier
         if columns is not None:
             moved = moved.index_select(1, columns)
         for number, scale in enumerate(scales):
-            result = out[number, block]
+            result = out[number] if len(blocks) == 1 else out[number, block]
             if wide == base.dtype:
                 torch.add(here, moved, alpha=scale, out=result)
             else:
-                result.copy_(torch.add(here.to(wide), moved, alpha=scale))
+                result.copy_(torch.add(here, moved, alpha=scale))
 
 
 @Kernel

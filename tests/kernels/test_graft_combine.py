@@ -1,5 +1,7 @@
 """graft and combine against their formulas."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,6 +94,18 @@ def test_graft_of_many_targets_and_scales_at_once(backend, generator):
             moved = (end["w"] - start["w"])[a][:, b]
             torch.testing.assert_close(found["w"][p, k], base["w"][p] + scale * moved)
             torch.testing.assert_close(found["v"][p, k], base["v"][p] + scale * (end["v"] - start["v"])[c])
+
+
+def test_combine_in_blocks(monkeypatch, generator):
+    """The torch path for large tensors: block by block, two sources in one pass, then the rest."""
+    monkeypatch.setattr(sys.modules["regraft_kernels.combine"], "SMALL", 3)
+    monkeypatch.setattr(sys.modules["regraft_kernels.permute"], "BLOCK_BYTES", 40)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        sources = [{"w": torch.randn(5, 9, generator=generator).to(dtype)} for _ in range(3)]
+        found = combine(sources, [[1.0, 2.0, -1.0], [0.0, 0.5, 3.0]], backend="torch")["w"]
+        a, b, c = (source["w"].double() for source in sources)
+        expected = torch.stack([a + 2 * b - c, 0.5 * b + 3 * c]).to(dtype)
+        torch.testing.assert_close(found, expected)
 
 
 def test_combine_of_large_tensors(backend, generator):
