@@ -96,6 +96,13 @@ def test_a_network_that_cannot_be_cut_still_runs(kind):
     assert found.correct.tolist() == [reference.correct_answers(row, y) for row in logits]
 
 
+def test_a_single_layer_is_not_cut():
+    model = nn.Linear(4, 3)
+    x = torch.randn(2, 4)
+    tensors = initialise(model, torch.Generator().manual_seed(0))
+    assert FirstLayer.of(model, tensors, x) is None
+
+
 def test_an_mlp_is_cut_behind_its_first_layer():
     model = mlp([12, 5, 3])
     (tensors,) = [initialise(model, torch.Generator().manual_seed(0))]
