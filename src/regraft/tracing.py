@@ -974,7 +974,7 @@ def settle(flow: Flow, leaves: Iterable[Leaf]) -> None:
         if leaf.scalars is None or not leaf.shape:
             continue
         along = _varying(flow.units.roots(leaf.scalars))
-        if len(along) > 1 or flow.is_fixed(leaf.scalars):
+        if len(along) > 1:
             flow.freeze(Value(leaf, leaf.shape))
             continue
         axis = along[0] if along else int(np.argmax(leaf.shape))
