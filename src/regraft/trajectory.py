@@ -220,8 +220,13 @@ def check_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_is: str, b_i
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise a ValueError that names the first tensor with a NaN or an infinity."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise ValueError(f"tensor {name!r} of {where} holds a value that is not finite")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum is one pass over memory and not finite where an entry is not; only a sum of huge values is looked at again.
+    return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())
 
 
 def _plain(value: object) -> object:
