@@ -46,7 +46,7 @@ def _combine_torch(sources: Sequence[Tensors], coefficients: Tensor, out: Tensor
             _weighted_sums(tensors, table, results)
             continue
         flat, results = [tensor.reshape(-1) for tensor in tensors], results.view(len(table), -1)
-        for block in row_blocks(flat[0]):
+        for block in row_blocks(flat[0]) if len(table) > 1 else [slice(None)]:
             _weighted_sums([tensor[block] for tensor in flat], table, results[:, block])
 
 
@@ -194,13 +194,16 @@ def _check_sources(sources: Sequence[Tensors]) -> None:
     first = sources[0]
     device = next((t.device for t in first.values()), None)
     for number, source in enumerate(sources):
-        different = sorted(set(first) ^ set(source))
-        if different:
-            raise ValueError(f"source {number} and source 0 differ in {', '.join(different)}")
-        for name, tensor in first.items():
-            for kind in ("shape", "dtype"):
-                mine, theirs = getattr(tensor, kind), getattr(source[name], kind)
-                if mine != theirs:
-                    raise ValueError(f"{name!r}: {kind} is {theirs} in source {number}, {mine} in source 0")
-            if source[name].device != device:
-                raise ValueError(f"{name!r} of source {number} is on {source[name].device}, not on {device}")
+        if source.keys() != first.keys():
+            different = ", ".join(sorted(source.keys() ^ first.keys()))
+            raise ValueError(f"source {number} and source 0 differ in {different}")
+        for name, tensor in source.items():
+            if tensor.device != device:
+                raise ValueError(f"{name!r} of source {number} is on {tensor.device}, not on {device}")
+            if tensor.shape != first[name].shape:
+                shapes = f"{tuple(tensor.shape)} in source {number}, {tuple(first[name].shape)} in source 0"
+                raise ValueError(f"{name!r}: shape is {shapes}")
+            if tensor.dtype != first[name].dtype:
+                raise ValueError(
+                    f"{name!r}: dtype is {tensor.dtype} in source {number}, {first[name].dtype} in source 0"
+                )
