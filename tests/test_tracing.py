@@ -162,6 +162,19 @@ def test_tied_weights_have_one_name():
     )
 
 
+def test_rows_that_are_looked_up_stay():
+    """The head shares the embedding's rows, and what reads the head would follow them; the tokens do not."""
+    embedding, head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+    head.weight = embedding.weight
+    net = Net(
+        lambda m, x: m.out(m.head(m.embedding(x)).relu()), embedding=embedding, head=head, out=nn.Linear(7, 2)
+    )
+    tokens = torch.tensor([[0, 3, 6]])
+    spec = trace(net, tokens)
+    assert verify(spec, net, tokens) < 1e-12
+    assert spec.groups == {"embedding": 6}
+
+
 def test_parameters_used_element_by_element():
     net = Net(
         lambda m, x: m.out(m.gain * (m.stem(x) + m.position) * m.scalar + m.shift.exp()),
@@ -338,6 +351,21 @@ def test_reflections_windows_and_writing_in_place():
 
     net = Net(forward, stem=nn.Conv2d(2, 4, 3, padding=1), out=nn.Conv2d(4, 2, 3))
     assert proved(net, 1, 2, 6, 6).groups == {"stem": 4}
+
+
+def test_views_that_are_overwritten_in_place():
+    """Half of the units end where the inputs are written over them: they are free, and what reads that half is not."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x).tanh()
+        h[:, :2] = x[:, :2]
+        h[:, 2:4] += h[:, 4:6].relu()
+        return m.out(h)
+
+    net = Net(forward, stem=nn.Linear(4, 8), out=nn.Linear(8, 2))
+    spec = proved(net, 3, 4)
+    assert sorted(spec.groups.values()) == [2, 2, 2]
+    assert spec.axes["out.weight"][1][0].group is None
 
 
 def test_constants_tell_units_apart_by_their_values():
