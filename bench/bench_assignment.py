@@ -2,7 +2,8 @@
 
 ``pytest bench/bench_assignment.py --benchmark-only``. float32. "scipy" in the tables is `linear_sum_assignment`
 called directly; everything else goes through `assign`, with its checks. Contenders are alternated in one process on
-one thread, and the medians of their thread's CPU seconds compared (threads: seconds by the clock). Warm starts
+one thread, and the medians of their thread's CPU seconds compared (threads: seconds by the clock,
+so run that one where nothing else computes, or as ``chrt -r 5 pytest ... -k two_threads``). Warm starts
 from the duals of the matrix before the change; the duals' own time is in a column of its own. The tables go to
 ``results/assignment.md``.
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,19 +171,21 @@ def test_two_threads(benchmark, request) -> None:
     keep(request.config, "threads", {"seconds": seconds, "ratio": seconds[1] / seconds[THREADS]})
 
 
-BOOK = pytest.StashKey[dict]()
-
-
 def keep(config: pytest.Config, table: str, row: dict) -> None:
-    book = config.stash.setdefault(BOOK, {"rows": [], "threads": []})
-    book[table].append(row)
-    save(book)
-
-
-def save(book: dict[str, list[dict]]) -> None:
-    """``results/assignment.json`` and the tables made from it."""
+    """Add a row to the results; it replaces an earlier one of its kind and size, and the others stay."""
+    path = RESULTS / "assignment.json"
+    book = json.loads(path.read_text()) if path.is_file() else {}
+    rows = [r for r in book.get(table, []) if (r.get("kind"), r.get("n")) != (row.get("kind"), row.get("n"))]
     where = environment()
-    write(RESULTS / "assignment.json", json.dumps({"environment": asdict(where), **book}, indent=1) + "\n")
+    row = {**row, "commit": where.commit, "dirty": where.dirty}
+    save({"rows": [], "threads": [], **book, table: [*rows, row], "environment": asdict(where)})
+
+
+def save(book: dict[str, Any]) -> None:
+    """``results/assignment.json`` and the tables made from it."""
+    where = book["environment"]
+    write(RESULTS / "assignment.json", json.dumps(book, indent=1) + "\n")
+    commits = sorted({row["commit"] + " (dirty)" * row["dirty"] for row in book["rows"] + book["threads"]})
     columns = [
         "scipy",
         "auto",
@@ -195,8 +199,8 @@ def save(book: dict[str, list[dict]]) -> None:
         "# Assignment",
         "",
         __doc__ or "",
-        f"`{where.command}` at {where.commit}{' (dirty)' if where.dirty else ''}, {where.machine}, "
-        f"versions {', '.join(f'{k} {v}' for k, v in where.versions.items())}. Milliseconds.",
+        f"Measured at {', '.join(commits)}, {where['machine']}, "
+        f"versions {', '.join(f'{k} {v}' for k, v in where['versions'].items())}. Milliseconds.",
         "",
         f"| kind | n | {' | '.join(columns)} | auto took | scipy / auto | scipy / warm | largest error |",
         "|---|---:|" + "---:|" * len(columns) + "---|---:|---:|---:|",

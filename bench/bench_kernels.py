@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def _halves(moved: int) -> list[bool]:
     return [False] * (moved // 2) + [True] * (moved % 2)
 
 
-def test_permute(benchmark, request) -> None:
+def test_permute(benchmark) -> None:
     m = model()
     a = m.sets[0]
     out = rk.permute(a, m.indices, m.packing)
@@ -116,11 +117,11 @@ def test_permute(benchmark, request) -> None:
         "ours": lambda: rk.permute(a, m.indices, m.packing),
         "ours, out": lambda: rk.permute(a, m.indices, m.packing, out=out),
     }
-    measure(benchmark, request, "permute, ResNet-18", contenders | floors(a, 2), WANTED)
+    measure(benchmark, "permute, ResNet-18", contenders | floors(a, 2), WANTED)
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_graft(count: int, benchmark, request) -> None:
+def test_graft(count: int, benchmark) -> None:
     m = model()
     base, start, end = m.sets
     scales = [(k + 1) / count for k in range(count)]
@@ -140,11 +141,11 @@ def test_graft(count: int, benchmark, request) -> None:
         "ours, out": lambda: rk.graft(base, start, end, scales, m.indices, m.packing, out=out),
     }
     name = f"graft, ResNet-18, {count} scale{'s' * (count > 1)}"
-    measure(benchmark, request, name, contenders | floors(base, 3 + count), WANTED)
+    measure(benchmark, name, contenders | floors(base, 3 + count), WANTED)
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_combine(count: int, benchmark, request) -> None:
+def test_combine(count: int, benchmark) -> None:
     m = model()
     a, b, _ = m.sets
     table = [[0.1 * k + 0.5, 0.5 - 0.1 * k] for k in range(count)]
@@ -161,12 +162,12 @@ def test_combine(count: int, benchmark, request) -> None:
         "ours, out": lambda: rk.combine([a, b], table, out=out),
     }
     name = f"combine, ResNet-18, 2 sources, {count} result{'s' * (count > 1)}"
-    measure(benchmark, request, name, contenders | floors(a, 2 + count), WANTED)
+    measure(benchmark, name, contenders | floors(a, 2 + count), WANTED)
 
 
 @pytest.mark.parametrize(("steps", "rows", "columns", "area"), [(10, 256, 256, 9), (10, 512, 512, 1)])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_similarity(axis: int, steps: int, rows: int, columns: int, area: int, benchmark, request) -> None:
+def test_similarity(axis: int, steps: int, rows: int, columns: int, area: int, benchmark) -> None:
     """One term, the other axis gathered. Ours is given channels last, the user's way PyTorch's own order."""
     generator = torch.Generator().manual_seed(0)
     target, source = torch.randn(2, steps, rows, area, columns, generator=generator).movedim(-1, 3)
@@ -187,10 +188,10 @@ def test_similarity(axis: int, steps: int, rows: int, columns: int, area: int, b
         "floor": lambda: flat[0] @ flat[1].T,
     }
     shape = f"[{steps}, {rows}, {columns}, {area}], axis {axis}"
-    measure(benchmark, request, f"similarity, {shape}", contenders, "", rounds=5)
+    measure(benchmark, f"similarity, {shape}", contenders, "", rounds=5)
 
 
-def test_similarity_update(benchmark, request) -> None:
+def test_similarity_update(benchmark) -> None:
     """5 % of a neighbour's 1024 units changed, against building the term again."""
     generator = torch.Generator().manual_seed(0)
     target, source = torch.randn(2, 1, 1024, 1024, generator=generator)
@@ -204,15 +205,11 @@ def test_similarity_update(benchmark, request) -> None:
         "ours": lambda: rk.similarity_update_(total, term, 1, old, new),
     }
     name = "similarity_update_, [1, 1024, 1024], 5 % changed, against building anew"
-    measure(benchmark, request, name, contenders, "", rounds=5)
-
-
-ROWS = pytest.StashKey[list]()
+    measure(benchmark, name, contenders, "", rounds=5)
 
 
 def measure(
     benchmark,
-    request,
     case: str,
     contenders: dict[str, Callable[[], object]],
     wanted: str,
@@ -223,22 +220,33 @@ def measure(
     benchmark.pedantic(contenders["ours"], rounds=1)
     row = {"case": case, "milliseconds": times, "wanted": wanted}
     benchmark.extra_info.update(row)
-    rows = request.config.stash.setdefault(ROWS, [])
-    rows.append(row)
-    save(rows)
+    keep(row)
 
 
-def save(rows: list[dict]) -> None:
-    """``results/kernels-cpu.json`` and the table made from it."""
+def keep(row: dict[str, Any]) -> None:
+    """Add a row to the results; it replaces an earlier one of its case, and the others stay."""
+    path = RESULTS / "kernels-cpu.json"
+    book = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     where = environment()
-    text = json.dumps({"environment": asdict(where), "rows": rows}, indent=1) + "\n"
-    write(RESULTS / "kernels-cpu.json", text)
+    row = {**row, "commit": where.commit, "dirty": where.dirty}
+    known = [old["case"] for old in book["rows"]]
+    if row["case"] in known:
+        book["rows"][known.index(row["case"])] = row
+    else:
+        book["rows"].append(row)
+    save({**book, "environment": asdict(where)})
+
+
+def save(book: dict[str, Any]) -> None:
+    """``results/kernels-cpu.json`` and the table made from it."""
+    rows, where = book["rows"], book["environment"]
+    write(RESULTS / "kernels-cpu.json", json.dumps(book, indent=1) + "\n")
+    commits = sorted({row["commit"] + " (dirty)" * row["dirty"] for row in rows})
     lines = [
         "# Kernels on a CPU",
         "",
         __doc__ or "",
-        f"`{where.command}` at {where.commit}{' (dirty)' if where.dirty else ''}, {where.machine}, one thread, "
-        f"torch {torch.__version__}. Milliseconds.",
+        f"Measured at {', '.join(commits)}, {where['machine']}, one thread, torch {torch.__version__}. Milliseconds.",
         "",
         "| case | user's way | ours | ours, out | floor | floor, out | user's way / ours | user's way / ours, out "
         "| ours / floor | ours, out / floor, out | wanted |",
