@@ -124,6 +124,7 @@ class Value:
     shape: tuple[int, ...]
     positions: Tensor | None = None
     fill: float = 0.0
+    changed: bool = False  # a function of the leaf's scalars, not these themselves
     labels: Tensor | None = None  # once an operator has read them
 
     def places(self) -> Tensor:
@@ -159,6 +160,10 @@ class Flow:
     def fixed(self, shape: Sequence[int]) -> Value:
         """A tensor that no permutation moves."""
         return Value(torch.zeros((), dtype=torch.int32).expand(tuple(shape)), tuple(shape))
+
+    def new(self, labels: Tensor) -> Value:
+        """A tensor of its own, although it may have the labels of another."""
+        return Value(labels.view(labels.shape), tuple(labels.shape))
 
     def is_fixed(self, labels: Tensor) -> bool:
         return not self.units.roots(labels).any()
@@ -304,12 +309,14 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+ALIASES = _words("alias clone contiguous detach lift lift_fresh lift_fresh_copy positive")
+"""Operators that give back what they are given."""
+
 UNARY = _words(
-    "alias clone contiguous detach dropout feature_dropout alpha_dropout lift lift_fresh lift_fresh_copy "
-    "positive to _to_copy type_as hardswish log_sigmoid celu rrelu zero fill"
+    "dropout feature_dropout alpha_dropout to _to_copy type_as hardswish log_sigmoid celu rrelu zero fill"
 )
-"""Operators that leave every scalar at its place and read one tensor (beside those that torch tags pointwise), or
-put a constant in the place of each: it keeps the labels of what it replaces."""
+"""Operators that compute every scalar from the one at its place (beside those that torch tags pointwise). A constant
+that is filled in keeps the labels of what it replaces."""
 
 VIEWS = _words(
     "broadcast_to channel_shuffle chunk diagonal expand expand_as flatten flip index index_select "
@@ -359,7 +366,7 @@ def pointwise(flow: Flow, out: torch.Size, operands: Sequence[Any]) -> Value:
             flow.freeze(result)
         else:
             flow.tie(result, places)
-    return Value(result, tuple(out))
+    return flow.new(result)
 
 
 def _broadcast(flow: Flow, value: Value, shape: torch.Size) -> Tensor:
@@ -395,7 +402,7 @@ def _pad(flow: Flow, out: torch.Size, x: Value, pad: list[int], *options: Any) -
     mode = options[0] if options and isinstance(options[0], str) else "constant"
     fill = float(options[-1] or 0.0) if options else 0.0
     if x.positions is not None and fill != x.fill and (x.positions < 0).any():
-        x = Value(flow.labels(x), x.shape)
+        x = flow.new(flow.labels(x))
     constant = {"value": 0.0} if mode == "constant" else {}
     padded = view(lambda p: torch.nn.functional.pad(p, pad, mode=mode, **constant), x)
     return replace(padded, fill=fill)
@@ -410,10 +417,12 @@ def assemble(flow: Flow, function: Callable[[list[Any]], Tensor], args: Sequence
     count = 0
     for i, x in enumerate(leaves):
         if isinstance(x, Value | Tensor):
-            if isinstance(x, Tensor) or bool(
+            if isinstance(x, Tensor):
+                x = flow.new(flow.constant(x))
+            elif x.changed or bool(
                 (x.places() < 0).any()
-            ):  # constants may differ from part to part
-                x = Value(flow.constant(x) if isinstance(x, Tensor) else flow.labels(x), tuple(x.shape))
+            ):  # other parts may be changed, or filled, otherwise
+                x = flow.new(flow.labels(x))
             base = flow.base(x)
             if id(base) not in bases:
                 bases[id(base)], starts[id(base)] = base, count
@@ -421,7 +430,7 @@ def assemble(flow: Flow, function: Callable[[list[Any]], Tensor], args: Sequence
             places[i] = x.places() + starts[id(base)]
     filled = [places.get(i, x) for i, x in enumerate(leaves)]
     positions = function(pytree.tree_unflatten(filled, structure))
-    return Value(flow.gather(positions, *bases.values()), tuple(positions.shape))
+    return flow.new(flow.gather(positions, *bases.values()))
 
 
 def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
@@ -554,7 +563,7 @@ def _batch_norm(flow: Flow, out: Any, x: Any, *options: Any) -> Any:
     for tensor in options[:4]:
         if isinstance(tensor, Value):
             flow.join(flow.labels(tensor), units)
-    return first_of(flow, out, Value(flow.labels(x), x.shape))
+    return first_of(flow, out, flow.new(flow.labels(x)))
 
 
 def first_of(flow: Flow, out: Any, value: Value) -> Any:
@@ -584,14 +593,14 @@ def _group_norm(flow: Flow, out: torch.Size, x: Any, groups: int, *options: Any)
         if isinstance(tensor, Value):
             flow.join(flow.labels(tensor), units)
     flow.tie(units, torch.arange(groups).repeat_interleave(len(units) // groups))
-    return Value(flow.labels(x), x.shape)
+    return flow.new(flow.labels(x))
 
 
 @rule("prelu")
 def _prelu(flow: Flow, out: torch.Size, x: Any, slope: Any) -> Value:
     if isinstance(slope, Value) and math.prod(slope.shape) > 1:
         flow.join(flow.labels(slope), channel_units(flow, x, len(x.shape) - 2))
-    return Value(flow.labels(x), x.shape)
+    return flow.new(flow.labels(x))
 
 
 def _pool(flow: Flow, out: Any, x: Value, *options: Any, spatial: int) -> Any:
@@ -874,20 +883,26 @@ def call(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     if not target._schema.returns:  # an assertion
         return None
     named = bind(target, args, kwargs)
-    if target._schema.is_mutable and not _reads_one(target, named, given):
-        if not (torch.Tag.pointwise in target.tags and _is_alone(node)):
-            raise Entangled
-        values[node.args[0]] = pointwise(flow, sizes, pytree.tree_leaves(list(named.values())))
-        return values[node.args[0]]
-    return operate(flow, target, named, given, sizes)
+    if not target._schema.is_mutable:
+        return operate(flow, target, named, given, sizes)
+    if not (_name(target) in UNARY or torch.Tag.pointwise in target.tags) or not _is_alone(node):
+        raise Entangled
+    result = operate(flow, target, named, given, sizes)
+    for same in _written(node):
+        values[same] = result
+    return result
 
 
 def operate(flow: Flow, target: OpOverload, named: dict[str, Any], given: list[Value], sizes: Any) -> Any:
     """Chooses the rule for an operator, all of whose arguments are known by name."""
     name = _name(target)
     first, *rest = named.values()
+    if name in ALIASES:
+        return first
     if _reads_one(target, named, given):
-        return replace(given[0], fill=math.nan)
+        (value, *_) = given
+        leaf = isinstance(value.base, Leaf)
+        return replace(value, changed=True, fill=math.nan) if leaf else flow.new(flow.labels(value))
     if name in RULES:
         return RULES[name](flow, sizes, first, *rest)
     if name in FILLS:
@@ -917,16 +932,26 @@ def _name(target: OpOverload) -> str:
     return target._schema.name.partition("::")[2].rstrip("_")
 
 
+def _written(node: Node) -> list[Node]:
+    """The tensors that a node writes in place: its own, and those that were written to give that one."""
+    tensor = node.args[0]
+    if not isinstance(tensor, Node):
+        raise Entangled
+    mutable = isinstance(tensor.target, OpOverload) and tensor.target._schema.is_mutable
+    return [tensor, *(_written(tensor) if mutable else [])]
+
+
 def _is_alone(node: Node) -> bool:
     """Whether the tensor that a node writes in place is new, and no view of it was made before."""
-    tensor = node.args[0]
-    return isinstance(tensor, Node) and all(map(_is_new, [tensor, *(u for u in tensor.users if u < node)]))
+    *later, first = _written(node)
+    before = {user for tensor in (*later, first) for user in tensor.users if user < node}
+    return all(map(_is_new, [first, *(before - set(later))]))
 
 
 def _is_new(node: Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return False
-    return _name(node.target) not in UNARY | VIEWS and not node.target._schema.is_mutable
+    return _name(node.target) not in ALIASES | UNARY | VIEWS and not node.target._schema.is_mutable
 
 
 def _blank(x: Any) -> Any:
