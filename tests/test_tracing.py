@@ -298,6 +298,20 @@ def test_occurrences_that_come_from_different_tensors_are_told_apart():
     assert proved(net, 3, 4).groups == {"stem/0": 2, "stem/1": 2}
 
 
+@pytest.mark.parametrize("change", ["relu", "fill", "add"])
+def test_a_changed_part_is_told_from_an_unchanged_one(change):
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x)
+        if change == "fill":
+            h[:, :2] = 0.5
+            return m.out(h)
+        first = h[:, :2].relu() if change == "relu" else h[:, :2] + h[:, :2]
+        return m.out(torch.cat([first, h[:, 2:]], 1))
+
+    net = Net(forward, stem=nn.Linear(4, 5), out=nn.Linear(5, 2))
+    assert sorted(proved(net, 3, 4).groups.values()) == [2, 3]
+
+
 def test_different_constants_beside_each_other_are_told_apart():
     net = Net(
         lambda m, x: m.out(
