@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -30,20 +30,12 @@ import regraft_kernels as rk
 from regraft.results import environment, write
 from regraft_kernels.assignment import _installed
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 RESULTS = Path(__file__).parents[1] / "results"
 SIZES = (128, 512, 1024)
 THREADS = 2
 BACKENDS = [name for name, module in (("lapx", "lap"), ("lapjv", "lapjv")) if _installed(module)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def gaussian(n: int, g: np.random.Generator) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,20 +27,12 @@ from regraft.reference import learning_transfer as literal_transfer
 from regraft.reference import matching as literal
 from regraft.results import environment, write
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("one_thread")]
 
 Tensors = dict[str, Tensor]
 Perm = dict[str, Tensor]
 RESULTS = Path(__file__).parents[1] / "results"
 ROUNDS = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def straightforward(spec: regraft.PermutationSpec, target: Tensors, source: Tensors) -> Perm:

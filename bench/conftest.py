@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from regraft import report, results
@@ -80,6 +81,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     part = _benchmark_part(config)
     if part.is_file():
         write_beside(part.with_name("benchmark.json"), part.replace)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One torch thread: for benches that compare CPU seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------- what runs

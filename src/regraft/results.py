@@ -342,7 +342,7 @@ def derived(rows: pd.DataFrame, share: float = 0.95) -> pd.DataFrame:
     }
     for (_, row), side in zip(rows.iterrows(), on, strict=True):
         plain_seconds = row.get(f"plain.{side}", math.nan)
-        goal = share * row.get("plain_accuracy", math.nan)
+        goal = share * (row.get("plain_accuracy") or math.nan)
         own = reach(row["curve"], goal)
         plain = reach(plain_curves.get((row["scenario"], row["seed"]), ()), goal)
         own_seconds = own["cost"][side] if own else math.nan
