@@ -325,7 +325,8 @@ class Method:
 class Scenario:
     """One experiment: batches are stratified and of ``batch_size``; ``flip`` mirrors training images.
 
-    figures: of the paper, that it draws. share: of the source's test images that forgetting is measured on, for speed.
+    figures: of the paper, that it draws. source_images, target_images: for speed, of the source's test images, and of
+    the target's validation and its test images, so many evenly spaced ones.
     """
 
     name: str
@@ -337,7 +338,7 @@ class Scenario:
     seeds: int = 5
     flip: bool = False
     source_images: int | None = None
-    test_images: int | None = None
+    target_images: int | None = None
     figures: tuple[str, ...] = ()
 
     def method(self, name: str) -> Method:
@@ -487,8 +488,12 @@ def _measure(
         method.prepare(model, adopted, setting)
     # The same batches for every method, whatever its preparation took of them.
     batches.generator.manual_seed(_generator(seed, "batches").initial_seed())
-    validation = target.validation.batches(500, device=device)
-    test = _first(target.test, scenario.test_images).batches(500, device=device) if deploy else validation
+    validation, test = (
+        _first(split, scenario.target_images).batches(500, device=device)
+        for split in (target.validation, target.test)
+    )
+    if not deploy:
+        test = validation
     forgetting = None
     if deploy and source.data is not None:
         images = _first(source.data.test, scenario.source_images)

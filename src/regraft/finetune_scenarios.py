@@ -226,7 +226,7 @@ digits_fixed = replace(
     ),
 )
 fashion_mnist_main = Scenario(
-    "fashion-mnist", FASHION_CONV3, MNIST, MAIN, steps=89, source_images=1000, test_images=1000
+    "fashion-mnist", FASHION_CONV3, MNIST, MAIN, steps=89, source_images=1000, target_images=1000
 )
 cifar_main = Scenario("cifar10-cifar100", CONV3, CIFAR100_TEN, MAIN, steps=200, source_images=2000)
 
@@ -304,7 +304,7 @@ def _convergence(rates: tuple[float, ...], fast: Rates) -> tuple[Method, ...]:
 
 initial_same = Scenario(
     "initial-same", CONV3_SMALL, CIFAR10_SMALL, _scales(0.01), 144, seeds=5, flip=True,
-    source_images=1000, test_images=1000, figures=("3", "4"),
+    source_images=1000, target_images=1000, figures=("3", "4"),
 )  # fmt: skip
 initial_other = replace(initial_same, name="initial-other", target=MNIST_SMALL, seeds=3, figures=("5",))
 frozen_head = replace(
@@ -312,7 +312,7 @@ frozen_head = replace(
 )
 warm_ups = replace(frozen_head, name="warm-up", methods=_warm_ups(0.03), seeds=1, figures=("7",))
 rates_resnet = Scenario(
-    "rates-resnet", RESNET, MNIST_GREY, _unequal(0.03), 144, seeds=3, source_images=1000, test_images=1000,
+    "rates-resnet", RESNET, MNIST_GREY, _unequal(0.03), 144, seeds=3, source_images=1000, target_images=1000,
     figures=("8",),
 )  # fmt: skip
 rates_vgg = replace(rates_resnet, name="rates-vgg", origin=VGG, methods=_unequal(0.01), figures=("9",))

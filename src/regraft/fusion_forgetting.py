@@ -85,8 +85,13 @@ def table_of_methods(study: Study, paper: PaperTable) -> dict[str, Any]:
     return {
         "columns": list(paper.columns),
         "ours": ours,
-        "controls": {"Forgetting: test accuracy, cost": methods, "CPU seconds of training both alone": {
-            "CPU seconds theta_A": first.cpu_seconds, "CPU seconds theta_B": second.cpu_seconds}},
+        "controls": {
+            "Forgetting: test accuracy, cost": methods,
+            "CPU seconds of training both alone": {
+                "CPU seconds theta_A": first.cpu_seconds, "CPU seconds theta_B": second.cpu_seconds
+            },
+            "Appendix B.2 on the CNN: sequential training less assignment, beside its Hessian term": theory(study),
+        },
         "notes": [study.note, f"Pre-training of task arithmetic: {PRETRAINING.label}."],
     }  # fmt: skip
 
