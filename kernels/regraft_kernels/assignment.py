@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regraft_kernels.permute import row_blocks
+
 Matrix = Tensor | np.ndarray
 
 
@@ -172,9 +174,12 @@ class _Problem:
             matrix = matrix.astype(np.float64)
         column = np.zeros(n) if column is None else sign * column
         shift = column.astype(matrix.dtype)
-        cost = shift - matrix if sign > 0 else shift + matrix
-        row = -cost.min(axis=1)
-        cost += row[:, None]
+        cost, row = np.empty_like(matrix), np.empty(n, matrix.dtype)
+        for block in row_blocks(matrix):  # one pass over memory for all three steps
+            part = cost[block]
+            (np.subtract if sign > 0 else np.add)(shift, matrix[block], out=part)
+            row[block] = -part.min(axis=1)
+            part += row[block, None]
         return _Problem(cost, row.astype(np.float64), column, sign)
 
     def tight_duals(self, perm: np.ndarray) -> Duals:
@@ -203,14 +208,18 @@ def _column_potentials(cost: np.ndarray, perm: np.ndarray) -> np.ndarray:
     search ends where `perm` is optimal to rounding only; the number of rounds is bounded in any case.
     """
     n = len(cost)
-    weights = cost - cost[np.arange(n), perm][:, None]
+    own = cost[np.arange(n), perm]
     tolerance = 4 * np.finfo(cost.dtype).eps * float(cost.max())
     row_of = np.argsort(perm)
     v = cost.min(axis=0)
     active = np.arange(n)
     for _ in range(n):
-        part = weights if len(active) == n else weights[active]
-        reached = (part + v[perm[active], None]).min(axis=0)
+        reached = v.copy()
+        for block in row_blocks(cost[: len(active)]):
+            rows = active[block]
+            part = cost[rows]
+            part += (v[perm[rows]] - own[rows])[:, None]
+            np.minimum(reached, part.min(axis=0), out=reached)
         closer = np.flatnonzero(reached < v - tolerance)
         if not len(closer):
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +35,8 @@ def permute_reference(
     return moved
 
 
-def row_blocks(matrix: Tensor) -> list[slice]:
-    """Slices of about BLOCK_BYTES each that cover the rows (the first dimension) of a contiguous tensor."""
+def row_blocks(matrix: Tensor | np.ndarray) -> list[slice]:
+    """Slices of about BLOCK_BYTES each that cover the rows (the first dimension) of a tensor or an array."""
     rows = len(matrix)
     each = max(1, BLOCK_BYTES * rows // max(matrix.nbytes, 1))
     return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
