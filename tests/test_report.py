@@ -91,5 +91,14 @@ def test_figures_show_the_mean_over_seeds(rows):
     assert list(curves["plain"].y) == pytest.approx([0.1, 0.9, 0.96])
 
 
+def test_fine_tuning_is_drawn_and_what_has_no_data_is_not(tmp_path):
+    deployed = {"deployed": {"step": [0, 1, 2, 3], "top1": [0.1, 0.2, 0.4, 0.8]}}
+    rows = records(*(make_row("fast", seed, 0.8, extra=deployed) for seed in range(2)))
+    (line,) = (line for line in report.deployed_figure(rows).data if line.name)
+    assert list(line.x) == [1, 2, 3] and list(line.y) == pytest.approx([0.2, 0.4, 0.8])
+    page, _ = report.write(rows, tmp_path / "finetune.jsonl")
+    assert page.read_text(encoding="utf-8").count("Plotly.newPlot(") == 1
+
+
 def test_no_rows_no_table(rows):
     assert list(report.tables(rows.iloc[:0])) == [] and report.markdown(rows.iloc[:0]) == ""

@@ -178,6 +178,22 @@ def curves_figure(rows: pd.DataFrame):  # -> plotly.graph_objects.Figure
     )
 
 
+def deployed_figure(rows: pd.DataFrame):  # -> plotly.graph_objects.Figure
+    """Test accuracy of the state that is deployed after each step of a fine-tuning run, one line a method."""
+    steps, accuracies = "extra.deployed.step", "extra.deployed.top1"
+    figure = _lines(
+        rows,
+        lambda row: list(zip(row[steps], row[accuracies], strict=True))[1:] if steps in row else [],
+        x="step",
+        y="deployed test accuracy",
+        title="Anytime deployment performance",
+    )
+    return figure.update_xaxes(type="log")  # which has no place for step 0
+
+
+FIGURES = (steps_figure, curves_figure, deployed_figure)
+
+
 def _lines(
     rows: pd.DataFrame, points: Callable[[pd.Series], list[tuple[int, float]]], *, x: str, y: str, title: str
 ):
@@ -239,8 +255,9 @@ def html(rows: pd.DataFrame, columns: Sequence[Column] = TRANSFER) -> str:
             f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>",
             "<ul>" + "".join(f"<li>{escape(answer)}</li>" for answer in answers(group)) + "</ul>",
             *(
-                make(group).to_html(full_html=False, include_plotlyjs=False)
-                for make in (steps_figure, curves_figure)
+                figure.to_html(full_html=False, include_plotlyjs=False)
+                for figure in (make(group) for make in FIGURES)
+                if figure.data
             ),
             f"<p>{escape(machine(group))}<br><code>{escape(group.iloc[-1]['environment.command'])}</code></p>",
         ]
