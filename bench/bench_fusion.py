@@ -24,7 +24,8 @@ from torch.func import functional_call
 from regraft import results
 from regraft.data import MissingData
 from regraft.fusion import fuse_many
-from regraft.fusion_study import FIGURES, Study, figure_document, paper_study, table_document
+from regraft.fusion_pages import figure_document, table_document
+from regraft.fusion_study import FIGURES, Study, paper_study
 from regraft.fusion_tables import paper_tables
 from regraft.grids import STRATEGIES, evaluate, lattice
 from regraft.models import initialise, small_cnn

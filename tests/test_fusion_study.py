@@ -11,7 +11,8 @@ import torch
 
 from regraft import fusion_forgetting, fusion_study
 from regraft.data import Dataset, MissingData, Split
-from regraft.fusion_study import CIFAR10, Study, Task, reproduce, table_document, targets
+from regraft.fusion_pages import reproduce, table_document
+from regraft.fusion_study import CIFAR10, Study, Task, targets
 from regraft.fusion_tables import paper_table
 from regraft.training import Recipe
 

@@ -99,7 +99,8 @@ def reproduce_fusion(
         results: folder for tables and figures.
         cache: folder of trained networks.
     """
-    from regraft.fusion_study import Study, paper_study, reproduce
+    from regraft.fusion_pages import reproduce
+    from regraft.fusion_study import Study, paper_study
 
     study = paper_study(data, cache, device) if paper else Study(data, cache, device=device)
     reproduce(study, table, results)

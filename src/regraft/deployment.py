@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from regraft.clock import synchronise
 from regraft.evaluation import mode
 from regraft.files import write_beside
+from regraft.heads import find_head
 from regraft.models import Tensors, live_state
 
 Batch = tuple[Tensor, Tensor]
@@ -254,7 +255,7 @@ class Recorder:
     Args:
         model: as it is about to be trained. Its values are read, never changed; its mode is put back.
         validation, test: re-iterable batches of the target task, on the model's device.
-        head: the name of the classifier; looked for (`regraft.finetune.find_head`) when not given.
+        head: the name of the classifier; looked for (`regraft.heads.find_head`) when not given.
         source: to measure forgetting too.
         origin: theta_source, to measure distances from; the model's values as they are now when not given.
         checkpoints: steps at which to deploy; the Fibonacci numbers when not given.
@@ -282,8 +283,6 @@ class Recorder:
         folder: Path | str | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        from regraft.finetune import find_head
-
         self.model, self.validation, self.test, self.source = model, validation, test, source
         self.head = find_head(model) if head is None else head
         self.checkpoints = None if checkpoints is None else tuple(checkpoints)

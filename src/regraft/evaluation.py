@@ -11,7 +11,7 @@ Batches are any iterable of (images, labels), on the device of the tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -39,9 +39,17 @@ def mode(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[No
             module.training = flag
 
 
-def evaluating(model: nn.Module) -> object:
-    """Context in which the model is in evaluation mode."""
-    return mode(model, lambda _: False)
+def evaluating(model: nn.Module, *, heads: bool = False) -> AbstractContextManager[None]:
+    """Inside, the model is in evaluation mode; then as it was before.
+
+    ``heads``: modules that are built of others behave as in training, when auxiliary heads run; the layers
+    themselves (dropout, norms) do not.
+    """
+
+    def training(module: nn.Module) -> bool:
+        return heads and any(module.children()) and not type(module).__module__.startswith("torch.nn")
+
+    return mode(model, training)
 
 
 def complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:

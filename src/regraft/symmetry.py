@@ -39,8 +39,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -54,6 +53,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from regraft.evaluation import evaluating
 from regraft.files import write_beside
 from regraft_kernels import Packing, permute
 
@@ -486,25 +486,6 @@ def _segments(names: list[str], group: np.ndarray, unit: np.ndarray) -> Axis:
         else:
             segments.append(here)
     return tuple(segments)
-
-
-@contextmanager
-def evaluating(model: nn.Module, *, heads: bool = False) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards.
-
-    ``heads``: modules that are built of others behave as in training, when auxiliary heads run; the layers
-    themselves (dropout, norms) do not.
-    """
-    modes = {module: module.training for module in model.modules()}
-    for module in modes:
-        module.training = (
-            heads and any(module.children()) and not type(module).__module__.startswith("torch.nn")
-        )
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 # ---- the proof

@@ -38,7 +38,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from regraft.symmetry import evaluating
+from regraft.evaluation import evaluating
 
 # ---- units: disjoint sets of labels
 
