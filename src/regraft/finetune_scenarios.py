@@ -157,7 +157,7 @@ LOW, HIGH = Task("digits", DIGITS_LOW), Task("digits", DIGITS_HIGH)
 RECIPE = Recipe(epochs=4, lr=0.1, weight_decay=5e-4, batch_size=100, nesterov=True)
 
 CONV3 = Origin(conv3, CIFAR10, RECIPE)
-CONV3_SMALL = Origin(conv3, CIFAR10_SMALL, RECIPE)
+CONV3_SMALL = Origin(conv3, CIFAR10_SMALL, replace(RECIPE, epochs=12))
 RESNET, DENSENET, RESNEXT = (
     Origin(network, FASHION_SMALL, replace(RECIPE, epochs=2))
     for network in (small_resnet, small_densenet, small_resnext)
@@ -303,7 +303,7 @@ def _convergence(rates: tuple[float, ...], fast: Rates) -> tuple[Method, ...]:
 
 
 initial_same = Scenario(
-    "initial-same", CONV3_SMALL, CIFAR10_SMALL, _scales(0.01), 144, seeds=5, flip=True,
+    "initial-same", CONV3_SMALL, CIFAR10_SMALL, _scales(0.02), 144, seeds=5, flip=True,
     source_images=1000, target_images=1000, figures=("3", "4"),
 )  # fmt: skip
 initial_other = replace(initial_same, name="initial-other", target=MNIST_SMALL, seeds=3, figures=("5",))
