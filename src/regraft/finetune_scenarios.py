@@ -320,20 +320,20 @@ optimisers_densenet = replace(
     rates_resnet,
     name="optimisers-densenet",
     origin=DENSENET,
-    methods=_optimisers((0.01, 0.03, 0.1), (0.3, 0.01), (3e-4, 1e-3, 3e-3), (1e-2, 1e-3)),
+    methods=_optimisers((0.03, 0.1, 0.3), (0.3, 0.03), (1e-3, 3e-3, 1e-2), (3e-2, 3e-3)),
     figures=("10", "11", "12", "13"),
 )
 optimisers_vgg = replace(
     optimisers_densenet,
     name="optimisers-vgg",
     origin=VGG,
-    methods=_optimisers((0.003, 0.01, 0.03), (0.1, 0.01), (3e-4, 1e-3, 3e-3), (3e-3, 3e-4)),
+    methods=_optimisers((0.01, 0.03, 0.1), (0.3, 0.03), (1e-3, 3e-3, 1e-2), (3e-2, 3e-3)),
 )
 convergence_mnist = replace(
     rates_resnet,
     name="convergence-mnist",
     origin=RESNEXT,
-    methods=_convergence((0.05, 0.01, 0.005), (0.03, 0.003)),
+    methods=_convergence((0.05, 0.01, 0.005), (0.1, 0.01)),
     steps=987,
     batch_size=10,
     figures=("14", "table"),
