@@ -12,6 +12,7 @@ from regraft.evaluation import (
     accuracy,
     call,
     complete,
+    evaluating,
     gradients,
     interpolate,
     loss_and_accuracy,
@@ -353,3 +354,13 @@ def test_call_runs_the_given_values(network, reference):
     model.train()
     model.drop.eval()
     assert torch.allclose(found, reference(data()[0][0]), atol=1e-6)
+
+
+def test_evaluation_mode_is_for_all_modules_unless_heads_are_asked_for(network):
+    model, _ = network
+    before = {name: module.training for name, module in model.named_modules()}
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    with evaluating(model, heads=True):
+        assert [name for name, module in model.named_modules() if module.training] == [""]
+    assert {name: module.training for name, module in model.named_modules()} == before

@@ -59,6 +59,20 @@ def test_a_phase_moves_what_it_says(phase, moved):
     assert outcome == runs.Outcome(3, None, (3,))
 
 
+def test_what_is_not_trained_costs_no_gradient():
+    seen = []
+
+    class Spy:
+        def after_step(self):
+            seen.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
+
+    model = network()
+    fine_tune(model, model[3], [Phase(0.1, None), Phase(None, 0.1, share=0.5)], endless(), 2, recorder=Spy())
+    assert seen == [set(HEAD), set(HEAD)]
+    fine_tune(model, model[3], [Phase(None, 0.1)], endless(), 1, recorder=Spy())
+    assert seen[2] == set(BODY)
+
+
 def test_phases_end_by_share_and_by_rule():
     validation = [next(endless(9))]
     _, outcome = changed([Phase(0.1, None, share=0.25), Phase(0.1, 0.1)], steps=8)
@@ -170,6 +184,33 @@ def test_methods_differ_in_what_they_prepare(cache, environment):
     chance = rows["plain"]["source_start"]
     assert rows["transferred"]["source_start"] > (chance + rows["fast"]["source_start"]) / 2
     assert rows["transferred"]["source_start"] != rows["fast"]["source_start"]
+
+
+def test_all_methods_see_the_same_batches_whatever_their_preparation_took(cache, environment):
+    def looks(model, adopted, setting):
+        next(iter(setting.batches))
+
+    scenario = tiny()
+    blind, seeing = (
+        runs.run(
+            scenario,
+            Method("fast", ((0.3, 0.03),), prepare=prepare),
+            (0.3, 0.03),
+            seed=0,
+            cache=cache,
+            environment=environment,
+        )
+        for prepare in (Draw(finetune.zero), looks)
+    )
+    assert blind.extra["validated"] == seeing.extra["validated"]
+
+
+def test_a_cap_on_the_targets_images_holds_for_validation_and_test(cache, environment):
+    scenario = tiny(target_images=7)
+    method = scenario.method("fan-in")
+    row = runs.run(scenario, method, method.rates[0], seed=0, cache=cache, environment=environment)
+    for accuracy in (row.accuracy, *row.extra["validated"]["top1"]):
+        assert 7 * accuracy == pytest.approx(round(7 * accuracy), abs=1e-3)
 
 
 def test_measure_runs_what_is_missing_and_tunes_once(cache, environment, tmp_path, monkeypatch):

@@ -109,3 +109,12 @@ def test_theory_on_the_studys_network(study):
     coarse, fine, *_ = rows.values()
     assert fine["relative error"] < 0.05 < coarse["relative error"]
     assert fine["cosine"] > 0.99
+
+
+def test_coefficients_are_chosen_on_validation_and_reported_on_test(study, monkeypatch):
+    held, test = torch.tensor([[0.1, 0.9], [0.2, 0.3]]), torch.tensor([[0.8, 0.4], [0.5, 0.6]])
+    monkeypatch.setattr(
+        fusion_study, "pair_grid", lambda *asked: {"validation": held, "test": test}[asked[4]].double()
+    )
+    (found,) = fusion_study.chosen_on_validation(study, "", "large", (1.0, 2.0), (3.0, 4.0)).values()
+    assert found == pytest.approx({"alpha": 2.0, "beta": 3.0, "CIFAR-10": 0.4, "CIFAR-100": 0.4})

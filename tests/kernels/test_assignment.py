@@ -208,3 +208,13 @@ def test_many_in_threads_equal_one_by_one(threads, generator):
     again = assign_many(matrices, threads=threads, warm=[f.duals for f in together])
     assert [f.objective for f in again] == pytest.approx([f.objective for f in together], rel=1e-6)
     assert assign_many([], threads=threads) == []
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_problem_is_reduced_by_rows(sign):
+    g = np.random.default_rng(0)
+    matrix, column = g.standard_normal((700, 700)).astype(np.float32), g.standard_normal(700)
+    problem = module._Problem.build(matrix, sign, column, "similarity")
+    assert (problem.cost.min(axis=1) == 0).all()
+    expected = problem.row[:, None] + problem.column - sign * matrix
+    np.testing.assert_allclose(problem.cost, expected, atol=1e-5)
