@@ -2,13 +2,16 @@
 
 ``pytest bench/bench_kernels.py --benchmark-only``. Contenders are alternated in one process on one thread, and
 the medians of their thread's CPU seconds compared. Permute, graft and combine move ResNet-18 with its traced
-permutations, into new memory and into memory that was given (`out=`), which saves the system the work of handing out
-and clearing pages; their floor, for each two tensors read or written, is one copy, into new memory again or into old.
-The floor of similarity is one matrix product of the same shape. The table goes to ``results/kernels-cpu.md``.
+permutations, into new tensors and into tensors that were given (`out=`); their floor, for each two tensors read or
+written, is one copy, into new tensors again or into old. Pages that the system hands out and clears can cost more than
+the work, and whether it has to depends on what ran before: so each case is measured twice, with an allocator that
+returns large blocks to the system at once ("pages new") and with one that keeps them ("pages kept"). The floor of
+similarity is one matrix product of the same shape. The table goes to ``results/kernels-cpu.md``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 import time
@@ -70,6 +73,21 @@ def model() -> Model:
     return Model(packing.axes, packing, indices, (draw(), draw(), draw()))
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
+@pytest.fixture(params=["pages new", "pages kept"])
+def pages(request) -> str:
+    """What the allocator does with large blocks that are free: return them at once, or keep them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        pytest.skip("the C library has no mallopt")
+    kept = request.param == "pages kept"
+    mallopt(M_MMAP_MAX, 0 if kept else 1 << 16)
+    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1 if kept else 1 << 17)
+    return request.param
+
+
 def alternate(contenders: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
     """Median CPU milliseconds of the thread, of each contender in turn; the first round warms up."""
     spent: dict[str, list[float]] = {name: [] for name in contenders}
@@ -100,7 +118,7 @@ def _halves(moved: int) -> list[bool]:
     return [False] * (moved // 2) + [True] * (moved % 2)
 
 
-def test_permute(benchmark) -> None:
+def test_permute(pages: str, benchmark) -> None:
     m = model()
     a = m.sets[0]
     out = rk.permute(a, m.indices, m.packing)
@@ -109,11 +127,11 @@ def test_permute(benchmark) -> None:
         "ours": lambda: rk.permute(a, m.indices, m.packing),
         "ours, out": lambda: rk.permute(a, m.indices, m.packing, out=out),
     }
-    measure(benchmark, "permute, ResNet-18", contenders | floors(a, 2), WANTED)
+    measure(benchmark, f"permute, ResNet-18, {pages}", contenders | floors(a, 2), WANTED)
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_graft(count: int, benchmark) -> None:
+def test_graft(count: int, pages: str, benchmark) -> None:
     m = model()
     base, start, end = m.sets
     scales = [(k + 1) / count for k in range(count)]
@@ -132,12 +150,12 @@ def test_graft(count: int, benchmark) -> None:
         "ours": lambda: rk.graft(base, start, end, scales, m.indices, m.packing),
         "ours, out": lambda: rk.graft(base, start, end, scales, m.indices, m.packing, out=out),
     }
-    name = f"graft, ResNet-18, {count} scale{'s' * (count > 1)}"
+    name = f"graft, ResNet-18, {count} scale{'s' * (count > 1)}, {pages}"
     measure(benchmark, name, contenders | floors(base, 3 + count), WANTED)
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_combine(count: int, benchmark) -> None:
+def test_combine(count: int, pages: str, benchmark) -> None:
     m = model()
     a, b, _ = m.sets
     table = [[0.1 * k + 0.5, 0.5 - 0.1 * k] for k in range(count)]
@@ -153,7 +171,7 @@ def test_combine(count: int, benchmark) -> None:
         "ours": lambda: rk.combine([a, b], table),
         "ours, out": lambda: rk.combine([a, b], table, out=out),
     }
-    name = f"combine, ResNet-18, 2 sources, {count} result{'s' * (count > 1)}"
+    name = f"combine, ResNet-18, 2 sources, {count} result{'s' * (count > 1)}, {pages}"
     measure(benchmark, name, contenders | floors(a, 2 + count), WANTED)
 
 
