@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regraft_kernels.backend import Kernel, resolve, triton_dtype
 from regraft_kernels.packing import Packing, Tensors, addresses, allocate, check_real
-from regraft_kernels.permute import permute_reference, row_blocks
+from regraft_kernels.permute import Scratch, permute_reference, row_blocks
 from regraft_kernels.tiles import family
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _graft_torch(
 ) -> None:
     device = next(iter(base.values())).device
     vectors = packing.vectors(indices, list(base), device, targets=targets)
+    scratch = Scratch(), Scratch()
     for name, tensor in base.items():
         segment = packing.segments[name]
         if not segment.size:
@@ -59,13 +60,14 @@ def _graft_torch(
         first, last = start[name].reshape(shape), end[name].reshape(shape)
         if targets is None:
             rows, columns = vectors.of(segment.row_factors), vectors.of(segment.column_factors)
-            _graft_one(tensor.reshape(shape), first, last, scales, out[name].view(-1, *shape), rows, columns)
+            results = out[name].view(-1, *shape)
+            _graft_one(tensor.reshape(shape), first, last, scales, results, rows, columns, scratch)
             continue
         results = out[name].view(targets, -1, *shape)
         for target, here in enumerate(tensor.reshape(targets, *shape)):
             rows = vectors.of(segment.row_factors, target)
             columns = vectors.of(segment.column_factors, target)
-            _graft_one(here, first, last, scales, results[target], rows, columns)
+            _graft_one(here, first, last, scales, results[target], rows, columns, scratch)
 
 
 def _graft_one(
@@ -76,27 +78,22 @@ def _graft_one(
     out: Tensor,
     rows: Tensor | None,
     columns: Tensor | None,
+    scratch: tuple[Scratch, Scratch],
 ) -> None:
     """Fill `out` [K, rows, columns, tail] for one tensor of one target, a block of rows at a time."""
     wide = torch.promote_types(base.dtype, torch.float32)
-    blocks = row_blocks(base)
-    for block in blocks:
-        here, later, earlier = (base, end, start) if len(blocks) == 1 else (base[block], end, start)
-        if rows is not None:
-            later, earlier = later.index_select(0, rows[block]), earlier.index_select(0, rows[block])
-        elif len(blocks) > 1:
-            later, earlier = later[block], earlier[block]
-        if wide != base.dtype:
-            here, later, earlier = here.to(wide), later.to(wide), earlier.to(wide)
-        moved = later - earlier
+    first, second = scratch
+    for block in row_blocks(base):
+        later, earlier = first.rows(end, rows, block), second.rows(start, rows, block)
+        moved = torch.sub(later.to(wide), earlier.to(wide), out=first.like(later, wide))
         if columns is not None:
-            moved = moved.index_select(1, columns)
+            moved = torch.index_select(moved, 1, columns, out=second.like(later, wide))
+        here = base[block].to(wide)
         for number, scale in enumerate(scales):
-            result = out[number] if len(blocks) == 1 else out[number, block]
             if wide == base.dtype:
-                torch.add(here, moved, alpha=scale, out=result)
+                torch.add(here, moved, alpha=scale, out=out[number, block])
             else:
-                result.copy_(torch.add(here, moved, alpha=scale))
+                out[number, block] = torch.add(here, moved, alpha=scale)
 
 
 @Kernel

@@ -42,11 +42,38 @@ def row_blocks(matrix: Tensor | np.ndarray) -> list[slice]:
     return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
 
 
+class Scratch:
+    """Memory for what is on its way, used again and again: new pages cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, Tensor] = {}
+        self._views: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def like(self, block: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of the block's shape, its contents arbitrary; the one given before is void."""
+        key = block.shape, dtype
+        if key not in self._views:
+            size = block.numel()
+            if dtype not in self._held or len(self._held[dtype]) < size:
+                self._held[dtype] = torch.empty(size, dtype=dtype, device=block.device)
+                self._views = {known: view for known, view in self._views.items() if known[1] != dtype}
+            self._views[key] = self._held[dtype][:size].view(block.shape)
+        return self._views[key]
+
+    def rows(self, source: Tensor, rows: Tensor | None, block: slice) -> Tensor:
+        """A block of the rows of `source` that `rows` gathers: in here, or in place where nothing is gathered."""
+        here = source[block]
+        if rows is None:
+            return here
+        return torch.index_select(source, 0, rows[block], out=self.like(here, source.dtype))
+
+
 def _permute_torch(
     tensors: Tensors, out: Tensors, indices: Mapping[str, Tensor], packing: Packing, inverse: bool
 ) -> None:
     device = next(iter(tensors.values())).device
     vectors = packing.vectors(indices, list(tensors), device, inverse=inverse)
+    scratch = Scratch()
     for name, tensor in tensors.items():
         segment = packing.segments[name]
         if not segment.size:
@@ -54,13 +81,15 @@ def _permute_torch(
         rows, columns = vectors.of(segment.row_factors), vectors.of(segment.column_factors)
         shape = (segment.rows, segment.columns, segment.tail)
         if tensor.ndim == len(segment.shape):
-            _gather_one(tensor.reshape(shape), out[name].view(shape), rows, columns)
+            _gather_one(tensor.reshape(shape), out[name].view(shape), rows, columns, scratch)
             continue
         for source, result in zip(tensor.reshape(-1, *shape), out[name].view(-1, *shape), strict=True):
-            _gather_one(source, result, rows, columns)
+            _gather_one(source, result, rows, columns, scratch)
 
 
-def _gather_one(source: Tensor, out: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+def _gather_one(
+    source: Tensor, out: Tensor, rows: Tensor | None, columns: Tensor | None, scratch: Scratch
+) -> None:
     """Fill `out` with the gathered rows and columns of `source`, both [rows, columns, tail]."""
     if columns is None and rows is None:
         out.copy_(source)
@@ -68,8 +97,7 @@ def _gather_one(source: Tensor, out: Tensor, rows: Tensor | None, columns: Tenso
         torch.index_select(source, 0, rows, out=out)
     else:
         for block in row_blocks(source):
-            chosen = source[block] if rows is None else source.index_select(0, rows[block])
-            torch.index_select(chosen, 1, columns, out=out[block])
+            torch.index_select(scratch.rows(source, rows, block), 1, columns, out=out[block])
 
 
 @Kernel
