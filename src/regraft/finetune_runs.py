@@ -260,10 +260,19 @@ class Draw:
 
 
 def imprint(model: nn.Module, adopted: Adoption, setting: Setting) -> None:
-    """Preparation: class means of the first four batches' features as the head."""
+    """Preparation: class means of the first four batches' features as the head. No step is counted for them."""
+    _imprint(model, adopted, setting, 4)
+
+
+def imprint_one_batch(model: nn.Module, adopted: Adoption, setting: Setting) -> None:
+    """Preparation: the same of the first batch alone, which is what the first step sees too."""
+    _imprint(model, adopted, setting, 1)
+
+
+def _imprint(model: nn.Module, adopted: Adoption, setting: Setting, count: int) -> None:
     model.eval()
     found = []
-    for (images, labels), _ in zip(setting.batches, range(4), strict=False):
+    for (images, labels), _ in zip(setting.batches, range(count), strict=False):
         found.append((finetune.features_of(model, adopted.head, images), labels))
     features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     means = finetune.class_means(features, labels, adopted.head.out_features)

@@ -28,6 +28,7 @@ from regraft.finetune_runs import (
     adam,
     from_scratch,
     imprint,
+    imprint_one_batch,
     nesterov,
     probe_first,
     radam,
@@ -197,6 +198,8 @@ OTHERS = (
     Method("lp-ft", UNEQUAL, probe_first),
     Method("feature extraction", HEAD_ONLY),
     Method("frozen head", BODY_ONLY, prepare=Draw(finetune.Normal(0.01))),
+    Method("class means, two rates", UNEQUAL, prepare=imprint),
+    Method("class means of one batch", EQUAL, prepare=imprint_one_batch),
 )
 PLAIN = Method("plain", EQUAL, prepare=from_scratch)
 FAST_TRANSFERRED = Method("fast, transferred start", UNEQUAL, prepare=transferred)
