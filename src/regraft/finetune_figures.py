@@ -2,7 +2,7 @@
 
 regraft reproduce fast                    # figures 3 to 15 and table 1, in the version for two cores
 regraft reproduce fast --figure 3 table   # some of them
-regraft reproduce fast --figure main      # FAST beside every baseline, on three pairs of tasks
+regraft reproduce fast --figure main      # FAST beside every baseline, on four pairs of tasks
 regraft reproduce fast --paper            # at the paper's models and data
 """
 
@@ -185,7 +185,7 @@ CONVERGENCE = {
         "convergence-second": "convergence-caltech-paper",
     },
 }
-MAIN = ("digits", "fashion-mnist", "cifar10-cifar100")
+MAIN = ("digits", "fashion-mnist", "cifar10-cifar100", "cifar10-cifar100-other")
 
 
 def scenario_name(panel: Panel, paper: bool) -> str:

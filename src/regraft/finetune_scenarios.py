@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from regraft import finetune
-from regraft.data import CIFAR100_FUSION, DIGITS_HIGH, DIGITS_LOW
+from regraft.data import CIFAR100_FUSION, CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW
 from regraft.finetune_runs import (
     Draw,
     Method,
@@ -149,6 +149,7 @@ CIFAR100_TEN, CIFAR100_TEN_SMALL = (
     Task("cifar100", CIFAR100_FUSION),
     Task("cifar100", CIFAR100_FUSION, size=16),
 )
+CIFAR100_OTHER_SMALL = Task("cifar100", CIFAR100_TRANSFER, size=16)
 FASHION, MNIST, MNIST_SMALL = Task("fashion-mnist"), Task("mnist"), Task("mnist", size=16, channels=3)
 FASHION_SMALL, MNIST_GREY, DIGITS_GREY = (
     Task(name, size=14) for name in ("fashion-mnist", "mnist", "digits")
@@ -232,6 +233,10 @@ fashion_mnist_main = Scenario(
     "fashion-mnist", FASHION_CONV3, MNIST, MAIN, steps=89, source_images=1000, target_images=1000
 )
 cifar_main = Scenario("cifar10-cifar100", CONV3, CIFAR100_TEN, MAIN, steps=200, source_images=2000)
+# Ten other classes, at half the resolution.
+cifar_other_main = Scenario(
+    "cifar10-cifar100-other", CONV3_SMALL, CIFAR100_OTHER_SMALL, MAIN, steps=200, source_images=2000
+)
 
 # ---------------------------------------------------------------------------------------------------
 # The paper's experiments, for two cores
@@ -408,7 +413,7 @@ convergence_caltech_paper = replace(
 )
 
 TWO_CORES = (
-    digits_fixed, digits_main, fashion_mnist_main, cifar_main, initial_same, initial_other, frozen_head, warm_ups,
+    digits_fixed, digits_main, fashion_mnist_main, cifar_main, cifar_other_main, initial_same, initial_other, frozen_head, warm_ups,
     rates_resnet, rates_vgg, optimisers_densenet, optimisers_vgg, convergence_mnist, convergence_digits,
 )  # fmt: skip
 PAPER = (
