@@ -414,7 +414,8 @@ convergence_caltech_paper = replace(
 
 TWO_CORES = (
     digits_fixed, digits_main, fashion_mnist_main, cifar_main, cifar_other_main,
-    initial_same, initial_other, frozen_head, warm_ups, rates_resnet, rates_vgg, optimisers_densenet, optimisers_vgg, convergence_mnist, convergence_digits,
+    initial_same, initial_other, frozen_head, warm_ups, rates_resnet, rates_vgg,
+    optimisers_densenet, optimisers_vgg, convergence_mnist, convergence_digits,
 )  # fmt: skip
 PAPER = (
     initial_same_paper, initial_other_paper, frozen_head_paper, warm_ups_paper, rates_resnet_paper, rates_vgg_paper,
