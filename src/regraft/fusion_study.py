@@ -1,7 +1,7 @@
 """The paper's experiments on gradient assignment and fusion, run again with the controls that it lacks.
 
-    regraft reproduce fusion                 # every table, ours beside the paper's
-    regraft reproduce fusion --table 2 A14   # some of them; F1 to F4 are the figures
+    regraft reproduce fusion                         # every table, ours beside the paper's
+    regraft reproduce fusion --table 2 --table A14   # some of them; F1 to F4 are the figures
 
 A :class:`Study` says where data and trained networks lie and how large everything is; the tables are
 functions of it. Networks are trained once and kept in the study's cache, and a training that was
