@@ -73,7 +73,7 @@ def model() -> Model:
     return Model(packing.axes, packing, indices, (draw(), draw(), draw()))
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 
 
 @pytest.fixture(params=["pages new", "pages kept"])
@@ -83,6 +83,7 @@ def pages(request) -> str:
     if mallopt is None:
         pytest.skip("the C library has no mallopt")
     kept = request.param == "pages kept"
+    mallopt(M_MMAP_THRESHOLD, 1 << 17)
     mallopt(M_MMAP_MAX, 0 if kept else 1 << 16)
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1 if kept else 1 << 17)
     return request.param
