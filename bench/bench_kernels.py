@@ -79,13 +79,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallop
 @pytest.fixture(params=["pages new", "pages kept"])
 def pages(request) -> str:
     """What the allocator does with large blocks that are free: return them at once, or keep them."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
         pytest.skip("the C library has no mallopt")
     kept = request.param == "pages kept"
-    mallopt(M_MMAP_THRESHOLD, 1 << 17)
-    mallopt(M_MMAP_MAX, 0 if kept else 1 << 16)
-    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1 if kept else 1 << 17)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 17)
+    libc.mallopt(M_MMAP_MAX, 0 if kept else 1 << 16)
+    libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1 if kept else 1 << 17)
+    libc.malloc_trim(0)
     return request.param
 
 
