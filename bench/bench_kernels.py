@@ -76,9 +76,12 @@ def model() -> Model:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 
 
-@pytest.fixture(params=["pages new", "pages kept"])
+@pytest.fixture(scope="module", params=["pages new", "pages kept"])
 def pages(request) -> str:
-    """What the allocator does with large blocks that are free: return them at once, or keep them."""
+    """What the allocator does with large blocks that are free: return them at once, or keep them.
+
+    For a module, so that all cases with new pages run first: a heap that has kept some goes on using them.
+    """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         pytest.skip("the C library has no mallopt")
@@ -86,7 +89,6 @@ def pages(request) -> str:
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 17)
     libc.mallopt(M_MMAP_MAX, 0 if kept else 1 << 16)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1 if kept else 1 << 17)
-    libc.malloc_trim(0)
     return request.param
 
 
