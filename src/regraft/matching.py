@@ -33,8 +33,9 @@ Gathers = dict[tuple[str, int], Tensor | None]  # (tensor, axis) -> index vector
 # A new assignment must raise the objective by more than this part of the similarity that it collects: below lies
 # the rounding of float32 sums, and ties, where "improvements" would go round in circles.
 RELATIVE_GAIN = {torch.float32: 1e-7, torch.float64: 1e-12}
-# Each rank-m correction adds a rounding error of its own; float32 similarities are built anew after so many.
-CORRECTIONS_BEFORE_REBUILD = 32
+# Each rank-m correction adds a rounding error of its own (40 of them, at 2048 units: 7e-7 of the largest entry, what a
+# product in float32 has too); float32 similarities are built anew after so many.
+CORRECTIONS_BEFORE_REBUILD = 64
 # Correcting reads and multiplies the changed columns of one tensor; from this part of a rebuild's products on, it
 # gains nothing.
 WORTH_CORRECTING = 0.8
