@@ -3,7 +3,7 @@
 ``pytest bench/bench_assignment.py --benchmark-only``. float32. "scipy" in the tables is `linear_sum_assignment`
 called directly; everything else goes through `assign`, with its checks. Contenders are alternated in one process on
 one thread, and the medians of their thread's CPU seconds compared (threads: seconds by the clock,
-so run that one where nothing else computes, or as ``chrt -r 5 pytest ... -k two_threads``). Warm starts
+so run that one where nothing else computes). Warm starts
 from the duals of the matrix before the change; the duals' own time is in a column of its own. The tables go to
 ``results/assignment.md``.
 """

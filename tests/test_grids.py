@@ -225,3 +225,20 @@ def test_the_faster_strategy_is_taken():
         raise RuntimeError
 
     assert grids.faster([broken, slow, quick], (), torch.device("cpu")) is quick
+
+
+def test_what_is_wrong_with_every_strategy_is_raised():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, images):
+            if len(images) > 2:
+                raise RuntimeError("this network is broken")
+            return self.fc(images)
+
+    model = Broken()
+    sources = [dict(model.named_parameters())]
+    with pytest.raises(RuntimeError, match="this network is broken"):
+        evaluate(model, sources, [[1.0]] * 60, torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))

@@ -1,9 +1,9 @@
 """The FAST paper's figures and its table 1, drawn from result rows; what has no row yet is run first.
 
-    regraft reproduce fast                             # figures 3 to 15 and table 1, in the version for two cores
-    regraft reproduce fast --figure 3 --figure table   # some of them
-    regraft reproduce fast --figure main               # FAST beside every baseline, on four pairs of tasks
-    regraft reproduce fast --paper                     # at the paper's models and data
+regraft reproduce fast                             # figures 3 to 15 and table 1, in the version for two cores
+regraft reproduce fast --figure 3 --figure table   # some of them
+regraft reproduce fast --figure main               # FAST beside every baseline, on four pairs of tasks
+regraft reproduce fast --paper                     # at the paper's models and data
 """
 
 from __future__ import annotations

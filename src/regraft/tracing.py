@@ -387,11 +387,7 @@ def _are_distinct(places: Tensor) -> bool:
 
 def view(function: Callable[..., Any], value: Value) -> Any:
     """Runs a shape operator on the positions of a value (where 0 stands for a constant)."""
-    places = value.places() + 1
-    try:
-        moved = function(places)
-    except (NotImplementedError, RuntimeError):  # some operators exist only for floating-point numbers
-        moved = function(places.double())
+    moved = function(value.places() + 1)
     return pytree.tree_map(
         lambda p: Value(value.base, tuple(p.shape), p.to(torch.int32) - 1, value.fill), moved
     )
