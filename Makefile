@@ -5,13 +5,13 @@ PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet
 # More for pytest, as in: make bench ARGS="--scenario digits-mlp2 --seeds 3"
 ARGS ?=
 
-.PHONY: help bench test test-models test-oldest gpu lint clean
+.PHONY: help bench test test-oldest report gpu lint clean
 
 help:
-	@echo "make bench        the transfer bench on the embedded digits, with its table (ARGS=... for pytest)"
+	@echo "make bench        every study's short scenarios on embedded data, with one summary (ARGS=... for pytest)"
 	@echo "make test         the tests"
-	@echo "make test-models  trace and prove all of torchvision's classification models (minutes)"
 	@echo "make test-oldest  the kernels' tests with the oldest torch that is served"
+	@echo "make report       the committed tables and figures anew, from the committed rows"
 	@echo "make gpu          kernels and FGMT on a CUDA device: correctness, ceilings, speed (ten minutes)"
 	@echo "make lint         style"
 	@echo "make clean        remove the environments and the caches"
@@ -19,14 +19,16 @@ help:
 bench: .venv/installed
 	.venv/bin/python -m pytest bench --benchmark-only $(ARGS)
 
+# One thread a process: two processes with two threads each get in one another's way.
 test: .venv/installed
-	.venv/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto $(ARGS)
 
-test-models: .venv/installed
-	.venv/bin/python bench/all_models.py $(ARGS)
+report: .venv/installed
+	.venv/bin/regraft report README.md results/README.md results/*/README.md --results results
+	rm -f results/index.html
 
 gpu: .venv/installed
-	.venv/bin/python bench/gpu.py $(ARGS)
+	.venv/bin/python -m pytest bench --benchmark-only --study micro --scenario gpu --device cuda $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

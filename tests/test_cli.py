@@ -1,83 +1,70 @@
-"""The command: quick to start, and a faithful front of what it calls."""
-
 import subprocess
 import sys
 
 import pytest
 
+from regraft import cli, front
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "regraft", *words], capture_output=True, text=True)
+
+
+def test_help_names_every_verb_and_needs_no_torch():
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in cli.VERBS)
+    words = """
+import sys
 from regraft import cli
+try:
+    cli.main(["--help"])
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", words], check=True, capture_output=True)
 
 
-def test_nothing_heavy_is_imported_before_it_is_needed():
-    script = (
-        "import sys\n"
-        "from regraft import cli\n"
-        "try: cli.main(['bench', '--help'])\n"
-        "except SystemExit as stop: assert stop.code in (0, None), stop.code\n"
-        "heavy = {'torch', 'pandas', 'numpy', 'scipy', 'plotly', 'pytest', 'torchvision'} & set(sys.modules)\n"
-        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--scenario" in done.stdout and "--resume" in done.stdout
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("regraft 0.")
 
 
-@pytest.mark.parametrize("verb", ["bench", "symmetry", "reproduce"])
-def test_every_verb_is_in_the_help(verb, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--help"])
-    assert stop.value.code in (0, None)
-    assert verb in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench", "--scenario", "digits-mpl"], "there is no scenario 'digits-mpl'; did you mean digits-mlp"),
+        (["bench", "--study", "fusoin"], "there is no study 'fusoin'; did you mean fusion"),
+        (["reproduce", "transfre"], "there is no study 'transfre'; did you mean transfer"),
+        (["reproduce", "transfer", "--table", "mian"], "study transfer has no 'mian'; did you mean main"),
+        (["symmetry", "resnet19"], "resnet1"),
+    ],
+)
+def test_what_there_is_not_is_one_line_with_the_nearest_names(words, said, capsys):
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
 
 
-@pytest.fixture
-def handed_to_pytest(monkeypatch):
-    seen = []
-    monkeypatch.setattr(pytest, "main", lambda arguments: seen.append(arguments) or 3)
-    return seen
+def test_an_error_of_the_program_is_not_hidden(monkeypatch):
+    def fails(*_, **__):
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(front, "remade", fails)
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        cli.main(["report"])
 
 
-def test_bench_hands_its_options_to_pytest(handed_to_pytest):
-    options = "--scenario a --scenario b --seeds 2 --device cuda --resume --results out"
-    assert cli.main(["bench", *options.split(), "--", "-k", "fgmt"]) == 3
-    folder, *handed = handed_to_pytest[0]
-    assert folder.endswith("bench")
-    assert handed == [
-        "--benchmark-only",
-        *("--scenario", "a", "--scenario", "b"),
-        *("--device", "cuda", "--seeds", "2", "--results", "out"),
-        "--resume",
-        *("-k", "fgmt"),
-    ]
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(front, "remade", interrupted)
+    assert cli.main(["report"]) == 130
+    assert "--resume" in capsys.readouterr().err
 
 
-def test_bench_without_options_leaves_the_defaults_to_pytest(handed_to_pytest):
-    cli.main(["bench"])
-    assert handed_to_pytest[0][1:] == ["--benchmark-only"]
-
-
-def test_outside_a_checkout_it_says_where_the_benches_are(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lib" / "site" / "regraft" / "cli.py"))
-    assert cli.main(["bench"]) == 2
-    assert "checkout" in capsys.readouterr().err
-
-
-def test_symmetry_describes_the_model_asked_for(monkeypatch):
-    seen = []
-    monkeypatch.setattr("regraft.symmetry.describe", lambda *asked: seen.append(asked))
-    assert cli.main(["symmetry", "resnet18", "--shape", "2", "3", "64", "64"]) == 0
-    assert seen == [("resnet18", (2, 3, 64, 64))]
-
-
-def test_a_model_that_is_not_there_is_one_line_and_status_2(capsys):
-    assert cli.main(["symmetry", "no_such_model"]) == 2
-    assert capsys.readouterr().err.startswith("regraft: ")
-
-
-@pytest.mark.parametrize(("system", "option"), [("fusion", "--table"), ("fast", "--figure")])
-def test_a_study_is_reproduced_by_two_words(system, option, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["reproduce", system, "--help"])
-    assert stop.value.code in (0, None)
-    assert option in capsys.readouterr().out
+def test_reports_of_an_empty_folder_make_a_page(tmp_path, capsys):
+    assert cli.main(["report", "--results", str(tmp_path)]) == 0
+    assert (tmp_path / "index.html").read_text().startswith("<!doctype html>")

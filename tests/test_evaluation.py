@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regraft import models
+from regraft import networks, tensors
 from regraft.evaluation import (
     accuracy,
     call,
     complete,
+    ensemble_accuracy,
     evaluating,
     gradients,
     interpolate,
     loss_and_accuracy,
-    many,
     plane,
     reset_batchnorm,
 )
@@ -52,9 +52,9 @@ def data(count=5, size=8):
 @pytest.fixture
 def network():
     """A model, and values that are not its own. The model is in training mode, but for one module."""
-    model = models.build(Network, seed(1))
+    model = networks.build(Network, seed(1))
     model.drop.eval()
-    values = models.state(models.build(Network, seed(2)))
+    values = tensors.state(networks.build(Network, seed(2)))
     values["norm.running_mean"] += 0.3
     return model, values
 
@@ -62,12 +62,12 @@ def network():
 @pytest.fixture(autouse=True)
 def nothing_is_touched(network):
     model, values = network
-    own, given = models.state(model), {name: value.clone() for name, value in values.items()}
+    own, given = tensors.state(model), {name: value.clone() for name, value in values.items()}
     modes = [module.training for module in model.modules()]
     rng = torch.get_rng_state()
     yield
     for name in own:
-        assert torch.equal(models.live_state(model)[name], own[name]), f"the model's {name} changed"
+        assert torch.equal(tensors.live_state(model)[name], own[name]), f"the model's {name} changed"
         assert torch.equal(values[name], given[name]), f"the given {name} changed"
     assert [module.training for module in model.modules()] == modes
     assert model.norm.momentum == 0.1
@@ -110,24 +110,25 @@ def test_logits_that_are_not_finite_are_wrong_answers(network):
     assert math.isnan(loss) and found == 0
 
 
-def test_many_sets_at_once(network):
+def test_an_ensemble_answers_by_the_mean_of_the_logits(network):
     model, values = network
-    scales = torch.tensor([1.0, 0.1, -1.0, math.nan])
-    stacked = {
-        name: torch.stack([value * s for s in scales])
-        if value.is_floating_point()
-        else value.expand(4, *value.shape)
-        for name, value in values.items()
-    }
-    stacked["norm.running_var"] = values["norm.running_var"].expand(4, -1)
-    found = many(model, stacked, iter(data()))
-    assert found.shape == (4,) and found.dtype == torch.float64
-    for k in range(4):
-        alone = accuracy(model, {name: value[k] for name, value in stacked.items()}, data())
-        assert float(found[k]) == alone
-    assert len(set(found.tolist())) > 1 and found[3] == 0
-    with pytest.raises(ValueError, match="leading size"):
-        many(model, stacked | {"fc.bias": torch.zeros(3, 3)}, data())
+    other = tensors.state(model)
+    images, labels = (torch.cat(parts) for parts in zip(*data(), strict=True))
+    with evaluating(model):
+        each = [call(model, one, images) for one in (values, other)]
+    right = float((sum(each).argmax(1) == labels).float().mean())
+    assert ensemble_accuracy(model, [values, other], data()) == pytest.approx(right)
+    assert ensemble_accuracy(model, [values], data()) == accuracy(model, values, data())
+    with pytest.raises(ValueError, match="no network"):
+        ensemble_accuracy(model, [], data())
+
+
+def test_an_ensemble_with_a_broken_member_is_always_wrong(network):
+    """argmax takes a NaN for the largest: for class 0, of these images, it would be right every time."""
+    model, values = network
+    broken = values | {"fc.weight": values["fc.weight"] * math.nan}
+    batches = [(images, torch.zeros_like(labels)) for images, labels in data()]
+    assert ensemble_accuracy(model, [values, broken], batches) == 0
 
 
 @pytest.mark.parametrize("function", [accuracy, loss_and_accuracy, gradients, reset_batchnorm])
@@ -154,7 +155,7 @@ def test_tensors_that_do_not_fit_are_named(network, function, change, words):
 def test_buffers_that_are_absent_are_the_models_own(network):
     model, values = network
     parameters = {name: values[name] for name, _ in model.named_parameters()}
-    own = models.state(model)
+    own = tensors.state(model)
     whole = parameters | {name: own[name] for name in own if name not in parameters}
     assert accuracy(model, parameters, data()) == accuracy(model, whole, data())
     assert complete(model, parameters).keys() == own.keys()
@@ -201,11 +202,11 @@ def test_dropout_is_off_or_drawn_from_the_generator(network):
 
 
 def test_an_unused_parameter_has_gradient_zero(network):
-    model = models.build(lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 3)), seed())
+    model = networks.build(lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 3)), seed())
     model.spare = nn.Identity()
     model.spare.weight = nn.Parameter(torch.ones(5))
     model.forward = lambda images: model[1](model[0](images))
-    assert gradients(model, models.state(model), data())["spare.weight"].equal(torch.zeros(5))
+    assert gradients(model, tensors.state(model), data())["spare.weight"].equal(torch.zeros(5))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -222,7 +223,7 @@ def test_a_gradient_that_is_not_finite_is_named(network, value):
 
 def test_gradients_in_float64_stay_in_float64(network):
     model, values = network
-    model = models.build(lambda: Network().double(), seed(1))
+    model = networks.build(lambda: Network().double(), seed(1))
     batches = [(images.double(), labels) for images, labels in data()]
     found = gradients(
         model, {k: v.double() if v.is_floating_point() else v for k, v in values.items()}, batches
@@ -265,8 +266,8 @@ def test_without_batchnorm_nothing_is_read(network):
         raise AssertionError("a batch was read")
         yield
 
-    model = models.build(lambda: models.mlp([4, 3, 2]), seed())
-    values = models.state(model)
+    model = networks.build(lambda: networks.mlp([4, 3, 2]), seed())
+    values = tensors.state(model)
     assert reset_batchnorm(model, values, unread()) == values
 
 
@@ -311,7 +312,7 @@ def test_a_line_has_its_ends_and_its_barrier(network):
 
 def test_a_line_can_have_its_statistics_estimated_anew(network, reference):
     model, values = network
-    other = models.state(model)
+    other = tensors.state(model)
     line = interpolate(model, values, other, data(), [0.0, 0.5, 1.0], statistics=data())
     middle = {
         name: (value + other[name]) / 2 if value.is_floating_point() else value

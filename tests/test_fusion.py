@@ -1,4 +1,4 @@
-"""Sums of networks against their literal form, BatchNorm and REPAIR, and the paper's tables as data."""
+"""Sums of networks against their literal form; BatchNorm and REPAIR."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ from torch import nn
 from torch.func import functional_call
 
 import regraft.reference.fusion as reference
-from regraft.fusion import (
-    assign_gradient,
-    batch_statistics,
-    fuse,
-    fuse_many,
-    gradient,
-    repair_on,
-    reset_on,
-)
-from regraft.fusion_tables import compare, paper_table, paper_tables, side_by_side
-from regraft.models import initialise, mlp, residual8, small_cnn
+from regraft.activations import batch_statistics, hooks, reads_batches, repair_on, reset_on
+from regraft.fusion import assign_gradient, fuse, fuse_many, gradient
+from regraft.networks import initialise, mlp, residual8, small_cnn
+from regraft.tensors import state
 
 
 def networks(model: nn.Module, count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -102,17 +95,27 @@ def test_many_at_once(cnn):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda a, b: ([a, {**b, "extra": torch.zeros(1)}], [1, 1]), "model 1 has a tensor 'extra'"),
-        (lambda a, b: ([a, {k: b[k] for k in list(b)[1:]}], [1, 1]), "lacks tensor 'features.0.weight'"),
-        (lambda a, b: ([a, {**b, "features.0.bias": torch.zeros(7)}], [1, 1]), r"shape \(7,\) in model 1"),
+        (lambda a, b: ([a, {**b, "extra": torch.zeros(1)}], [1, 1]), "model 0 has no tensor 'extra'"),
+        (
+            lambda a, b: ([a, {k: b[k] for k in list(b)[1:]}], [1, 1]),
+            "model 1 has no tensor 'features.0.weight'",
+        ),
+        (
+            lambda a, b: ([a, {**b, "features.0.bias": torch.zeros(7)}], [1, 1]),
+            r"'features.0.bias': shape .*\(7,\) in model 1",
+        ),
         (lambda a, b: ([a, {**b, "features.0.bias": b["features.0.bias"].double()}], [1, 1]), "float64"),
         (lambda a, b: ([a, b], [1.0]), "2 models need rows of 2 coefficients"),
         (lambda a, b: ([a, b], [1.0, float("nan")]), "coefficient 1 of row 0 is nan"),
         (lambda a, b: ([a, b], [float("inf"), 1.0]), "coefficient 0 of row 0 is inf"),
         (lambda a, b: ([], []), "no model"),
+        (
+            lambda a, b: ([a, {**b, "features.0.bias": b["features.0.bias"] / 0}], [1, 1]),
+            "'features.0.bias' of the sum",
+        ),
     ],
 )
-def test_bad_input(cnn, break_it, message):
+def test_what_cannot_be_summed_is_refused_by_name(cnn, break_it, message):
     with pytest.raises(ValueError, match=message):
         fuse(*break_it(*networks(cnn, 2)))
 
@@ -188,6 +191,86 @@ def test_repair_refuses_what_it_cannot_do(cnn):
         fuse([a, b], [0.0, 0.0], finish=repair_on(cnn, [a, b], batches))
 
 
+class Restless(nn.Module):
+    """Everything that an evaluation may disturb: BatchNorm, dropout, and parts in different modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.drop(self.norm(self.conv(x)).relu()).mean((2, 3)))
+
+
+def test_mending_leaves_model_sources_and_random_state_alone():
+    model = Restless().train()
+    model.norm.eval()
+    sources = networks(model, 2)
+    kept, own = [{name: t.clone() for name, t in source.items()} for source in sources], state(model)
+    batches = [(images(8), torch.zeros(8, dtype=torch.int64))]
+    before = torch.get_rng_state()
+    for finish in (repair_on(model, sources, batches), reset_on(model, batches)):
+        fuse(sources, [0.5, 0.5], finish=finish)
+    batch_statistics(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and model.drop.training and not model.norm.training
+    same(state(model), own, 0)
+    for source, copy in zip(sources, kept, strict=True):
+        same(source, copy, 0)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_repair_takes_the_last_axis_of_a_linear_layer_for_its_channels():
+    model = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 4), nn.Flatten(), nn.Linear(12, 2))
+    a, b = networks(model, 2)
+    tokens = torch.randn(32, 3, 6, generator=torch.Generator().manual_seed(1))
+    finish = repair_on(model, [a, b], [(tokens, torch.zeros(32, dtype=torch.int64))])
+    fused = fuse([a, b], [1.0, 1.0], finish=finish)
+
+    def moments(tensors):
+        outputs = []
+        with hooks({"0": model[0], "2": model[2]}, lambda _name, _inputs, output: outputs.append(output)):
+            functional_call(model, tensors, (tokens,))
+        return [torch.cat([o.mean((0, 1)), o.std((0, 1), correction=0)]) for o in outputs]
+
+    for found, of_a, of_b in zip(moments(fused), moments(a), moments(b), strict=True):
+        torch.testing.assert_close(found, (of_a + of_b) / 2, rtol=1e-4, atol=1e-5)
+    same(fuse([a, b], [3.0, 0.0], finish=finish), a | _last(a, 3.0), 1e-4)
+
+
+def _last(tensors: dict, factor: float) -> dict:
+    """The answer's layer is not rescaled."""
+    return {name: factor * tensor for name, tensor in tensors.items() if name.startswith("4.")}
+
+
+def test_repair_names_a_layer_that_is_used_twice():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.fc = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.shared(self.shared(x)))
+
+    model = Twice()
+    with pytest.raises(ValueError, match="'shared' is used twice"):
+        repair_on(model, networks(model, 2), [(torch.randn(4, 4), torch.zeros(4, dtype=torch.int64))])
+
+
+@pytest.mark.parametrize(
+    ("model", "reads"),
+    [
+        (residual8(width=1 / 32), False),
+        (batch_statistics(residual8(width=1 / 32)), True),
+        (nn.BatchNorm1d(3, track_running_stats=False), True),
+        (mlp([3, 2]), False),
+    ],
+)
+def test_which_models_read_their_batch(model, reads):
+    assert reads_batches(model) is reads
+
+
 def test_repair_survives_a_dead_channel():
     model = mlp([4, 3, 2])
     a, b = networks(model, 2)
@@ -196,50 +279,3 @@ def test_repair_survives_a_dead_channel():
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
     finish = repair_on(model, [a, b], [(x, torch.zeros(8, dtype=torch.int64))])
     assert all(bool(t.isfinite().all()) for t in fuse([a, b], [1.0, 1.0], finish=finish).values())
-
-
-# ---------------------------------------------------------------- the paper's tables
-
-
-def test_there_are_twenty_five_tables():
-    assert list(paper_tables()) == [*map(str, range(1, 7)), *(f"A{n}" for n in range(1, 20))]
-    assert all(0 <= v <= 1 for t in paper_tables().values() for row in t.values for v in row)
-    assert all(
-        len(row) == len(t.columns) and len(t.values) == len(t.rows)
-        for t in paper_tables().values()
-        for row in t.values
-    )
-
-
-@pytest.mark.parametrize(("fine", "coarse"), [("6", "A18"), ("A1", "A19"), ("A10", "A8"), ("A11", "A9")])
-def test_the_fine_tables_agree_with_the_coarse_ones(fine, coarse):
-    """Nine cells of each pair are the same networks on the same images."""
-    fine, coarse = paper_tables()[fine], paper_tables()[coarse]
-    rows, columns = set(fine.rows) & set(coarse.rows), set(fine.columns) & set(coarse.columns)
-    assert len(rows) * len(columns) == 9
-    for row in rows:
-        for column in columns:
-            assert fine.cell(row, column) == pytest.approx(coarse.cell(row, column), abs=6e-4)
-
-
-@pytest.mark.parametrize("number", range(2, 10))
-def test_gradients_and_weights_agree_where_they_are_the_same_network(number):
-    """theta_0 + alpha g_1 + beta g_2 is alpha theta_1 + beta theta_2 where alpha + beta = 1."""
-    gradients, weights = paper_tables()[f"A{number}"], paper_tables()[f"A{number + 10}"]
-    for alpha, beta in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
-        assert gradients.cell(beta, alpha) == pytest.approx(weights.cell(beta, alpha), abs=1e-9)
-
-
-def test_a_comparison():
-    paper = paper_table("4")
-    ours = [[value + 0.02 for value in row] for row in paper.values]
-    found = compare(paper, ours)
-    assert found.median == pytest.approx(0.02) and found.largest == pytest.approx(0.02)
-    assert found.trend == pytest.approx(1.0)
-    assert compare(paper, ours[::-1]).trend < 0
-    with pytest.raises(ValueError, match="8 by 5"):
-        compare(paper, ours[1:])
-    with pytest.raises(ValueError, match="no table 'A20'"):
-        paper_table("A20")
-    assert "18.0 / 18.0" not in side_by_side(paper, ours)
-    assert "20.0 / 18.0 (+2.0)" in side_by_side(paper, ours)

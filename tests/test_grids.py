@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 import regraft.reference.fusion as reference
 from regraft import grids
-from regraft.fusion import batch_statistics, reset_on
-from regraft.grids import FirstLayer, all_at_once, evaluate, harmonic_mean, lattice, one_by_one
-from regraft.models import initialise, mlp, residual8, small_cnn
+from regraft.activations import batch_statistics, reset_on
+from regraft.grids import FirstLayer, evaluate, harmonic_mean, lattice
+from regraft.networks import initialise, mlp, residual8, small_cnn
 
 ALPHAS, BETAS = [0.0, 0.1, 1.0, 5.0], [0.0, 0.5, 50.0]
 POINTS = lattice(BETAS, ALPHAS, lambda beta, alpha: (alpha, beta))
@@ -27,14 +27,13 @@ def setting(model: nn.Module) -> tuple[list[dict[str, torch.Tensor]], torch.Tens
     return sources, images, torch.randint(0, 10, (COUNT,), generator=generator)
 
 
-@pytest.mark.parametrize("strategy", [one_by_one, all_at_once])
 @pytest.mark.parametrize(
     "model", [small_cnn(), residual8(width=1 / 32), batch_statistics(residual8(width=1 / 32))]
 )
-def test_a_grid_is_one_pass_a_point(model, strategy):
+def test_a_grid_is_one_pass_a_point(model):
     model.eval()
     sources, images, labels = setting(model)
-    found = evaluate(model, sources, POINTS, images, labels, strategies=[strategy], batch_size=COUNT)
+    found = evaluate(model, sources, POINTS, images, labels, batch_size=COUNT)
     logits = reference.grid_logits(model, sources, POINTS.tolist(), images)
     clear = [  # a tie within rounding may go either way
         int((row.topk(2, -1).values.diff(dim=-1).abs() < 1e-4 * row.abs().amax(-1, keepdim=True)).sum())
@@ -45,30 +44,23 @@ def test_a_grid_is_one_pass_a_point(model, strategy):
     assert sum(clear[3:]) < 20
 
 
-@pytest.mark.parametrize("strategy", [one_by_one, all_at_once])
-def test_logits_of_the_cut_network(strategy):
-    model = small_cnn().eval()
-    sources, images, _ = setting(model)
-    cut = FirstLayer.of(model, sources[0], images)
-    stack = cut.without_first(grids.fuse_many(sources, POINTS))
-    weights = POINTS.to(images)
-    with torch.no_grad():
-        logits = strategy(model, cut, stack, grids._firsts(cut, sources, images), weights, images)
-    for found, expected in zip(
-        logits, reference.grid_logits(model, sources, POINTS.tolist(), images), strict=True
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1))
-
-
 def test_fast_pooling_is_exact():
-    model = nn.Sequential(nn.MaxPool2d(2))
-    x = torch.randn(3, 4, 7, 9, generator=torch.Generator().manual_seed(0))
-    x[0, 0, 1, 1] = torch.nan
-    fast = grids._with_fast_pooling(nn.Sequential(nn.MaxPool2d(2)))
-    assert not isinstance(fast[0], nn.MaxPool2d)
-    torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0, equal_nan=True)
-    other = grids._with_fast_pooling(nn.Sequential(nn.MaxPool2d(2, stride=1), nn.MaxPool2d(3)))
-    assert all(isinstance(module, nn.MaxPool2d) for module in other)
+    """Odd sizes, NaN, and poolings that look alike: a grid's answers are those of the plain network."""
+    pools = [
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(2, stride=1),
+        nn.MaxPool2d(3),
+        nn.MaxPool2d((2, 2), ceil_mode=True),
+    ]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *pools, nn.Flatten(), nn.LazyLinear(10)).eval()
+    x = torch.randn(COUNT, 3, 33, 31, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 4, 4] = torch.nan
+    model(x)
+    sources, _, labels = setting(model)
+    found = evaluate(model, sources, [[1.0, 0.0]], x, labels)
+    (logits,) = reference.grid_logits(model, sources, [[1.0, 0.0]], x)
+    assert int(found.correct[0]) == reference.correct_answers(logits, labels)
+    assert int(found.nonfinite[0]) == 1
 
 
 class ReadsTheImageTwice(nn.Module):
@@ -85,7 +77,20 @@ class UsesTheLayerTwice(ReadsTheImageTwice):
         return self.head(self.first(torch.relu(self.first(x))))
 
 
-@pytest.mark.parametrize("kind", [ReadsTheImageTwice, UsesTheLayerTwice])
+class LearnsBeforeTheLayer(ReadsTheImageTwice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(12)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.first(self.norm(x))))
+
+
+@pytest.mark.parametrize("kind", [ReadsTheImageTwice, UsesTheLayerTwice, LearnsBeforeTheLayer])
 def test_a_network_that_cannot_be_cut_still_runs(kind):
     model, generator = kind().eval(), torch.Generator().manual_seed(0)
     sources = [initialise(model, generator) for _ in range(2)]
@@ -106,7 +111,7 @@ def test_a_single_layer_is_not_cut():
 def test_an_mlp_is_cut_behind_its_first_layer():
     model = mlp([12, 5, 3])
     (tensors,) = [initialise(model, torch.Generator().manual_seed(0))]
-    assert FirstLayer.of(model, tensors, torch.randn(4, 3, 2, 2)).name == "layers.0"
+    assert FirstLayer.of(model, tensors, torch.randn(4, 3, 2, 2)).prefix == "layers.0."
 
 
 @pytest.mark.parametrize("limit", [1, 300_000, 1 << 30])
@@ -126,7 +131,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_grid_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_grid_resumes(tmp_path, monkeypatch):
     model = small_cnn()
     sources, images, labels = setting(model)
     expected = evaluate(model, sources, POINTS, images, labels)
@@ -149,12 +154,46 @@ def test_an_interrupted_grid_goes_on(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="belongs to a grid with other networks"):
         evaluate(model, sources, POINTS + 1, images, labels, resume=path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="not the state of a grid"):
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"correct": [COUNT + 1]},
+        {"correct": [-1]},
+        {"correct": [30], "nonfinite": [30]},
+        {"correct": [0.5]},
+        {"correct": [True]},
+        {"correct": ["1"]},
+        {"correct": [1, 2]},
+        {"correct": [0] * 13, "nonfinite": [0] * 13},
+        {"correct": None},
+        "{",
+        "[" * 100_000,
+        b"\xff\xfe",
+    ],
+)
+def test_a_state_that_no_grid_can_have_is_refused(tmp_path, change):
+    model, path = mlp([12, 5, 10]), tmp_path / "grid.json"
+    sources, images, labels = setting(model)
+    images = images[:, :, :2, :2]
+    evaluate(model, sources, POINTS, images, labels, resume=path)
+    state = json.loads(path.read_text())
+    if isinstance(change, dict):
+        change = json.dumps({**state, "correct": [0], "nonfinite": [0], **change})
+    path.write_bytes(change if isinstance(change, bytes) else change.encode())
+    with pytest.raises(ValueError, match=r"grid\.json: not the state of a grid"):
         evaluate(model, sources, POINTS, images, labels, resume=path)
-    path.write_text(json.dumps({"grid": "x"}))
-    with pytest.raises(ValueError, match="not the state of a grid"):
-        evaluate(model, sources, POINTS, images, labels, resume=path)
+
+
+def test_the_batch_size_belongs_to_a_grid_only_where_batches_are_read(tmp_path):
+    plain, own = residual8(width=1 / 32), batch_statistics(residual8(width=1 / 32))
+    sources, images, labels = setting(plain)
+    for model, path in ((plain, tmp_path / "plain.json"), (own, tmp_path / "own.json")):
+        evaluate(model, sources, [[1.0, 0.0]], images, labels, resume=path, batch_size=20)
+    evaluate(plain, sources, [[1.0, 0.0]], images, labels, resume=tmp_path / "plain.json", batch_size=10)
+    with pytest.raises(ValueError, match="images or batches"):
+        evaluate(own, sources, [[1.0, 0.0]], images, labels, resume=tmp_path / "own.json", batch_size=10)
 
 
 def test_non_finite_answers_are_wrong_and_counted():
@@ -163,6 +202,16 @@ def test_non_finite_answers_are_wrong_and_counted():
     found = evaluate(model, sources, [[1.0, 0.0], [1e30, 1e30]], images, labels)
     assert found.nonfinite.tolist() == [0, COUNT]
     assert int(found.correct[1]) == 0
+
+
+def test_nan_logits_are_never_right():
+    """argmax takes the first NaN for the largest: class 0."""
+    model = mlp([12, 10])
+    sources, images, labels = setting(model)
+    images = images[:, :, :2, :2]
+    sources[1]["layers.0.bias"][0] = torch.nan
+    found = evaluate(model, sources, [[1.0, 1.0]], images, torch.zeros_like(labels))
+    assert found.correct.tolist() == [0] and found.nonfinite.tolist() == [COUNT]
 
 
 def test_mending_that_moves_the_first_layer_is_respected():
@@ -182,7 +231,7 @@ def test_resetting_statistics_point_by_point():
     sources, images, labels = setting(model)
     finish = reset_on(model, [(images, labels)])
     rows = [[1.0, 0.0], [0.5, 0.5]]
-    found = evaluate(model, sources, rows, images, labels, finish=finish, strategies=[one_by_one])
+    found = evaluate(model, sources, rows, images, labels, finish=finish)
     for k, row in enumerate(rows):
         tensors = finish(reference.fuse(*sources, *row), torch.tensor(row))
         with torch.no_grad():
@@ -201,6 +250,14 @@ def test_bad_input():
         evaluate(model, sources, POINTS, images, labels + 5)
     with pytest.raises(ValueError, match="2 models need rows of 2"):
         evaluate(model, sources, [[1.0]], images, labels)
+    with pytest.raises(ValueError, match=r"features\.0\.bias"):
+        evaluate(
+            model,
+            [{n: t for n, t in s.items() if n != "features.0.bias"} for s in sources],
+            POINTS,
+            images,
+            labels,
+        )
     with pytest.raises(ValueError, match="is nan"):
         evaluate(model, sources, [[1.0, float("nan")]], images, labels)
 
@@ -210,35 +267,3 @@ def test_lattice_and_harmonic_mean():
     assert POINTS[1].tolist() == [0.1, 0.0] and POINTS[4].tolist() == [0.0, 0.5]
     means = harmonic_mean(torch.tensor([0.0, 0.5, 0.0]), torch.tensor([0.0, 1.0, 1.0]))
     torch.testing.assert_close(means, torch.tensor([0.0, 2 / 3, 0.0]))
-
-
-def test_the_faster_strategy_is_taken():
-    def slow(*_arguments):
-        import time
-
-        time.sleep(0.02)
-
-    def quick(*_arguments):
-        pass
-
-    def broken(*_arguments):
-        raise RuntimeError
-
-    assert grids.faster([broken, slow, quick], (), torch.device("cpu")) is quick
-
-
-def test_what_is_wrong_with_every_strategy_is_raised():
-    class Broken(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(4, 3)
-
-        def forward(self, images):
-            if len(images) > 2:
-                raise RuntimeError("this network is broken")
-            return self.fc(images)
-
-    model = Broken()
-    sources = [dict(model.named_parameters())]
-    with pytest.raises(RuntimeError, match="this network is broken"):
-        evaluate(model, sources, [[1.0]] * 60, torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))

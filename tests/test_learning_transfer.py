@@ -1,13 +1,18 @@
 """Learning transfer: the fast path against the algorithms' literal form, and what must hold by symmetry."""
 
 import copy
+from dataclasses import replace
 from itertools import cycle, islice
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import regraft
+from regraft import learning_transfer
+from regraft.clock import EVALUATION, Cost
+from regraft.evaluation import accuracy, reset_batchnorm
 from regraft.learning_transfer import METHODS
 from regraft.matching import Descent, colours
 from regraft.reference import learning_transfer as reference
@@ -99,7 +104,7 @@ def test_fgmt_is_algorithm_2(factory):
     batches = sample(3, STEPS)
     theta, perms = reference.fgmt(model, spec, list(path), target, [[b] for b in batches], order(spec, model))
     found = regraft.transfer(model, path, target, batches, "fgmt", spec=spec, bn_batches=0)
-    for a, b in zip(perms, found.perms, strict=True):
+    for a, b in zip(perms, found.perms[1:], strict=True):
         assert all(torch.equal(a[group], b[group]) for group in spec.groups)
     close(theta[-1], found.params)
 
@@ -112,7 +117,7 @@ def test_gmt_is_algorithm_1(factory):
     nested = [[[next(flat), next(flat)] for _ in range(s)] for s in range(1, STEPS + 1)]
     theta, perms = reference.gmt(model, spec, list(path), target, nested, order(spec, model))
     found = regraft.transfer(model, path, target, batches, "gmt", spec=spec, gradient_batches=2, bn_batches=0)
-    for a, b in zip(perms, found.perms, strict=True):
+    for a, b in zip(perms, found.perms[1:], strict=True):
         assert all(torch.equal(a[group], b[group]) for group in spec.groups)
     close(theta[-1], found.params)
 
@@ -151,33 +156,76 @@ def test_naive_adds_the_change_as_it_is():
 
 
 @pytest.mark.parametrize(("method", "expected"), [("fgmt", 2 * STEPS), ("gmt", STEPS * (STEPS + 1))])
-def test_how_many_gradients_a_method_computes(method, expected, monkeypatch):
+def test_the_gradients_that_a_method_computes_are_counted(method, expected):
     model, spec, path, target = setting()
-    calls = []
-    original = regraft.learning_transfer.gradients
-    monkeypatch.setattr(
-        "regraft.learning_transfer.gradients", lambda *a: calls.append(len(a[2])) or original(*a)
+    losses = []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        losses.append(len(labels))
+        return cross_entropy(logits, labels)
+
+    found = regraft.transfer(
+        model, path, target, sample(3, 2), method, spec=spec, gradient_batches=3, loss=loss
     )
-    found = regraft.transfer(model, path, target, sample(3, 2), method, spec=spec, gradient_batches=3)
-    assert sum(calls) == found.gradients == 3 * expected
+    assert len(losses) == found.gradients == 3 * expected
 
 
-def test_both_networks_see_the_same_batches(monkeypatch):
+def test_both_networks_see_the_same_batches():
     model, spec, path, target = setting()
-    seen = []
-    original = regraft.learning_transfer.gradients
-    monkeypatch.setattr(
-        "regraft.learning_transfer.gradients",
-        lambda *a: seen.append([id(b[0]) for b in a[2]]) or original(*a),
+    batches, seen = sample(3, STEPS), []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append(next(i for i, batch in enumerate(batches) if batch[1] is labels))
+        return cross_entropy(logits, labels)
+
+    regraft.transfer(model, path, target, batches, "fgmt", spec=spec, loss=loss)
+    assert seen == [i for t in range(STEPS) for i in (t, t)]
+
+
+@pytest.mark.parametrize("factory", [mlp, normalised])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_step_from_the_start_on_has_its_accuracy_and_the_best_is_kept(method, factory):
+    model, spec, path, target = setting(factory)
+    batches, validation, told = sample(3, 4), sample(8, 4), []
+    found = regraft.transfer(
+        model,
+        path,
+        target,
+        batches,
+        method,
+        spec=spec,
+        target_end=learned(model, target),
+        validation=validation,
+        bn_batches=2,
+        on_step=lambda t, accuracy: told.append((t, accuracy)),
     )
-    regraft.transfer(model, path, target, sample(3, 4), "fgmt", spec=spec)
-    assert seen[0::2] == seen[1::2] and len({tuple(s) for s in seen}) == STEPS
+    for t, (perm, found_accuracy) in enumerate(zip(found.perms, found.accuracies, strict=True)):
+        moved = regraft.apply(spec, perm, {n: path[t][n] - path.start[n] for n in target})
+        theta = reset_batchnorm(model, {n: target[n] + moved[n] for n in target}, batches, 2)
+        assert found_accuracy == accuracy(model, theta, validation)
+        if t == found.best_step:
+            close(theta, found.params)
+    assert len(found.accuracies) == path.steps + 1
+    assert found.best_step == max(range(1, STEPS + 1), key=lambda t: (found.accuracies[t], -t))
+    assert found.best_accuracy == found.accuracies[found.best_step]
+    assert found.perm is found.perms[found.best_step]
+    assert all(torch.equal(found.perms[0][g], index) for g, index in spec.identity().items())
+    assert told == list(enumerate(found.accuracies))
+
+
+def test_a_start_that_is_better_than_every_step_is_no_transfer():
+    model, spec, path, target = setting()
+    good = learned(model, target)
+    worse = regraft.Trajectory.linear(path.end, {n: -9 * t for n, t in path.end.items()}, 2)
+    found = regraft.transfer(model, worse, good, sample(9, 3), "naive", spec=spec, validation=sample(9, 3))
+    assert found.accuracies[0] > max(found.accuracies[1:])
+    assert found.best_step >= 1 and found.best_accuracy == found.accuracies[found.best_step]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_best_step_on_validation_is_kept(method):
+def test_without_validation_the_last_step_is_the_result(method):
     model, spec, path, target = setting()
-    validation, told = sample(8, 4), []
+    end, told = learned(model, target), []
     found = regraft.transfer(
         model,
         path,
@@ -185,15 +233,54 @@ def test_the_best_step_on_validation_is_kept(method):
         sample(3, 4),
         method,
         spec=spec,
-        target_end=learned(model, target),
-        validation=validation,
-        on_step=lambda t, accuracy: told.append((t, accuracy)),
+        target_end=end,
+        on_step=lambda *a: told.append(a),
     )
-    assert len(found.accuracies) == len(found.perms) == STEPS
-    assert found.best_step == 1 + max(range(STEPS), key=lambda t: (found.accuracies[t], -t))
-    assert told == list(enumerate(found.accuracies, 1))
-    moved = regraft.apply(spec, found.perm, {n: path[found.best_step][n] - path.start[n] for n in target})
+    assert found.best_step == STEPS and found.best_accuracy is None and found.accuracies == ()
+    assert len(found.perms) == STEPS + 1 and EVALUATION not in found.seconds
+    assert told == [(t, None) for t in range(STEPS + 1)]
+    moved = regraft.apply(spec, found.perm, {n: path.end[n] - path.start[n] for n in target})
     close({n: target[n] + moved[n] for n in target}, found.params)
+
+
+@pytest.mark.parametrize(("method", "grafts"), [("naive", STEPS), ("fgmt", STEPS)])
+def test_no_step_is_made_twice(method, grafts, monkeypatch):
+    model, spec, path, target = setting()
+    scales = []
+
+    def counting(base, start, end, scale, *rest, **options):
+        scales.extend(scale)
+        return original(base, start, end, scale, *rest, **options)
+
+    original = learning_transfer.graft
+    monkeypatch.setattr(learning_transfer, "graft", counting)
+    regraft.transfer(model, path, target, sample(3, 4), method, spec=spec, validation=sample(8, 1))
+    assert scales == [scale for _, scale in path.legs[1:]] and len(scales) == grafts
+
+
+def test_a_new_method_is_one_function(monkeypatch):
+    def shuffled(problem, work):
+        perm = problem.spec.random(problem.generator)
+        return ((t, perm) for t in range(1, problem.path.steps + 1))
+
+    monkeypatch.setitem(METHODS, "shuffled", shuffled)
+    model, spec, path, target = setting()
+    found = regraft.transfer(
+        model, path, target, sample(3, 1), "shuffled", spec=spec, generator=torch.Generator().manual_seed(7)
+    )
+    expected = spec.random(torch.Generator().manual_seed(7))
+    assert all(torch.equal(found.perm[g], expected[g]) for g in spec.groups)
+
+
+def test_the_start_is_charged_to_evaluation_and_the_cost_leaves_evaluation_out(monkeypatch):
+    model, spec, path, target = setting(normalised)
+    monkeypatch.setitem(METHODS, "nothing", lambda problem, work: iter(()))
+    found = regraft.transfer(model, path, target, sample(3, 4), "nothing", spec=spec, validation=sample(8, 1))
+    assert len(found.accuracies) == 1 and found.seconds.keys() == {EVALUATION} and found.cost == Cost()
+    found = regraft.transfer(model, path, target, sample(3, 4), "fgmt", spec=spec, validation=sample(8, 1))
+    method = {phase: cost for phase, cost in found.seconds.items() if phase != EVALUATION}
+    assert found.seconds.keys() - method.keys() == {EVALUATION}
+    assert found.cost == sum(method.values(), Cost())
 
 
 def test_statistics_are_those_of_the_transferred_network():
@@ -230,7 +317,8 @@ def test_a_users_own_module_needs_no_spec():
     model, _, path, target = setting(normalised)
     found = regraft.transfer(model, path, target, iter(sample(3, 30)), "fgmt", bn_batches=0)
     assert found.params.keys() == target.keys()
-    assert set(found.seconds) >= {"gradients", "similarity", "assignment", "graft"} and found.cost > 0
+    assert set(found.seconds) >= {"gradients", "similarity", "assignment", "graft"}
+    assert found.cost.wall > 0 and found.cost.cpu > 0
 
 
 @pytest.mark.parametrize(
@@ -263,6 +351,31 @@ def test_bad_input_is_named_before_any_work(change, message):
             arguments[key] = value
     with pytest.raises(ValueError, match=message):
         regraft.transfer(model, path, target, **arguments)
+
+
+def test_a_path_that_is_not_finite_is_refused_by_its_step():
+    model, spec, path, target = setting()
+    points = [dict(theta) for theta in path]
+    recorded = regraft.Trajectory.recorded(points)
+    points[2]["3.bias"] = points[2]["3.bias"] * float("nan")
+    broken = (
+        (replace(recorded, anchors=points), "'3.bias' of step 2 of the path"),
+        (replace(path, anchors=(path.start, points[2])), f"'3.bias' of step {STEPS} of the path"),
+        (replace(path, legs=((1, 0.0), (1, float("nan")), (1, 1.0))), "step 1 of the path"),
+    )
+    for bad, message in broken:
+        with pytest.raises(ValueError, match=message):
+            regraft.transfer(model, bad, target, sample(3, 1), "naive", spec=spec)
+
+
+def test_a_start_with_another_label_set_is_refused():
+    model, spec, path, target = setting()
+    target["5.bias"] = target["5.bias"].new_zeros(7)
+    with pytest.raises(ValueError, match=r"'5\.bias': shape"):
+        regraft.transfer(model, path, target, sample(3, 1), spec=spec)
+    with pytest.raises(ValueError, match=r"'5\.bias': shape"):
+        start, end = ({**theta, "5.bias": target["5.bias"]} for theta in (path.start, path.end))
+        regraft.transfer(model, regraft.Trajectory.linear(start, end, 2), path.start, sample(3, 1), spec=spec)
 
 
 def test_an_exploding_gradient_is_named():

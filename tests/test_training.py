@@ -1,5 +1,6 @@
 """Training: schedules, seeds, records, resuming to the bit, and what is refused."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict, replace
@@ -11,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from regraft import models, training
+from regraft import checkpoints, networks, tensors
 from regraft.data import Dataset, Split, load
-from regraft.training import Diverged, Recipe, epochs_to_reach, seconds_to_reach, train
+from regraft.evaluation import accuracy
+from regraft.training import Diverged, Epoch, Recipe, train
 
 
 def seed(number=0):
@@ -52,8 +54,8 @@ class Network(nn.Module):
 
 @pytest.fixture
 def network():
-    model = models.build(Network, seed())
-    return model, models.state(model)
+    model = networks.build(Network, seed())
+    return model, tensors.state(model)
 
 
 def equal(a, b):
@@ -97,10 +99,10 @@ def test_recipes_that_make_no_sense_are_refused(wrong):
 def test_training_is_the_textbooks_sgd():
     """Against momentum, weight decay and the schedule written out, over two epochs of whole batches."""
     data, recipe = little(), Recipe(epochs=2, lr=0.1, momentum=0.8, weight_decay=0.01, batch_size=25)
-    model = models.build(lambda: models.mlp([16, 8, 2]), seed())
-    trained = train(model, models.state(model), data, recipe, generator=seed(4))
+    model = networks.build(lambda: networks.mlp([16, 8, 2]), seed())
+    trained = train(model, tensors.state(model), data, recipe, generator=seed(4))
 
-    values = {name: value.clone().requires_grad_() for name, value in models.state(model).items()}
+    values = {name: value.clone().requires_grad_() for name, value in tensors.state(model).items()}
     velocity = {name: torch.zeros_like(value) for name, value in values.items()}
     generator, step = seed(4), 0
     for _ in range(2):
@@ -118,20 +120,19 @@ def test_training_is_the_textbooks_sgd():
 
 
 def test_digits_are_learned_and_the_history_says_so(digits):
-    model = models.build(lambda: models.mlp([64, 64, 10]), seed())
-    start = models.state(model)
+    model = networks.build(lambda: networks.mlp([64, 64, 10]), seed())
+    start = tensors.state(model)
     kept = {name: value.clone() for name, value in start.items()}
     shown = []
     result = train(model, start, digits, Recipe(8, 0.05), generator=seed(), test=True, on_epoch=shown.append)
-    assert equal(start, kept) and equal(models.state(model), kept)
+    assert equal(start, kept) and equal(tensors.state(model), kept)
     assert [row.epoch for row in result.history] == list(range(9)) and shown == list(result.history)
     first, last = result.history[0], result.history[-1]
-    assert first.seconds == 0 and first.train_loss is None and first.test_accuracy < 0.4
+    assert first.cost.wall == first.cost.cpu == 0 and first.train_loss is None and first.test_accuracy < 0.4
     assert last.test_accuracy > 0.93 and last.validation_accuracy > 0.9
-    assert all(a.seconds < b.seconds for a, b in zip(result.history, result.history[1:], strict=False))
-    assert result.seconds == last.seconds and result.cpu_seconds == last.cpu_seconds > 0
-    from regraft.evaluation import accuracy
-
+    costs = [row.cost for row in result.history]
+    assert all(a.wall < b.wall and a.cpu < b.cpu for a, b in itertools.pairwise(costs))
+    assert result.cost == last.cost
     assert accuracy(model, result.tensors, digits.test.batches(100)) == last.test_accuracy
 
 
@@ -148,8 +149,8 @@ def test_equal_generators_give_equal_runs(network, recipe):
     data = little(size=8) if recipe.augment else little()
     model, start = network
     if recipe.augment:
-        model = models.build(lambda: models.digits_conv(2, width=0.25), seed())
-        start = models.state(model)
+        model = networks.build(lambda: networks.digits_conv(2, width=0.25), seed())
+        start = tensors.state(model)
     torch.manual_seed(1)
     first = train(model, start, data, recipe, generator=seed(1))
     before = torch.get_rng_state()
@@ -211,27 +212,54 @@ def test_a_run_stops_when_told(network):
     assert len(at_once.history) == 1
 
 
-def test_epochs_and_seconds_to_reach():
-    rows = [training.EpochRow(n, n * 2.0, n, acc, None, None) for n, acc in enumerate([0.1, 0.5, 0.4, 0.6])]
-    assert epochs_to_reach(rows, 0.1) == 0
-    assert (epochs_to_reach(rows, 0.5), seconds_to_reach(rows, 0.5)) == (1, 2.0)
-    assert (epochs_to_reach(rows, 0.55), seconds_to_reach(rows, 0.55)) == (3, 6.0)
-    assert epochs_to_reach(rows, 0.7) is None and seconds_to_reach(rows, 0.7) is None
-
-
-def test_progress_draws_a_bar(network, capsys):
-    with training.progress(RECIPE, "digits") as show:
-        train(*network, little(), RECIPE, generator=seed(), on_epoch=show)
+def test_rows_within_epochs_do_not_disturb_the_run(network):
+    plain = train(*network, little(), RECIPE, generator=seed(), test=True)
+    shown = []
+    result = train(
+        *network,
+        little(),
+        RECIPE,
+        generator=seed(),
+        test=True,
+        evaluate_at={1, 2, 6, 8, 99},
+        on_epoch=shown.append,
+    )
+    assert [row.epoch for row in result.history] == [0, 0.25, 0.5, 1, 1.5, 2, 3, 4]
+    assert shown == list(result.history)
+    assert equal(result.tensors, plain.tensors)
+    found = [row for row in result.history if row.epoch == round(row.epoch)]
+    for ours, theirs in zip(found, plain.history, strict=True):
+        assert replace(ours, cost=theirs.cost) == theirs
+    recorded = {}
+    train(
+        *network,
+        little(),
+        RECIPE,
+        generator=seed(),
+        record=lambda step, values: recorded.update(values),
+        record_at={1},
+    )
+    assert accuracy(network[0], recorded, little().test.batches(50)) == result.history[1].test_accuracy
 
 
 # --- what goes wrong
 
 
 def test_divergence_is_reported_with_its_step(digits):
-    model = models.build(lambda: models.mlp([64, 32, 10]), seed())
+    model = networks.build(lambda: networks.mlp([64, 32, 10]), seed())
     with pytest.raises(Diverged, match=r"step \d+ \(epoch 1\).*learning rate") as caught:
-        train(model, models.state(model), digits, Recipe(3, 1e9, schedule="constant"), generator=seed())
+        train(model, tensors.state(model), digits, Recipe(3, 1e9, schedule="constant"), generator=seed())
     assert 1 <= caught.value.step < 10 and caught.value.epoch == 1
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize("label", [2, -100])
+def test_labels_without_an_output_are_refused_before_work(network, part, label):
+    data = little()
+    split = getattr(data, part)
+    split.labels[3] = label
+    with pytest.raises(ValueError, match=f"{label}.*classes 0 to 1"):
+        train(*network, data, RECIPE, generator=seed(), on_epoch=pytest.fail)
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
@@ -258,11 +286,17 @@ def test_no_validation_split_is_no_validation_accuracy(network):
 # --- checkpoints
 
 
+@pytest.fixture
+def every_epoch(monkeypatch):
+    """Checkpoints are written after every epoch, however short."""
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+
+
 class Interrupted(Exception):
     pass
 
 
-def interrupt_after(epoch):
+def interrupt_at(epoch):
     def on_epoch(row):
         if row.epoch == epoch:
             raise Interrupted
@@ -271,30 +305,80 @@ def interrupt_after(epoch):
 
 
 @pytest.mark.parametrize("optimizer, lr", [("sgd", 0.05), ("adam", 1e-3)])
-@pytest.mark.parametrize("epoch", [0, 1, 3])
-def test_an_interrupted_run_resumes_to_the_bit(network, tmp_path, epoch, optimizer, lr):
+@pytest.mark.parametrize("epoch", [0, 1, 2.5, 4])
+def test_an_interrupted_run_resumes_to_the_bit(network, tmp_path, every_epoch, epoch, optimizer, lr):
+    """Interrupted while it tells of this epoch, it resumes from the end of the epoch before."""
     recipe = replace(RECIPE, optimizer=optimizer, lr=lr)
-    whole = train(*network, little(), recipe, generator=seed(1))
-    path = tmp_path / "run.safetensors"
+    how = {"evaluate_at": {10, 11}, "checkpoint": tmp_path / "run.safetensors"}
+    whole = train(*network, little(), recipe, generator=seed(1), evaluate_at={10, 11})
     with pytest.raises(Interrupted):
-        train(*network, little(), recipe, generator=seed(1), checkpoint=path, on_epoch=interrupt_after(epoch))
+        train(*network, little(), recipe, generator=seed(1), on_epoch=interrupt_at(epoch), **how)
     recorded, shown = [], []
     resumed = train(
         *network,
         little(),
         recipe,
         generator=seed(1),
-        checkpoint=path,
         on_epoch=shown.append,
         record=lambda step, _: recorded.append(step),
+        **how,
     )
     assert equal(resumed.tensors, whole.tensors)
-    assert [row.epoch for row in resumed.history] == [0, 1, 2, 3, 4]
-    assert [row.epoch for row in shown] == list(range(epoch + 1, 5))
-    assert recorded == [4 * n for n in range(epoch + 1, 5)]
+    assert [row.epoch for row in resumed.history] == [0, 1, 2, 2.5, 2.75, 3, 4]
+    done = math.ceil(epoch) - 1 if epoch > 1 else -1  # there is no file before the first epoch is over
+    assert [row.epoch for row in shown] == [n for n in (0, 1, 2, 2.5, 2.75, 3, 4) if n > done]
+    assert recorded == [4 * n for n in range(done + 1, 5)]
     for ours, theirs in zip(resumed.history, whole.history, strict=True):
-        assert ours.validation_accuracy == theirs.validation_accuracy
-        assert ours.train_loss == theirs.train_loss
+        assert replace(ours, cost=theirs.cost) == theirs
+
+
+def test_the_cost_goes_on_from_the_checkpoint(network, tmp_path, every_epoch):
+    path = tmp_path / "run.safetensors"
+    told = []
+    with pytest.raises(Interrupted):
+        train(
+            *network,
+            little(),
+            RECIPE,
+            generator=seed(1),
+            checkpoint=path,
+            on_epoch=lambda row: told.append(row) or interrupt_at(3)(row),
+        )
+    resumed = train(*network, little(), RECIPE, generator=seed(1), checkpoint=path)
+    assert resumed.history[:3] == tuple(told[:3])
+    assert resumed.history[3].cost.wall > told[2].cost.wall > 0
+
+
+def test_short_epochs_share_a_checkpoint(network, tmp_path, monkeypatch):
+    """However many they are, and the finished run is there at the end."""
+    writes = []
+
+    def counted(tensors, part, metadata):
+        writes.append(part)
+        save_file(tensors, part, metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", counted)
+    monkeypatch.setattr(checkpoints, "SECONDS", 1e9)
+    path = tmp_path / "run.safetensors"
+    recipe = replace(RECIPE, epochs=60)
+    first = train(*network, little(), recipe, generator=seed(), checkpoint=path)
+    assert len(writes) == 1
+    again = train(*network, little(), recipe, generator=seed(), checkpoint=path, on_epoch=pytest.fail)
+    assert first.history == again.history and equal(first.tensors, again.tensors)
+    assert len(writes) == 1
+
+
+def test_a_stopped_run_is_not_run_again(network, tmp_path):
+    run = {
+        "generator": seed(),
+        "checkpoint": tmp_path / "run.safetensors",
+        "stop": lambda row: row.epoch == 2,
+    }
+    first = train(*network, little(), RECIPE, **run)
+    again = train(*network, little(), RECIPE, **run | {"generator": seed()}, on_epoch=pytest.fail)
+    assert first.history == again.history and len(first.history) == 3
+    further = train(*network, little(), RECIPE, **run | {"generator": seed(), "stop": None})
+    assert equal(further.tensors, train(*network, little(), RECIPE, generator=seed()).tensors)
 
 
 def test_a_finished_run_is_not_run_again(network, tmp_path):
@@ -311,6 +395,8 @@ def test_a_finished_run_is_not_run_again(network, tmp_path):
         ({"recipe": replace(RECIPE, lr=0.1)}, "recipe differ: lr is 0.05 there and 0.1 here"),
         ({"data": little(train=60)}, "data"),
         ({"generator": seed(9)}, "generator"),
+        ({"test": True}, "rows"),
+        ({"evaluate_at": {1}}, "rows"),
     ],
 )
 def test_another_runs_checkpoint_is_refused(network, tmp_path, change, words):
@@ -333,26 +419,38 @@ def test_another_start_is_refused(network, tmp_path):
         train(model, other, little(), RECIPE, generator=seed(), checkpoint=path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "text"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "history", "missing", "retyped", "foreign", "text", "folder"]
+)
 def test_a_damaged_checkpoint_is_refused(network, tmp_path, damage):
     path = tmp_path / "run.safetensors"
     train(*network, little(), RECIPE, generator=seed(), checkpoint=path)
-    content = bytearray(path.read_bytes())
-    if damage == "truncated":
-        path.write_bytes(content[:-10])
-    elif damage == "flipped":
-        content[-3] ^= 1
-        path.write_bytes(content)
+    content = path.read_bytes()
+    if damage in ("history", "missing", "retyped"):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if damage == "history":
+            metadata["history"] = metadata["history"].replace("0.", "1.", 1)
+        elif damage == "missing":
+            del held["optimiser/0/momentum_buffer"]
+        else:
+            held["model/fc.bias"] = held["model/fc.bias"].view(torch.int32)
+        save_file(held, path, metadata)
     elif damage == "foreign":
         save_file({"x": torch.ones(2)}, path)
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
     else:
-        path.write_text("hello")
+        flipped = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+        path.write_bytes({"truncated": content[:-10], "flipped": flipped, "text": b"hello"}[damage])
     with pytest.raises(ValueError, match=r"run\.safetensors"):
         train(*network, little(), RECIPE, generator=seed(), checkpoint=path)
 
 
-def test_a_checkpoint_is_written_whole_or_not_at_all(network, tmp_path, monkeypatch):
-    """Killed while writing, the run goes on from the checkpoint before."""
+def test_a_checkpoint_is_written_whole_or_not_at_all(network, tmp_path, monkeypatch, every_epoch):
+    """Killed while writing, the run resumes from the checkpoint before."""
     path = tmp_path / "run.safetensors"
     whole = train(*network, little(), RECIPE, generator=seed(1))
     calls = []
@@ -368,7 +466,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(network, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train(*network, little(), RECIPE, generator=seed(1), checkpoint=path)
     with safe_open(path, framework="pt") as file:
-        assert len(json.loads(file.metadata()["history"])) == 2
+        assert len(json.loads(file.metadata()["history"])) == 3
     resumed = train(*network, little(), RECIPE, generator=seed(1), checkpoint=path)
     assert equal(resumed.tensors, whole.tensors)
     assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
@@ -376,4 +474,4 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(network, tmp_path, monkeypa
 
 def test_rows_are_plain_data(network):
     row = train(*network, little(), replace(RECIPE, epochs=1), generator=seed()).history[-1]
-    assert training.EpochRow(**json.loads(json.dumps(asdict(row)))) == row
+    assert Epoch.from_json(json.loads(json.dumps(asdict(row)))) == row

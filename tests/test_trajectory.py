@@ -1,6 +1,7 @@
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,23 +71,46 @@ def test_save_and_open(tmp_path):
 
 def test_saving_again_replaces_the_path_and_cleans_up(tmp_path):
     Trajectory.recorded([tensors(i) for i in range(4)]).save(tmp_path)
-    (tmp_path / "killed.safetensors.part").write_bytes(b"half")
+    (tmp_path / f"{'0' * 24}.safetensors.part").write_bytes(b"half")
+    (tmp_path / "index.json.part").write_bytes(b"half")
     Trajectory.linear(tensors(7), tensors(8), 5).save(tmp_path)
     assert same(Trajectory.open(tmp_path).end, tensors(8))
     assert len(list(tmp_path.iterdir())) == 3  # two anchors and the index
 
 
-def test_a_kill_before_the_index_leaves_the_old_path(tmp_path, monkeypatch):
+def test_saving_leaves_other_files_alone(tmp_path):
+    others = ["model.safetensors", "notes.txt", "upload.part"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"somebody's")
+    Trajectory.linear(tensors(7), tensors(8), 5).save(tmp_path)
+    assert all((tmp_path / name).read_bytes() == b"somebody's" for name in others)
+
+
+def test_a_path_says_what_it_is_in_one_line(tmp_path):
+    path = Trajectory.linear({"w": torch.randn(300, 300)}, {"w": torch.randn(300, 300)}, 5, source="run\n7")
+    path.save(tmp_path)
+    for text in (repr(path), repr(Trajectory.open(tmp_path))):
+        assert "steps=5" in text and "schedule" in text and "\n" not in text and len(text) < 200
+
+
+@pytest.mark.parametrize("renames", range(3))
+def test_a_kill_before_the_last_rename_leaves_the_old_path(tmp_path, monkeypatch, renames):
     Trajectory.linear(tensors(0), tensors(1), 5).save(tmp_path)
+    replace, left = Path.replace, [renames]
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def killed(self, target):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return replace(self, target)
 
-    monkeypatch.setattr("pathlib.Path.write_text", killed)
+    monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         Trajectory.linear(tensors(2), tensors(3), 5).save(tmp_path)
     monkeypatch.undo()
-    assert same(Trajectory.open(tmp_path).end, tensors(1))
+    assert same(Trajectory.open(tmp_path).start, tensors(0)) and same(
+        Trajectory.open(tmp_path).end, tensors(1)
+    )
 
 
 def test_bfloat16_and_shared_tensors_survive(tmp_path):
@@ -96,26 +120,58 @@ def test_bfloat16_and_shared_tensors_survive(tmp_path):
     assert same(Trajectory.open(tmp_path).start, start)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "index", "no folder"])
-def test_a_damaged_path_is_refused_by_name(tmp_path, damage):
-    folder = tmp_path / "run"
-    Trajectory.linear(tensors(0), tensors(1), 5).save(folder)
-    file = sorted(folder.glob("*.safetensors"))[0]
-    data = bytearray(file.read_bytes())
-    if damage == "truncated":
-        file.write_bytes(data[:-5])
-    elif damage == "flipped":
-        data[-1] ^= 1
-        file.write_bytes(data)
-    elif damage == "missing":
-        file.unlink()
-    elif damage == "index":
-        (folder / INDEX).write_text(json.dumps({"format": "regraft-trajectory-1"}))
-    else:
-        folder = tmp_path / "other"
-    named = {"index": INDEX, "no folder": "other"}.get(damage, file.name)
-    with pytest.raises((ValueError, FileNotFoundError), match=named):
-        list(Trajectory.open(folder))
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-5]), "truncated"),
+        (
+            lambda file: file.write_bytes(file.read_bytes()[:-1] + b"!"),
+            "tensor '.*' does not have the digest",
+        ),
+        (lambda file: file.unlink(), "missing"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path, damage, message):
+    Trajectory.linear(tensors(0), tensors(1), 5).save(tmp_path)
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
+    damage(file)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{file.name}.*{message}"):
+        list(Trajectory.open(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("anchors"),
+        lambda index: index.update(format="another"),
+        lambda index: index.update(legs=[[0, 0.0]]),
+        lambda index: index.update(legs=[[0, 0.0], [7, 1.0]]),
+        lambda index: index.update(legs=[[0, 0.0], [1, math.nan]]),
+        lambda index: index.update(legs="none"),
+        lambda index: index.update(metadata=3),
+        lambda index: index["anchors"][0].update(bytes="many"),
+        lambda index: index["anchors"][0].pop("sha256"),
+    ],
+)
+def test_a_damaged_index_is_refused_by_name(tmp_path, change):
+    Trajectory.linear(tensors(0), tensors(1), 5).save(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    change(index)
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=INDEX):
+        Trajectory.open(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff\xfe{}", b"[" * 100_000, b"[]"])
+def test_an_index_of_another_kind_is_refused_by_name(tmp_path, text):
+    (tmp_path / INDEX).write_bytes(text)
+    with pytest.raises(ValueError, match=INDEX):
+        Trajectory.open(tmp_path)
+
+
+def test_no_path_is_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="other"):
+        Trajectory.open(tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Kernels of regraft: permute, graft, combine, similarity, assign. Importable alone.
 
-Needs torch, numpy and scipy. Triton (GPU tensors) and lapx or lapjv (faster assignment) are loaded only
-when they are used, and are optional.
+Needs torch, numpy and scipy. Triton (GPU tensors) and lapx or lapjv (faster assignment) are optional. Every file of a
+kernel exports VARIANTS, what to compile of it, and CASES, what to time.
 """
 
 from regraft_kernels.assignment import Assignment, Duals, assign, assign_many
@@ -9,7 +9,8 @@ from regraft_kernels.combine import combine
 from regraft_kernels.graft import graft
 from regraft_kernels.packing import Packing
 from regraft_kernels.permute import permute
-from regraft_kernels.similarity import Term, similarity, similarity_many, similarity_update_
+from regraft_kernels.similarity import similarity, similarity_many, similarity_update_
+from regraft_kernels.terms import Term
 
 __all__ = [
     "Assignment",

@@ -63,7 +63,7 @@ def assign(
     `similarity`: [n, n], floating and finite, a tensor on any device or an array; it is solved in float64
     where it is float64, otherwise in float32 (the potentials in float64). `backend`: "scipy"
     (`linear_sum_assignment`), "lapx" (`lapjvr`), "lapjv", or "auto": lapx where it is installed, for it was
-    the fastest on every kind of matrix measured (results/assignment.md), scipy otherwise. `warm`: the duals
+    the fastest on every kind of matrix measured (results/micro/tables.md), scipy otherwise. `warm`: the duals
     of a similar problem, which save time and leave the optimum as it is. `name` stands in error messages.
 
     Raises ValueError for a matrix that is not square, real, floating and finite, or duals that do not fit;
@@ -233,13 +233,17 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def backends() -> list[str]:
+    """The names of the solvers that are installed."""
+    return [name for name, module in MODULES.items() if _installed(module)]
+
+
 def _resolve(backend: str) -> str:
     if backend == "auto":
         return "lapx" if _installed("lap") else "scipy"
     if backend not in SOLVERS:
         raise ValueError(f"backend must be one of auto, {', '.join(SOLVERS)}, not {backend!r}")
-    module = {"scipy": "scipy", "lapx": "lap", "lapjv": "lapjv"}[backend]
-    if not _installed(module):
+    if backend not in backends():
         raise ImportError(f"backend {backend!r} was asked for, but the package {backend} is not installed")
     return backend
 
@@ -262,5 +266,6 @@ def _lapjv(cost: np.ndarray) -> np.ndarray:
     return lapjv(cost, force_doubles=cost.dtype == np.float64)[0]
 
 
+MODULES = {"scipy": "scipy", "lapx": "lap", "lapjv": "lapjv"}
 SOLVERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"scipy": _scipy, "lapx": _lapx, "lapjv": _lapjv}
 """Each takes a finite, row-reduced cost matrix [n, n], n >= 2, float32 or float64: row i -> column."""

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import Kernel, resolve, triton_dtype
+from regraft_kernels.backend import resolve, tl, triton, triton_dtype
+from regraft_kernels.cases import (
+    BY_HAND,
+    COPY,
+    FLOATING,
+    NETWORKS,
+    OURS,
+    PLANS,
+    TABLES,
+    Case,
+    Network,
+    Variant,
+    copy_of,
+    dtype_name,
+    each_family,
+    size,
+)
 from regraft_kernels.packing import Packing, Tensors, addresses, allocate, check_real
 from regraft_kernels.permute import row_blocks
-from regraft_kernels.tiles import MoveTile, family
-
-if TYPE_CHECKING:
-    import triton.language as tl
+from regraft_kernels.tiles import FAMILIES, MoveTile, family
 
 
 def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[str, Tensor]:
@@ -83,7 +95,7 @@ def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float], out: T
     return out
 
 
-@Kernel
+@triton.jit
 def _combine_kernel(
     addresses,  # int64 [m + 1, N]: of the sources, of the results
     count,  # N
@@ -207,3 +219,38 @@ def _check_sources(sources: Sequence[Tensors]) -> None:
                 raise ValueError(
                     f"{name!r}: dtype is {tensor.dtype} in source {number}, {first[name].dtype} in source 0"
                 )
+
+
+# ---------------------------------------------------------------- what to compile, what to time
+
+
+def _variants(target: str) -> list[Variant]:
+    found, tile = [], FAMILIES[target].flat
+    for dtype in FLOATING:
+        wide = torch.promote_types(dtype, torch.float32)
+        pointer = "*fp64" if wide == torch.float64 else "*fp32"
+        signature = {**TABLES, "coefficients": pointer, "steps": "i32", "sources": "i32"}
+        constants = {"DTYPE": dtype, "WIDE": wide, "BLOCK": tile.block}
+        label = f"combine {dtype_name(dtype)}"
+        found.append(Variant(_combine_kernel, target, label, signature, constants, tile.warps))
+    return found
+
+
+def _case(network: str, into_given: bool, count: int) -> Case:
+    def make(device: torch.device) -> dict[str, Callable[[], object]]:
+        net = Network.of(NETWORKS[network](), device)
+        a, b = net.draw(0), net.draw(1)
+        table = [[0.1 * k + 0.5, 0.5 - 0.1 * k] for k in range(count)]
+        out = combine([a, b], table) if into_given else None
+        return {
+            OURS: lambda: combine([a, b], table, out=out),
+            BY_HAND: lambda: {name: [x * a[name] + y * b[name] for x, y in table] for name in a},
+            COPY: copy_of(a, 2 + count, out=into_given),
+        }
+
+    name = f"combine, {network}, 2 sources, {count} result{'s' * (count > 1)}{', out' * into_given}"
+    return Case(name, make, (OURS, BY_HAND, COPY), bytes=(2 + count) * size(NETWORKS[network]()))
+
+
+VARIANTS = each_family(_variants)
+CASES = tuple(_case(*plan, count) for plan in PLANS for count in (1, 4))

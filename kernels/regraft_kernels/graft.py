@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import Kernel, resolve, triton_dtype
+from regraft_kernels.backend import resolve, tl, triton, triton_dtype
+from regraft_kernels.cases import (
+    BY_HAND,
+    COPY,
+    FLOATING,
+    NETWORKS,
+    OURS,
+    PLANS,
+    TABLES,
+    Case,
+    Network,
+    Variant,
+    copy_of,
+    dtype_name,
+    each_family,
+    size,
+)
 from regraft_kernels.packing import Packing, Tensors, addresses, allocate, check_real
 from regraft_kernels.permute import Scratch, permute_reference, row_blocks
-from regraft_kernels.tiles import family
-
-if TYPE_CHECKING:
-    import triton.language as tl
+from regraft_kernels.tiles import FAMILIES, family
 
 
 def graft_reference(
@@ -96,7 +108,7 @@ def _graft_one(
                 out[number, block] = torch.add(here, moved, alpha=scale)
 
 
-@Kernel
+@triton.jit
 def _graft_kernel(
     addresses,  # int64 [4, N]: of base, start, end, the results
     count,  # N
@@ -252,3 +264,46 @@ def _check_move(tensors: Tensors, base: Tensors, packing: Packing, what: str) ->
                     f"{what}: {kind} of {name!r} is {getattr(tensor, kind)}, in base {getattr(base[name], kind)}"
                 )
     return needed
+
+
+# ---------------------------------------------------------------- what to compile, what to time
+
+
+def _variants(target: str) -> list[Variant]:
+    found, tile = [], FAMILIES[target].move
+    for dtype in FLOATING:
+        wide = torch.promote_types(dtype, torch.float32)
+        pointer = "*fp64" if wide == torch.float64 else "*fp32"
+        rest = {"vectors": "*i64", "vector_length": "i32", "scales": pointer, "steps": "i32"}
+        constants = {"DTYPE": dtype, "WIDE": wide, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        label = f"graft {dtype_name(dtype)}"
+        found.append(Variant(_graft_kernel, target, label, {**TABLES, **rest}, constants, tile.warps))
+    return found
+
+
+def _case(network: str, into_given: bool, count: int) -> Case:
+    def make(device: torch.device) -> dict[str, Callable[[], object]]:
+        net = Network.of(NETWORKS[network](), device)
+        base, start, end = (net.draw(seed) for seed in range(3))
+        scales = [(k + 1) / count for k in range(count)]
+        out = graft(base, start, end, scales, net.indices, net.packing) if into_given else None
+
+        def by_hand() -> dict[str, list[Tensor]]:
+            result = {}
+            for name, tensor in base.items():
+                moved = net.moved(name, end[name] - start[name])
+                result[name] = [tensor + scale * moved for scale in scales]
+            return result
+
+        return {
+            OURS: lambda: graft(base, start, end, scales, net.indices, net.packing, out=out),
+            BY_HAND: by_hand,
+            COPY: copy_of(base, 3 + count, out=into_given),
+        }
+
+    name = f"graft, {network}, {count} scale{'s' * (count > 1)}{', out' * into_given}"
+    return Case(name, make, (OURS, BY_HAND, COPY), bytes=(3 + count) * size(NETWORKS[network]()))
+
+
+VARIANTS = each_family(_variants)
+CASES = tuple(_case(*plan, count) for plan in PLANS for count in (1, 4))

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import Kernel, resolve, triton_dtype
+from regraft_kernels.backend import resolve, tl, triton, triton_dtype
+from regraft_kernels.cases import (
+    BY_HAND,
+    COPY,
+    NETWORKS,
+    OURS,
+    PLANS,
+    TABLES,
+    Case,
+    Network,
+    Variant,
+    copy_of,
+    dtype_name,
+    each_family,
+    size,
+)
 from regraft_kernels.packing import Packing, Tensors, addresses, allocate
-from regraft_kernels.tiles import family
-
-if TYPE_CHECKING:
-    import triton.language as tl
+from regraft_kernels.tiles import FAMILIES, family
 
 BLOCK_BYTES = 512 << 10
 """The torch path moves a block of rows of this size at a time: what it gathers first is still in the cache."""
@@ -100,7 +111,7 @@ def _gather_one(
             torch.index_select(scratch.rows(source, rows, block), 1, columns, out=out[block])
 
 
-@Kernel
+@triton.jit
 def _permute_kernel(
     addresses,  # int64 [2, N]: of the sources, of the results
     count,  # N
@@ -196,3 +207,41 @@ def permute(
     run = _permute_triton if chosen == "triton" else _permute_torch
     run(tensors, results, indices, packing, inverse)
     return results
+
+
+# ---------------------------------------------------------------- what to compile, what to time
+
+
+def _variants(target: str) -> list[Variant]:
+    tile = FAMILIES[target].move
+    signature = {**TABLES, "vectors": "*i64"}
+    return [
+        Variant(
+            _permute_kernel,
+            target,
+            f"permute {dtype_name(dtype)}",
+            signature,
+            {"DTYPE": dtype, "ROWS": tile.rows, "COLUMNS": tile.columns},
+            tile.warps,
+        )
+        for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+    ]
+
+
+def _case(network: str, into_given: bool) -> Case:
+    def make(device: torch.device) -> dict[str, Callable[[], object]]:
+        net = Network.of(NETWORKS[network](), device)
+        tensors = net.draw(0)
+        out = net.draw(1) if into_given else None
+        return {
+            OURS: lambda: permute(tensors, net.indices, net.packing, out=out),
+            BY_HAND: lambda: {name: net.moved(name, tensor) for name, tensor in tensors.items()},
+            COPY: copy_of(tensors, 2, out=into_given),
+        }
+
+    name = f"permute, {network}{', out' * into_given}"
+    return Case(name, make, (OURS, BY_HAND, COPY), bytes=2 * size(NETWORKS[network]()))
+
+
+VARIANTS = each_family(_variants)
+CASES = tuple(_case(*plan) for plan in PLANS)

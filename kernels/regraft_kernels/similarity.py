@@ -3,59 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import Kernel, interpreting, resolve, triton_dtype
+from regraft_kernels.backend import INTERPRETING, resolve, tl, triton, triton_dtype
+from regraft_kernels.cases import BY_HAND, OURS, PRODUCT, Case, Variant, dtype_name, each_family
 from regraft_kernels.packing import check_index, check_ranges
-from regraft_kernels.tiles import dot_choice, family
-
-if TYPE_CHECKING:
-    import triton.language as tl
+from regraft_kernels.similarity_torch import similarity_torch, update_torch_
+from regraft_kernels.terms import Operand, Term, accumulator, check_terms, operands_of
+from regraft_kernels.tiles import FAMILIES, DotTile, dot_choice, family
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
-
-BLOCK_BYTES = 8 << 20
-"""What must be gathered, cast or reordered is made in blocks of about this size, which are transient."""
-
-SHORT_RUN = 8
-"""With fewer elements than this behind a unit, reordering a block is cheaper than a product per run."""
-
-Gathers = tuple[Tensor | None, ...]
-
-
-@dataclass(frozen=True)
-class Term:
-    """One (tensor, axis) of a group: what it adds to the group's similarity.
-
-    `target`, `source`: [T, *shape] on one device and of one floating dtype, any strides; fastest on a CPU
-    where both have the same memory order, and the axis stands first (after T) or last in it. `axis`: 0-based
-    in shape. `positions`: int64 [n, multiplicity], the positions on that axis at which unit u stands, or None
-    for "position u, once". `gathers`: for each axis of shape the int64 index vector that is applied to the
-    *source* before it is unfolded, or None; an empty tuple is None for every axis.
-    """
-
-    target: Tensor
-    source: Tensor
-    axis: int
-    positions: Tensor | None = None
-    gathers: Gathers = ()
-
-    @property
-    def units(self) -> int:
-        """n, the number of units of the group."""
-        return self.target.shape[self.axis + 1] if self.positions is None else self.positions.shape[0]
 
 
 def similarity_reference(terms: Sequence[Term]) -> Tensor:
     """The definition of `similarity`: gather, unfold to [units, everything else], multiply, add."""
     n = terms[0].units
-    total = torch.zeros((n, n), dtype=_accumulator(terms[0].target), device=terms[0].target.device)
+    total = torch.zeros((n, n), dtype=accumulator(terms[0].target), device=terms[0].target.device)
     for term in terms:
         source = term.source
         for axis, index in enumerate(term.gathers):
@@ -67,159 +35,13 @@ def similarity_reference(terms: Sequence[Term]) -> Tensor:
 
 def _unfold(stack: Tensor, term: Term) -> Tensor:
     """[T, *shape] as [n, multiplicity * T * everything else]."""
-    by_position = stack.movedim(term.axis + 1, 0).to(_accumulator(stack))
+    by_position = stack.movedim(term.axis + 1, 0).to(accumulator(stack))
     if term.positions is not None:
         by_position = by_position[term.positions]
     return by_position.flatten(1)
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-@dataclass(frozen=True)
-class _Operand:
-    """A stack and the index vectors that gather from it, one or None for each of its dimensions."""
-
-    stack: Tensor
-    gathers: Gathers
-
-    def with_gather(self, dim: int, index: Tensor) -> _Operand:
-        return replace(self, gathers=(*self.gathers[:dim], index, *self.gathers[dim + 1 :]))
-
-    def block(self, dim: int, start: int, length: int) -> _Operand:
-        """The part at start..start+length of a dimension of the gathered stack."""
-        index = self.gathers[dim]
-        if index is not None:
-            return self.with_gather(dim, index[start : start + length])
-        return replace(self, stack=self.stack.narrow(dim, start, length))
-
-    def gathered(self, order: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The gathered stack, its dimensions in `order`; a view of the stack where there is nothing to do."""
-        result = self.stack.permute(*order)
-        for place, dim in enumerate(order):
-            index = self.gathers[dim]
-            if index is not None:
-                # On three dimensions, because index_select takes several times as long on more.
-                before, after = result.shape[:place], result.shape[place + 1 :]
-                flat = result.reshape(before.numel(), result.shape[place], after.numel())
-                result = flat.index_select(1, index).view(*before, len(index), *after)
-        return result.to(dtype)
-
-
-def _similarity_torch(terms: Sequence[Term]) -> Tensor:
-    """Term after term: without a copy where the strides allow it, otherwise block after block."""
-    n = terms[0].units
-    total = torch.zeros((n, n), dtype=_accumulator(terms[0].target), device=terms[0].target.device)
-    for term in terms:
-        _accumulate_(total, term, *_operands(term))
-    return total
-
-
-def _update_torch_(S: Tensor, term: Term, axis: int, changed: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """S += <target, source gathered by new - source gathered by old> over the changed entries of an axis."""
-    target, source = _operands(term)
-    _accumulate_(
-        S,
-        term,
-        target.with_gather(axis + 1, changed),
-        source.with_gather(axis + 1, new),
-        source.with_gather(axis + 1, old),
-    )
-    return S
-
-
-def _operands(term: Term) -> tuple[_Operand, _Operand]:
-    nothing: Gathers = (None,) * term.target.ndim
-    gathers = (None, *term.gathers) if term.gathers else nothing
-    return _Operand(term.target, nothing), _Operand(term.source, gathers)
-
-
-@dataclass(frozen=True)
-class _Split:
-    """How the dimension of the units splits in two: `sizes`, of which number `units` counts the units."""
-
-    sizes: tuple[int, int]
-    units: int
-
-
-def _accumulate_(total: Tensor, term: Term, *operands: _Operand) -> None:
-    """Add <target, source> of one term, or <target, source - minus> of three operands, to `total`."""
-    dim = term.axis + 1
-    operands, split = _bring_units_together(operands, dim, term)
-    target = operands[0].stack
-    order = sorted(range(target.ndim), key=lambda d: -target.stride(d))
-    place = order.index(dim)
-    for block in _blocks(operands, order, dim, total.dtype):
-        left, right, *minus = (operand.block(*block).gathered(order, total.dtype) for operand in operands)
-        if minus:
-            right = right - minus[0]
-        left, right = left.unflatten(place, split.sizes), right.unflatten(place, split.sizes)
-        _multiply_add_(total, left, right, place + split.units)
-
-
-def _bring_units_together(
-    operands: tuple[_Operand, ...], dim: int, term: Term
-) -> tuple[tuple[_Operand, ...], _Split]:
-    """Narrow to the positions of the units where they are one run, otherwise gather them."""
-    positions = term.positions
-    if positions is None:
-        return operands, _Split((term.units, 1), 0)
-    n, repeats = positions.shape
-    flat = positions.flatten()
-    start = int(flat.min()) if len(flat) else 0
-    run = torch.arange(start, start + len(flat), device=flat.device)
-    for split, grid in (
-        (_Split((n, repeats), 0), run.view(n, repeats)),
-        (_Split((repeats, n), 1), run.view(repeats, n).T),
-    ):
-        if torch.equal(positions, grid) and all(operand.gathers[dim] is None for operand in operands):
-            return tuple(operand.block(dim, start, len(flat)) for operand in operands), split
-    gathered = tuple(
-        operand.with_gather(dim, flat if operand.gathers[dim] is None else operand.gathers[dim][flat])
-        for operand in operands
-    )
-    return gathered, _Split((n, repeats), 0)
-
-
-def _blocks(
-    operands: tuple[_Operand, ...], order: Sequence[int], dim: int, dtype: torch.dtype
-) -> Iterator[tuple[int, int, int]]:
-    """(dimension, start, length) of the blocks to work in: all at once unless something must be copied."""
-    target = operands[0]
-    lengths = [n if g is None else len(g) for n, g in zip(target.stack.shape, target.gathers, strict=True)]
-    views = all(
-        operand.stack.dtype == dtype
-        and operand.stack.permute(*order).is_contiguous()
-        and all(index is None for index in operand.gathers)
-        for operand in operands
-    )
-    if views:
-        yield 0, 0, lengths[0]
-        return
-    size = math.prod(lengths) * dtype.itemsize
-    along = 0
-    if size > BLOCK_BYTES * lengths[0]:  # one step alone is too large: take the longest dimension instead
-        along = max((d for d in range(len(lengths)) if d != dim), key=lengths.__getitem__)
-    each = max(1, BLOCK_BYTES * lengths[along] // max(size, 1))
-    for start in range(0, lengths[along], each):
-        yield along, start, min(each, lengths[along] - start)
-
-
-def _multiply_add_(total: Tensor, left: Tensor, right: Tensor, place: int) -> None:
-    """total += unfold(left) @ unfold(right)^T, with the units at dimension `place` of both."""
-    n, before, after = len(total), left.shape[:place].numel(), left.shape[place + 1 :].numel()
-    left, right = left.reshape(before, n, after), right.reshape(before, n, after)
-    if after == 1:
-        total.addmm_(left.squeeze(2).T, right.squeeze(2))
-    elif before > 1 and after < SHORT_RUN:
-        rows = before * after
-        total.addmm_(left.mT.reshape(rows, n).T, right.mT.reshape(rows, n))
-    else:
-        total.addbmm_(left, right.mT)
-
-
-@Kernel
+@triton.jit
 def _similarity_kernel(
     programs,  # int64 [programs, 6]: first and last part, n, first row, first column, place in `out`
     parts,  # int64 [parts, 8]: see _Work.add
@@ -288,7 +110,7 @@ class _Work:
     rows_filled: int = 0
     columns_filled: int = 0
 
-    def add(self, term: Term, target: _Operand, source: _Operand, sign: int = 1) -> None:
+    def add(self, term: Term, target: Operand, source: Operand, sign: int = 1) -> None:
         """Append one part for each occurrence of the units on the axis: the addresses of target and source,
         the places of their row offsets, the range of the target's column offsets, how far behind these the
         source's lie, and a kind: 1 where units stand innermost, 2 more where the part is subtracted."""
@@ -320,7 +142,7 @@ class _Work:
         self.columns_filled += 2 * length
 
 
-def _offsets(operand: _Operand, order: Sequence[int], device: torch.device) -> Tensor:
+def _offsets(operand: Operand, order: Sequence[int], device: torch.device) -> Tensor:
     """Where the entries of the gathered dimensions in `order` stand in the stack, in elements, int64."""
     offsets = torch.zeros(1, dtype=torch.int64, device=device)
     for dim in order:
@@ -355,53 +177,50 @@ def _split(parts: list[list[int]], splits: int) -> list[list[list[int]]]:
     return runs
 
 
-def _launch(groups: Sequence[tuple[int, _Work]], dtype: torch.dtype, precision: str) -> list[Tensor]:
-    """Launch the kernel once for all groups (n, work), which share their tables' lists; return their S."""
-    device = groups[0][1].device
-    tile, asked = dot_choice(family(device), dtype, precision, max(n for n, _ in groups))
+def _lay_out(
+    groups: Sequence[tuple[int, _Work]], tile: DotTile
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """The programs and parts of one launch for all groups, and in how many splits each group's sum is."""
     grids = [[(r, c) for r in range(0, n, tile.m) for c in range(0, n, tile.n)] for n, _ in groups]
     wanted = -(-PROGRAMS // max(1, sum(len(grid) for grid in grids)))
-    parts: list[list[int]] = []
     programs: list[list[int]] = []
-    rows: list[Tensor] = []
-    columns: list[Tensor] = []
-    counts: list[int] = []
+    parts: list[list[int]] = []
+    splits: list[int] = []
     place = rows_before = columns_before = 0
     for (n, work), grid in zip(groups, grids, strict=True):
-        moved = [
-            [
-                *p[:2],
-                p[2] + rows_before,
-                p[3] + rows_before,
-                p[4] + columns_before,
-                p[5] + columns_before,
-                *p[6:],
-            ]
-            for p in work.parts
-        ]
-        total = sum(p[5] - p[4] for p in moved)
-        runs = _split(moved, max(1, min(wanted, total // SPLIT)))
+        shift = [0, 0, rows_before, rows_before, columns_before, columns_before, 0, 0]
+        moved = [[a + b for a, b in zip(part, shift, strict=True)] for part in work.parts]
+        length = sum(part[5] - part[4] for part in moved)
+        runs = _split(moved, max(1, min(wanted, length // SPLIT)))
         for run in runs:
-            first = len(parts)
+            span = [len(parts), len(parts) + len(run)]
+            programs += [[*span, n, row, column, place] for row, column in grid]
             parts += run
-            programs += [[first, len(parts), n, row, column, place] for row, column in grid]
             place += n * n
-        counts.append(len(runs))
-        rows += work.rows
-        columns += work.columns
+        splits.append(len(runs))
         rows_before += work.rows_filled
         columns_before += work.columns_filled
-    out = torch.empty(place, dtype=torch.float32, device=device)
+    return programs, parts, splits
+
+
+def _launch(groups: Sequence[tuple[int, _Work]], dtype: torch.dtype, precision: str) -> list[Tensor]:
+    """Launch the kernel once for all groups (n, work); return their S, the splits of each added in order."""
+    device = groups[0][1].device
+    tile, asked = dot_choice(family(device), dtype, precision, max(n for n, _ in groups))
+    programs, parts, splits = _lay_out(groups, tile)
+    shapes = [(count, n, n) for count, (n, _) in zip(splits, groups, strict=True)]
+    sizes = [math.prod(shape) for shape in shapes]
+    out = torch.empty(sum(sizes), dtype=torch.float32, device=device)
     if programs:
         _similarity_kernel[(len(programs),)](
             torch.tensor(programs, dtype=torch.int64).to(device),
             torch.tensor(parts, dtype=torch.int64).reshape(-1, 8).to(device),
-            torch.cat(rows),
-            torch.cat(columns),
+            torch.cat([rows for _, work in groups for rows in work.rows]),
+            torch.cat([columns for _, work in groups for columns in work.columns]),
             out,
             DTYPE=triton_dtype(dtype),
             # Triton's interpreter multiplies the bit patterns of bfloat16; products of it are exact in float32.
-            FACTOR=triton_dtype(torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype),
+            FACTOR=triton_dtype(torch.float32 if INTERPRETING and dtype == torch.bfloat16 else dtype),
             PRECISION=asked,
             M=tile.m,
             N=tile.n,
@@ -409,10 +228,7 @@ def _launch(groups: Sequence[tuple[int, _Work]], dtype: torch.dtype, precision: 
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    sizes = [count * n * n for count, (n, _) in zip(counts, groups, strict=True)]
-    stacks = [
-        part.view(count, n, n) for part, count, (n, _) in zip(out.split(sizes), counts, groups, strict=True)
-    ]
+    stacks = [part.view(shape) for part, shape in zip(out.split(sizes), shapes, strict=True)]
     return [stack[0] if len(stack) == 1 else stack.sum(0) for stack in stacks]
 
 
@@ -421,7 +237,7 @@ def _similarity_triton(groups: Sequence[Sequence[Term]], precision: str) -> list
     for terms in groups:
         work = _Work(terms[0].target.device)
         for term in terms:
-            work.add(term, *_operands(term))
+            work.add(term, *operands_of(term))
         works.append((terms[0].units, work))
     return _launch(works, groups[0][0].target.dtype, precision)
 
@@ -429,7 +245,7 @@ def _similarity_triton(groups: Sequence[Sequence[Term]], precision: str) -> list
 def _update_triton_(
     S: Tensor, term: Term, axis: int, changed: Tensor, old: Tensor, new: Tensor, precision: str
 ) -> Tensor:
-    target, source = _operands(term)
+    target, source = operands_of(term)
     target = target.with_gather(axis + 1, changed)
     work = _Work(S.device)
     work.add(term, target, source.with_gather(axis + 1, new))
@@ -469,7 +285,7 @@ def similarity_many(
     if _resolve(backend, first) == "triton":
         return _similarity_triton(groups, precision)
     with _float32_products(first.device, precision):
-        return [_similarity_torch(terms) for terms in groups]
+        return [similarity_torch(terms) for terms in groups]
 
 
 @torch.no_grad()
@@ -494,7 +310,7 @@ def similarity_update_(
     """
     check_terms([term])
     n = term.units
-    if S.shape != (n, n) or S.dtype != _accumulator(term.target) or S.device != term.target.device:
+    if S.shape != (n, n) or S.dtype != accumulator(term.target) or S.device != term.target.device:
         raise ValueError(f"S is {tuple(S.shape)} {S.dtype} on {S.device}, which does not fit the term")
     if not 0 <= axis_changed < term.target.ndim - 1 or axis_changed == term.axis:
         raise ValueError(f"axis_changed must be another axis than the term's {term.axis}, not {axis_changed}")
@@ -511,7 +327,7 @@ def similarity_update_(
     if chosen == "triton":
         return _update_triton_(S, term, axis_changed, changed, old[changed], new[changed], precision)
     with _float32_products(S.device, precision):
-        return _update_torch_(S, term, axis_changed, changed, old[changed], new[changed])
+        return update_torch_(S, term, axis_changed, changed, old[changed], new[changed])
 
 
 def _resolve(backend: str, stack: Tensor) -> str:
@@ -539,50 +355,80 @@ def _float32_products(device: torch.device, precision: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def check_terms(terms: Sequence[Term]) -> None:
-    """Raise ValueError unless the terms belong to one group and everything in them fits."""
-    if not terms:
-        raise ValueError("similarity needs at least one term")
-    first = terms[0]
-    ranges: list[tuple[str, Tensor, int]] = []
-    for number, term in enumerate(terms):
-        ranges += _check_term(term, f"term {number}")
-        if (term.target.dtype, term.target.device) != (first.target.dtype, first.target.device):
-            raise ValueError(
-                f"term {number} is {term.target.dtype} on {term.target.device}, "
-                f"but term 0 {first.target.dtype} on {first.target.device}"
-            )
-        if term.units != first.units:
-            raise ValueError(f"term {number} has {term.units} units, but term 0 {first.units}")
-    check_ranges(ranges)
+# ---------------------------------------------------------------- what to compile, what to time
 
 
-def _check_term(term: Term, where: str) -> list[tuple[str, Tensor, int]]:
-    """Check one term; returns the index vectors whose entries remain to be looked at, with their bounds."""
-    target, source = term.target, term.source
-    for kind in ("shape", "dtype", "device"):
-        if getattr(target, kind) != getattr(source, kind):
-            raise ValueError(
-                f"{where}: {kind} is {getattr(target, kind)} for the target, "
-                f"{getattr(source, kind)} for the source"
-            )
-    if not target.is_floating_point():
-        raise ValueError(f"{where}: tensors must be real and floating, not {target.dtype}")
-    shape = target.shape[1:]
-    if not 0 <= term.axis < len(shape):
-        raise ValueError(f"{where}: axis {term.axis} of tensors with {len(shape)} axes besides the steps")
-    ranges = []
-    if term.positions is not None:
-        if term.positions.ndim != 2:
-            raise ValueError(
-                f"{where}: positions must be [n, multiplicity], not {tuple(term.positions.shape)}"
-            )
-        check_index(f"{where}: positions", term.positions.flatten(), None, source.device)
-        ranges.append((f"{where}: positions", term.positions, shape[term.axis]))
-    if term.gathers and len(term.gathers) != len(shape):
-        raise ValueError(f"{where}: {len(term.gathers)} gathers for {len(shape)} axes")
-    for axis, index in enumerate(term.gathers):
-        if index is not None:
-            check_index(f"{where}: gather of axis {axis}", index, shape[axis], source.device)
-            ranges.append((f"{where}: gather of axis {axis}", index, shape[axis]))
-    return ranges
+def _variants(target: str) -> list[Variant]:
+    tiles = FAMILIES[target]
+    kinds = [(torch.float32, p) for p in PRECISIONS if p not in tiles.substitutes]
+    kinds += [(torch.bfloat16, "half"), (torch.float16, "half")]
+    return [_variant(target, *kind, tile) for kind in kinds for tile in dict.fromkeys(tiles.dot[kind[1]])]
+
+
+def _variant(target: str, dtype: torch.dtype, precision: str, tile: DotTile) -> Variant:
+    signature = {"programs": "*i64", "parts": "*i64", "rows": "*i64", "columns": "*i64", "out": "*fp32"}
+    constants = {
+        "DTYPE": dtype,
+        "FACTOR": dtype,
+        "PRECISION": "ieee" if precision == "half" else precision,
+        "M": tile.m,
+        "N": tile.n,
+        "K": tile.k,
+    }
+    kind = dtype_name(dtype) if precision == "half" else f"{dtype_name(dtype)} {precision}"
+    label = f"similarity {kind} {tile.m}x{tile.n}x{tile.k}"
+    return Variant(_similarity_kernel, target, label, signature, constants, tile.warps, tile.stages)
+
+
+def _case(steps: int, rows: int, columns: int, area: int, axis: int) -> Case:
+    """One term, the other axis gathered. Ours is given channels last, the user's way PyTorch's own order."""
+    n = (rows, columns)[axis]
+
+    def make(device: torch.device) -> dict[str, Callable[[], object]]:
+        g = torch.Generator(device).manual_seed(0)
+        stacks = torch.randn(2, steps, rows, area, columns, generator=g, device=device).movedim(-1, 3)
+        target, source = stacks
+        plain = target.contiguous(), source.contiguous()
+        index = torch.randperm((rows, columns)[1 - axis], generator=g, device=device)
+        left, right = torch.randn(2, n, target.numel() // n, generator=g, device=device)
+        term = Term(target, source, axis, None, (None, index, None) if axis == 0 else (index, None, None))
+
+        def by_hand() -> Tensor:
+            moved = plain[1].index_select(2 - axis, index)
+            rows = [stack.movedim(axis + 1, 0).reshape(n, -1) for stack in (plain[0], moved)]
+            return rows[0] @ rows[1].T
+
+        return {OURS: lambda: similarity([term]), BY_HAND: by_hand, PRODUCT: lambda: left @ right.T}
+
+    name = f"similarity, [{steps}, {rows}, {columns}, {area}], axis {axis}"
+    return Case(name, make, (OURS, BY_HAND, PRODUCT), flop=2 * n * steps * rows * columns * area)
+
+
+def _update_case(n: int, changed: int) -> Case:
+    """Some of a neighbour's units changed, against building the term again."""
+
+    def make(device: torch.device) -> dict[str, Callable[[], object]]:
+        g = torch.Generator(device).manual_seed(0)
+        target, source = torch.randn(2, 1, n, n, generator=g, device=device)
+        old = torch.randperm(n, generator=g, device=device)
+        new = old.clone()
+        new[:changed] = old[:changed].roll(1)
+        total, term = torch.zeros(n, n, device=device), Term(target, source, 0)
+        anew = Term(target, source, 0, None, (None, new))
+        return {
+            OURS: lambda: similarity_update_(total, term, 1, old, new),
+            BY_HAND: lambda: similarity([anew]),
+        }
+
+    return Case(f"similarity_update_, n = {n}, {changed} changed", make, (OURS, BY_HAND))
+
+
+VARIANTS = each_family(_variants)
+CASES = (
+    _case(10, 256, 256, 9, 0),
+    _case(10, 256, 256, 9, 1),
+    _case(10, 512, 512, 1, 0),
+    _case(10, 512, 512, 1, 1),
+    _case(10, 512, 512, 9, 0),
+    _update_case(1024, 50),
+)

@@ -66,7 +66,7 @@ _CDNA3_DOT = {
     "ieee": (DotTile(64, 64, 16, 4, 2), DotTile(128, 64, 16, 8, 2)),
 }
 
-# Chosen so that nothing spills (results/kernels-compiled.md); not yet tuned by measurement on any GPU.
+# Chosen so that nothing spills (results/micro/tables.md); not yet tuned by measurement on any GPU.
 FAMILIES = {
     "sm_80": Family("sm_80", MoveTile(4, 512, 4), FlatTile(2048, 4), _AMPERE_DOT),
     "sm_90": Family("sm_90", MoveTile(4, 512, 4), FlatTile(2048, 4), _HOPPER_DOT),

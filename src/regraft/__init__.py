@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from regraft import finetune as fast
+    from regraft import fast
     from regraft.fusion import assign_gradient, fuse
     from regraft.learning_transfer import Transfer, transfer
     from regraft.matching import Match, match
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name == "fast":
-        value = import_module("regraft.finetune")
+        value = import_module("regraft.fast")
     elif name in _PUBLIC:
         value = getattr(import_module(f"regraft.{_PUBLIC[name]}"), name)
     else:

@@ -5,66 +5,121 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import tyro
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, UseAppendAction
+
+Names = UseAppendAction[tuple[str, ...]]
 
 
 def bench(
-    pytest: Annotated[Positional[tuple[str, ...]], arg(metavar="-- ...")] = (),
-    /,
     *,
-    scenario: UseAppendAction[tuple[str, ...]] = (),
-    device: str | None = None,
+    study: Names = (),
+    scenario: Names = (),
+    method: Names = (),
     seeds: int | None = None,
+    device: str = "cpu",
     data: Path | None = None,
-    results: Path | None = None,
+    results: Path = Path("results/local"),
     cache: Path | None = None,
     resume: bool = False,
+    keep_older: bool = False,
 ) -> int:
-    """Measure every method beside plain training: ``pytest bench --benchmark-only`` with these options.
+    """Measure every method beside plain training, and the kernels beside what one would write by hand.
 
     Args:
-        pytest: after ``--``: anything else for pytest, such as ``-k fgmt``.
-        scenario: a scenario of bench/scenarios.py; may be given several times.
+        study: transfer, fusion, fast or micro; may be given several times. All by default.
+        scenario: may be given several times. By default those that take seconds.
+        method: only methods of this name; may be given several times.
+        seeds: how many, instead of each scenario's own number.
         device: where to compute, such as cpu or cuda.
-        seeds: how many seeds, instead of the scenario's own number.
-        data: folder of the data sets.
-        results: folder for rows, tables and the page.
-        cache: folder in which trainings that were interrupted go on.
-        resume: keep rows of the same configuration and code, and measure only what is missing.
+        data: folder of the data sets (default: REGRAFT_DATA, else ./data).
+        results: folder for rows, tables, figures and the page.
+        cache: folder in which trainings are kept, so that an interrupted one goes on.
+        resume: measure only what has no row of the same settings and the same code.
+        keep_older: the same, and take rows of any code.
     """
-    import pytest as runner
+    from rich.console import Console
 
-    folder = bench_folder()
-    options = {"--device": device, "--seeds": seeds, "--data": data, "--results": results, "--cache": cache}
-    return int(
-        runner.main(
-            [
-                str(folder),
-                "--benchmark-only",
-                *(word for name in scenario for word in ("--scenario", name)),
-                *(word for key, value in options.items() if value is not None for word in (key, str(value))),
-                *(["--resume"] if resume else []),
-                *pytest,
-            ]
-        )
+    from regraft import front
+    from regraft.data import MissingData
+    from regraft.studies.run import crashed
+    from regraft.studies.study import Place
+
+    console = Console()
+    place = Place(data, device=device) if cache is None else Place(data, cache, device)
+    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older}
+    rows: dict[str, list] = {}
+    for chosen in front.choose(study, scenario):
+        try:
+            with front.progress(place, console) as told:
+                own = front.measure(chosen, place=told, methods=method, **asked)
+        except MissingData as missing:
+            console.print(f"{chosen[1].name} is skipped: {missing}")
+            continue
+        rows.setdefault(chosen[0].name, []).extend(own)
+    front.conclude(rows, results, console)
+    failures = [row for own in rows.values() for row in own if crashed(row)]
+    for row in failures:
+        console.print(f"{row.scenario}, {row.method}, seed {row.seed}: {row.failure}")
+    return 1 if failures or not rows else 0
+
+
+def reproduce(
+    study: Positional[str],
+    /,
+    *,
+    table: Names = (),
+    figure: Names = (),
+    paper: bool = False,
+    seeds: int | None = None,
+    device: str = "cpu",
+    data: Path | None = None,
+    results: Path = Path("results/local"),
+    cache: Path = Path(".cache/regraft"),
+    keep_older: bool = False,
+) -> int:
+    """Run a paper's tables and figures again, ours beside the paper's; what has its rows already is not run again.
+
+    Args:
+        study: transfer, fusion, fast or micro.
+        table: one of the study's tables; may be given several times.
+        figure: one of its figures; may be given several times. All tables and figures if none is named.
+        paper: with the paper's settings (scenarios named ...-paper); wants a GPU and the data.
+        seeds: how many, instead of each scenario's own number.
+        device: where to compute, such as cpu or cuda.
+        data: folder of the data sets (default: REGRAFT_DATA, else ./data).
+        results: folder for rows, tables and figures.
+        cache: folder in which trainings are kept, so that an interrupted one goes on.
+        keep_older: take rows of any code, not of this one alone.
+    """
+    from regraft.front import reproduced
+    from regraft.studies.study import Place
+
+    return reproduced(
+        study,
+        table,
+        figure,
+        paper=paper,
+        place=Place(data, cache, device),
+        results=results,
+        seeds=seeds,
+        keep_older=keep_older,
     )
 
 
-def bench_folder() -> Path:
-    """The benches: of the checkout one stands in, or of the one that regraft was installed from, editable.
+def report(documents: Positional[tuple[Path, ...]] = (), /, *, results: Path = Path("results/local")) -> int:
+    """Make every table, figure and the page anew from the rows in a results folder.
 
-    Raises FileNotFoundError where there is neither: the benches are no part of the installed package.
+    Args:
+        documents: Markdown files whose quoted tables are filled, such as README.md.
+        results: the folder; with results/local what you measured yourself.
     """
-    places = [Path.cwd() / "bench", Path(__file__).parents[2] / "bench"]
-    for place in places:
-        if (place / "bench_transfer.py").is_file():
-            return place
-    raise FileNotFoundError(
-        f"no benches in {' or '.join(map(str, places))}: run `regraft bench` in a checkout of the repository"
-    )
+    from regraft import front
+
+    for path in front.remade(results, documents):
+        print(path)
+    return 0
 
 
 def symmetry(model: Positional[str], /, *, shape: tuple[int, ...] | None = None) -> int:
@@ -74,93 +129,44 @@ def symmetry(model: Positional[str], /, *, shape: tuple[int, ...] | None = None)
         model: a classification model of torchvision, or module:factory, something importable without arguments.
         shape: of one input, batch first; torchvision's usual one if not given.
     """
-    from regraft.symmetry import describe
+    from regraft.symmetry.describe import describe
 
     describe(model, shape)
     return 0
 
 
-def reproduce_fusion(
-    *,
-    table: UseAppendAction[tuple[str, ...]] = (),
-    paper: bool = False,
-    device: str = "cpu",
-    data: Path | None = None,
-    results: Path = Path("results/local/fusion"),
-    cache: Path = Path(".cache/fusion"),
-) -> int:
-    """Run the tables of the gradient-assignment and fusion paper; print ours beside the paper's, and write them.
-
-    Args:
-        table: 1 to 6, A1 to A19 (the appendix), or a figure, F1 to F4; may be given several times. All by default.
-        paper: full width, all images, as many epochs as the paper; wants a GPU.
-        device: where to compute, such as cpu or cuda.
-        data: folder of the data sets.
-        results: folder for tables and figures.
-        cache: folder of trained networks.
-    """
-    from regraft.fusion_pages import reproduce
-    from regraft.fusion_study import Study, paper_study
-
-    study = paper_study(data, cache, device) if paper else Study(data, cache, device=device)
-    reproduce(study, table, results)
-    return 0
-
-
-def reproduce_fast(
-    *,
-    figure: UseAppendAction[tuple[str, ...]] = (),
-    paper: bool = False,
-    device: str = "cpu",
-    data: Path | None = None,
-    results: Path = Path("results/local/finetune"),
-    cache: Path = Path(".cache/finetune"),
-    seeds: int | None = None,
-) -> int:
-    """Run the experiments of the FAST paper that have no row yet; draw its figures and write its tables.
-
-    Args:
-        figure: 3 to 15, "table" or "main" (the comparison of methods); may be given several times. All by default.
-        paper: the paper's models, data and batches; wants a GPU, ImageNet weights and the data.
-        device: where to compute, such as cpu or cuda.
-        data: folder of the data sets.
-        results: folder for rows, figures and tables.
-        cache: folder of source networks.
-        seeds: how many seeds, instead of the scenario's own number.
-    """
-    from regraft.finetune_figures import reproduce
-
-    return reproduce(
-        figure, paper=paper, device=device, data=data, results_folder=results, cache=cache, seeds=seeds
-    )
-
-
-def reproduce(study: Positional[str], /) -> int:
-    """Run a paper's tables and figures again, ours beside the paper's: ``reproduce fusion``, ``reproduce fast``.
-
-    Args:
-        study: fusion or fast; each has its own --help.
-    """
-    raise ValueError(f"there is no study {study!r} to reproduce: choose from {', '.join(STUDIES)}")
-
-
-VERBS: dict[str, Callable[..., int]] = {"bench": bench, "symmetry": symmetry, "reproduce": reproduce}
-STUDIES: dict[str, Callable[..., int]] = {"fusion": reproduce_fusion, "fast": reproduce_fast}
+VERBS: dict[str, Callable[..., int]] = {
+    "bench": bench,
+    "reproduce": reproduce,
+    "report": report,
+    "symmetry": symmetry,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; a mistake in what was asked for is one line on stderr and exit status 2."""
+    """Run one verb. What was asked for wrongly is one line on stderr and exit status 2; a missing or unreadable file 1.
+
+    An interruption ends with status 130 and says how to go on. Errors of the program itself are not hidden.
+    """
+    from regraft import __version__
+
     words = sys.argv[1:] if arguments is None else list(arguments)
-    prog, verbs = "regraft", VERBS
-    if words[:1] == ["reproduce"] and words[1:2] and words[1] in STUDIES:
-        prog, verbs, words = "regraft reproduce", STUDIES, words[1:]
+    if words == ["--version"]:
+        print(f"regraft {__version__}")
+        return 0
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            dict(verbs),
-            prog=prog,
+            dict(VERBS),
+            prog="regraft",
             description="Move learning from one neural network into another without training it again.",
             args=words,
         )
-    except (ValueError, FileNotFoundError) as problem:
+    except KeyboardInterrupt:
+        print("regraft: interrupted; finished rows are kept, and --resume goes on from them", file=sys.stderr)
+        return 130
+    except ValueError as problem:
         print(f"regraft: {problem}", file=sys.stderr)
         return 2
+    except OSError as problem:
+        print(f"regraft: {problem}", file=sys.stderr)
+        return 1

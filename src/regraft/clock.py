@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+
+EVALUATION = "evaluation"  # the one phase that is not charged to a method
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one thing, twice: by the wall clock, and of CPU time summed over the process's threads.
+
+    On a machine that others use too, CPU seconds are the steadier; on a GPU only the wall clock means anything.
+    """
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.wall + other.wall, self.cpu + other.cpu)
+
+
+def charged(seconds: Mapping[str, Cost]) -> Cost:
+    """The sum over phases, evaluation apart."""
+    return sum((cost for phase, cost in seconds.items() if phase != EVALUATION), Cost())
 
 
 @dataclass
@@ -16,13 +36,10 @@ class Clock:
     """Seconds spent in each named phase.
 
     Attributes:
-        wall: seconds of wall clock by phase.
-        cpu: seconds of CPU time by phase, summed over the process's threads. On a machine that is
-            shared with others this is the figure to compare.
+        seconds: phase -> Cost.
     """
 
-    wall: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    cpu: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: dict[str, Cost] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str, device: torch.device | str = "cpu") -> Iterator[None]:
@@ -33,14 +50,17 @@ class Clock:
             yield
         finally:
             synchronise(device)
-            self.wall[name] += time.perf_counter() - wall
-            self.cpu[name] += time.process_time() - cpu
+            self.add({name: Cost(time.perf_counter() - wall, time.process_time() - cpu)})
 
-    def add(self, wall: Mapping[str, float], cpu: Mapping[str, float]) -> None:
+    def add(self, seconds: Mapping[str, Cost]) -> None:
         """Charge what another clock measured."""
-        for name in wall:
-            self.wall[name] += wall[name]
-            self.cpu[name] += cpu[name]
+        for name, cost in seconds.items():
+            self.seconds[name] = self.seconds.get(name, Cost()) + cost
+
+    @property
+    def cost(self) -> Cost:
+        """The sum over phases, evaluation apart."""
+        return charged(self.seconds)
 
 
 def synchronise(device: torch.device | str) -> None:

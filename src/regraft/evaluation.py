@@ -20,10 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from regraft.models import Tensors, live_state, seeded
-
-Batch = tuple[Tensor, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
+from regraft.tensors import Batch, Loss, Tensors, live_state, seeded
 
 
 @contextmanager
@@ -115,44 +112,30 @@ def accuracy(model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[
 
     Logits that are not finite are wrong answers. Raises ValueError where there is no batch.
     """
-    values = _laid_out(model, tensors)
+    return ensemble_accuracy(model, [tensors], batches)
+
+
+def ensemble_accuracy(
+    model: nn.Module, networks: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch]
+) -> float:
+    """`accuracy` of the mean of the networks' logits. Raises ValueError for no networks, too."""
+    if not networks:
+        raise ValueError("there is no network to evaluate")
+    values = [_laid_out(model, tensors) for tensors in networks]
     count, right = 0, 0
     with torch.inference_mode(), evaluating(model):
         for images, labels in batches:
+            logits = torch.stack([call(model, tensors, images) for tensors in values]).mean(0)
             count += len(labels)
-            right = right + _right(call(model, values, images), labels)
+            right = right + _right(logits, labels)
     if count == 0:
         raise ValueError("there is no batch to evaluate on")
     return int(right) / count
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Number of right answers, on the device. logits: [..., B, classes]; labels: [B]."""
-    answers = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
-    return answers.sum(-1)
-
-
-def many(model: nn.Module, stacked: Mapping[str, Tensor], batches: Iterable[Batch]) -> Tensor:
-    """The accuracy of K parameter sets, float64 [K] on the CPU, reading each batch once.
-
-    stacked: each tensor [K, *shape]. Otherwise as `accuracy`. (One set after the other on each batch:
-    torch.func.vmap over the sets was measured at 1.05 to 2.1 times the CPU time, MLPs to the small CNN.)
-    """
-    sizes = {len(tensor) for tensor in stacked.values()}
-    if len(sizes) != 1:
-        raise ValueError(f"stacked tensors must have one leading size, not {sorted(sizes)}")
-    sets = [
-        _laid_out(model, {name: tensor[k] for name, tensor in stacked.items()}) for k in range(sizes.pop())
-    ]
-    count, right = 0, [0] * len(sets)
-    with torch.inference_mode(), evaluating(model):
-        for images, labels in batches:
-            count += len(labels)
-            for k, values in enumerate(sets):
-                right[k] = right[k] + _right(call(model, values, images), labels)
-    if count == 0:
-        raise ValueError("there is no batch to evaluate on")
-    return torch.tensor([int(r) for r in right], dtype=torch.float64) / count
+    """Number of right answers, on the device. logits: [B, classes]; labels: [B]."""
+    return ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).sum()
 
 
 # ---------------------------------------------------------------------------------------------------

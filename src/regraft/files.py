@@ -17,3 +17,10 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     with part.open("rb") as handle:
         os.fsync(handle.fileno())
     part.replace(path)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` to `path`, making its folder: the old file or the new one, never a mixture."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_beside(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -3,32 +3,34 @@
 What is shared by all points is done once: images are loaded and normalised by the caller; the first layer
 is linear in its parameters, so its output for a sum of networks is the sum of its outputs, and the images
 are convolved once for each source instead of once for each point. Points are made in chunks that fit the
-memory asked for, and a grid that was interrupted goes on from its last finished chunk.
+memory asked for, and a grid that was interrupted resumes after its last finished chunk.
+
+Sums run one after the other: on a CPU, batching them over networks (`torch.func.vmap`) was no faster for an MLP and
+slower for convolutional networks.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
-from regraft.clock import synchronise
-from regraft.fusion import Finish, Tensors, check, fuse_many
-from regraft.results import write
+from regraft.activations import Finish, hooks, reads_batches
+from regraft.evaluation import complete
+from regraft.files import write_text
+from regraft.fusion import check, fuse_many
+from regraft.tensors import Tensors, digest
 
 MEMORY = 1 << 30  # bytes
 CHUNK = 32  # points at most between two savings of what is finished
-TOGETHER = 8  # models run at once; more gains nothing and costs activations
-WORTH_TIMING = 50  # batches of so many points; below, the first strategy runs untimed
 LIVE_ACTIVATIONS = 3  # outputs of the largest layer that are alive at one time, about
 
 
@@ -71,20 +73,170 @@ def harmonic_mean(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(total > 0, 2 * first * second / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
 
 
+def evaluate(
+    model: nn.Module,
+    sources: Sequence[Tensors],
+    coefficients: Tensor | Sequence[Sequence[float]],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    finish: Finish | None = None,
+    memory: int = MEMORY,
+    batch_size: int = 250,
+    resume: Path | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Grid:
+    """How many of `images` every network sum_i coefficients[k, i] * sources[i] gets right.
+
+    Args:
+        model: gives the architecture; its own parameters are not used. Run in evaluation mode.
+        sources: m networks (or gradients), parameters and buffers by name, on the images' device.
+        coefficients: [K, m].
+        images: float [N, ...], already normalised. labels: int64 [N].
+        finish: mends the activations of each point, e.g. :func:`regraft.activations.reset_on`.
+        memory: bytes that parameter sets and activations may take beside sources and images, about. Never
+            less than one network and one image need.
+        batch_size: images at a time; smaller batches stay in the cache, and with
+            :func:`regraft.activations.batch_statistics` it is what each batch is normalised with. It is lowered
+            only where `memory` asks for it, and never where a BatchNorm reads its batch.
+        resume: a file that keeps what is finished after every chunk; a grid called again with the same file
+            resumes there. It knows networks, points, images and labels by their digest, `finish` by its name.
+        progress: called with (points finished, K) after every chunk.
+
+    Raises:
+        ValueError: as :func:`regraft.fusion.fuse` for sources and coefficients; no images; another number of labels
+            than of images; a label that the head has no class for; `resume` that is damaged or another grid's.
+    """
+    rows = torch.as_tensor(coefficients, dtype=torch.float64)
+    check(sources, rows)
+    complete(model, sources[0])
+    if len(images) == 0:
+        raise ValueError("the data set is empty: there is nothing to evaluate on")
+    model = copy.deepcopy(model).eval()
+    if images.device.type == "cpu":
+        _use_fast_pooling(model)
+    with torch.no_grad():
+        classes, image_bytes = _probe(model, sources[0], images)
+        _check_labels(labels, len(images), classes)
+        if not reads_batches(model):
+            batch_size = max(1, min(batch_size, memory // 2 // image_bytes))
+        cut = FirstLayer.of(model, sources[0], images)
+        points = _Points(model, cut, sources, finish, images, labels, batch_size)
+        done = _Counts(len(rows), len(images))
+        if resume is not None:
+            done.resume(Path(resume), points.fingerprint(rows))
+        chunk = _chunk(sources[0], memory, finish)
+        while len(done.correct) < len(rows):
+            first = len(done.correct)
+            done.add(*points.count(rows[first : first + chunk]))
+            if progress is not None:
+                progress(len(done.correct), len(rows))
+    counts = (torch.tensor(found, dtype=torch.int64) for found in (done.correct, done.nonfinite))
+    return Grid(rows, *counts, len(images))
+
+
+def _check_labels(labels: Tensor, count: int, classes: int) -> None:
+    if labels.shape != (count,):
+        raise ValueError(f"{count} images need {count} labels, got shape {tuple(labels.shape)}")
+    least, most = int(labels.min()), int(labels.max())
+    if not 0 <= least <= most < classes:
+        raise ValueError(f"labels run from {least} to {most}, but the head has {classes} classes")
+
+
+def _probe(model: nn.Module, tensors: Tensors, images: Tensor) -> tuple[int, int]:
+    """(the head's classes, bytes of activations that one image keeps alive, about)."""
+    # two, because a BatchNorm that reads its batch wants more than one value a channel
+    two = images[:1].expand(2, *images.shape[1:])
+    sizes = [two.numel() * two.element_size()]
+
+    def see(_name: str, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.numel() * output.element_size())
+
+    with hooks(dict(model.named_modules()), see):
+        logits = functional_call(model, tensors, (two,))
+    return logits.shape[-1], max(1, LIVE_ACTIVATIONS * max(sizes) // 2)
+
+
+def _chunk(tensors: Tensors, memory: int, finish: Finish | None) -> int:
+    """Points whose parameters take half the memory (a quarter where they are mended, as both are alive)."""
+    bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return max(1, min(CHUNK, memory // (2 if finish is None else 4) // max(1, bytes_each)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Points:
+    """What all points of a grid share; `cut` is the model's first layer, split off, where that can be done."""
+
+    model: nn.Module
+    cut: FirstLayer | None
+    sources: Sequence[Tensors]
+    finish: Finish | None
+    images: Tensor
+    labels: Tensor
+    batch_size: int
+
+    def count(self, rows: Tensor) -> tuple[list[int], list[int]]:
+        """(images that are right, images with a logit that is not finite) of each row of coefficients."""
+        stack = fuse_many(self.sources, rows)
+        networks = [{name: tensor[k] for name, tensor in stack.items()} for k in range(len(rows))]
+        cut = self.cut
+        if self.finish is not None:
+            mended = [self.finish(network, row) for network, row in zip(networks, rows, strict=True)]
+            if cut is not None and cut.moved(networks, mended):
+                cut = None
+            networks = mended
+        if cut is not None:
+            networks = [cut.without_first(network) for network in networks]
+        counts = torch.zeros(2, len(rows), dtype=torch.int64, device=self.images.device)
+        batches = zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+        for images, labels in batches:
+            firsts = None if cut is None else cut.outputs(self.sources, images)
+            for k, (network, row) in enumerate(zip(networks, rows.tolist(), strict=True)):
+                if cut is None:
+                    logits = functional_call(self.model, network, (images,))
+                else:
+                    logits = cut.run(network, _weighted_sum(firsts, row), images)
+                finite = logits.isfinite().all(-1)
+                counts[0, k] += ((logits.argmax(-1) == labels) & finite).sum()
+                counts[1, k] += (~finite).sum()
+        correct, nonfinite = counts.tolist()
+        return correct, nonfinite
+
+    def fingerprint(self, rows: Tensor) -> str:
+        """Everything that a result depends on; of `finish` only its name, and the batch size where it matters."""
+        tensors = {f"{i}: {name}": t for i, source in enumerate(self.sources) for name, t in source.items()}
+        tensors |= {"points": rows, "images": self.images, "labels": self.labels}
+        finish = getattr(self.finish, "__qualname__", repr(self.finish))
+        batch_size = self.batch_size if reads_batches(self.model) else None
+        described = json.dumps([repr(self.model), finish, batch_size, digest(tensors)])
+        return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    total = parts[0] * coefficients[0]
+    for part, coefficient in zip(parts[1:], coefficients[1:], strict=True):
+        if coefficient:
+            total.add_(part, alpha=coefficient)
+    return total
+
+
 # ---------------------------------------------------------------- the network, with its first layer split off
 
 
-class _Given(nn.Module):
-    """Stands in for the first layer and returns an output that was made elsewhere."""
-
-    value: Tensor
-
-    def forward(self, _inputs: Tensor) -> Tensor:
-        return self.value
-
-
-class _Stop(Exception):
+class _Reached(Exception):
     """Ends a forward pass as soon as the first layer's input is known."""
+
+
+class _Given(nn.Module):
+    """Stands in for the first layer: returns an output that was made elsewhere, or hands out its input."""
+
+    value: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.value is None:
+            raise _Reached(inputs)
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -92,83 +244,88 @@ class FirstLayer:
     """A model cut behind its first convolution or linear layer.
 
     Attributes:
-        model: the whole model.
-        name: the first layer's name.
-        rest: a copy of the model in which the layer is a :class:`_Given`.
+        layer: the first layer.
+        prefix: of its tensors' names.
+        rest: a copy of the model in which the layer is a stand-in.
+        given: that stand-in.
     """
 
-    model: nn.Module
-    name: str
+    layer: nn.Module
+    prefix: str
     rest: nn.Module
+    given: _Given
 
     @classmethod
     def of(cls, model: nn.Module, tensors: Tensors, images: Tensor) -> FirstLayer | None:
         """Cut `model`, or None where it cannot be cut.
 
-        It can where a plain convolution or linear layer is called before any other one, once, and nothing
-        else reads the images: with NaN images and the layer's true output, the answer has to stay the same.
+        It can where a plain convolution or linear layer is called before any other one, once, nothing that learns
+        stands before it (with NaN parameters its input has to stay the same), and nothing else reads the images
+        (with NaN images and the layer's true output, the answer has to stay the same).
         """
         called: list[str] = []
-        handles = [
-            module.register_forward_pre_hook(lambda _module, _inputs, name=name: called.append(name))
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
-        ]
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
         images = images[:2]
-        with torch.no_grad():
+        with torch.no_grad(), hooks(layers, lambda name, _inputs, _output: called.append(name)):
             expected = functional_call(model, tensors, (images,))
-        for handle in handles:
-            handle.remove()
         if not called or not called[0] or called.count(called[0]) != 1:  # "": the model is one layer
             return None
-        name = called[0]
-        rest = copy.deepcopy(model)
-        rest.set_submodule(name, _Given())
-        cut = cls(model, name, rest)
-        if any(
-            key.startswith(f"{name}.") and key[len(name) + 1 :] not in ("weight", "bias") for key in tensors
-        ):
+        name, rest, given = called[0], copy.deepcopy(model), _Given()
+        rest.set_submodule(name, given)
+        cut = cls(layers[name], f"{name}.", rest, given)
+        if not cut._own(tensors).keys() <= {"weight", "bias"}:
             return None
+        unknown = {
+            name: torch.full_like(t, torch.nan) for name, t in tensors.items() if t.is_floating_point()
+        }
         with torch.no_grad():
-            rest.get_submodule(name).value = cut.output(tensors, cut.inputs(tensors, images))
+            if not torch.equal(cut.inputs({**tensors, **unknown}, images), cut.inputs(tensors, images)):
+                return None
+            (first,) = cut.outputs([tensors], images)
             try:
-                found = functional_call(
-                    rest, cut.without_first(tensors), (torch.full_like(images, torch.nan),)
-                )
+                found = cut.run(cut.without_first(tensors), first, torch.full_like(images, torch.nan))
             except (RuntimeError, ValueError):
                 return None
         return cut if torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True) else None
 
     def inputs(self, tensors: Tensors, images: Tensor) -> Tensor:
         """What reaches the first layer."""
-        seen: list[Tensor] = []
-
-        def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(inputs[0])
-            raise _Stop
-
-        handle = self.model.get_submodule(self.name).register_forward_pre_hook(stop)
+        self.given.value = None
         try:
-            functional_call(self.model, tensors, (images,))
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
+            functional_call(self.rest, self.without_first(tensors), (images,))
+        except _Reached as reached:
+            return reached.args[0]
+        raise AssertionError("the first layer was called once, and then not again")
 
-    def output(self, tensors: Tensors, inputs: Tensor) -> Tensor:
-        """The first layer of one network."""
-        own = {key[len(self.name) + 1 :]: t for key, t in tensors.items() if key.startswith(f"{self.name}.")}
-        return functional_call(self.model.get_submodule(self.name), own, (inputs,))
+    def outputs(self, sources: Sequence[Tensors], images: Tensor) -> list[Tensor]:
+        """The first layer's output for every source."""
+        inputs = self.inputs(sources[0], images)
+        return [functional_call(self.layer, self._own(source), (inputs,)) for source in sources]
+
+    def run(self, tensors: Tensors, first: Tensor, images: Tensor) -> Tensor:
+        """Logits [B, C] from the first layer's output and the tensors of the rest."""
+        self.given.value = first
+        return functional_call(self.rest, tensors, (images,))
 
     def without_first(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """The tensors of the rest."""
-        return {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{self.name}.")}
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(self.prefix)}
 
-    def run(self, tensors: Tensors, first: Tensor, images: Tensor) -> Tensor:
-        """Logits [B, C] from the first layer's output."""
-        self.rest.get_submodule(self.name).value = first
-        return functional_call(self.rest, tensors, (images,))
+    def moved(self, before: Sequence[Tensors], after: Sequence[Tensors]) -> bool:
+        """Whether the first layer of any network is another one now."""
+        pairs = zip(before, after, strict=True)
+        return any(
+            not torch.equal(tensor, self._own(b)[name])
+            for a, b in pairs
+            for name, tensor in self._own(a).items()
+        )
+
+    def _own(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """The first layer's tensors, by the names that it gives them."""
+        return {
+            name.removeprefix(self.prefix): t for name, t in tensors.items() if name.startswith(self.prefix)
+        }
 
 
 class _MaxOfFour(nn.Module):
@@ -180,288 +337,55 @@ class _MaxOfFour(nn.Module):
         return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
-def _with_fast_pooling(model: nn.Module) -> nn.Module:
-    """`model`, its plain 2x2 max-poolings replaced in place."""
+def _use_fast_pooling(model: nn.Module) -> None:
+    """Replace the model's plain 2x2 max-poolings."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.MaxPool2d) and not module.ceil_mode and not module.return_indices:
+        if name and isinstance(module, nn.MaxPool2d) and not module.ceil_mode and not module.return_indices:
             shape = [module.kernel_size, module.stride, module.padding, module.dilation]
             if [n if isinstance(n, tuple) else (n, n) for n in shape] == [(2, 2), (2, 2), (0, 0), (1, 1)]:
                 model.set_submodule(name, _MaxOfFour())
-    return model
 
 
-# ---------------------------------------------------------------- many points on one batch
-
-Strategy = Callable[[nn.Module, FirstLayer | None, Tensors, Tensor | None, Tensor, Tensor], Tensor]
-
-
-def one_by_one(
-    model: nn.Module,
-    cut: FirstLayer | None,
-    stack: Tensors,
-    firsts: Tensor | None,
-    coefficients: Tensor,
-    images: Tensor,
-) -> Tensor:
-    """Logits [k, B, C] of k networks, one after the other.
-
-    Args:
-        stack: tensors [k, *shape] of the networks (of what lies behind the cut, where there is one).
-        firsts: [m, *], the first layer's output for every source, or None without a cut.
-        coefficients: [k, m], in the dtype of `firsts`.
-        images: [B, ...].
-    """
-    found = []
-    for point, row in enumerate(coefficients.tolist()):
-        tensors = {name: tensor[point] for name, tensor in stack.items()}
-        if cut is None:
-            found.append(functional_call(model, tensors, (images,)))
-            continue
-        first = firsts[0] * row[0]
-        for source, c in zip(firsts[1:], row[1:], strict=True):
-            if c:
-                first.add_(source, alpha=c)
-        found.append(cut.run(tensors, first, images))
-    return torch.stack(found)
-
-
-def all_at_once(
-    model: nn.Module,
-    cut: FirstLayer | None,
-    stack: Tensors,
-    firsts: Tensor | None,
-    coefficients: Tensor,
-    images: Tensor,
-) -> Tensor:
-    """As :func:`one_by_one`, in batched operations over `TOGETHER` networks at a time."""
-    found = []
-    for start in range(0, len(coefficients), TOGETHER):
-        part = {name: tensor[start : start + TOGETHER] for name, tensor in stack.items()}
-        if cut is None:
-            found.append(vmap(lambda tensors: functional_call(model, tensors, (images,)))(part))
-        else:
-            given = torch.tensordot(coefficients[start : start + TOGETHER], firsts, dims=1)
-            found.append(vmap(lambda tensors, first: cut.run(tensors, first, images))(part, given))
-    return torch.cat(found)
-
-
-STRATEGIES: tuple[Strategy, ...] = (one_by_one, all_at_once)
-
-
-def faster(strategies: Sequence[Strategy], arguments: tuple, device: torch.device) -> Strategy:
-    """The strategy that takes least time on these arguments: each runs once to warm up, then is timed twice."""
-
-    def seconds(strategy: Strategy) -> float:
-        try:
-            strategy(*arguments)
-        except (
-            RuntimeError
-        ):  # not every operator can be batched over models; the loop raises what is really wrong
-            return float("inf")
-        times = []
-        for _ in range(2):
-            synchronise(device)
-            begin = time.perf_counter()
-            strategy(*arguments)
-            synchronise(device)
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    return min(strategies, key=seconds)
-
-
-# ---------------------------------------------------------------- the grid
-
-
-def evaluate(
-    model: nn.Module,
-    sources: Sequence[Tensors],
-    coefficients: Tensor | Sequence[Sequence[float]],
-    images: Tensor,
-    labels: Tensor,
-    *,
-    finish: Finish | None = None,
-    memory: int = MEMORY,
-    batch_size: int = 250,
-    strategies: Sequence[Strategy] = STRATEGIES,
-    resume: Path | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Grid:
-    """How many of `images` every network sum_i coefficients[k, i] * sources[i] gets right.
-
-    Args:
-        model: gives the architecture; its own tensors are not used. Run in evaluation mode.
-        sources: m networks (or gradients), parameters and buffers by name, on the images' device.
-        coefficients: [K, m].
-        images: float [N, ...], already normalised. labels: int64 [N].
-        finish: mends the activations of each point, e.g. :func:`regraft.fusion.reset_on`.
-        memory: bytes that parameter sets and activations may take beside sources and images, about. Never
-            less than one network and one image need.
-        batch_size: images at a time; smaller batches stay in the cache, and with
-            :func:`regraft.fusion.batch_statistics` it is what each batch is normalised with. It is lowered
-            only where `memory` asks for it, and never where a BatchNorm reads its batch.
-        strategies: where there are several, and enough points and images, all are timed on the first batch
-            and the fastest runs; else the first.
-        resume: a file that keeps what is finished after every chunk; a grid called again with the same
-            file goes on from there.
-        progress: called with (points finished, K) after every chunk.
-
-    Raises:
-        ValueError: as :func:`regraft.fusion.fuse`; no images; another number of labels than of images; a
-            label that the head has no class for; `resume` belonging to another grid.
-    """
-    rows = torch.as_tensor(coefficients, dtype=torch.float64)
-    check(sources, rows)
-    if len(images) == 0:
-        raise ValueError("the data set is empty: there is nothing to evaluate on")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{len(images)} images need {len(images)} labels, got shape {tuple(labels.shape)}")
-    model = copy.deepcopy(model).eval()
-    if images.device.type == "cpu":
-        model = _with_fast_pooling(model)
-    with torch.no_grad():
-        classes = functional_call(model, sources[0], (images[:2],)).shape[-1]
-        cut = FirstLayer.of(model, sources[0], images)
-    if int(labels.max()) >= classes or int(labels.min()) < 0:
-        raise ValueError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, but the head has {classes} classes"
-        )
-    footprint = _footprint(model, sources[0], images)
-    chunk = _chunk(sources[0], memory, finish is None)
-    together = TOGETHER if all_at_once in strategies else 1
-    if not _reads_batches(model):
-        batch_size = max(1, min(batch_size, memory // 2 // max(1, footprint * together)))
-    saved = _Saved.open(resume, _fingerprint(model, sources, rows, images, labels, finish))
-    # Timing costs six runs of a few points: only where there is enough to gain.
-    short = len(rows) * len(images) < WORTH_TIMING * TOGETHER * batch_size
-    strategy = strategies[0] if len(strategies) == 1 or short else None
-    with torch.no_grad():
-        for start in range(len(saved.correct), len(rows), chunk):
-            part = rows[start : start + chunk]
-            stack = fuse_many(sources, part)
-            linear = cut
-            if finish is not None:
-                stack, moved = _finished(stack, part, finish, cut)
-                linear = None if moved else cut
-            if linear is not None:
-                stack = linear.without_first(stack)
-            weights = part.to(images)
-            correct = torch.zeros(len(part), dtype=torch.int64, device=images.device)
-            nonfinite = torch.zeros_like(correct)
-            for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-                arguments = (model, linear, stack, _firsts(linear, sources, x), weights, x)
-                strategy = strategy or faster(strategies, _few(arguments), images.device)
-                logits = strategy(*arguments)
-                finite = logits.isfinite().all(-1)
-                correct += ((logits.argmax(-1) == y) & finite).sum(-1)
-                nonfinite += (~finite).sum(-1)
-            saved.add(correct.tolist(), nonfinite.tolist())
-            if progress is not None:
-                progress(len(saved.correct), len(rows))
-    return Grid(rows, torch.tensor(saved.correct), torch.tensor(saved.nonfinite), len(images))
-
-
-def _firsts(cut: FirstLayer | None, sources: Sequence[Tensors], images: Tensor) -> Tensor | None:
-    if cut is None:
-        return None
-    inputs = cut.inputs(sources[0], images)
-    return torch.stack([cut.output(source, inputs) for source in sources])
-
-
-def _few(arguments: tuple) -> tuple:
-    """The same call for the first few points: enough to see which strategy is faster."""
-    model, cut, stack, firsts, weights, images = arguments
-    few = {name: tensor[:TOGETHER] for name, tensor in stack.items()}
-    return model, cut, few, firsts, weights[:TOGETHER], images
-
-
-def _finished(stack: Tensors, rows: Tensor, finish: Finish, cut: FirstLayer | None) -> tuple[Tensors, bool]:
-    """(mended tensors [k, *shape], whether the first layer is another one now)."""
-    points = [finish({name: t[k] for name, t in stack.items()}, row) for k, row in enumerate(rows)]
-    mended = {name: torch.stack([point[name] for point in points]) for name in stack}
-    first = [name for name in stack if cut is not None and name.startswith(f"{cut.name}.")]
-    return mended, any(not torch.equal(mended[name], stack[name]) for name in first)
-
-
-def _chunk(tensors: Tensors, memory: int, untouched: bool) -> int:
-    """Points whose parameters take half the memory (a quarter where they are mended, as both are alive)."""
-    bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return max(1, min(CHUNK, memory // (2 if untouched else 4) // max(1, bytes_each)))
-
-
-def _footprint(model: nn.Module, tensors: Tensors, images: Tensor) -> int:
-    """Bytes of activations that one image keeps alive in one network, about."""
-    sizes = [images[:1].numel() * images.element_size()]
-
-    def see(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(output, Tensor):
-            sizes.append(output.numel() * output.element_size() // 2)
-
-    handles = [module.register_forward_hook(see) for module in model.modules()]
-    with torch.no_grad():
-        functional_call(model, tensors, (images[:1].expand(2, *images.shape[1:]),))
-    for handle in handles:
-        handle.remove()
-    return LIVE_ACTIVATIONS * max(sizes)
-
-
-def _reads_batches(model: nn.Module) -> bool:
-    return any(type(module).__name__ == "_OwnStatistics" for module in model.modules())
-
-
-# ---------------------------------------------------------------- going on after an interruption
+# ---------------------------------------------------------------- resuming after an interruption
 
 
 @dataclass
-class _Saved:
-    """What is finished: in memory, and in a file where there is one."""
+class _Counts:
+    """What is finished of a grid: in memory, and in a file where there is one."""
 
-    path: Path | None
-    fingerprint: str
-    correct: list[int]
-    nonfinite: list[int]
+    points: int
+    images: int
+    correct: list[int] = field(default_factory=list)
+    nonfinite: list[int] = field(default_factory=list)
+    path: Path | None = None
+    grid: str = ""
 
-    @classmethod
-    def open(cls, path: Path | str | None, fingerprint: Callable[[], str]) -> _Saved:
-        if path is None:
-            return cls(None, "", [], [])
-        path, own = Path(path), fingerprint()
+    def resume(self, path: Path, grid: str) -> None:
+        """Keep what is finished in `path`, and take what is there."""
+        self.path, self.grid = path, grid
         if not path.exists():
-            return cls(path, own, [], [])
+            return
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            found = cls(path, state["grid"], list(state["correct"]), list(state["nonfinite"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as problem:
-            raise ValueError(f"{path}: not the state of a grid ({problem})") from None
-        if found.fingerprint != own:
-            raise ValueError(f"{path}: belongs to a grid with other networks, points or images; remove it")
-        return found
+            found = state["grid"]
+            self.correct, self.nonfinite = state["correct"], state["nonfinite"]
+            self._check()
+        except (ValueError, KeyError, TypeError, RecursionError) as problem:
+            raise ValueError(f"{path}: not the state of a grid ({problem!r})") from None
+        if found != grid:
+            raise ValueError(f"{path}: belongs to a grid with other networks, points, images or batches")
+
+    def _check(self) -> None:
+        """Raise ValueError for counts that no grid of so many points and images can have."""
+        if not len(self.correct) == len(self.nonfinite) <= self.points:
+            raise ValueError(f"{len(self.correct)} and {len(self.nonfinite)} counts for {self.points} points")
+        for counts in zip(self.correct, self.nonfinite, strict=True):
+            if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) > self.images:
+                raise ValueError(f"{counts[0]} right and {counts[1]} not finite of {self.images} images")
 
     def add(self, correct: list[int], nonfinite: list[int]) -> None:
         self.correct += correct
         self.nonfinite += nonfinite
         if self.path is not None:
-            state = {"grid": self.fingerprint, "correct": self.correct, "nonfinite": self.nonfinite}
-            write(self.path, json.dumps(state))
-
-
-def _fingerprint(
-    model: nn.Module,
-    sources: Sequence[Tensors],
-    rows: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    finish: Finish | None,
-) -> Callable[[], str]:
-    """Everything that a result depends on, hashed when it is needed; of `finish`, only its name."""
-
-    def compute() -> str:
-        digest = hashlib.sha256(repr(model).encode())
-        digest.update(getattr(finish, "__qualname__", repr(finish)).encode())
-        tensors = [(name, source[name]) for source in sources for name in sorted(source)]
-        for name, tensor in itertools.chain(tensors, [("", rows), ("", images), ("", labels)]):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-    return compute
+            state = {"grid": self.grid, "correct": self.correct, "nonfinite": self.nonfinite}
+            write_text(self.path, json.dumps(state))

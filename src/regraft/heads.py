@@ -1,8 +1,17 @@
-"""The classifier of a model: which of its linear layers makes the logits."""
+"""The classifier of a model: which of its linear layers makes the logits, and how to put another in its place."""
 
 from __future__ import annotations
 
-from torch import fx, nn
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+# ---------------------------------------------------------------------------------------------------
+# Finding it
 
 
 def find_head(model: nn.Module) -> str:
@@ -40,7 +49,7 @@ def find_head(model: nn.Module) -> str:
     )
 
 
-def checked_head(model: nn.Module, head: str) -> str:
+def check_head(model: nn.Module, head: str) -> str:
     """The name, if it is that of a linear layer."""
     modules = dict(model.named_modules())
     if head not in modules:
@@ -79,3 +88,85 @@ def _by_width(linear: list[nn.Linear]) -> list[nn.Module]:
     """The linear layers that feed no other, going by their widths."""
     inputs = {module.in_features for module in linear}
     return [module for module in linear if module.out_features not in inputs]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Replacing it
+
+Initialiser = Callable[[Tensor, torch.Generator | None], object]
+"""Fills a classifier's weight [classes, features] in place; draws from the generator where it is random."""
+
+
+def zero(weight: Tensor, generator: torch.Generator | None = None) -> None:
+    """FAST's classifier: every class equally probable whatever the image (section 4.1.2, equation 15)."""
+    nn.init.zeros_(weight)
+
+
+def torch_default(weight: Tensor, generator: torch.Generator | None = None) -> None:
+    """What torch's own constructor draws: uniform within 1 / sqrt(features)."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+
+
+@dataclass(frozen=True, eq=False)
+class Adoption:
+    """What `adopt` did: the classifier's name in the model, the new one, and the source's, detached.
+
+    ``source_head`` is no part of the model any more and takes no gradient; `regraft.recorder` calls it back to
+    see what the features still know of the source task.
+    """
+
+    name: str
+    head: nn.Linear
+    source_head: nn.Linear
+
+
+def adopt(
+    model: nn.Module,
+    num_classes: int,
+    *,
+    head: str | None = None,
+    initialise: Initialiser = zero,
+    generator: torch.Generator | None = None,
+) -> Adoption:
+    """Give the model a new classifier for another task, in place, and keep the one that it had.
+
+    Args:
+        model: a classifier whose last layer is linear, of torchvision, timm or one's own. Only that layer is replaced;
+            the new one has the old one's width, device and dtype, and a bias (zero) where that had one.
+        num_classes: of the new task.
+        head: the name of the last layer, such as "fc" or "classifier.6", where it is not to be looked for.
+        initialise: of the new weight; `zero` unless a baseline is wanted.
+        generator: for an initialisation that is random.
+
+    Raises ValueError where there is no linear last layer, where there are several candidates (the message names
+    them), where `head` names none, or where the layer's weight is shared with another one.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    name = find_head(model) if head is None else check_head(model, head)
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is old.weight and other != f"{name}.weight":
+            raise ValueError(f"{name}.weight is shared with {other}: replacing it would separate the two")
+    like = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+    # Not the constructor: it draws initial values from torch's global random stream.
+    fresh = torch.nn.utils.skip_init(nn.Linear, old.in_features, num_classes, **like).train(old.training)
+    with torch.no_grad():
+        initialise(fresh.weight, generator)
+        if fresh.bias is not None:
+            fresh.bias.zero_()
+    model.set_submodule(name, fresh)
+    if hasattr(model, "get_classifier") and isinstance(getattr(model, "num_classes", None), int):
+        model.num_classes = num_classes  # as timm's own reset_classifier does
+    source = copy.deepcopy(old).requires_grad_(False).eval()
+    return Adoption(name, fresh, source)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError where a label is not in 0 .. num_classes - 1."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, "
+            f"but the classifier has classes 0 to {num_classes - 1}"
+        )

@@ -8,30 +8,32 @@ Networks, sections 3 and 4.1). The methods differ in how they find pi:
 - ``oracle``: pi matches what a real training of theta_2 learned with ``theta_1^T - theta_1^0``: a bound, no method.
 - ``gmt`` (Algorithm 1): for s = 1..T pi_s matches the gradients along both paths up to s, all computed anew.
 - ``fgmt`` (Algorithm 2): the same, but only the newest pair of gradients is computed and the earlier ones are kept.
+
+A method is a function ``method(problem, work)`` that yields (t, pi_t) for t = 1 .. T, in order, and stands in
+`METHODS`; `Problem` is what it is given and `Work` what it may have done. All else (the transferred parameters,
+BatchNorm statistics, evaluation, which step is the best) is `transfer`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from regraft.clock import Clock
+from regraft.clock import EVALUATION, Clock, Cost, charged
 from regraft.evaluation import accuracy, batch_norms, gradients, reset_batchnorm
 from regraft.matching import Descent, Match, append_, clear_, descend_, match, restart_
 from regraft.symmetry import PermutationSpec, trace
-from regraft.trajectory import Trajectory, check_alike, check_finite
+from regraft.tensors import Batch, Loss, Perm, Tensors, check_alike, check_finite
+from regraft.trajectory import Trajectory
 from regraft_kernels import graft
 
-Tensors = dict[str, Tensor]
-Perm = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-METHODS = ("naive", "weights", "oracle", "fgmt", "gmt")
+OnStep = Callable[[int, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -39,65 +41,210 @@ class Transfer:
     """A transferred path and what it cost.
 
     Attributes:
+        method: its name.
         params: theta_2 at `best_step`, parameters and buffers by name.
         perm: the permutation pi at `best_step`.
-        best_step: the step t with the best validation accuracy; T when there was no validation.
-        accuracies: validation accuracy of theta_2^t (under pi_t) for t = 1 .. T; empty without validation.
-        perms: pi_t for t = 1 .. T (one and the same object where a method has a single one).
+        best_step: the step t >= 1 with the best validation accuracy, the earliest of equals; T without validation.
+        best_accuracy: ``accuracies[best_step]``; None without validation.
+        accuracies: validation accuracy of theta_2^t (under pi_t) for t = 0 .. T; empty without validation. Step 0 is
+            the target's start, untouched but for its BatchNorm statistics, which are estimated as at every step.
+        perms: pi_t for t = 0 .. T; pi_0 is the identity (one and the same object where a method has a single one).
         objectives: of each matching, in the order in which they were made.
         gradients: batch gradients computed (2 T gradient_batches for fgmt, T (T + 1) gradient_batches for gmt).
-        seconds, cpu_seconds: by phase, wall clock and CPU: gradients, similarity, assignment, objective, graft,
-            batchnorm are the method's cost; evaluation is apart.
+        seconds: by phase: gradients, similarity, assignment, objective, graft, batchnorm; and evaluation, which
+            includes all that is spent on step 0.
     """
 
     method: str
     params: Tensors
     perm: Perm
     best_step: int
+    best_accuracy: float | None
     accuracies: tuple[float, ...]
     perms: tuple[Perm, ...]
     objectives: tuple[float, ...]
     gradients: int
-    seconds: dict[str, float]
-    cpu_seconds: dict[str, float]
+    seconds: dict[str, Cost]
 
     @property
-    def cost(self) -> float:
-        """Seconds of wall clock that the method took, evaluation apart."""
-        return sum(seconds for phase, seconds in self.seconds.items() if phase != "evaluation")
-
-    @property
-    def cpu_cost(self) -> float:
-        """Seconds of CPU that the method took, evaluation apart."""
-        return sum(seconds for phase, seconds in self.cpu_seconds.items() if phase != "evaluation")
+    def cost(self) -> Cost:
+        """What the method took: the sum over the phases, evaluation apart."""
+        return charged(self.seconds)
 
 
-@dataclass
-class _Run:
-    """What every method shares: the model, the path, and the books that it keeps."""
+@dataclass(frozen=True)
+class Problem:
+    """What is to be transferred to whom.
+
+    Attributes:
+        path: theta_1^0 .. theta_1^T.
+        target_start: theta_2^0.
+        target_end: theta_2^T of a real training, where there is one.
+        from_identity: start every matching from the identity instead of from the last pi.
+        generator: draws the order in which groups are visited.
+        backend: of the kernels.
+    """
 
     model: nn.Module
     spec: PermutationSpec
     path: Trajectory
     target_start: Tensors
-    batches: Iterator[Batch]
-    validation: Iterable[Batch] | None
-    gradient_batches: int
-    bn_batches: Sequence[Batch]
-    loss: Loss
-    from_identity: bool
-    generator: torch.Generator | None
-    backend: str
-    on_step: Callable[[int, float | None], None] | None
-    clock: Clock = field(default_factory=Clock)
-    perms: list[Perm] = field(default_factory=list)
-    objectives: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-    gradients: int = 0
+    target_end: Tensors | None = None
+    from_identity: bool = False
+    generator: torch.Generator | None = None
+    backend: str = "auto"
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.target_start.values())).device
+
+    def placed(self, perm: Perm) -> Perm:
+        """The permutation on the problem's device."""
+        return {group: index.to(self.device) for group, index in perm.items()}
+
+    def parameters(self, theta: Mapping[str, torch.Tensor]) -> Tensors:
+        """The model's parameters among `theta`."""
+        return {name: theta[name] for name, _ in self.model.named_parameters()}
+
+    def learned(self, end: Tensors, start: Tensors) -> Tensors:
+        """``end - start``, parameters alone."""
+        return {name: tensor - start[name] for name, tensor in self.parameters(end).items()}
+
+
+@dataclass
+class Sample:
+    """Gradients of several networks on the same batches, averaged over `size` of them; `taken` were computed."""
+
+    model: nn.Module
+    batches: Iterator[Batch]
+    size: int
+    loss: Loss
+    taken: int = 0
+
+    def gradients(self, *thetas: Tensors) -> list[Tensors]:
+        """Of each theta, in training mode, on the next `size` batches."""
+        batches = list(islice(self.batches, self.size))
+        self.taken += len(thetas) * len(batches)
+        return [gradients(self.model, theta, batches, self.loss) for theta in thetas]
+
+
+@dataclass
+class Work:
+    """What a method works with: every call charges its time to a phase of the clock."""
+
+    problem: Problem
+    sample: Sample
+    clock: Clock = field(default_factory=Clock)
+    objectives: list[float] = field(default_factory=list)
+    _last: tuple[int, Perm, Tensors] | None = None
+
+    def graft(self, perm: Perm, t: int) -> Tensors:
+        """theta_2^t = theta_2^0 + pi (theta_1^t - theta_1^0). The last one is kept, for FGMT's next gradient."""
+        problem = self.problem
+        if t == 0:
+            return problem.target_start
+        if self._last is None or self._last[0] != t or self._last[1] is not perm:
+            with self.clock.phase("graft", problem.device):
+                anchor, scale = problem.path.leg(t)
+                grafted = graft(
+                    problem.target_start,
+                    problem.path.start,
+                    anchor,
+                    [scale],
+                    problem.spec.indices(problem.placed(perm)),
+                    problem.spec.packing(),
+                    backend=problem.backend,
+                )
+                self._last = t, perm, {name: tensor[0] for name, tensor in grafted.items()}
+        return self._last[2]
+
+    def descent(self) -> Descent:
+        """An empty descent, from the identity, with room for a pair of gradients a step."""
+        problem = self.problem
+        return Descent.allocate(
+            problem.spec,
+            problem.parameters(problem.target_start),
+            problem.path.steps,
+            generator=problem.generator,
+            backend=problem.backend,
+        )
+
+    def append_(self, descent: Descent, perm: Perm, t: int) -> None:
+        """Lines 3 to 5 of Algorithm 1: the gradients at theta_1^t and theta_2^t (under pi) on one sample."""
+        theta = self.graft(perm, t)
+        with self.clock.phase("gradients", self.problem.device):
+            source, target = self.sample.gradients(self.problem.path[t], theta)
+            append_(descent, target, source)
+
+    def descend_(self, descent: Descent) -> Perm:
+        """Line 7 of Algorithm 1: pi of all pairs in the descent."""
+        if self.problem.from_identity:
+            restart_(descent, self.problem.spec.identity())
+        return self._noted(descend_(descent))
+
+    def match(self, target: Tensors, source: Tensors) -> Perm:
+        """The permutation that brings `source` closest to `target`, parameters by name."""
+        problem = self.problem
+        return self._noted(
+            match(problem.spec, target, source, generator=problem.generator, backend=problem.backend)
+        )
+
+    def _noted(self, found: Match) -> Perm:
+        self.objectives.append(found.objective)
+        self.clock.add(found.seconds)
+        return found.perm
+
+
+Steps = Iterator[tuple[int, Perm]]
+
+
+def naive(problem: Problem, work: Work) -> Steps:
+    return _everywhere(problem, problem.placed(problem.spec.identity()))
+
+
+def weights(problem: Problem, work: Work) -> Steps:
+    start = problem.parameters(problem.target_start)
+    return _everywhere(problem, work.match(start, problem.parameters(problem.path.start)))
+
+
+def oracle(problem: Problem, work: Work) -> Steps:
+    if problem.target_end is None:
+        raise ValueError("method 'oracle' needs target_end, the end of a real training from target_start")
+    learned = problem.learned(problem.target_end, problem.target_start)
+    source = problem.learned(problem.path.end, problem.path.start)
+    return _everywhere(problem, work.match(learned, source))
+
+
+def gmt(problem: Problem, work: Work) -> Steps:
+    descent, perm = work.descent(), problem.spec.identity()
+    for s in range(1, problem.path.steps + 1):
+        clear_(descent)
+        for t in range(s):
+            work.append_(descent, perm, t)
+        perm = work.descend_(descent)
+        yield s, perm
+
+
+def fgmt(problem: Problem, work: Work) -> Steps:
+    descent, perm = work.descent(), problem.spec.identity()
+    for s in range(1, problem.path.steps + 1):
+        work.append_(descent, perm, s - 1)
+        perm = work.descend_(descent)
+        yield s, perm
+
+
+METHODS: dict[str, Callable[[Problem, Work], Steps]] = {
+    "naive": naive,
+    "weights": weights,
+    "oracle": oracle,
+    "fgmt": fgmt,
+    "gmt": gmt,
+}
+
+
+def _everywhere(problem: Problem, perm: Perm) -> Steps:
+    """All steps by one permutation."""
+    return ((t, perm) for t in range(1, problem.path.steps + 1))
 
 
 def transfer(
@@ -116,7 +263,7 @@ def transfer(
     from_identity: bool = False,
     generator: torch.Generator | None = None,
     backend: str = "auto",
-    on_step: Callable[[int, float | None], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Transfer:
     """Transfer `path` to the network that starts at `target_start`, without training it.
 
@@ -126,7 +273,7 @@ def transfer(
         target_start: theta_2^0, alike.
         batches: (images, labels) pairs, the sample for gradients and for BatchNorm statistics; iterated over again
             when it ends. Both networks see the same ones.
-        method: "naive", "weights", "oracle", "fgmt" or "gmt".
+        method: a name of `METHODS`: "naive", "weights", "oracle", "fgmt" or "gmt".
         spec: the model's permutation groups; traced on a batch when not given.
         target_end: theta_2^T of a real training, which "oracle" alone wants.
         validation: batches on which every theta_2^t is evaluated; the best one is kept ("early stopping", section 4.1).
@@ -138,207 +285,79 @@ def transfer(
         from_identity: start every matching from the identity instead of from the last pi.
         generator: draws the order in which groups are visited; without one it is the spec's.
         backend: of the kernels, "auto", "torch" or "triton".
-        on_step: called after each step t with t and its validation accuracy (None without validation).
+        on_step: called for each step t = 0 .. T with t and its validation accuracy (None without validation).
 
     Raises:
         ValueError: an unknown method; tensors that differ in name, shape, dtype or device between model, path, start
-            and spec; a value that is not finite in the start or in a gradient; no batch; "oracle" without
-            `target_end`. The message names the tensor.
+            and spec; a value that is not finite in the path (its step is named), the start or a gradient; no batch;
+            "oracle" without `target_end`. The message names the tensor.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     if gradient_batches < 1:
         raise ValueError(f"gradient_batches must be at least 1, got {gradient_batches}")
-    _check_inputs(model, path, target_start, target_end, method)
+    _check_tensors(model, path, target_start, target_end)
     endless = _cycle(batches)
     first = next(endless)
     if spec is None:
         spec = trace(model, (first[0][:2].to(next(model.parameters()).device),))
     spec.validate(target_start)
-    needs_bn = bn_batches > 0 and bool(batch_norms(model))
-    run = _Run(
-        model,
-        spec,
-        path,
-        target_start,
-        _chain(first, endless),
-        validation,
-        gradient_batches,
-        _take(_cycle(batches), bn_batches) if needs_bn else (),
-        loss,
-        from_identity,
-        generator,
-        backend,
-        on_step,
-    )
-    theta, best_step = _METHODS[method](run, target_end)
+    statistics = list(islice(_cycle(batches), bn_batches)) if bn_batches and batch_norms(model) else []
+    problem = Problem(model, spec, path, target_start, target_end, from_identity, generator, backend)
+    work = Work(problem, Sample(model, chain([first], endless), gradient_batches, loss))
+    return _drive(method, work, statistics, validation, on_step or (lambda t, value: None))
+
+
+def _drive(
+    method: str,
+    work: Work,
+    statistics: list[Batch],
+    validation: Iterable[Batch] | None,
+    on_step: OnStep,
+) -> Transfer:
+    """Follow the method's permutations: graft, estimate BatchNorm statistics, evaluate, keep the best."""
+    model, device, clock = work.problem.model, work.problem.device, work.clock
+
+    def made(perm: Perm, t: int) -> Tensors:
+        theta = work.graft(perm, t)
+        if not statistics:
+            return theta
+        with clock.phase("batchnorm" if t else EVALUATION, device):
+            return reset_batchnorm(model, theta, statistics, len(statistics))
+
+    perms: list[Perm] = []
+    accuracies: list[float] = []
+    best_step, params = 0, work.problem.target_start
+    start = 0, work.problem.placed(work.problem.spec.identity())
+    for t, perm in chain([start], METHODS[method](work.problem, work)):
+        perms.append(perm)
+        if validation is not None:
+            theta = made(perm, t)
+            with clock.phase(EVALUATION, device):
+                accuracies.append(accuracy(model, theta, validation))
+            if t <= 1 or accuracies[t] > accuracies[best_step]:  # step 1 takes the start's place in any case
+                best_step, params = t, theta
+        on_step(t, accuracies[t] if accuracies else None)
+    if validation is None:
+        best_step, params = t, made(perm, t)
     return Transfer(
         method,
-        theta,
-        run.perms[best_step - 1],
+        params,
+        perms[best_step],
         best_step,
-        tuple(run.accuracies),
-        tuple(run.perms),
-        tuple(run.objectives),
-        run.gradients,
-        dict(run.clock.wall),
-        dict(run.clock.cpu),
+        accuracies[best_step] if accuracies else None,
+        tuple(accuracies),
+        tuple(perms),
+        tuple(work.objectives),
+        work.sample.taken,
+        clock.seconds,
     )
 
 
-def transferred(run: _Run, perm: Perm, t: int) -> Tensors:
-    """theta_2^t = theta_2^0 + pi (theta_1^t - theta_1^0), in one graft."""
-    with run.clock.phase("graft", run.device):
-        anchor, scale = run.path.leg(t)
-        if scale == 0.0:
-            return run.target_start
-        grafted = graft(
-            run.target_start,
-            run.path.start,
-            anchor,
-            [scale],
-            run.spec.indices(perm),
-            run.spec.packing(),
-            backend=run.backend,
-        )
-        return {name: tensor[0] for name, tensor in grafted.items()}
-
-
-def _naive(run: _Run, target_end: Tensors | None) -> tuple[Tensors, int]:
-    return _along(run, {g: index.to(run.device) for g, index in run.spec.identity().items()})
-
-
-def _weights(run: _Run, target_end: Tensors | None) -> tuple[Tensors, int]:
-    return _along(run, _matched(run, _parameters(run, run.target_start), _parameters(run, run.path.start)))
-
-
-def _oracle(run: _Run, target_end: Tensors | None) -> tuple[Tensors, int]:
-    assert target_end is not None
-    learned = _difference(_parameters(run, target_end), run.target_start)
-    source = _difference(_parameters(run, run.path.end), run.path.start)
-    return _along(run, _matched(run, learned, source))
-
-
-def _gmt(run: _Run, target_end: Tensors | None) -> tuple[Tensors, int]:
-    descent = _descent(run)
-    best: tuple[Tensors, int] | None = None
-    for s in range(1, run.path.steps + 1):
-        clear_(descent)
-        perm = dict(descent.perm)
-        for t in range(1, s + 1):
-            _append_gradients_(run, descent, run.path[t - 1], transferred(run, perm, t - 1))
-        _descend_(run, descent)
-        best = _better(run, best, s)
-    assert best is not None
-    return best
-
-
-def _fgmt(run: _Run, target_end: Tensors | None) -> tuple[Tensors, int]:
-    descent = _descent(run)
-    best: tuple[Tensors, int] | None = None
-    theta = run.target_start
-    for s in range(1, run.path.steps + 1):
-        _append_gradients_(run, descent, run.path[s - 1], theta)
-        _descend_(run, descent)
-        theta = transferred(run, run.perms[-1], s)
-        best = _better(run, best, s, theta)
-    assert best is not None
-    return best
-
-
-_METHODS: dict[str, Callable[[_Run, Tensors | None], tuple[Tensors, int]]] = {
-    "naive": _naive,
-    "weights": _weights,
-    "oracle": _oracle,
-    "fgmt": _fgmt,
-    "gmt": _gmt,
-}
-
-
-def _along(run: _Run, perm: Perm) -> tuple[Tensors, int]:
-    """All steps by one permutation; only those that are evaluated are made."""
-    steps = range(1, run.path.steps + 1)
-    run.perms.extend(perm for _ in steps)
-    best: tuple[Tensors, int] | None = None
-    for t in steps if run.validation is not None else (run.path.steps,):
-        best = _better(run, best, t)
-    assert best is not None
-    return best
-
-
-def _better(
-    run: _Run, best: tuple[Tensors, int] | None, t: int, theta: Tensors | None = None
-) -> tuple[Tensors, int]:
-    """The better of `best` and step t on validation; step t where there is none."""
-    if run.validation is None:
-        if run.on_step is not None:
-            run.on_step(t, None)
-        # without validation only the last step counts, and it alone is made
-        if t < run.path.steps:
-            return run.target_start, t
-        return _with_statistics(run, theta or transferred(run, run.perms[t - 1], t)), t
-    theta = _with_statistics(run, theta or transferred(run, run.perms[t - 1], t))
-    with run.clock.phase("evaluation", run.device):
-        run.accuracies.append(accuracy(run.model, theta, run.validation))
-    if run.on_step is not None:
-        run.on_step(t, run.accuracies[-1])
-    return (theta, t) if best is None or run.accuracies[-1] > run.accuracies[best[1] - 1] else best
-
-
-def _with_statistics(run: _Run, theta: Tensors) -> Tensors:
-    """Running statistics estimated anew (Jordan et al., 2023) where there are batches for it."""
-    if not run.bn_batches:
-        return theta
-    with run.clock.phase("batchnorm", run.device):
-        return reset_batchnorm(run.model, theta, run.bn_batches, len(run.bn_batches))
-
-
-def _descent(run: _Run) -> Descent:
-    like = _parameters(run, run.target_start)
-    return Descent.allocate(run.spec, like, run.path.steps, generator=run.generator)
-
-
-def _append_gradients_(run: _Run, descent: Descent, source: Tensors, target: Tensors) -> None:
-    """Lines 3 to 5 of Algorithm 1: both gradients on one sample."""
-    batches = _take(run.batches, run.gradient_batches)
-    with run.clock.phase("gradients", run.device):
-        g1 = gradients(run.model, source, batches, run.loss)
-        g2 = gradients(run.model, target, batches, run.loss)
-        append_(descent, g2, g1)
-    run.gradients += 2 * len(batches)
-
-
-def _descend_(run: _Run, descent: Descent) -> None:
-    if run.from_identity:
-        restart_(descent, run.spec.identity())
-    _keep(run, descend_(descent, backend=run.backend))
-
-
-def _matched(run: _Run, target: Tensors, source: Tensors) -> Perm:
-    found = match(run.spec, target, source, generator=run.generator, backend=run.backend)
-    _keep(run, found)
-    return run.perms.pop()
-
-
-def _keep(run: _Run, found: Match) -> None:
-    run.perms.append(found.perm)
-    run.objectives.append(found.objective)
-    run.clock.add(found.seconds, found.cpu_seconds)
-
-
-def _parameters(run: _Run, theta: Tensors) -> Tensors:
-    return {name: theta[name] for name, _ in run.model.named_parameters()}
-
-
-def _difference(end: Tensors, start: Tensors) -> Tensors:
-    return {name: tensor - start[name] for name, tensor in end.items()}
-
-
-def _check_inputs(
-    model: nn.Module, path: Trajectory, target_start: Tensors, target_end: Tensors | None, method: str
+def _check_tensors(
+    model: nn.Module, path: Trajectory, target_start: Tensors, target_end: Tensors | None
 ) -> None:
-    own = dict(model.named_parameters())
-    for name, parameter in own.items():
+    for name, parameter in model.named_parameters():
         if name not in target_start:
             raise ValueError(f"the target's start has no tensor {name!r}, which the model has")
         if target_start[name].shape != parameter.shape:
@@ -346,15 +365,21 @@ def _check_inputs(
                 f"tensor {name!r}: shape {tuple(target_start[name].shape)} in the target's start, "
                 f"{tuple(parameter.shape)} in the model"
             )
-    check_alike(path.start, target_start, "the path", "the target's start")
-    check_finite(path.start, "the path's start")
-    check_finite(path.end, "the path's end")
     check_finite(target_start, "the target's start")
-    if method == "oracle":
-        if target_end is None:
-            raise ValueError("method 'oracle' needs target_end, the end of a real training from target_start")
-        check_alike(target_start, target_end, "the target's start", "the target's end")
-        check_finite(target_end, "the target's end")
+    others = {"the target's end": target_end} if target_end is not None else {}
+    for where, theta in chain(_anchors(path), others.items()):
+        check_alike(target_start, theta, "the target's start", where)
+        check_finite(theta, where)
+
+
+def _anchors(path: Trajectory) -> Iterator[tuple[str, Tensors]]:
+    """Every tensor that the path is made of, once, with the (last) step that leans on it."""
+    for t, (_, scale) in enumerate(path.legs):
+        if not math.isfinite(scale):
+            raise ValueError(f"step {t} of the path has scale {scale}")
+    steps = {0: 0} | {anchor: t for t, (anchor, _) in enumerate(path.legs)}
+    for anchor, t in steps.items():
+        yield f"step {t} of the path", path.start if anchor == 0 else path.anchors[anchor]
 
 
 def _cycle(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -368,12 +393,3 @@ def _cycle(batches: Iterable[Batch]) -> Iterator[Batch]:
             raise ValueError(
                 "there is no batch to compute gradients on: the loader is empty, or an exhausted iterator"
             )
-
-
-def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield first
-    yield from rest
-
-
-def _take(batches: Iterator[Batch], count: int) -> list[Batch]:
-    return [next(batches) for _ in range(count)]

@@ -15,20 +15,19 @@ All of these leave the result as it is: `regraft.reference.matching` finds the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from regraft.clock import Clock
+from regraft.clock import Clock, Cost, charged
 from regraft.symmetry import PermutationSpec
-from regraft.trajectory import check_alike, check_finite
+from regraft.tensors import Perm, Tensors, check_alike, check_finite
 from regraft_kernels import Duals, Term, assign_many, similarity, similarity_many, similarity_update_
 
-Tensors = dict[str, Tensor]
-Perm = dict[str, Tensor]
-Gathers = dict[tuple[str, int], Tensor | None]  # (tensor, axis) -> index vector
+Gathers = dict[tuple[str, int], Tensor]  # (tensor, axis) -> index vector
 
 # A new assignment must raise the objective by more than this part of the similarity that it collects: below lies
 # the rounding of float32 sums, and ties, where "improvements" would go round in circles.
@@ -36,8 +35,7 @@ RELATIVE_GAIN = {torch.float32: 1e-7, torch.float64: 1e-12}
 # Each rank-m correction adds a rounding error of its own (40 of them, at 2048 units: 7e-7 of the largest entry, what a
 # product in float32 has too); float32 similarities are built anew after so many.
 CORRECTIONS_BEFORE_REBUILD = 64
-# Correcting reads and multiplies the changed columns of one tensor; from this part of a rebuild's products on, it
-# gains nothing.
+# From this part of a rebuild's products on, correcting (which gathers columns, too) gains nothing.
 WORTH_CORRECTING = 0.8
 # The duals of an assignment are recovered only where more than this part of it moved: older ones start the next solve
 # nearly as well, and recovering takes longer than a warm solve.
@@ -51,17 +49,19 @@ class Match:
     Attributes:
         perm: group -> int64 index vector [n]; (pi theta)[i] = theta[perm[i]].
         objective: sum_t <G2[t], pi G1[t]>, the part of the squared distance that depends on pi, negated and halved.
-        objectives: the same at the start and after each sweep; never falls.
         sweeps: rounds over the groups, the last of which changed nothing.
-        seconds, cpu_seconds: wall clock and CPU by phase: "similarity", "assignment", "objective".
+        seconds: by phase: "similarity", "assignment", "objective".
     """
 
     perm: Perm
     objective: float
-    objectives: tuple[float, ...]
     sweeps: int
-    seconds: dict[str, float]
-    cpu_seconds: dict[str, float]
+    seconds: dict[str, Cost]
+
+    @property
+    def cost(self) -> Cost:
+        """The sum over the phases."""
+        return charged(self.seconds)
 
 
 def match(
@@ -80,8 +80,8 @@ def match(
     Args:
         spec: the model's permutation groups.
         target, source: tensors by name, each of the model's shape (weights) or [T, *shape] (stacks, for example
-            of gradients); float32 or float64, the same names on both sides. Names that the model has and these
-            lack (buffers, when gradients are matched) do not take part.
+            of gradients); the same names and floating dtypes on both sides (others do not count). Names that the
+            spec knows and these lack do not take part: buffers, where parameters alone are matched.
         start: where the descent begins; the identity when not given.
         generator: draws the order in which the groups are visited; without one it is the spec's.
         max_sweeps: an upper bound that ends a descent early.
@@ -96,9 +96,10 @@ def match(
     target, source = _stacked(spec, target), _stacked(spec, source)
     check_finite(target, "the target")
     check_finite(source, "the source")
-    steps = _steps(target)
-    descent = Descent.over(spec, target, source, steps, start=start, generator=generator)
-    return descend_(descent, max_sweeps=max_sweeps, backend=backend, assignment=assignment)
+    descent = Descent.over(
+        spec, target, source, _steps(target), start=start, generator=generator, backend=backend
+    )
+    return descend_(descent, max_sweeps=max_sweeps, assignment=assignment)
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class _Place:
 
     name: str
     axis: int
+    others: tuple[int, ...]  # the tensor's other axes that permutations move
     positions: Tensor | None  # [n, mult], or None where position i is unit i
 
 
@@ -125,9 +127,7 @@ class _Cached:
 
     similarity: Tensor  # [n, n], the terms in which the group stands on one axis only
     steps: int
-    indices: dict[
-        tuple[str, int], Tensor | None
-    ]  # (tensor, other axis) -> the index vector it was gathered with
+    indices: Gathers  # what the other axes were gathered with
     corrections: int = 0
 
 
@@ -139,7 +139,10 @@ class Descent:
         target, source: stacks [capacity, *shape] by name, of which the first `steps` are filled.
         colours: groups by colour; those of one colour share no tensor.
         perm: the current permutation.
-        objective: its objective over the filled steps.
+        backend: of the similarity kernels.
+        objective: the permutation's objective over the first `counted` steps.
+        version: group -> how often its permutation changed.
+        solved: group -> what its last solve looked at.
     """
 
     spec: PermutationSpec
@@ -149,10 +152,11 @@ class Descent:
     colours: tuple[tuple[str, ...], ...]
     around: dict[str, _Neighbourhood]
     perm: Perm
+    backend: str = "auto"
     objective: float = 0.0
-    counted: int = 0  # steps that `objective` covers
-    version: dict[str, int] = field(default_factory=dict)  # group -> how often its permutation changed
-    solved: dict[str, object] = field(default_factory=dict)  # group -> what its last solve looked at
+    counted: int = 0
+    version: Counter[str] = field(default_factory=Counter)
+    solved: dict[str, object] = field(default_factory=dict)
     cached: dict[str, _Cached] = field(default_factory=dict)
     duals: dict[str, Duals] = field(default_factory=dict)
 
@@ -170,16 +174,17 @@ class Descent:
         *,
         start: Perm | None = None,
         generator: torch.Generator | None = None,
+        backend: str = "auto",
     ) -> Descent:
         """A descent over given stacks, of which the first `steps` are filled."""
         names = frozenset(target)
         classes = colours(spec, names, generator)
+        start = spec.identity() if start is None else start
+        spec.check(start)
         device = next(iter(target.values())).device
-        around = {
-            group: _neighbourhood(spec, group, names, device) for members in classes for group in members
-        }
-        perm = {group: index.to(device) for group, index in _checked_start(spec, start).items()}
-        return cls(spec, target, source, steps, classes, around, perm)
+        perm = {group: index.to(device) for group, index in start.items()}
+        around = {g: _neighbourhood(spec, g, names, perm) for members in classes for g in members}
+        return cls(spec, target, source, steps, classes, around, perm, backend)
 
     @classmethod
     def allocate(
@@ -188,16 +193,14 @@ class Descent:
         like: Tensors,
         capacity: int,
         *,
-        start: Perm | None = None,
         generator: torch.Generator | None = None,
+        backend: str = "auto",
     ) -> Descent:
-        """An empty descent with room for `capacity` steps of tensors like those of `like`."""
-        unknown = [name for name in like if name not in spec.axes]
-        if unknown:
-            raise ValueError(f"the spec has no tensor {unknown[0]!r}")
-        target = {name: _empty_stack(tensor, capacity) for name, tensor in like.items()}
-        source = {name: _empty_stack(tensor, capacity) for name, tensor in like.items()}
-        return cls.over(spec, target, source, 0, start=start, generator=generator)
+        """An empty descent, from the identity, with room for `capacity` steps of tensors like those of `like`."""
+        target, source = (
+            {name: _empty_stack(tensor, capacity) for name, tensor in like.items()} for _ in range(2)
+        )
+        return cls.over(spec, target, source, 0, generator=generator, backend=backend)
 
 
 def append_(descent: Descent, target: Tensors, source: Tensors) -> None:
@@ -214,22 +217,19 @@ def restart_(descent: Descent, perm: Perm) -> None:
         index = index.to(descent.perm[group].device)
         if not torch.equal(index, descent.perm[group]):
             descent.perm[group] = index
-            descent.version[group] = descent.version.get(group, 0) + 1
+            descent.version[group] += 1
     descent.counted, descent.objective = 0, 0.0
     descent.solved.clear()
 
 
 def clear_(descent: Descent) -> None:
     """Forget all steps and what was computed from them; keep the permutation and the duals to start from."""
-    descent.steps = descent.counted = 0
-    descent.objective = 0.0
+    descent.steps = 0
     descent.cached.clear()
-    descent.solved.clear()
+    restart_(descent, descent.perm)
 
 
-def descend_(
-    descent: Descent, *, max_sweeps: int = 100, backend: str = "auto", assignment: str = "auto"
-) -> Match:
+def descend_(descent: Descent, *, max_sweeps: int = 100, assignment: str = "auto") -> Match:
     """Sweep over the groups until nothing improves; moves `descent.perm` and returns what was found.
 
     Raises:
@@ -241,22 +241,13 @@ def descend_(
         raise ValueError(f"max_sweeps must be at least 1, got {max_sweeps}")
     clock = Clock()
     with clock.phase("objective", descent.device):
-        descent.objective += _objective(descent, descent.counted, descent.steps)
+        descent.objective += _objective(descent, descent.target, descent.perm, descent.counted)
         descent.counted = descent.steps
-    objectives = [descent.objective]
-    for _ in range(max_sweeps):
-        changed = [_visit_(descent, colour, clock, backend, assignment) for colour in descent.colours]
-        objectives.append(descent.objective)
-        if not any(changed):
-            break
-    return Match(
-        dict(descent.perm),
-        descent.objective,
-        tuple(objectives),
-        len(objectives) - 1,
-        dict(clock.wall),
-        dict(clock.cpu),
-    )
+    sweeps, improved = 0, True
+    while improved and sweeps < max_sweeps:
+        improved = any([_visit_(descent, colour, clock, assignment) for colour in descent.colours])
+        sweeps += 1
+    return Match(dict(descent.perm), descent.objective, sweeps, clock.seconds)
 
 
 def colours(
@@ -273,24 +264,23 @@ def colours(
     tensors = {g: {name for name, _ in spec.tensors_of(g)} & names for g in groups}
     classes: list[list[str]] = []
     for group in groups:
-        for members in classes:
-            if all(tensors[group].isdisjoint(tensors[other]) for other in members):
-                members.append(group)
-                break
-        else:
-            classes.append([group])
+        free = (c for c in classes if all(tensors[group].isdisjoint(tensors[other]) for other in c))
+        members = next(free, None)
+        if members is None:
+            classes.append(members := [])
+        members.append(group)
     return tuple(tuple(members) for members in classes)
 
 
-def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, backend: str, assignment: str) -> bool:
+def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, assignment: str) -> bool:
     """Solve the groups of one colour anew where anything they depend on changed; true if one improved."""
     stale = [group for group in colour if descent.solved.get(group) != _depends_on(descent, group)]
     if not stale:
         return False
     device = descent.device
     with clock.phase("similarity", device):
-        own = _similarities_(descent, stale, backend)
-        both = {group: _coupled_similarity(descent, group, backend) for group in stale}
+        own = _similarities_(descent, stale)
+        both = {group: _coupled_similarity(descent, group) for group in stale}
         scores = {g: own[g] if both[g] is None else own[g] + both[g] for g in stale}
     with clock.phase("assignment", device):
         solutions = assign_many(
@@ -321,17 +311,17 @@ def _accept_(descent: Descent, group: str, own: Tensor, candidate: Tensor) -> bo
     if after - before <= RELATIVE_GAIN[own.dtype] * scale:
         return False
     descent.perm[group] = candidate
-    descent.version[group] = descent.version.get(group, 0) + 1
+    descent.version[group] += 1
     descent.objective += after - before
     return True
 
 
 def _depends_on(descent: Descent, group: str) -> tuple[object, ...]:
     """What a solve of `group` looks at: the steps, and its neighbours' permutations (by version)."""
-    return descent.steps, tuple(descent.version.get(other, 0) for other in descent.around[group].groups)
+    return descent.steps, tuple(descent.version[other] for other in descent.around[group].groups)
 
 
-def _similarities_(descent: Descent, groups: Sequence[str], backend: str) -> dict[str, Tensor]:
+def _similarities_(descent: Descent, groups: Sequence[str]) -> dict[str, Tensor]:
     """S [n, n] of each group, of the tensors in which it stands on one axis; kept up to date by what changed.
 
     Correcting a tensor whose neighbour changed at m of n entries costs m/n of building its term (of both the old and
@@ -341,32 +331,32 @@ def _similarities_(descent: Descent, groups: Sequence[str], backend: str) -> dic
     current = {group: _gathers(descent, descent.around[group].single) for group in groups}
     anew = [group for group in groups if not _worth_correcting(descent, group, current[group])]
     terms = [_terms(descent, descent.around[g].single, 0, descent.steps, current[g]) for g in anew]
-    built = similarity_many([t for t in terms if t], backend=backend) if any(terms) else []
+    built = similarity_many([t for t in terms if t], backend=descent.backend) if any(terms) else []
     for group, own in zip(anew, terms, strict=True):
         n = descent.spec.groups[group]
         total = built.pop(0) if own else next(iter(descent.target.values())).new_zeros(n, n)
         descent.cached[group] = _Cached(total, descent.steps, current[group])
     for group in groups:
         if group not in anew:
-            _correct_(descent, group, current[group], backend)
+            _correct_(descent, group, current[group])
     return {group: descent.cached[group].similarity for group in groups}
 
 
-def _correct_(descent: Descent, group: str, current: Gathers, backend: str) -> None:
+def _correct_(descent: Descent, group: str, current: Gathers) -> None:
     """Bring a group's similarity up to date: first for changed neighbours over the old steps, then for new steps."""
     cached, places = descent.cached[group], descent.around[group].single
     for place in places:
-        for other in _other_axes(descent.spec, place):
+        for other in place.others:
             old, new = cached.indices[place.name, other], current[place.name, other]
-            if old is None or new is None or torch.equal(old, new):
+            if torch.equal(old, new):
                 continue
             (term,) = _terms(descent, [place], 0, cached.steps, cached.indices)
-            similarity_update_(cached.similarity, term, other, old, new, backend=backend)
+            similarity_update_(cached.similarity, term, other, old, new, backend=descent.backend)
             cached.indices[place.name, other] = new
             cached.corrections += 1
     if cached.steps < descent.steps:
         terms = _terms(descent, places, cached.steps, descent.steps, current)
-        cached.similarity += similarity(terms, backend=backend)
+        cached.similarity += similarity(terms, backend=descent.backend)
         cached.steps = descent.steps
 
 
@@ -381,7 +371,7 @@ def _worth_correcting(descent: Descent, group: str, current: Gathers) -> bool:
         work = descent.target[place.name][0].numel()
         whole += work * descent.steps
         correct += work * (descent.steps - cached.steps)
-        for other in _other_axes(descent.spec, place):
+        for other in place.others:
             old, new = cached.indices[place.name, other], current[place.name, other]
             correct += work * cached.steps * _changed_share(old, new)
     return correct < WORTH_CORRECTING * whole
@@ -392,7 +382,7 @@ def _gathers(descent: Descent, places: Sequence[_Place]) -> Gathers:
     return {
         (place.name, other): descent.spec.axis_index(place.name, other, descent.perm)
         for place in places
-        for other in _other_axes(descent.spec, place)
+        for other in place.others
     }
 
 
@@ -405,40 +395,39 @@ def _terms(descent: Descent, places: Sequence[_Place], first: int, last: int, ga
             axis=place.axis,
             positions=place.positions,
             gathers=tuple(
-                None if other == place.axis else gathers[place.name, other]
-                for other in range(len(descent.spec.axes[place.name]))
+                gathers[place.name, axis] if axis in place.others else None
+                for axis in range(len(descent.spec.shapes[place.name]))
             ),
         )
         for place in places
     ]
 
 
-def _coupled_similarity(descent: Descent, group: str, backend: str) -> Tensor | None:
+def _coupled_similarity(descent: Descent, group: str) -> Tensor | None:
     """S of the tensors in which `group` stands on several axes: the objective's gradient at the current permutation."""
     places = descent.around[group].coupled
     if not places:
         return None
-    return similarity(_terms(descent, places, 0, descent.steps, _gathers(descent, places)), backend=backend)
+    terms = _terms(descent, places, 0, descent.steps, _gathers(descent, places))
+    return similarity(terms, backend=descent.backend)
 
 
 def _coupled_objective(descent: Descent, group: str, candidate: Tensor) -> float:
-    names = {place.name for place in descent.around[group].coupled}
-    perm = {**descent.perm, group: candidate}
-    return sum(_product(descent, name, perm, 0, descent.steps) for name in sorted(names))
+    names = sorted({place.name for place in descent.around[group].coupled})
+    return _objective(descent, names, {**descent.perm, group: candidate}, 0)
 
 
-def _objective(descent: Descent, first: int, last: int) -> float:
-    """sum over steps first .. last-1 of <G2[t], pi G1[t]>, accumulated in float64."""
-    return sum(_product(descent, name, descent.perm, first, last) for name in descent.target)
-
-
-def _product(descent: Descent, name: str, perm: Perm, first: int, last: int) -> float:
-    target, source = descent.target[name][first:last], descent.source[name][first:last]
-    for axis in range(len(descent.spec.axes[name])):
-        index = descent.spec.axis_index(name, axis, perm)
-        if index is not None and not _is_identity(index):
-            source = source.index_select(axis + 1, index)
-    return float((target * source).sum(dtype=torch.float64))
+def _objective(descent: Descent, names: Iterable[str], perm: Perm, first: int) -> float:
+    """sum over the filled steps from `first` on of <G2[t], pi G1[t]> of the named tensors, in float64."""
+    total = 0.0
+    for name in names:
+        target, source = (side[name][first : descent.steps] for side in (descent.target, descent.source))
+        for axis in range(len(descent.spec.shapes[name])):
+            index = descent.spec.axis_index(name, axis, perm)
+            if index is not None and not _is_identity(index):
+                source = source.index_select(axis + 1, index)
+        total += float((target * source).sum(dtype=torch.float64))
+    return total
 
 
 def _collected(similarity: Tensor, perm: Tensor) -> float:
@@ -446,81 +435,49 @@ def _collected(similarity: Tensor, perm: Tensor) -> float:
     return float(similarity.gather(1, perm[:, None]).sum(dtype=torch.float64))
 
 
-def _other_axes(spec: PermutationSpec, place: _Place) -> list[int]:
-    return [other for other in range(len(spec.axes[place.name])) if other != place.axis]
-
-
-def _neighbourhood(
-    spec: PermutationSpec, group: str, names: frozenset[str], device: torch.device
-) -> _Neighbourhood:
-    axes: dict[str, list[int]] = {}
-    for name, axis in spec.tensors_of(group):
-        if name in names:
-            axes.setdefault(name, []).append(axis)
-
-    def places(wanted: Callable[[list[int]], bool]) -> tuple[_Place, ...]:
-        return tuple(
-            _Place(name, axis, _positions(spec, name, axis, group, device))
-            for name, found in axes.items()
-            if wanted(found)
-            for axis in found
-        )
-
-    coupled = places(lambda found: len(found) > 1)
+def _neighbourhood(spec: PermutationSpec, group: str, names: frozenset[str], perm: Perm) -> _Neighbourhood:
+    places = [_place(spec, name, axis, group, perm) for name, axis in spec.tensors_of(group) if name in names]
+    count = Counter(place.name for place in places)
+    single = tuple(place for place in places if count[place.name] == 1)
+    coupled = tuple(place for place in places if count[place.name] > 1)
     neighbours = tuple(
         other
         for other in spec.groups
-        if (other != group and any(name in axes for name, _ in spec.tensors_of(other)))
-        or (other == group and coupled)
+        if (other != group or coupled) and any(name in count for name, _ in spec.tensors_of(other))
     )
-    return _Neighbourhood(places(lambda found: len(found) == 1), coupled, neighbours)
+    return _Neighbourhood(single, coupled, neighbours)
 
 
-def _positions(
-    spec: PermutationSpec, name: str, axis: int, group: str, device: torch.device
-) -> Tensor | None:
-    """[n, mult], or None where the group fills the whole axis in order."""
-    positions = spec.positions(name, axis, group)
-    whole = positions.shape == (spec.shapes[name][axis], 1) and _is_identity(positions)
-    return None if whole else positions.to(device)
-
-
-def _checked_start(spec: PermutationSpec, start: Perm | None) -> Perm:
-    identity = spec.identity()
-    if start is None:
-        return identity
-    for group, index in identity.items():
-        if group not in start:
-            raise ValueError(f"the starting permutation lacks group {group!r}")
-        if not torch.equal(start[group].sort().values.cpu(), index):
-            raise ValueError(f"the start of group {group!r} is not a permutation of its {len(index)} units")
-    return {group: start[group] for group in identity}
+def _place(spec: PermutationSpec, name: str, axis: int, group: str, perm: Perm) -> _Place:
+    shape, positions = spec.shapes[name], spec.positions(name, axis, group)
+    moving = [a for a in range(len(shape)) if spec.axis_index(name, a, perm) is not None]
+    in_order = positions.shape == (shape[axis], 1) and _is_identity(positions)
+    others = tuple(other for other in moving if other != axis)
+    return _Place(name, axis, others, None if in_order else positions.to(perm[group].device))
 
 
 def _stacked(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> Tensors:
-    """The tensors as stacks [T, *shape]; a single set becomes a stack of one (a view)."""
+    """The floating tensors as detached stacks [T, *shape]; a single set becomes a stack of one (a view)."""
     stacks = {}
     for name, tensor in tensors.items():
-        if name not in spec.axes:
+        if name not in spec.shapes:
             raise ValueError(f"the spec has no tensor {name!r}")
-        extra = tensor.dim() - len(spec.axes[name])
-        if extra not in (0, 1):
-            raise ValueError(
-                f"tensor {name!r} has {tensor.dim()} axes, the spec knows {len(spec.axes[name])}"
-            )
+        shape, found = spec.shapes[name], tuple(tensor.shape)
+        if shape not in (found, found[1:]):
+            raise ValueError(f"tensor {name!r} has shape {found}, neither {shape} nor a stack of them")
         if tensor.is_floating_point():
-            stacks[name] = tensor if extra else tensor[None]
+            stacks[name] = tensor.detach()[None] if found == shape else tensor.detach()
     if not stacks:
         raise ValueError("there is nothing to match: no floating-point tensor")
     return stacks
 
 
 def _steps(stacks: Tensors) -> int:
-    lengths = {name: len(stack) for name, stack in stacks.items()}
-    name, steps = next(iter(lengths.items()))
-    for other, length in lengths.items():
-        if length != steps:
-            raise ValueError(f"tensor {other!r} has {length} steps, {name!r} has {steps}")
+    first, *others = stacks
+    steps = len(stacks[first])
+    for name in others:
+        if len(stacks[name]) != steps:
+            raise ValueError(f"tensor {name!r} has {len(stacks[name])} steps, {first!r} has {steps}")
     return steps
 
 
@@ -533,10 +490,8 @@ def _empty_stack(like: Tensor, capacity: int) -> Tensor:
     return like.new_empty(capacity, rows, *tail, columns).movedim(-1, 2)
 
 
-def _changed_share(old: Tensor | None, new: Tensor | None) -> float:
-    if old is None or new is None or old is new:
-        return 0.0
-    return float((old != new).float().mean())
+def _changed_share(old: Tensor, new: Tensor) -> float:
+    return 0.0 if old is new else float((old != new).float().mean())
 
 
 def _is_identity(index: Tensor) -> bool:

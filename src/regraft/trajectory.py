@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regraft.files import write_beside
-
-Tensors = dict[str, Tensor]
+from regraft.files import write_beside, write_text
+from regraft.tensors import Tensors, check_alike, check_finite, tensor_digest
 
 FORMAT = "regraft-trajectory-1"
 INDEX = "index.json"
+LEFTOVER = re.compile(r"[0-9a-f]{24}\.safetensors(\.part)?|index\.json\.part")  # nobody else's files
 
 
 def uniform(steps: int) -> list[float]:
@@ -97,6 +98,10 @@ class Trajectory:
             check_finite(tensors, f"checkpoint {t}")
         return cls(tuple(checkpoints), tuple((t, 1.0) for t in range(len(checkpoints))), metadata)
 
+    def __repr__(self) -> str:
+        kept = ", ".join(map(str, self.metadata)) or "nothing"
+        return f"Trajectory(steps={self.steps}, anchors={len(self.anchors)}, metadata of {kept})"
+
     @property
     def steps(self) -> int:
         """T: the number of steps after the start."""
@@ -144,12 +149,13 @@ class Trajectory:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        entries = [_write_anchor(folder, tensors) for tensors in self.anchors]
-        index = {"format": FORMAT, "anchors": entries, "legs": self.legs, "metadata": dict(self.metadata)}
-        write_beside(folder / INDEX, lambda part: part.write_text(json.dumps(index, indent=1)))
-        kept = {INDEX, *(entry["file"] for entry in entries)}
+        stored = [_Anchor.write(folder, tensors) for tensors in self.anchors]
+        anchors = [{"file": a.file.name, "bytes": a.bytes, "sha256": a.digests} for a in stored]
+        index = {"format": FORMAT, "anchors": anchors, "legs": self.legs, "metadata": dict(self.metadata)}
+        write_text(folder / INDEX, json.dumps(index, indent=1))
+        kept = {anchor.file.name for anchor in stored}
         for leftover in folder.iterdir():
-            if leftover.name not in kept and leftover.suffix in (".safetensors", ".part"):
+            if leftover.name not in kept and LEFTOVER.fullmatch(leftover.name):
                 leftover.unlink()
 
     @classmethod
@@ -159,119 +165,94 @@ class Trajectory:
         Raises:
             FileNotFoundError: no index or an anchor's file is missing; the path is named.
             ValueError: not a trajectory, or a file whose size does not fit (truncated); when an anchor is
-                read, a tensor whose hash, shape or dtype differs from the index, or that is not finite.
+                read, a tensor that differs from the index in name, dtype, shape or value, or that is not finite.
         """
         folder = Path(folder)
         path = folder / INDEX
         if not path.is_file():
             raise FileNotFoundError(f"no trajectory in {folder}: {INDEX} is missing")
         try:
-            index = json.loads(path.read_text())
+            index = json.loads(path.read_text(encoding="utf-8"))
             if index["format"] != FORMAT:
-                raise ValueError(f"{path} has format {index['format']!r}, this version reads {FORMAT!r}")
-            entries, legs, metadata = index["anchors"], index["legs"], index["metadata"]
-            legs = tuple((int(anchor), float(scale)) for anchor, scale in legs)
-            sizes = [
-                (folder / Path(entry["file"]).name, entry["bytes"], entry["tensors"]) for entry in entries
+                raise ValueError(f"format {index['format']!r}, this version reads {FORMAT!r}")
+            stored = [
+                _Anchor(folder / Path(e["file"]).name, int(e["bytes"]), dict(e["sha256"]))
+                for e in index["anchors"]
             ]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            legs = tuple((int(anchor), float(scale)) for anchor, scale in index["legs"])
+            metadata = dict(index["metadata"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is not a trajectory's index: {error!r}") from error
-        for file, size, _ in sizes:
-            if not file.is_file():
-                raise FileNotFoundError(f"{path} names {file.name}, which is missing")
-            if file.stat().st_size != size:
+        for anchor in stored:
+            anchor.check_size()
+        fits = all(0 <= anchor < len(stored) and math.isfinite(scale) for anchor, scale in legs)
+        if len(legs) < 2 or not fits:
+            raise ValueError(f"{path}: the steps do not fit the {len(stored)} stored anchors")
+        return cls(_Stored(tuple(stored)), legs, metadata)
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """One anchor's file, its size in bytes, and the digest of each tensor."""
+
+    file: Path
+    bytes: int
+    digests: Mapping[str, str]
+
+    @classmethod
+    def write(cls, folder: Path, tensors: Tensors) -> _Anchor:
+        """Write the file beside its place and rename it; it is named by its content."""
+        # clones, because safetensors refuses tensors that share memory and the index knows tensors by name alone
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        file = folder / f"{whole[:24]}.safetensors"
+        write_beside(file, lambda part: save_file(tensors, part))
+        return cls(file, file.stat().st_size, digests)
+
+    def check_size(self) -> None:
+        """Raise where the file is missing or has another size: that costs nothing, and finds what is truncated."""
+        if not self.file.is_file():
+            raise FileNotFoundError(f"{self.file} is missing, though {INDEX} names it")
+        if self.file.stat().st_size != self.bytes:
+            raise ValueError(
+                f"{self.file} has {self.file.stat().st_size} bytes instead of {self.bytes}: "
+                "it is truncated or changed"
+            )
+
+    def read(self) -> Tensors:
+        """The tensors. Raises ValueError for any that is not what the index says, or not finite."""
+        try:
+            tensors = load_file(self.file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.file} cannot be read: {error}") from error
+        if odd := sorted(tensors.keys() ^ self.digests.keys()):
+            raise ValueError(f"{self.file}: tensor {odd[0]!r} stands in only one of file and index")
+        for name, expected in self.digests.items():
+            if tensor_digest(tensors[name]) != expected:
                 raise ValueError(
-                    f"{file} has {file.stat().st_size} bytes instead of {size}: it is truncated or changed"
+                    f"{self.file}: tensor {name!r} does not have the digest that the index gives"
                 )
-        if len(legs) < 2 or any(not 0 <= anchor < len(entries) for anchor, _ in legs):
-            raise ValueError(f"{path}: the steps do not fit the {len(entries)} stored anchors")
-        return cls(_Stored(folder, tuple(entries)), legs, metadata)
+        check_finite(tensors, str(self.file))
+        return tensors
 
 
 @dataclass(frozen=True)
 class _Stored(Sequence[Tensors]):
     """Anchors on disk, read when they are asked for."""
 
-    folder: Path
-    entries: tuple[dict[str, Any], ...]
+    anchors: tuple[_Anchor, ...]
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.anchors)
 
     def __getitem__(self, i: int) -> Tensors:  # type: ignore[override]
-        return _read_anchor(self.folder, self.entries[i])
-
-
-def check_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_is: str, b_is: str) -> None:
-    """Raise a ValueError that names the first tensor in which `a` and `b` differ in name, shape, dtype or device."""
-    for one, other, missing_in in ((a, b, b_is), (b, a, a_is)):
-        for name in one:
-            if name not in other:
-                raise ValueError(f"{missing_in} has no tensor {name!r}")
-    for name, tensor in a.items():
-        for what in ("shape", "dtype", "device"):
-            left, right = getattr(tensor, what), getattr(b[name], what)
-            if left != right:
-                raise ValueError(
-                    f"tensor {name!r}: {what} {_plain(left)} in {a_is}, {_plain(right)} in {b_is}"
-                )
-
-
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise a ValueError that names the first tensor with a NaN or an infinity."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            raise ValueError(f"tensor {name!r} of {where} holds a value that is not finite")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # A sum is one pass over memory and not finite where an entry is not; only a sum of huge values is looked at again.
-    return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, torch.Size) else value
+        return self.anchors[i].read()
 
 
 def _between(start: Tensor, end: Tensor, fraction: float) -> Tensor:
     """(1 - l) start + l end; counters (num_batches_tracked) are those of the end."""
     return torch.lerp(start, end, fraction) if start.is_floating_point() else end
-
-
-def _digest(tensor: Tensor) -> str:
-    # numpy knows no bfloat16, so the bytes are looked at as uint8
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest()
-
-
-def _write_anchor(folder: Path, tensors: Tensors) -> dict[str, Any]:
-    """Write one anchor beside its place, rename it, and return its index entry."""
-    # clones, because safetensors refuses tensors that share memory and the index knows tensors by name alone
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    described = {
-        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": _digest(tensor)}
-        for name, tensor in tensors.items()
-    }
-    whole = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    file = folder / f"{whole[:24]}.safetensors"
-    write_beside(file, lambda part: save_file(tensors, part))
-    return {"file": file.name, "bytes": file.stat().st_size, "tensors": described}
-
-
-def _read_anchor(folder: Path, entry: Mapping[str, Any]) -> Tensors:
-    file = folder / Path(entry["file"]).name
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if set(tensors) != set(entry["tensors"]):
-        odd = sorted(set(tensors) ^ set(entry["tensors"]))[0]
-        raise ValueError(f"{file}: tensor {odd!r} stands in only one of file and index")
-    for name, described in entry["tensors"].items():
-        if _digest(tensors[name]) != described["sha256"]:
-            raise ValueError(f"{file}: tensor {name!r} does not have the hash that the index gives")
-    check_finite(tensors, str(file))
-    return tensors

@@ -1,9 +1,6 @@
-"""What the kernels' tests share. Triton runs in its interpreter, which is chosen before triton is imported."""
+"""What the kernels' tests share. Triton runs in its interpreter: tests/conftest.py chose it before any import."""
 
 import importlib.util
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -12,6 +12,7 @@ from regraft_kernels import Term, similarity, similarity_many, similarity_update
 from regraft_kernels.similarity import similarity_reference
 
 module = sys.modules["regraft_kernels.similarity"]
+torch_path = sys.modules["regraft_kernels.similarity_torch"]
 
 
 def widen(term):
@@ -81,11 +82,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @given(data=st.data(), block=st.sampled_from([1, 300, 1 << 20]))
 def test_torch_is_as_exact_as_the_formula(dtype, data, block):
     terms = data.draw(groups(dtype))
-    before, module.BLOCK_BYTES = module.BLOCK_BYTES, block
+    before, torch_path.BLOCK_BYTES = torch_path.BLOCK_BYTES, block
     try:
         check(similarity(terms, backend="torch"), terms, dtype)
     finally:
-        module.BLOCK_BYTES = before
+        torch_path.BLOCK_BYTES = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
@@ -165,8 +166,10 @@ def test_stacks_are_left_alone_and_need_not_be_contiguous(backend, generator):
 def test_nothing_large_is_copied_where_the_layout_allows_it(monkeypatch, generator):
     """Axis first or last in memory, no gather: the operands of the products are views of the stacks."""
     seen = []
-    plain = module._multiply_add_
-    monkeypatch.setattr(module, "_multiply_add_", lambda s, a, b, p: (seen.append((a, b)), plain(s, a, b, p)))
+    plain = torch_path._multiply_add_
+    monkeypatch.setattr(
+        torch_path, "_multiply_add_", lambda s, a, b, p: (seen.append((a, b)), plain(s, a, b, p))
+    )
     stack = torch.randn(3, 6, 2, 2, 5, generator=generator).permute(0, 1, 4, 2, 3)  # T, r, c, kh, kw
     for axis in (0, 1):
         similarity([Term(stack, stack, axis)], backend="torch")

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-Tensors = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor]
+from regraft.tensors import Tensors
 
 
 def cumulative_gradient(start: Tensors, end: Tensors) -> Tensors:

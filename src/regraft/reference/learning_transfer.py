@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regraft.reference.matching import match, permuted
 from regraft.symmetry import PermutationSpec
+from regraft.tensors import Batch, Perm, Tensors
 
-Tensors = dict[str, Tensor]
-Perm = dict[str, Tensor]
-Batches = Sequence[tuple[Tensor, Tensor]]
+Batches = Sequence[Batch]
 
 
 def gradient(model: nn.Module, theta: Tensors, batches: Batches) -> Tensors:

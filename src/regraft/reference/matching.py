@@ -13,9 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from regraft.symmetry import PermutationSpec
-
-Tensors = dict[str, Tensor]
-Perm = dict[str, Tensor]
+from regraft.tensors import Perm, Tensors
 
 
 def permuted(spec: PermutationSpec, perm: Perm, tensors: Tensors) -> Tensors:

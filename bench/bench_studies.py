@@ -1,0 +1,31 @@
+"""Every study by the one runner: an item a scenario, which measures all of its methods and seeds.
+
+pytest bench --benchmark-only
+pytest bench --benchmark-only --study transfer --scenario mnist-mlp-512 cifar10-conv6 --seeds 3 --resume
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from conftest import ROWS
+from regraft import front
+from regraft.data import MissingData
+from regraft.studies.run import crashed
+
+
+def test_scenario(benchmark, chosen, told, pytestconfig):
+    study, _ = chosen
+    asked = {name: pytestconfig.getoption(name) for name in ("results", "seeds", "resume", "keep_older")}
+    methods = pytestconfig.getoption("method")
+
+    def measured():
+        return front.measure(chosen, place=told, methods=methods, **asked)
+
+    try:
+        rows = benchmark.pedantic(measured, rounds=1, iterations=1)
+    except MissingData as missing:
+        pytest.skip(str(missing))
+    pytestconfig.stash[ROWS].setdefault(study.name, []).extend(rows)
+    failures = [f"{row.method}, seed {row.seed}: {row.failure}" for row in rows if crashed(row)]
+    assert not failures, "; ".join(failures)

@@ -1,0 +1,151 @@
+"""What `pytest bench` and the `regraft` command share: choosing scenarios, showing progress, the summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from regraft.data import MissingData
+from regraft.files import write_text
+from regraft.studies import STUDIES, nearest, study
+from regraft.studies.render import ROWS, Figure, Table, page, report, stored, summary
+from regraft.studies.rows import Row
+from regraft.studies.run import run
+from regraft.studies.study import Place, Scenario, Study
+
+Chosen = tuple[Study, Scenario]
+
+
+def choose(studies: Sequence[str] = (), scenarios: Sequence[str] = ()) -> list[Chosen]:
+    """The scenarios of these names in these studies (all studies if none is named); without names the quick ones.
+
+    Raises ValueError, with the nearest names, for a study or a scenario that there is not.
+    """
+    known = [study(name) for name in studies or STUDIES]
+    if not scenarios:
+        return [(one, scenario) for one in known for scenario in one.select(one.quick)]
+    names = {scenario.name: (one, scenario) for one in known for scenario in one.scenarios}
+    for name in scenarios:
+        if name not in names:
+            raise ValueError(f"there is no scenario {name!r}{nearest(name, names)}")
+    return [names[name] for name in scenarios]
+
+
+def measure(
+    chosen: Chosen,
+    *,
+    place: Place,
+    results: Path,
+    seeds: int | None = None,
+    methods: Sequence[str] = (),
+    resume: bool = False,
+    keep_older: bool = False,
+) -> list[Row]:
+    """Run one scenario, its rows in ``results/<study>/rows.jsonl``. Raises MissingData where its data are not there."""
+    one, scenario = chosen
+    return list(
+        run(
+            one,
+            [scenario],
+            place=place,
+            rows=results / one.name / ROWS,
+            seeds=None if seeds is None else range(seeds),
+            methods=tuple(methods) or None,
+            resume=resume,
+            keep_older=keep_older,
+        )
+    )
+
+
+@contextmanager
+def progress(place: Place, console: Console) -> Iterator[Place]:
+    """The place with a bar in the terminal for whatever runs there; as it is where the console is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    if not console.is_terminal:
+        yield place
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown = bar.add_task("", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(shown, description=what, completed=done, total=total)
+
+        yield replace(place, tell=tell)
+
+
+def conclude(rows: Mapping[str, Sequence[Row]], results: Path, console: Console) -> None:
+    """Print the summary of the rows of each study, write the pages of all that lies in the folder, and say where."""
+    for name, own in rows.items():
+        for sheet in summary(study(name), own):
+            console.print(sheet.rich())
+            console.print()
+    remade(results)
+    console.print(f"rows, tables and figures: {results}; the page: {results / 'index.html'}")
+
+
+def remade(results: Path, documents: Sequence[Path] = ()) -> list[Path]:
+    """Make the pages of a results folder, and the tables that documents quote; returns what was written."""
+    studies = [study(name) for name in STUDIES]
+    made = report(results, studies, documents)
+    write_text(results / "index.html", page(results, studies))
+    return [*made, results / "index.html"]
+
+
+def reproduced(
+    name: str,
+    tables: Sequence[str],
+    figures: Sequence[str],
+    *,
+    paper: bool,
+    place: Place,
+    results: Path,
+    seeds: int | None = None,
+    keep_older: bool = False,
+) -> int:
+    """Run the scenarios of a study's tables and figures, all of them if none is named, and print the tables.
+
+    Raises ValueError for a table or figure that there is not. Returns 0, or 1 where data were missing for any.
+    """
+    one, console = study(name), Console()
+    wanted = pages(one, tables, figures)
+    names = dict.fromkeys(scenario for item in wanted for scenario in item.scenarios)
+    missing = False
+    for scenario in one.select([n for n in names if n.endswith("-paper") == paper]):
+        try:
+            with progress(place, console) as told:
+                measure(
+                    (one, scenario),
+                    place=told,
+                    results=results,
+                    seeds=seeds,
+                    resume=True,
+                    keep_older=keep_older,
+                )
+        except MissingData as problem:
+            console.print(f"{scenario.name} is skipped: {problem}")
+            missing = True
+    rows = stored(results, one)
+    for item in wanted:
+        for sheet in item.made(rows) if isinstance(item, Table) else ():
+            console.print(sheet.rich())
+    for path in remade(results):
+        console.print(str(path))
+    return int(missing)
+
+
+def pages(one: Study, tables: Sequence[str], figures: Sequence[str]) -> list[Table | Figure]:
+    """A study's tables and figures of these names; all of both where none is named."""
+    found: list[Table | Figure] = []
+    for names, known in ((tables, one.tables), (figures, one.figures)):
+        by_name = {item.name: item for item in known}
+        for name in names:
+            if name not in by_name:
+                raise ValueError(f"study {one.name} has no {name!r}{nearest(name, by_name)}")
+        found += [by_name[name] for name in names]
+    return found or [*one.tables, *one.figures]

@@ -1,0 +1,101 @@
+"""Tables of the microbenches: every contender beside what one would write by hand, measured in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from regraft.studies.micro.contests import TIME
+from regraft.studies.tables import (
+    Column,
+    Group,
+    Rows,
+    Sheet,
+    Table,
+    by_method,
+    mean,
+    seconds,
+    spread,
+    value,
+)
+
+
+def beside_by_hand(group: Group) -> str:
+    """A cell: this method's time over that of the same contest's "by hand"."""
+    other = group.rows[0].config["method"].get("beside")
+    pairs = [(own.values.get(TIME), hand.values.get(TIME)) for own, hand in group.beside(other or "")]
+    return mean([own / hand for own, hand in pairs if own is not None and hand], "{:.3g}")
+
+
+def milliseconds(group: Group) -> str:
+    """A cell: the time, with four digits."""
+    found = group.values(TIME)
+    return spread(found, "{:.0f}" if found and min(found) >= 1000 else "{:.4g}")
+
+
+SUMMARY = (
+    Column("ms", milliseconds),
+    Column("ratio to by hand", beside_by_hand),
+)
+
+
+MODELS = (
+    Column("groups", value("groups", "{:.0f}")),
+    Column("units", value("units", "{:.0f}")),
+    Column("parameters", value("parameters", "{:.0f}")),
+    Column("moved", value("moved", "{:.2%}")),
+    Column("weights moved on both axes", value("weights moved on both axes", "{:.2%}")),
+    Column("error", value("error", "{:.1e}")),
+    Column("s", lambda group: mean([row.total.wall for row in group.rows if not row.failure], "{:.1f}")),
+)
+COMPILED = tuple(
+    Column(heading, value(heading, "{:.0f}"))
+    for heading in ("registers", "spilled [bytes]", "shared memory [bytes]", "instructions", "16-byte moves")
+)
+MATCHING = (*SUMMARY, Column("objective", value("objective", "{:.4f}")))
+KERNELS = (
+    *SUMMARY,
+    Column("GB/s", value("rate [GB/s]", "{:.1f}")),
+    Column("Gflop/s", value("rate [Gflop/s]", "{:.1f}")),
+)
+ASSIGNMENT = (*SUMMARY, Column("relative error", value("relative error", "{:.1e}")))
+GPU = (
+    Column("ms", milliseconds),
+    Column("by hand, ms", value("by hand [ms]", "{:.3f}")),
+    Column("ratio to by hand", value("ratio to by hand", "{:.2f}")),
+    Column("share of the ceiling", value("share of the ceiling", "{:.0%}")),
+    Column("seconds", seconds),
+)
+
+
+def of_models(rows: Rows) -> Iterator[Sheet]:
+    """What was proved of each model, and of all in one line."""
+    for sheet in by_method(MODELS)(rows):
+        proved = [row for row in rows if not row.failure]
+        worst = max((row.values["error"] or 0.0 for row in proved), default=0.0)
+        spent = sum(row.total.wall for row in proved)
+        memory = max((row.values.get("peak_memory [bytes]") or 0.0 for row in proved), default=0.0)
+        told = [f"{row.method}: {text}" for row in rows for text in row.notes.get("warnings", [])]
+        line = (
+            f"{len(proved)} of {len(rows)} models proved, largest error {worst:.1e}, {spent:.0f} s in all, "
+        )
+        yield Sheet(
+            sheet.title,
+            sheet.heading,
+            sheet.lines,
+            (f"{line}{memory / 2**30:.1f} GiB of memory at most", *told, *sheet.notes),
+        )
+
+
+ON_KERNELS = ("kernels", "kernels-more", "kernels-resnet18", "kernels-resnet18-new-pages")
+ASSIGNMENTS = ("assignment", *(f"assignment-{n}" for n in (128, 512, 1024)), "assignment-many")
+TABLES = (
+    Table("kernels", "Kernels", ON_KERNELS, by_method(KERNELS)),
+    Table("assignment", "Assignment", ASSIGNMENTS, by_method(ASSIGNMENT)),
+    Table(
+        "matching", "Matching", ("matching-mlp", "matching-resnet18", "matching-fgmt"), by_method(MATCHING)
+    ),
+    Table("library", "Grids, and the recorder", ("grids", "recorder"), by_method(SUMMARY)),
+    Table("compiled", "The kernels, compiled ahead of time", ("compiled",), by_method(COMPILED)),
+    Table("gpu", "Kernels on a GPU", ("gpu",), by_method(GPU)),
+    Table("symmetry", "torchvision's classification models", ("symmetry-torchvision",), of_models),
+)

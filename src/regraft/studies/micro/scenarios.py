@@ -1,0 +1,41 @@
+"""What is measured: an entry is a scenario. Every timed one is a list of contests."""
+
+from __future__ import annotations
+
+from regraft.studies.micro import assignment, compiled, gpu, library, matching, proofs
+from regraft.studies.micro.contests import Contest, Timed, of_case, timed_methods
+from regraft.studies.study import Scenario
+from regraft_kernels.cases import kernels
+
+
+def timed(name: str, *contests: Contest, how: Timed | None = None) -> Scenario:
+    """A scenario whose methods are the contenders of these contests."""
+    return Scenario(name, timed_methods(contests), how or Timed(), seeds=1)
+
+
+CASES = [case for kernel in kernels().values() for case in kernel.CASES]
+FIRST = [kernel.CASES[0] for kernel in kernels().values()]
+RESNET18 = [case for case in CASES if "ResNet-18" in case.name]
+OTHERS = [case for case in CASES if case not in FIRST and case not in RESNET18]
+
+SCENARIOS = (
+    timed("kernels", *map(of_case, FIRST), how=Timed(budget=1.0)),
+    timed("kernels-more", *map(of_case, OTHERS)),
+    timed("kernels-resnet18", *map(of_case, RESNET18)),
+    timed("kernels-resnet18-new-pages", *map(of_case, RESNET18), how=Timed(keep_pages=False)),
+    timed("assignment", assignment.contest("real gradients", 512), how=Timed(budget=1.0)),
+    *(
+        timed(f"assignment-{n}", *(assignment.contest(kind, n) for kind in assignment.KINDS))
+        for n in assignment.SIZES
+    ),
+    timed("assignment-many", assignment.MANY, how=Timed(rounds=5, clock="wall")),
+    timed("matching-mlp", matching.mlp_contest(2048), how=Timed(rounds=3, budget=20.0)),
+    timed("matching-resnet18", matching.RESNET18, how=Timed(rounds=3, budget=20.0)),
+    timed("matching-fgmt", matching.FGMT, how=Timed(rounds=3, budget=20.0)),
+    timed("grids", library.grid(10_000), how=Timed(rounds=2, budget=60.0)),
+    timed("recorder", library.RECORDER),
+    Scenario("compiled", compiled.methods(), None, seeds=1),
+    Scenario("gpu", gpu.methods(), None, seeds=1),
+    Scenario("symmetry-torchvision", proofs.methods(), proofs.Proof(), seeds=1),
+)
+QUICK = ("kernels", "assignment")

@@ -1,0 +1,134 @@
+"""The only page maker: rows -> Markdown, SVG, the terminal's summary, and one HTML page.
+
+    report(Path("results"))     # every table and figure of every study, from results/<study>/rows.jsonl
+
+Pages are functions of rows and of nothing else. Documents written by hand quote tables between two marks,
+
+    <!-- table transfer/main digits-mlp -->
+    <!-- end -->
+
+whose inside is made anew with the pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+
+from regraft.files import write_text
+from regraft.studies.figures import Figure, svg
+from regraft.studies.rows import Row, read
+from regraft.studies.study import Study
+from regraft.studies.tables import COMMON, Column, Sheet, Table, by_method, current
+
+__all__ = ["Column", "Figure", "Sheet", "Table", "page", "report", "stored", "summary"]
+
+ROWS = "rows.jsonl"
+MARK = re.compile(r"(<!-- table (\S+)/(\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def stored(folder: Path, study: Study) -> list[Row]:
+    """The rows of a study below a results folder; none where it has not been run."""
+    path = folder / study.name / ROWS
+    return read(path) if path.is_file() else []
+
+
+def report(folder: Path, studies: Sequence[Study], documents: Sequence[Path] = ()) -> list[Path]:
+    """Write every study's tables (``<study>/tables.md``) and figures (``<study>/<figure>.svg``), and fill the marks of
+    the documents. Returns what was written.
+    """
+    made = []
+    for study in studies:
+        rows = stored(folder, study)
+        if not rows:
+            continue
+        texts = {folder / study.name / "tables.md": markdown(study, rows)}
+        for figure in study.figures:
+            if (drawing := svg(figure, rows)) is not None:
+                texts[folder / study.name / f"{figure.name}.svg"] = drawing
+        for path, text in texts.items():
+            write_text(path, text)
+            made.append(path)
+    for path in documents:
+        write_text(path, filled(path.read_text(encoding="utf-8"), folder, studies))
+        made.append(path)
+    return made
+
+
+def markdown(study: Study, rows: Sequence[Row]) -> str:
+    """All tables of a study."""
+    parts = [
+        f"# {study.title}",
+        "",
+        "Mean ± standard deviation over seeds. Made of rows.jsonl by `regraft report`.",
+        "",
+    ]
+    for table in study.tables:
+        sheets = table.made(rows)
+        if sheets:
+            parts += [f"## {table.title}", "", *(sheet.markdown(3) for sheet in sheets)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def filled(document: str, folder: Path, studies: Sequence[Study]) -> str:
+    """The document with the inside of its marks made anew.
+
+    Raises ValueError for a mark whose study, table or scenario there is not.
+    """
+    known = {study.name: study for study in studies}
+
+    def fill(found: re.Match[str]) -> str:
+        head, study, name, scenario, end = found.groups()
+        tables = {table.name: table for table in known[study].tables} if study in known else {}
+        if name not in tables:
+            raise ValueError(f"a document quotes table {study}/{name}, which there is not")
+        sheets = tables[name].made(stored(folder, known[study]))
+        sheets = [sheet for sheet in sheets if scenario is None or sheet.title == scenario]
+        if not sheets:
+            raise ValueError(f"a document quotes {study}/{name} {scenario or ''}, of which there are no rows")
+        body = "\n".join(sheet.markdown().split("\n", 2)[2].partition("\n\n")[0] + "\n" for sheet in sheets)
+        return f"{head}{body}{end}"
+
+    return MARK.sub(fill, document)
+
+
+def summary(study: Study, rows: Iterable[Row]) -> Iterator[Sheet]:
+    """What the bench says of a study at its end: each scenario's methods in the study's own few columns."""
+    for sheet in by_method(study.summary or COMMON)(current(list(rows))):
+        yield Sheet(f"{study.title}: {sheet.title}", sheet.heading, sheet.lines)
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; } 
+th, td { padding: .3rem .8rem; text-align: right; }
+th { border-bottom: 2px solid #444; } th:first-child, td:first-child { text-align: left; }
+svg { max-width: 100%; height: auto; }
+"""
+
+
+def page(folder: Path, studies: Sequence[Study]) -> str:
+    """One HTML page that needs nothing else: every study's tables and figures."""
+    body = []
+    for study in studies:
+        rows = stored(folder, study)
+        if not rows:
+            continue
+        body.append(f"<h2>{escape(study.title)}</h2>")
+        for table in study.tables:
+            for sheet in table.made(rows):
+                body.append(_html(sheet))
+        body += [drawing for figure in study.figures if (drawing := svg(figure, rows)) is not None]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>regraft: results</title>'
+        f"<style>{STYLE}</style></head><body><h1>regraft: results</h1>" + "\n".join(body) + "</body></html>\n"
+    )
+
+
+def _html(sheet: Sheet) -> str:
+    heads = "".join(f"<th>{escape(text)}</th>" for text in sheet.heading)
+    lines = "".join("<tr>" + "".join(f"<td>{escape(t)}</td>" for t in line) + "</tr>" for line in sheet.lines)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in sheet.notes)
+    return f"<h3>{escape(sheet.title)}</h3><table><tr>{heads}</tr>{lines}</table><ul>{notes}</ul>"

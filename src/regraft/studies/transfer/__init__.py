@@ -1,0 +1,16 @@
+"""Learning transfer beside plain training."""
+
+from regraft.studies.study import Study
+from regraft.studies.transfer.methods import TransferSetting
+from regraft.studies.transfer.pages import FIGURES, TABLES
+from regraft.studies.transfer.scenarios import SCENARIOS
+
+STUDY = Study(
+    name="transfer",
+    title="Learning transfer",
+    setting=TransferSetting,
+    scenarios=SCENARIOS,
+    quick=("digits-mlp",),
+    tables=TABLES,
+    figures=FIGURES,
+)

@@ -1,0 +1,172 @@
+"""From labels to groups: units of equal signature may trade places.
+
+Each tie, and each axis of a parameter, adds for every unit a hash of its pairs of occurrences to the unit's
+signature. Fixed scalars count as their own position: a unit that is tied to all different positions is alone, and
+does not move.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regraft.symmetry.labels import Flow, Leaf, Value, line, varying
+from regraft.symmetry.spec import Axis, PermutationSpec, Segment
+
+
+def specify(flow: Flow, leaves: Sequence[Leaf]) -> PermutationSpec:
+    """The specification that a finished pass of labels amounts to."""
+    settle(flow, leaves)
+    groups = _groups(flow, signatures(flow, leaves))
+    group = np.full(
+        flow.units.count, -1
+    )  # of every root: the number of its group (-1: fixed), and of its unit
+    unit = np.zeros(flow.units.count, dtype=np.int64)
+    for number, units in enumerate(groups.values()):
+        group[units] = number
+        unit[units] = np.arange(len(units))
+    names = list(groups)
+
+    def axis(labels: Tensor | None, length: int) -> Axis:
+        roots = np.zeros(length, dtype=np.int64) if labels is None else flow.units.roots(labels).numpy()
+        return _segments(names, group[roots], unit[roots])
+
+    axes = {leaf.name: tuple(map(axis, leaf.axes, leaf.shape)) for leaf in leaves}
+    return PermutationSpec({name: len(units) for name, units in groups.items()}, axes)
+
+
+def settle(flow: Flow, leaves: Iterable[Leaf]) -> None:
+    """A tensor used element by element moves along one axis, or not at all."""
+    for leaf in leaves:
+        if leaf.scalars is None or not leaf.shape:
+            continue
+        along = varying(flow.units.roots(leaf.scalars))
+        if len(along) > 1:
+            flow.freeze(Value(leaf, leaf.shape))
+            continue
+        axis = along[0] if along else int(np.argmax(leaf.shape))
+        flow.join(flow.axis(leaf, axis), line(leaf.scalars, axis))
+        for other in range(len(leaf.shape)):
+            if other != axis and leaf.axes[other] is not None:
+                flow.freeze(leaf.axes[other])
+
+
+# ---- signatures
+
+
+def signatures(flow: Flow, leaves: Sequence[Leaf]) -> np.ndarray:
+    """uint64 for every label that is a root: equal where units may trade places."""
+    total = torch.zeros(flow.units.count, dtype=torch.int64)
+    known: dict[int, Tensor] = {}
+
+    def ranks(labels: Tensor) -> Tensor:
+        if id(labels) not in known:
+            known[id(labels)] = occurrences(flow.units.roots(labels))
+        return known[id(labels)]
+
+    number = 0
+    for tie in flow.ties:
+        number += 1
+        keys = tie.positions.long()
+        if tie.sources:
+            table = torch.cat([ranks(source).flatten() + (j << 40) for j, source in enumerate(tie.sources)])
+            keys = torch.where(keys < 0, torch.iinfo(torch.int64).min, table[keys.clamp(min=0)])
+        _add(total, flow.units.roots(tie.labels), _mix(_salted(ranks(tie.labels), number)) + keys)
+    for leaf in leaves:
+        for labels in leaf.axes:
+            number += 1
+            if labels is not None:
+                held = ranks(labels)
+                _add(total, flow.units.roots(labels), _mix(_salted(held, number)) + held)
+    return total.numpy().view(np.uint64)
+
+
+def _salted(ranks: Tensor, number: int) -> Tensor:
+    return ranks + number * 0x9E3779B97F4A7C15 % (1 << 62)
+
+
+def _add(total: Tensor, roots: Tensor, keys: Tensor) -> None:
+    """Adds to every unit a hash of the key at each of its places."""
+    total.index_add_(0, roots.flatten().long(), _mix(keys).flatten())
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64, on int64 with wrap-around."""
+    bits = x.numpy().view(np.uint64)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((bits ^ (bits >> np.uint64(31))).view(np.int64))
+
+
+def occurrences(roots: Tensor) -> Tensor:
+    """int64 of the same shape: the rank of each scalar among those of its unit, in row-major order (a fixed one:
+    its own place, from below)."""
+    along = varying(roots)
+    if len(along) > 1:
+        ranks = _ranks(roots.flatten()).view(roots.shape)
+    else:  # one line, repeated: any numbering of the repetitions will do, as long as it is the same for all units
+        axis = along[0] if along else 0
+        units = line(roots, axis) if roots.ndim else roots.reshape(1)
+        shape = [1 if d == axis else length for d, length in enumerate(roots.shape)]
+        ranks = torch.arange(math.prod(shape)).view(shape) * (len(units) + 1)
+        ranks = ranks + _ranks(units).view([-1 if d == axis else 1 for d in range(roots.ndim)])
+    return torch.where(roots == 0, -1 - torch.arange(roots.numel()).view(roots.shape), ranks)
+
+
+def _ranks(line: Tensor) -> Tensor:
+    order = line.argsort(stable=True)
+    held = line[order]
+    start = torch.searchsorted(held, held)  # where each unit's run begins
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(line)) - start
+    return ranks
+
+
+# ---- groups and segments
+
+
+def _groups(flow: Flow, signature: np.ndarray) -> dict[str, list[int]]:
+    """name -> roots of the units of equal signature: named after the parameter that first makes them, in its order.
+
+    Where a parameter makes several groups, they are numbered.
+    """
+    stems: dict[int, str] = {}
+    members: dict[int, dict[int, None]] = {}
+    for leaf, labels in flow.made:
+        for root in dict.fromkeys(flow.units.roots(labels).flatten().tolist()):
+            if root:
+                key = int(signature[root])
+                stems.setdefault(key, leaf.name.removesuffix(".weight").removesuffix(".bias"))
+                members.setdefault(key, {}).setdefault(root)
+    kept = {key: list(units) for key, units in members.items() if len(units) > 1}
+    made = Counter(stems[key] for key in kept)
+    seen: Counter[str] = Counter()
+    groups = {}
+    for key, units in kept.items():
+        stem = stems[key]
+        groups[stem if made[stem] == 1 else f"{stem}/{seen[stem]}"] = units
+        seen[stem] += 1
+    return groups
+
+
+def _segments(names: Sequence[str], group: np.ndarray, unit: np.ndarray) -> Axis:
+    """One axis as few segments: runs of equal positions first, then runs of consecutive units."""
+    segments: list[Segment] = []
+    edges = np.flatnonzero((np.diff(group) != 0) | (np.diff(unit) != 0) & (group[1:] >= 0)) + 1
+    for start, stop in pairwise([0, *edges.tolist(), len(group)]):
+        if group[start] < 0:
+            segments.append(Segment(None, 0, stop - start))
+            continue
+        name, first, repeat = names[group[start]], int(unit[start]), stop - start
+        last = segments[-1] if segments else None
+        if last and (last.group, last.start + last.count, last.repeat) == (name, first, repeat):
+            segments[-1] = last._replace(count=last.count + 1)
+        else:
+            segments.append(Segment(name, first, 1, repeat))
+    return tuple(segments)

@@ -1,0 +1,263 @@
+"""Unit labels, and what may be demanded of them.
+
+Every scalar of every activation carries an integer label that names its unit; label 0 (and whatever is joined
+with it) is fixed. Operators that combine scalars of different tensors *join* labels (union-find). What labels
+alone cannot say, which occurrence of a unit goes with which, is recorded as a *tie* between two label tensors.
+
+A permutation sigma of units acts on a tensor by taking the k-th occurrence of u (in row-major order) to the k-th
+occurrence of sigma(u). A tie through ``positions`` demands that this action on one tensor and on another agree:
+the k-th occurrence of u must sit at the same occurrence of the other tensor for every unit that u may trade
+places with (:mod:`regraft.symmetry.groups` turns that into groups).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+# ---- units: disjoint sets of labels
+
+
+class Units:
+    """Disjoint sets over labels 0..n-1, all in arrays. Label 0 is fixed, and so is what is joined with it."""
+
+    def __init__(self) -> None:
+        self._root = torch.zeros(1 << 16, dtype=torch.int32)
+        self.count = 1
+
+    def fresh(self, *shape: int) -> Tensor:
+        """New labels, int32, each a unit of its own."""
+        n = math.prod(shape)
+        if self.count + n > len(self._root):
+            spare = torch.zeros(max(len(self._root), n), dtype=torch.int32)
+            self._root = torch.cat([self._root, spare])
+        new = torch.arange(self.count, self.count + n, dtype=torch.int32)
+        self._root[self.count : self.count + n] = new
+        self.count += n
+        return new.view(shape)
+
+    def roots(self, labels: Tensor) -> Tensor:
+        """The smallest label of each label's set."""
+        (distinct,) = _compact(labels)
+        return self._root[distinct].expand(labels.shape)
+
+    def join(self, a: Tensor, b: Tensor) -> None:
+        """Makes one unit of ``a`` and ``b``, element by element, after broadcasting."""
+        a, b = _compact(*torch.broadcast_tensors(a, b))
+        a, b = self._root[a].flatten(), self._root[b].flatten()
+        differ = a != b
+        if not differ.any():
+            return
+        pairs = torch.stack([a[differ], b[differ]]).numpy()
+        nodes, edges = np.unique(pairs, return_inverse=True)
+        left, right = edges.reshape(2, -1)
+        graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(nodes),) * 2)
+        _, part = connected_components(graph, directed=False)
+        _, first = np.unique(part, return_index=True)  # nodes are sorted: the first of a part is its smallest
+        became = torch.arange(self.count, dtype=torch.int32)
+        became[torch.from_numpy(nodes)] = torch.from_numpy(nodes[first][part])
+        self._root[: self.count] = became[self._root[: self.count]]
+
+
+def _compact(*tensors: Tensor) -> list[Tensor]:
+    """Without the dimensions that are expanded in all tensors (of one shape): they would say the same again."""
+    for d in range(tensors[0].ndim):
+        if tensors[0].shape[d] > 1 and all(t.stride(d) == 0 for t in tensors):
+            tensors = tuple(t.narrow(d, 0, 1) for t in tensors)
+    return list(tensors)
+
+
+# ---- values that flow
+
+
+@dataclass
+class Leaf:
+    """A parameter or floating buffer. An axis gets labels when an operator first gives it a meaning."""
+
+    name: str
+    shape: tuple[int, ...]
+    learned: bool
+    axes: list[Tensor | None] = field(init=False)
+    scalars: Tensor | None = None  # labels of single scalars, where it is used element by element
+
+    def __post_init__(self) -> None:
+        self.axes = [None] * len(self.shape)
+
+
+@dataclass
+class Value:
+    """A tensor of the graph: its scalars stand at ``positions`` of a base (None: in the base's own order).
+
+    The base is a leaf or the label tensor of an activation. Position -1 is the constant ``fill``.
+    """
+
+    base: Leaf | Tensor
+    shape: tuple[int, ...]
+    positions: Tensor | None = None
+    fill: float = 0.0
+    changed: bool = False  # a function of the leaf's scalars, not these themselves
+    labels: Tensor | None = None  # once an operator has read them
+
+    def places(self) -> Tensor:
+        """int32 of this shape: the place of every scalar in the base."""
+        return places(self.shape) if self.positions is None else self.positions
+
+
+def places(shape: Sequence[int]) -> Tensor:
+    """int32 of this shape: the row-major place of every scalar."""
+    return torch.arange(math.prod(shape), dtype=torch.int32).view(tuple(shape))
+
+
+@dataclass(frozen=True)
+class Tie:
+    """The action on ``labels`` must agree, through ``positions``, with that on ``sources``, read one after the
+    other. No source: a position is a key of its own. Position -1 is a constant."""
+
+    labels: Tensor
+    positions: Tensor
+    sources: tuple[Tensor, ...]
+
+
+class Flow:
+    """One pass of labels through a graph: what the rules of operators call."""
+
+    def __init__(self) -> None:
+        self.units = Units()
+        self.ties: list[Tie] = []
+        self.made: list[tuple[Leaf, Tensor]] = []  # labels in the order in which parameters produce them
+        self.unknown: dict[str, None] = {}
+
+    # -- labels of values
+
+    def fixed(self, shape: Sequence[int]) -> Value:
+        """A tensor that no permutation moves."""
+        return Value(torch.zeros((), dtype=torch.int32).expand(tuple(shape)), tuple(shape))
+
+    def new(self, labels: Tensor) -> Value:
+        """A tensor of its own, although it may have the labels of another."""
+        return Value(labels.view(labels.shape), tuple(labels.shape))
+
+    def is_fixed(self, labels: Tensor) -> bool:
+        return not self.units.roots(labels).any()
+
+    def axis(self, leaf: Leaf, axis: int) -> Tensor:
+        """int32 [length]: labels of one axis of a leaf."""
+        labels = leaf.axes[axis]
+        if labels is None:
+            length = leaf.shape[axis]  # one unit alone has no place to go: it is fixed, and joins nobody
+            labels = self.units.fresh(length) if length > 1 else torch.zeros(1, dtype=torch.int32)
+            leaf.axes[axis] = labels
+        return labels
+
+    def scalars(self, leaf: Leaf) -> Tensor:
+        """int32 of the leaf's shape: a label for every scalar."""
+        if leaf.scalars is None:
+            long = [a for a, length in enumerate(leaf.shape) if length != 1]
+            if not long:
+                leaf.scalars = torch.zeros(leaf.shape, dtype=torch.int32)
+            elif len(long) == 1:
+                leaf.scalars = self.axis(leaf, long[0]).view(leaf.shape)
+            else:
+                leaf.scalars = self.units.fresh(*leaf.shape)
+            self.produce(leaf, leaf.scalars)
+        return leaf.scalars
+
+    def labels(self, value: Value) -> Tensor:
+        """int32 of the value's shape, tied to its base."""
+        if value.labels is None:
+            base = self.base(value)
+            value.labels = base if value.positions is None else self.gather(value.positions, base)
+        return value.labels
+
+    def base(self, value: Value) -> Tensor:
+        """The labels that the value's positions point into."""
+        return self.scalars(value.base) if isinstance(value.base, Leaf) else value.base
+
+    def gather(self, positions: Tensor, *sources: Tensor) -> Tensor:
+        """A new tensor whose scalars come from ``positions`` of the sources, read one after the other."""
+        labels = torch.cat([source.reshape(-1) for source in sources])[positions.clamp(min=0)]
+        padding = positions < 0
+        if padding.any():
+            labels[padding] = self.units.fresh(int(padding.sum()))  # a constant takes any unit's part
+        self.tie(labels, positions, *sources)
+        return labels
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """Labels of a constant: it takes the part of any units, but only of such as see the same values."""
+        labels = self.units.fresh(*tensor.shape)
+        _, keys = torch.unique(tensor.detach(), return_inverse=True)
+        self.tie(labels, keys)
+        return labels
+
+    # -- what rules demand
+
+    def join(self, a: Tensor, b: Tensor) -> None:
+        """Element by element one unit, after broadcasting."""
+        self.units.join(a, b)
+
+    def freeze(self, value: Value | Tensor) -> None:
+        """Never moves, from here back to where it came from."""
+        if isinstance(value, Value) and isinstance(value.base, Leaf):
+            for a in range(len(value.base.shape)):
+                self.freeze(self.axis(value.base, a))
+            if value.base.scalars is not None:
+                self.freeze(value.base.scalars)
+        else:
+            labels = self.labels(value) if isinstance(value, Value) else value
+            self.join(labels, torch.zeros((), dtype=torch.int32))
+
+    def tie(self, labels: Tensor, positions: Tensor, *sources: Tensor) -> None:
+        """See :class:`Tie`; without sources: units may only trade places that have equal ``positions``."""
+        if not self.is_fixed(labels):
+            self.ties.append(Tie(labels, positions.expand(labels.shape), sources))
+
+    def produce(self, leaf: Leaf, labels: Tensor) -> None:
+        """These units owe their order to this parameter (an input or a buffer alone gives nobody an order)."""
+        if leaf.learned:
+            self.made.append((leaf, labels))
+
+    def plane(self, value: Value, dim: int) -> Tensor | None:
+        """int32 [value.shape[dim]]: the labels of one dimension of a weight; None where the value is no leaf, or
+        a view of one in which this dimension is not one axis."""
+        if not isinstance(value.base, Leaf):
+            return None
+        leaf = value.base
+        if value.positions is None:
+            return self.axis(leaf, dim)
+        if (value.positions < 0).any():
+            return None
+        along: dict[int, list[int]] = {d: [] for d in range(len(value.shape))}
+        origin = (0,) * len(value.shape)
+        coordinates = torch.unravel_index(value.positions.long(), leaf.shape)
+        for a, coordinate in enumerate(coordinates):
+            dims = varying(coordinate)
+            if len(dims) > 1:
+                return None
+            if dims:
+                along[dims[0]].append(a)
+            elif leaf.shape[a] > 1:  # one slice of this axis: nothing may take its place
+                self.freeze(self.axis(leaf, a)[coordinate[origin]])
+        if len(along[dim]) == 1:
+            return self.axis(leaf, along[dim][0])[line(coordinates[along[dim][0]], dim)]
+        return self.units.fresh(1) if value.shape[dim] == 1 else None
+
+
+def line(tensor: Tensor, dim: int) -> Tensor:
+    """The first line along one dimension."""
+    return tensor[tuple(slice(None) if d == dim else 0 for d in range(tensor.ndim))]
+
+
+def varying(tensor: Tensor) -> list[int]:
+    """The dimensions along which a tensor is not constant."""
+    return [
+        d
+        for d, length in enumerate(tensor.shape)
+        if length > 1 and tensor.stride(d) != 0 and bool((tensor != tensor.narrow(d, 0, 1)).any())
+    ]

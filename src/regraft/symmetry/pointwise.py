@@ -1,0 +1,195 @@
+"""Operators that compute every scalar from those at its place, from its slice, or from its channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.symmetry.labels import Flow, Leaf, Value, line, places
+from regraft.symmetry.rules import Operation, each_size, first_of, rule, words
+
+UNARY = words(
+    "dropout feature_dropout alpha_dropout to _to_copy type_as hardswish log_sigmoid celu rrelu zero fill"
+)
+"""Operators that compute every scalar from the one at its place (beside those that torch tags pointwise). A constant
+that is filled in keeps the labels of what it replaces."""
+
+
+# ---- scalars of one place
+
+
+@rule(*UNARY)
+def _unary(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
+    alone = isinstance(x, Value) and (len(op.values) == 1 or op.name == "type_as")
+    return changed(flow, x) if alone else NotImplemented
+
+
+def pointwise(flow: Flow, op: Operation) -> Value:
+    """What every operator does that torch tags pointwise."""
+    constants = [x for x in op.leaves if isinstance(x, Tensor)]
+    if len(op.values) == 1:
+        (value,) = op.values
+        if all(x.numel() == 1 and x.ndim <= len(value.shape) for x in constants):
+            return changed(flow, value)
+    return combine(flow, op.out, [*op.values, *constants])
+
+
+def changed(flow: Flow, value: Value) -> Value:
+    """Every scalar stays at its place and meets nothing but constants that are the same everywhere."""
+    if isinstance(value.base, Leaf):
+        return replace(value, changed=True, fill=math.nan)
+    return flow.new(flow.labels(value))
+
+
+def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> Value:
+    """Scalars that meet become one unit. A fixed operand that is broadcast only keeps units where they see the
+    same of it: dividing by a norm moves nothing."""
+    values = [x for x in operands if isinstance(x, Value)]
+    fixed = [v for v in values if flow.is_fixed(flow.base(v))]
+    moving = [v for v in values if not any(v is f for f in fixed)]
+    if not moving:
+        return flow.fixed(out)
+    constants = [x for x in operands if isinstance(x, Tensor) and bool((x != x.reshape(-1)[:1]).any())]
+    moving += [Value(flow.constant(x), tuple(x.shape)) for x in constants]
+    result, *others = [_broadcast(flow, value, out) for value in moving]
+    for other in others:
+        flow.join(result, other)
+    for v in fixed:
+        seen = v.places().expand(out)
+        if _are_distinct(seen):
+            flow.freeze(result)
+        else:
+            flow.tie(result, seen)
+    return flow.new(result)
+
+
+def _broadcast(flow: Flow, value: Value, shape: torch.Size) -> Tensor:
+    labels = flow.labels(value)
+    if labels.shape == shape:
+        return labels
+    expanded = labels.expand(shape)
+    if sum(length > 1 for length in value.shape) > 1:  # else there is only one order to agree on
+        flow.tie(expanded, places(value.shape).expand(shape), labels)
+    return expanded
+
+
+def _are_distinct(seen: Tensor) -> bool:
+    if any(stride == 0 and length > 1 for stride, length in zip(seen.stride(), seen.shape, strict=True)):
+        return False
+    return bool(seen.numel() == 0 or torch.bincount(seen.flatten() + 1).max() <= 1)
+
+
+@rule("prelu")
+def _prelu(flow: Flow, op: Operation, x: Any, slope: Any) -> Value:
+    if isinstance(slope, Value) and math.prod(slope.shape) > 1:
+        flow.join(flow.labels(slope), channel_units(flow, x, len(x.shape) - 2))
+    return flow.new(flow.labels(x))
+
+
+# ---- slices
+
+
+@rule(
+    "all", "amax", "amin", "aminmax", "any", "linalg_vector_norm", "logsumexp", "mean", "nansum", "norm", "prod",
+    "std", "std_mean", "sum", "var", "var_mean",
+)  # fmt: skip
+def _reduction(flow: Flow, op: Operation, *_: Any) -> Any:
+    """Over ``dim``; the result does not depend on the order in a slice."""
+    if len(op.values) != 1:
+        return NotImplemented
+    dims = op.arguments.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims or ()
+    return each_size(lambda size: reduce(flow, size, op.values[0], dims), op.out)
+
+
+def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
+    """A slice of a single unit passes it on; a slice of several gives what no exchange inside it changes."""
+    labels = flow.labels(x)
+    if flow.is_fixed(labels):
+        return flow.fixed(out)
+    dims = tuple(sorted({d % labels.ndim for d in dims})) or tuple(range(labels.ndim))
+    first = labels[tuple(slice(0, 1) if d in dims else slice(None) for d in range(labels.ndim))]
+    roots = flow.units.roots(labels)
+    single = (roots == flow.units.roots(first)).all(dims, keepdim=True)
+    passed = torch.where(single, first, 0)
+    flow.tie(labels, places(passed.shape).expand(labels.shape), passed)
+    return Value(passed.reshape(out), tuple(out))
+
+
+def normalised(flow: Flow, x: Value, dims: Sequence[int]) -> Value:
+    """Every scalar, and something of its slice along ``dims``."""
+    slices = [1 if d in [dim % len(x.shape) for dim in dims] else n for d, n in enumerate(x.shape)]
+    return combine(flow, torch.Size(x.shape), [x, reduce(flow, torch.Size(slices), x, dims)])
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax")
+def _softmax(flow: Flow, op: Operation, x: Value, dim: int, *_: Any) -> Value:
+    return normalised(flow, x, [dim])
+
+
+@rule("layer_norm", "rms_norm", "native_layer_norm")
+def _layer_norm(flow: Flow, op: Operation, x: Any, normalized_shape: list[int], *options: Any) -> Any:
+    result = normalised(flow, x, range(len(x.shape) - len(normalized_shape), len(x.shape)))
+    for tensor in options[:2]:
+        if isinstance(tensor, Value):
+            flow.join(flow.labels(result), flow.labels(tensor))
+    return first_of(flow, op.out, result)
+
+
+# ---- channels
+
+
+def channel_units(flow: Flow, x: Value, spatial: int) -> Tensor:
+    """int32 [C] for x [..., C, *spatial]: all places of a channel become one unit."""
+    labels = flow.labels(x)
+    units = line(labels, labels.ndim - spatial - 1)
+    flow.join(labels, units.view(-1, *(1,) * spatial))
+    return units
+
+
+@rule("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "instance_norm")
+def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
+    _join_channels(flow, x, options[:4])
+    return first_of(flow, op.out, flow.new(flow.labels(x)))
+
+
+@rule("group_norm")
+def _group_norm(flow: Flow, op: Operation, x: Any, groups: int, *options: Any) -> Value:
+    units = _join_channels(flow, x, options[:2])
+    flow.tie(units, torch.arange(groups).repeat_interleave(len(units) // groups))
+    return flow.new(flow.labels(x))
+
+
+def _join_channels(flow: Flow, x: Value, tensors: Sequence[Any]) -> Tensor:
+    """Parameters and statistics [C] have the units of the channels of x [B, C, ...]: int32 [C]."""
+    units = channel_units(flow, x, len(x.shape) - 2)
+    for tensor in tensors:
+        if isinstance(tensor, Value):
+            flow.join(flow.labels(tensor), units)
+    return units
+
+
+def _pool(flow: Flow, op: Operation, x: Value, *_: Any, spatial: int) -> Any:
+    labels = flow.labels(x)
+    plane = labels[(..., *(slice(0, 1),) * spatial)]
+    flow.join(labels, plane)
+    return each_size(lambda size: Value(plane.expand(size), tuple(size)), op.out)
+
+
+for _n in (1, 2, 3):
+    rule(
+        f"max_pool{_n}d", f"max_pool{_n}d_with_indices", f"avg_pool{_n}d", f"lp_pool{_n}d",
+        f"adaptive_avg_pool{_n}d", f"_adaptive_avg_pool{_n}d", f"adaptive_max_pool{_n}d",
+        f"upsample_nearest{_n}d", f"_upsample_nearest_exact{_n}d",
+    )(partial(_pool, spatial=_n))  # fmt: skip
+rule("upsample_linear1d")(partial(_pool, spatial=1))
+rule("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")(
+    partial(_pool, spatial=2)
+)
+rule("upsample_trilinear3d")(partial(_pool, spatial=3))

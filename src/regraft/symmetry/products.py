@@ -1,0 +1,219 @@
+"""Operators that contract: with a weight, which makes new units, or one activation with another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.symmetry.labels import Flow, Leaf, Value, places
+from regraft.symmetry.pointwise import channel_units
+from regraft.symmetry.rules import Operation, freeze, rule
+from regraft.symmetry.views import view
+
+# ---- an activation with a weight
+
+
+@rule("linear")
+def _linear(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any) -> Value:
+    return contract(flow, op.out, x, weight, bias)
+
+
+@rule("addmm")
+def _addmm(flow: Flow, op: Operation, bias: Any, x: Any, weight: Any, *_: Any) -> Value:
+    return contract(flow, op.out, x, weight, bias, dims=(0, 1))
+
+
+def contract(
+    flow: Flow, out: torch.Size, x: Any, weight: Any, bias: Any = None, *, dims: tuple[int, int] = (1, 0)
+) -> Value:
+    """x [..., I] and a weight whose ``dims`` are (input, output) give [..., O]: the last axis is contracted."""
+    inward, outward = planes(flow, weight, *dims)
+    if inward is None or outward is None or not isinstance(x, Value):
+        return freeze(flow, out, [x, weight, bias])
+    labels = flow.labels(x)
+    if uniform(flow, labels, -1):  # it mixes places of one unit, such as tokens: the unit passes
+        freeze(flow, out, [weight, bias])
+        return Value(labels.narrow(-1, 0, 1).expand(out), tuple(out))
+    flow.join(labels, inward)
+    flow.produce(weight.base, outward)
+    return spread(flow, out, outward, bias)
+
+
+def planes(flow: Flow, weight: Any, *dims: int) -> list[Tensor | None]:
+    """The labels of some dimensions of a weight."""
+    usable = isinstance(weight, Value) and len(weight.shape) > max(dims, default=0)
+    return [flow.plane(weight, d) if usable else None for d in dims]
+
+
+def spread(flow: Flow, out: torch.Size, channels: Tensor, bias: Any = None, spatial: int = 0) -> Value:
+    """``channels`` [O], to which a bias is added, at every place of ``out`` [..., O, *spatial]."""
+    if isinstance(bias, Value):
+        flow.join(flow.labels(bias), channels)
+    elif isinstance(bias, Tensor):
+        flow.join(flow.constant(bias), channels)
+    return Value(channels.view(-1, *(1,) * spatial).expand(out), tuple(out))
+
+
+def uniform(flow: Flow, labels: Tensor, dim: int) -> bool:
+    """Whether every line along ``dim`` is a single unit that may move, at more than one place."""
+    roots = flow.units.roots(labels)
+    return labels.shape[dim] > 1 and bool((roots != 0).all() and (roots == roots.narrow(dim, 0, 1)).all())
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def _conv(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *_: Any) -> Value:
+    return convolve(flow, op, x, weight, bias)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _conv_transpose(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *_: Any) -> Value:
+    return convolve(flow, op, x, weight, bias, transposed=True)
+
+
+@rule("convolution")
+def _convolution(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *_: Any) -> Value:
+    return convolve(flow, op, x, weight, bias, transposed=op.arguments["transposed"])
+
+
+def convolve(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *, transposed: bool = False) -> Value:
+    """x [B, I, ...] or [I, ...] and a weight [O, I / groups, ...], or [I, O / groups, ...] if transposed.
+
+    Units stay inside their group of channels. Where the groups share an axis of the weight (its input axis, or
+    the output axis of a transposed convolution), a unit moves in all of them alike.
+    """
+    groups = op.arguments["groups"]
+    inward, outward = planes(flow, weight, *((0, 1) if transposed else (1, 0)))
+    if inward is None or outward is None or not isinstance(x, Value):
+        return freeze(flow, op.out, [x, weight, bias])
+    spatial = len(weight.shape) - 2
+    before = channel_units(flow, x, spatial)
+    after = outward.repeat(op.out[-spatial - 1] // len(outward))
+    if groups == len(before) > 1 and not flow.is_fixed(before):  # depth-wise: a channel goes through
+        through = before.repeat_interleave(len(after) // groups)
+        if len(outward) == len(after):
+            flow.join(outward, through)
+        else:  # transposed: the weight's own channels are those that go in
+            flow.join(inward, before)
+            flow.freeze(outward)
+        after = through
+    else:
+        flow.join(before, inward.repeat(len(before) // len(inward)))
+        if groups > 1:
+            for units in (before, after):
+                flow.tie(units, torch.arange(groups).repeat_interleave(len(units) // groups))
+    for kernel in planes(flow, weight, *range(2, 2 + spatial)):
+        flow.freeze(weight if kernel is None else kernel)
+    flow.produce(weight.base, outward)
+    return spread(flow, op.out, after, bias, spatial)
+
+
+@rule("embedding")
+def _embedding(flow: Flow, op: Operation, weight: Any, tokens: Any, *_: Any) -> Value:
+    rows, columns = planes(flow, weight, 0, 1)
+    if rows is None or columns is None:
+        return freeze(flow, op.out, [weight, tokens])
+    flow.freeze(rows)
+    if isinstance(tokens, Value):
+        flow.freeze(tokens)
+    flow.produce(weight.base, columns)
+    return spread(flow, op.out, columns)
+
+
+# ---- one activation with another
+
+
+@rule("matmul", "mm", "bmm")
+def _matmul(flow: Flow, op: Operation, a: Any, b: Any, *_: Any) -> Value:
+    return multiply(flow, op.out, a, b)
+
+
+def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
+    """a [..., N, K] and b [..., K, M] give [..., N, M], of which one may be a weight."""
+    if _is_weight(b):
+        return contract(flow, out, a, b, dims=(0, 1))
+    if _is_weight(a) and isinstance(b, Value) and len(b.shape) > 1:
+        flipped = torch.Size((*out[:-2], out[-1], out[-2]))
+        return view(_flip, contract(flow, flipped, view(_flip, b), a))
+    if not (isinstance(a, Value) and isinstance(b, Value)) or len(a.shape) < 2 or len(b.shape) < 2:
+        return freeze(flow, out, [a, b])
+    left, right = flow.labels(a), flow.labels(b)
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    if batch != left.shape[:-2] or batch != right.shape[:-2]:
+        return freeze(flow, out, [a, b])
+    if flow.is_fixed(left) and uniform(flow, right, -2):
+        return _mixed(flow, out, right, right.narrow(-2, 0, 1))
+    if flow.is_fixed(right) and uniform(flow, left, -1):
+        return _mixed(flow, out, left, left.narrow(-1, 0, 1))
+    # Units are contracted with units: those of one side are those of the other, and stay inside their matrix.
+    flow.join(left, right.transpose(-2, -1).narrow(-2, 0, 1))
+    flow.join(right, left.transpose(-2, -1).narrow(-1, 0, 1))
+    flow.tie(left, places((*batch, left.shape[-2], 1)))
+    flow.tie(right, places((*batch, 1, right.shape[-1])))
+    return flow.fixed(out)
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, Value) and isinstance(x.base, Leaf) and len(x.shape) == 2
+
+
+def _flip(matrix: Tensor) -> Tensor:
+    return matrix.transpose(-2, -1)
+
+
+def _mixed(flow: Flow, out: torch.Size, labels: Tensor, passed: Tensor) -> Value:
+    """Weights that no unit moves mix the places of each unit, matrix by matrix: the units pass."""
+    flow.tie(labels, places((*labels.shape[:-2], 1, 1)))
+    return Value(passed.expand(out), tuple(out))
+
+
+@rule("scaled_dot_product_attention")
+def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = None, *_: Any) -> Value:
+    shapes = {x.shape[:-2] for x in (q, k, v) if isinstance(x, Value)}
+    if len(shapes) > 1 or not all(isinstance(x, Value) for x in (q, k, v)):
+        return freeze(flow, op.out, [q, k, v, mask])
+    freeze(flow, op.out, [mask])
+    scores = torch.Size((*q.shape[:-1], k.shape[-2]))
+    return multiply(flow, op.out, multiply(flow, scores, q, view(_flip, k)), v)
+
+
+@rule("einsum")
+def _einsum(flow: Flow, op: Operation, equation: str, operands: Sequence[Any], *_: Any) -> Value:
+    """Two operands: each is brought to [batch, rows, contracted], and it is a matrix product."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    names = terms.split(",")
+    if not _is_matrix_product(names, result) or not all(isinstance(x, Value) for x in operands):
+        return freeze(flow, op.out, operands)
+    a, b = names
+    length = {
+        i: n for name, x in zip(names, operands, strict=True) for i, n in zip(name, x.shape, strict=True)
+    }
+    batch = [i for i in a if i in b and i in result]
+    summed = [i for i in a if i in b and i not in result]
+    rows, columns = [i for i in a if i not in b], [i for i in b if i not in a]
+
+    def matrix(x: Value, name: str, *parts: list[str]) -> Value:
+        shape = [length[i] for i in batch] + [math.prod(length[i] for i in part) for part in parts]
+        order = [name.index(i) for part in (batch, *parts) for i in part]
+        return view(lambda t: t.permute(order).reshape(shape), x)
+
+    left, right = matrix(operands[0], a, rows, summed), matrix(operands[1], b, summed, columns)
+    product = multiply(flow, torch.Size((*left.shape[:-1], right.shape[-1])), left, right)
+    order = [*batch, *rows, *columns]
+    lengths, axes = [length[i] for i in order], [order.index(i) for i in result]
+    return view(lambda t: t.reshape(lengths).permute(axes), product)
+
+
+def _is_matrix_product(names: Sequence[str], result: str) -> bool:
+    """Two terms; every index once in a term, and either in the result or in both terms."""
+    if len(names) != 2 or not result or "." in "".join((*names, result)):
+        return False
+    letters = "".join(names)
+    return (
+        all(term.count(i) == 1 for term in (*names, result) for i in term)
+        and all(i in letters for i in result)
+        and all(i in result or letters.count(i) == 2 for i in letters)
+    )

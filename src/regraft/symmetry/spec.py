@@ -1,0 +1,426 @@
+"""Permutation symmetries as data: a specification, its permutations, and their application to tensors.
+
+A *unit* is a neuron, a channel or a feature: something whose numbering is arbitrary. Units that may trade places
+form a *group*. A permutation is a dictionary ``group -> perm`` (int64 index vectors), and
+``(pi theta)[i] = theta[perm[i]]`` along every axis that is tied to the group.
+
+A :class:`PermutationSpec` can be written by hand, in Python (:meth:`PermutationSpec.build`) or as JSON
+(:meth:`PermutationSpec.from_json`). Both read like a shape in which group names replace sizes::
+
+    {
+      "groups": {"fc1": 512, "conv2": 16},
+      "axes": {
+        "fc1.weight": ["fc1", [["conv2", 0, 16, 25]]],
+        "fc1.bias":   ["fc1"],
+        "fc2.weight": [10, "fc1"],
+        "steps":      []
+      }
+    }
+
+An axis is one of
+
+- a number: an axis of that length that stays as it is;
+- a group's name: all of the group's units, once each, in order;
+- a list of segments ``[group, start, count, repeat]`` that cover the axis in order: ``count`` consecutive units
+  from ``start``, each standing ``repeat`` times in a row; group ``null`` (``[null, 0, count, 1]``) stays fixed.
+
+A group that occurs in an axis must occur with all its units, and with each equally often.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from regraft.files import write_text
+from regraft.tensors import Perm, Tensors
+from regraft_kernels import Packing, permute
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Segment(NamedTuple):
+    """``count`` consecutive units of ``group`` from ``start``, each standing ``repeat`` times in a row.
+
+    ``group`` None: ``count * repeat`` positions that no permutation moves.
+    """
+
+    group: str | None
+    start: int
+    count: int
+    repeat: int = 1
+
+    @property
+    def length(self) -> int:
+        return self.count * self.repeat
+
+
+Axis = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class PermutationSpec:
+    """Which axes of which tensors are permuted together.
+
+    ``groups``: name -> number of units. ``axes``: the name of every parameter and buffer -> one :data:`Axis` per
+    dimension, whose segments cover it in order. Raises ValueError, naming the tensor, where these do not fit.
+    """
+
+    groups: dict[str, int]
+    axes: dict[str, tuple[Axis, ...]]
+
+    def __post_init__(self) -> None:
+        for name, axes in self.axes.items():
+            for a, axis in enumerate(axes):
+                _check_axis(self.groups, f"axis {a} of tensor {name!r}", axis)
+
+    # ---- construction and storage
+
+    @classmethod
+    def build(cls, groups: Mapping[str, int], axes: Mapping[str, Sequence[Any]]) -> PermutationSpec:
+        """A specification written by hand, in the format of this module's docstring."""
+        sizes = {str(name): int(size) for name, size in groups.items()}
+        return cls(
+            sizes,
+            {
+                name: tuple(
+                    _parse_axis(sizes, f"axis {a} of tensor {name!r}", axis) for a, axis in enumerate(row)
+                )
+                for name, row in axes.items()
+            },
+        )
+
+    def with_axis(self, name: str, axis: int, segments: Axis) -> PermutationSpec:
+        """This specification, but for one axis of one tensor."""
+        axes = list(self.axes[name])
+        axes[axis] = segments
+        return PermutationSpec(self.groups, {**self.axes, name: tuple(axes)})
+
+    def to_json(self) -> str:
+        """One line per tensor; :meth:`from_json` gives an equal specification back."""
+        rows = ",\n".join(
+            f"    {json.dumps(name)}: {json.dumps([_plain_axis(self.groups, axis) for axis in axes])}"
+            for name, axes in self.axes.items()
+        )
+        return f'{{\n  "groups": {json.dumps(self.groups)},\n  "axes": {{\n{rows}\n  }}\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> PermutationSpec:
+        """Reads what :meth:`to_json` or a person wrote. Raises ValueError saying what is wrong, and where."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a permutation specification: the JSON is broken ({error})") from error
+        if not isinstance(data, dict) or not all(
+            isinstance(data.get(key), dict) for key in ("groups", "axes")
+        ):
+            raise ValueError('not a permutation specification: expected an object with "groups" and "axes"')
+        for name, row in data["axes"].items():
+            if not isinstance(row, list):
+                raise ValueError(f"tensor {name!r}: expected a list with one entry per axis, found {row!r}")
+        return cls.build(data["groups"], data["axes"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON; a kill at any moment leaves the earlier file."""
+        write_text(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
+        """Reads :meth:`save`'s file. Raises FileNotFoundError, or ValueError naming the path."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    # ---- permutations of this specification
+
+    def identity(self) -> Perm:
+        """The permutation that moves nothing."""
+        return {group: torch.arange(size) for group, size in self.groups.items()}
+
+    def random(self, generator: torch.Generator) -> Perm:
+        """A uniformly random permutation of every group, on the CPU, from the given CPU generator."""
+        return {group: torch.randperm(size, generator=generator) for group, size in self.groups.items()}
+
+    def check(self, perm: Perm) -> None:
+        """Raises ValueError, naming the group, unless ``perm`` has one permutation per group and nothing else."""
+        if missing := self.groups.keys() - perm.keys():
+            raise ValueError(f"the permutation lacks group {min(missing)!r}")
+        if extra := perm.keys() - self.groups.keys():
+            raise ValueError(
+                f"the permutation has group {min(extra)!r}, which the specification does not know"
+            )
+        for group, size in self.groups.items():
+            index = perm[group]
+            if index.dtype != torch.int64 or index.shape != (size,):
+                raise ValueError(
+                    f"group {group!r}: expected {size} int64 indices, found shape {tuple(index.shape)} {index.dtype}"
+                )
+            if not torch.equal(index.sort().values, torch.arange(size, device=index.device)):
+                raise ValueError(f"group {group!r}: the index vector is not a permutation of 0..{size - 1}")
+
+    # ---- what an axis holds
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {name: tuple(sum(s.length for s in axis) for axis in axes) for name, axes in self.axes.items()}
+
+    @cached_property
+    def _members(self) -> dict[str, tuple[tuple[str, int], ...]]:
+        members: dict[str, list[tuple[str, int]]] = {group: [] for group in self.groups}
+        for name, axes in self.axes.items():
+            for a, axis in enumerate(axes):
+                for group in groups_of(axis):
+                    members[group].append((name, a))
+        return {group: tuple(pairs) for group, pairs in members.items()}
+
+    @cached_property
+    def _positions(self) -> dict[Axis, dict[str, Tensor]]:
+        return {axis: _positions(axis) for axes in self.axes.values() for axis in axes if groups_of(axis)}
+
+    def tensors_of(self, group: str) -> tuple[tuple[str, int], ...]:
+        """The (tensor, axis) pairs that the group moves, in the order of the specification."""
+        return self._members[group]
+
+    def positions(self, name: str, axis: int, group: str) -> Tensor:
+        """int64 [units, multiplicity]: where each unit of ``group`` stands along this axis, in rising order."""
+        return self._positions[self.axes[name][axis]][group]
+
+    def axis_index(self, name: str, axis: int, perm: Perm) -> Tensor | None:
+        """int64 [axis length], the gather that ``perm`` means for this axis; None where it is fixed.
+
+        Where a unit stands several times, its k-th place takes what stood in the k-th place of the new unit.
+        """
+        return self._gather(self.axes[name][axis], perm)
+
+    def _gather(self, axis: Axis, perm: Perm) -> Tensor | None:
+        groups = groups_of(axis)
+        if not groups:
+            return None
+        if _is_simple(self.groups, axis):
+            return perm[axis[0].group]
+        index = torch.arange(sum(segment.length for segment in axis), device=perm[groups[0]].device)
+        for group, positions in self._positions[axis].items():
+            positions = positions.to(index.device)
+            index[positions] = positions[perm[group]]
+        return index
+
+    # ---- the kernels' view
+
+    @cached_property
+    def _slots(self) -> dict[Axis, str]:
+        """The slot of every axis that moves: its group where it is simple, else the first place it occurs at."""
+        slots: dict[Axis, str] = {}
+        for name, axes in self.axes.items():
+            for a, axis in enumerate(axes):
+                if axis not in slots and groups_of(axis):
+                    slots[axis] = axis[0].group if _is_simple(self.groups, axis) else f"{name}:{a}"
+        return slots
+
+    @cached_property
+    def _packing(self) -> Packing:
+        slots = {name: tuple(self._slots.get(axis) for axis in axes) for name, axes in self.axes.items()}
+        return Packing.build(self.shapes, slots)
+
+    def packing(self) -> Packing:
+        """:class:`regraft_kernels.packing.Packing`: the slot of every axis of every tensor. Built once."""
+        return self._packing
+
+    def indices(self, perm: Perm) -> Perm:
+        """slot -> int64 index vector, as the kernels take them."""
+        return {slot: self._gather(axis, perm) for axis, slot in self._slots.items()}
+
+    # ---- checks and printing
+
+    def validate(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Checks names and shapes against the specification; True where the tensors are stacks [T, *shape].
+
+        Raises ValueError naming the tensor that is missing, unknown or of another shape, or where some tensors
+        have a leading stack dimension and others have not.
+        """
+        for name in self.axes:
+            if name not in tensors:
+                raise ValueError(f"tensor {name!r} of the specification is missing")
+        for name in tensors:
+            if name not in self.axes:
+                raise ValueError(f"the specification lacks tensor {name!r}; trace the model again, or add it")
+        stacked = _stack_size(self.shapes, tensors)
+        for name, shape in self.shapes.items():
+            expected = shape if stacked is None else (stacked, *shape)
+            if tuple(tensors[name].shape) != expected:
+                raise ValueError(
+                    f"tensor {name!r} has shape {tuple(tensors[name].shape)}, the specification expects {expected}"
+                )
+        return stacked is not None
+
+    def moved(self, perm: Perm) -> dict[str, int]:
+        """How many scalars of each tensor ``perm`` moves to another place."""
+        moved = {}
+        for name, shape in self.shapes.items():
+            indices = [self.axis_index(name, axis, perm) for axis in range(len(shape))]
+            moved[name] = math.prod(shape) - math.prod(map(_staying, indices, shape))
+        return moved
+
+    def table(self) -> Table:
+        """A rich table: one row per group."""
+        from rich.table import Table
+
+        table = Table(title=f"{len(self.groups)} groups, {sum(self.groups.values())} units")
+        table.add_column("group", overflow="fold")
+        table.add_column("units", justify="right")
+        table.add_column("tensors (axis)", overflow="fold")
+        for group, size in self.groups.items():
+            members = ", ".join(f"{name} ({axis})" for name, axis in self._members[group])
+            table.add_row(group, str(size), members)
+        return table
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.groups)} groups, {sum(self.groups.values())} units"]
+        for group, size in self.groups.items():
+            members = ", ".join(f"{name}:{axis}" for name, axis in self._members[group])
+            lines.append(f"{group} [{size}]: {members}")
+        return "\n".join(lines)
+
+
+# ---- permutations
+
+
+def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> Tensors:
+    """pi(theta): every tensor gathered along the axes that the specification ties to a group.
+
+    ``tensors``: parameters and buffers by name, any dtypes, all single or all stacks [T, *shape]; not changed.
+    ``perm``: group -> int64 index vector, on any device. Raises ValueError naming the tensor or group that does
+    not fit.
+    """
+    spec.validate(tensors)
+    spec.check(perm)
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}")
+    placed = {group: index.to(device) for device in devices for group, index in perm.items()}
+    return permute(dict(tensors), spec.indices(placed), spec.packing())
+
+
+def inverse(perm: Perm) -> Perm:
+    """The permutation that undoes ``perm``: the argsort of every index vector."""
+    return {group: index.argsort() for group, index in perm.items()}
+
+
+def parameters_moved(spec: PermutationSpec, model: nn.Module) -> float:
+    """The share of a model's parameters that a random permutation (of seed 0) moves to another place."""
+    moved = spec.moved(spec.random(torch.Generator().manual_seed(0)))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(moved[name] for name in sizes) / max(sum(sizes.values()), 1)
+
+
+# ---- axes
+
+
+def groups_of(axis: Axis) -> list[str]:
+    """The groups that move along an axis, in order of appearance."""
+    return list(dict.fromkeys(s.group for s in axis if s.group is not None))
+
+
+def _is_simple(groups: Mapping[str, int], axis: Axis) -> bool:
+    """The whole group, once, in order."""
+    return len(axis) == 1 and axis[0].group is not None and axis[0][1:] == (0, groups[axis[0].group], 1)
+
+
+def _positions(axis: Axis) -> dict[str, Tensor]:
+    """group -> int64 [units, multiplicity], the places of each unit in rising order."""
+    units: dict[str, list[Tensor]] = {}
+    places: dict[str, list[Tensor]] = {}
+    offset = 0
+    for group, start, count, repeat in axis:
+        if group is not None:
+            units.setdefault(group, []).append(torch.arange(start, start + count).repeat_interleave(repeat))
+            places.setdefault(group, []).append(torch.arange(offset, offset + count * repeat))
+        offset += count * repeat
+    result = {}
+    for group, held in units.items():
+        unit = torch.cat(held)
+        size = int(unit.max()) + 1
+        result[group] = torch.cat(places[group])[unit.argsort(stable=True)].view(size, -1)
+    return result
+
+
+def _staying(index: Tensor | None, length: int) -> int:
+    """How many positions of an axis keep what they hold."""
+    return length if index is None else int((index.cpu() == torch.arange(length)).sum())
+
+
+def _check_axis(groups: Mapping[str, int], where: str, axis: Axis) -> None:
+    held: dict[str, Tensor] = {}
+    for group, start, count, repeat in axis:
+        if start < 0 or count < 0 or repeat < 1:
+            raise ValueError(f"{where}: the segment {(group, start, count, repeat)} is malformed")
+        if group is None:
+            continue
+        if group not in groups:
+            raise ValueError(f"{where}: there is no group {group!r}")
+        if start + count > groups[group]:
+            raise ValueError(f"{where}: group {group!r} has {groups[group]} units, not {start + count}")
+        times = held.setdefault(group, torch.zeros(groups[group], dtype=torch.int64))
+        times[start : start + count] += repeat
+    for group, times in held.items():
+        if times.min() != times.max():
+            raise ValueError(f"{where}: not every unit of group {group!r} occurs, or not each equally often")
+
+
+def _parse_axis(groups: Mapping[str, int], where: str, axis: Any) -> Axis:
+    if isinstance(axis, bool):
+        raise ValueError(f"{where}: expected a length, a group or a list of segments, found {axis!r}")
+    if isinstance(axis, int):
+        return (Segment(None, 0, axis),)
+    if isinstance(axis, str):
+        if axis not in groups:
+            raise ValueError(f"{where}: there is no group {axis!r}")
+        return (Segment(axis, 0, groups[axis]),)
+    try:
+        segments = tuple(Segment(*segment) for segment in axis)
+    except TypeError:
+        segments = ()
+    well_typed = all(
+        (s.group is None or isinstance(s.group, str)) and all(type(number) is int for number in s[1:])
+        for s in segments
+    )
+    if not segments or not well_typed:
+        raise ValueError(
+            f"{where}: expected a length, a group or a list of segments [group, start, count, repeat], found {axis!r}"
+        )
+    return segments
+
+
+def _plain_axis(groups: Mapping[str, int], axis: Axis) -> Any:
+    if _is_simple(groups, axis):
+        return axis[0].group
+    if len(axis) == 1 and axis[0] == Segment(None, 0, axis[0].count):
+        return axis[0].count
+    return [list(segment) for segment in axis]
+
+
+def _stack_size(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> int | None:
+    """T where tensors are stacks [T, *shape]; None where they are single."""
+    sizes = {
+        name: tensors[name].shape[0] if tensors[name].ndim == len(shape) + 1 else None
+        for name, shape in shapes.items()
+    }
+    for (one, size), (other, next_size) in pairwise(sizes.items()):
+        if size != next_size:
+            raise ValueError(
+                f"tensors {one!r} {tuple(tensors[one].shape)} and {other!r} {tuple(tensors[other].shape)} do not "
+                "agree on a leading stack dimension"
+            )
+    return next(iter(sizes.values()), None)

@@ -1,0 +1,111 @@
+"""Operators that only move scalars. They are run on *positions*: what they do to scalars they do to labels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from regraft.symmetry.labels import Flow, Value
+from regraft.symmetry.rules import Operation, rule, words
+
+ALIASES = words("alias clone contiguous detach lift lift_fresh lift_fresh_copy positive")
+"""Operators that give back what they are given."""
+
+VIEWS = words(
+    "broadcast_to channel_shuffle chunk diagonal expand expand_as flatten flip index index_select "
+    "moveaxis movedim native_channel_shuffle narrow numpy_T mT permute pixel_shuffle pixel_unshuffle "
+    "ravel reflection_pad1d reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d "
+    "reshape reshape_as roll rot90 select slice split split_with_sizes squeeze swapaxes swapdims t "
+    "tensor_split tile transpose unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze "
+    "view view_as _unsafe_view"
+)
+
+LIKE = words("expand_as view_as reshape_as")
+"""Of whose second tensor only the shape matters."""
+
+
+def view(function: Callable[[Tensor], Any], value: Value) -> Any:
+    """Runs a shape operator on the positions of a value (where 0 stands for a constant)."""
+    moved = function(value.places() + 1)
+    return pytree.tree_map(
+        lambda p: Value(value.base, tuple(p.shape), p.to(torch.int32) - 1, value.fill), moved
+    )
+
+
+@rule(*ALIASES)
+def _alias(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
+    return x
+
+
+@rule(*VIEWS)
+def _view(flow: Flow, op: Operation, x: Any, *rest: Any) -> Any:
+    if not isinstance(x, Value) or (len(op.values) > 1 and op.name not in LIKE):
+        return NotImplemented
+
+    def on_places(places: Tensor) -> Any:
+        if op.name in ("view", "_unsafe_view"):  # strides differ from the real tensor's
+            return places.reshape(*rest)
+        return op.run([places, *map(_blank, rest)])
+
+    with contextlib.suppress(RuntimeError, TypeError):  # such as a view as another type
+        return view(on_places, x)
+    return NotImplemented
+
+
+@rule(
+    "empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"
+)  # fmt: skip
+def _constant_like(flow: Flow, op: Operation, *arguments: Any) -> Tensor:
+    return op.run([_blank(x) for x in arguments])
+
+
+def _blank(x: Any) -> Any:
+    """What stands for a tensor of which only the shape is read."""
+    return torch.empty(x.shape) if isinstance(x, Value) else x
+
+
+@rule("copy")
+def _copy(flow: Flow, op: Operation, x: Any, source: Any, *_: Any) -> Any:
+    if isinstance(source, Value):
+        return view(lambda places: places.expand(op.out), source)
+    return source.expand(op.out)
+
+
+@rule("pad", "constant_pad_nd")
+def _pad(flow: Flow, op: Operation, x: Value, pad: list[int], *options: Any) -> Value:
+    mode = options[0] if options and isinstance(options[0], str) else "constant"
+    fill = float(options[-1] or 0.0) if options else 0.0
+    if x.positions is not None and fill != x.fill and (x.positions < 0).any():
+        x = flow.new(flow.labels(x))
+    constant = {"value": 0.0} if mode == "constant" else {}
+    padded = view(lambda p: torch.nn.functional.pad(p, pad, mode=mode, **constant), x)
+    return replace(padded, fill=fill)
+
+
+@rule("cat", "concat", "concatenate", "hstack", "select_scatter", "slice_scatter", "stack", "vstack")
+def _assemble(flow: Flow, op: Operation, *arguments: Any) -> Value:
+    """Several tensors become one: run on positions in all that they come from, one after the other."""
+    leaves, structure = pytree.tree_flatten(list(arguments))
+    bases: dict[int, Tensor] = {}
+    starts: dict[int, int] = {}
+    count = 0
+    for i, x in enumerate(leaves):
+        if not isinstance(x, Value | Tensor):
+            continue
+        if isinstance(x, Tensor):
+            x = flow.new(flow.constant(x))
+        elif x.changed or bool((x.places() < 0).any()):  # other parts may be changed, or filled, otherwise
+            x = flow.new(flow.labels(x))
+        base = flow.base(x)
+        if id(base) not in bases:
+            bases[id(base)], starts[id(base)] = base, count
+            count += base.numel()
+        leaves[i] = x.places() + starts[id(base)]
+    positions = op.run(pytree.tree_unflatten(leaves, structure))
+    return flow.new(flow.gather(positions, *bases.values()))

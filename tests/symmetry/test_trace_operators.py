@@ -1,0 +1,320 @@
+"""The tracer on operators of every kind: those that move scalars, and those that compute; each is proved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Net, parameter, proved, share
+from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ---- shapes
+
+
+def test_flatten_and_its_transpose():
+    for order, segments in (
+        ((0, 1, 2, 3), [("stem", 0, 4, 9)]),
+        ((0, 2, 3, 1), [("stem", 0, 4, 1)] * 9),
+    ):
+        net = Net(
+            lambda m, x, order=order: m.out(m.stem(x).permute(order).flatten(1)),
+            stem=nn.Conv2d(2, 4, 3),
+            out=nn.Linear(36, 2),
+        )
+        assert [tuple(s) for s in proved(net, 1, 2, 5, 5).axes["out.weight"][1]] == segments
+
+
+def test_concatenation_chunks_and_shuffles():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        a, b = m.left(x), m.right(x)
+        c = F.channel_shuffle(torch.cat([a, b.relu()], 1), 2)
+        first, second = c.chunk(2, dim=1)
+        return m.out(torch.cat([first, second.roll(1, 1), a], 1)).mean((2, 3))
+
+    net = Net(forward, left=nn.Conv2d(2, 4, 1), right=nn.Conv2d(2, 4, 1), out=nn.Conv2d(12, 2, 1))
+    spec = proved(net, 1, 2, 3, 3)
+    # rolled across the halves' border, or read a second time: every unit that differs is in a group of its own kind
+    assert sum(spec.groups.values()) >= 4
+
+
+def test_occurrences_of_a_unit_are_told_apart():
+    """a0 b0 b1 a1 ...: which of a unit's two places is relu and which is tanh differs between units."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x)
+        both = torch.stack([h.relu(), h.tanh()], dim=2)  # [B, 4, 2]
+        mixed = torch.stack([both[:, 0], both[:, 1].flip(1), both[:, 2], both[:, 3].flip(1)], dim=1)
+        return m.out(mixed.flatten(1))
+
+    net = Net(forward, stem=nn.Linear(4, 4), out=nn.Linear(8, 2))
+    assert proved(net, 3, 4).groups == {"stem/0": 2, "stem/1": 2}
+
+
+def test_occurrences_that_come_from_different_tensors_are_told_apart():
+    """The same, where relu and tanh never were parts of one tensor."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        a, b = m.stem(x).relu(), m.stem(x).tanh()
+        order = [(a, b), (b, a), (a, b), (b, a)]
+        return m.out(torch.stack([y[:, i] for i, pair in enumerate(order) for y in pair], dim=1))
+
+    net = Net(forward, stem=nn.Linear(4, 4), out=nn.Linear(8, 2))
+    assert proved(net, 3, 4).groups == {"stem/0": 2, "stem/1": 2}
+
+
+@pytest.mark.parametrize("change", ["relu", "fill", "add"])
+def test_a_changed_part_is_told_from_an_unchanged_one(change):
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x)
+        if change == "fill":
+            h[:, :2] = 0.5
+            return m.out(h)
+        first = h[:, :2].relu() if change == "relu" else h[:, :2] + h[:, :2]
+        return m.out(torch.cat([first, h[:, 2:]], 1))
+
+    net = Net(forward, stem=nn.Linear(4, 5), out=nn.Linear(5, 2))
+    assert sorted(proved(net, 3, 4).groups.values()) == [2, 3]
+
+
+def test_different_constants_beside_each_other_are_told_apart():
+    net = Net(
+        lambda m, x: m.out(
+            torch.stack(
+                [F.pad(m.stem(x)[:, i : i + 1], (0, 1), value=float(i % 2)) for i in range(4)], 1
+            ).flatten(1)
+        ),
+        stem=nn.Linear(4, 4),
+        out=nn.Linear(8, 2),
+    )
+    proved(net, 3, 4)
+
+
+def test_softmax_over_places_leaves_the_channels_free():
+    net = Net(
+        lambda m, x: m.out((F.softmax(m.score(x), 1) * m.stem(x)).sum(1)),
+        score=nn.Linear(4, 6),
+        stem=nn.Linear(4, 6),
+        out=nn.Linear(6, 2),
+    )
+    assert proved(net, 2, 5, 4).groups == {"score": 6}
+
+
+def test_padded_channels():
+    """The parameter-free shortcut of CIFAR residual networks."""
+    net = Net(
+        lambda m, x: m.out(
+            (F.pad(m.stem(x)[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)) + m.wide(m.stem(x))).mean((2, 3))
+        ),
+        stem=nn.Conv2d(2, 4, 3, padding=1),
+        wide=nn.Conv2d(4, 8, 3, stride=2, padding=1),
+        out=nn.Linear(8, 2),
+    )
+    spec = proved(net, 1, 2, 6, 6)
+    assert spec.groups == {"stem": 4, "wide": 4}
+    assert [tuple(s) for s in spec.axes["out.weight"][1]] == [
+        ("wide", 0, 2, 1),
+        ("stem", 0, 4, 1),
+        ("wide", 2, 2, 1),
+    ]
+
+
+def test_reflections_windows_and_writing_in_place():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = F.pad(m.stem(x), (1, 1, 1, 1), mode="reflect")
+        x[:, :, :2].zero_()
+        x = x.roll((1, 1), (2, 3)).unfold(2, 2, 2).amax(-1)
+        x += x.sigmoid()
+        x.mul_(2.0).relu_()
+        return m.out(F.interpolate(x, scale_factor=2.0)).mean((2, 3))
+
+    net = Net(forward, stem=nn.Conv2d(2, 4, 3, padding=1), out=nn.Conv2d(4, 2, 3))
+    assert proved(net, 1, 2, 6, 6).groups == {"stem": 4}
+
+
+def test_views_that_are_overwritten_in_place():
+    """Half of the units end where the inputs are written over them: they are free, and what reads that half is not."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x).tanh()
+        h[:, :2] = x[:, :2]
+        h[:, 2:4] += h[:, 4:6].relu()
+        return m.out(h)
+
+    net = Net(forward, stem=nn.Linear(4, 8), out=nn.Linear(8, 2))
+    spec = proved(net, 3, 4)
+    assert sorted(spec.groups.values()) == [2, 2, 2]
+    assert spec.axes["out.weight"][1][0].group is None
+
+
+def test_constants_tell_units_apart_by_their_values():
+    net = Net(
+        lambda m, x: m.out(m.stem(x) * torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0]) + torch.ones(5)),
+        stem=nn.Linear(4, 5),
+        out=nn.Linear(5, 2),
+    )
+    assert proved(net, 3, 4).groups == {"stem/0": 3, "stem/1": 2}
+
+
+def test_inputs_and_outputs_are_fixed():
+    net = Net(lambda m, x: m.back(m.up(x).relu()) + x, up=nn.Linear(6, 8), back=nn.Linear(8, 6))
+    spec = proved(net, 3, 6)
+    assert spec.groups == {"up": 8}
+    outputs = Net(lambda m, x: torch.cat([m.fc(x), x], 1), fc=nn.Linear(6, 8))
+    assert proved(outputs, 3, 6).groups == {}
+
+
+# ---- weights that are used through views, products and convolutions of all kinds
+
+
+def test_weights_without_layers():
+    net = Net(
+        lambda m, x: (m.c @ (x @ m.a + m.bias).relu().unsqueeze(-1)).squeeze(-1) @ m.d[:, 1:4].t(),
+        a=parameter(4, 6),
+        bias=parameter(6),
+        c=parameter(3, 6),
+        d=parameter(2, 5),
+    )
+    spec = proved(net, 3, 4)
+    assert spec.groups == {"a": 6, "c": 3}
+    assert [tuple(s) for s in spec.axes["d"][1]] == [(None, 0, 1, 1), ("c", 0, 3, 1), (None, 0, 1, 1)]
+
+
+def test_one_weight_for_several_layers():
+    net = Net(
+        lambda m, x: m.out(torch.cat([w for w in map(lambda w: F.linear(x, w).tanh(), m.both.chunk(2))], 1)),
+        both=parameter(10, 4),
+        out=nn.Linear(10, 2),
+    )
+    assert proved(net, 3, 4).groups == {"both/0": 5, "both/1": 5}  # each half is a tensor of its own
+
+
+def test_grouped_depthwise_and_transposed_convolutions():
+    net = Net(
+        lambda m, x: m.out(m.up(m.multiplied(m.depth(m.grouped(m.stem(x)).relu())))).mean((2, 3)),
+        stem=nn.Conv2d(2, 8, 1),
+        grouped=nn.Conv2d(8, 12, 3, groups=2),
+        depth=nn.Conv2d(12, 12, 3, groups=12, padding=1),
+        multiplied=nn.Conv2d(12, 24, 1, groups=12),
+        up=nn.ConvTranspose2d(24, 6, 2, groups=2),
+        out=nn.Conv2d(6, 2, 1),
+    )
+    spec = proved(net, 1, 2, 5, 5)
+    assert spec.groups["stem"] == 4  # the input axis of the grouped weights has four places
+    assert spec.groups["up"] == 3
+    assert share(spec, net) > 0.95
+
+
+def test_norms_and_activations_with_parameters():
+    net = Net(
+        lambda m, x: m.out(m.prelu(m.group(m.instance(m.batch(m.plain(m.stem(x)))).relu()))).mean((2, 3)),
+        stem=nn.Conv2d(2, 8, 1),
+        plain=nn.BatchNorm2d(8, affine=False),
+        batch=nn.BatchNorm2d(8, track_running_stats=False),
+        instance=nn.InstanceNorm2d(8, affine=True),
+        group=nn.GroupNorm(2, 8),
+        prelu=nn.PReLU(8),
+        out=nn.Conv2d(8, 2, 1),
+    )
+    spec = proved(net, 2, 2, 4, 4)
+    assert spec.groups == {"stem/0": 4, "stem/1": 4}  # units stay in their half of GroupNorm
+    assert {name for name, _ in spec.tensors_of("stem/0")} >= {
+        "plain.running_var",
+        "prelu.weight",
+        "batch.bias",
+    }
+
+
+def test_normalisation_by_what_no_exchange_changes():
+    net = Net(
+        lambda m, x: m.out(
+            F.softmax(F.normalize(F.layer_norm(m.stem(x), (6,)), dim=-1), -1)
+            * m.stem(x).logsumexp(-1, keepdim=True)
+            - m.stem(x).mean(-1, keepdim=True)
+        ),
+        stem=nn.Linear(4, 6),
+        out=nn.Linear(6, 2),
+    )
+    assert proved(net, 3, 4).groups == {"stem": 6}
+
+
+def test_squeeze_and_excitation():
+    net = Net(
+        lambda m, x: m.out(
+            (h := m.stem(x)) * m.up(m.down(h.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        ).mean((2, 3)),
+        stem=nn.Conv2d(2, 8, 3),
+        down=nn.Conv2d(8, 4, 1),
+        up=nn.Conv2d(4, 8, 1),
+        out=nn.Conv2d(8, 2, 1),
+    )
+    assert proved(net, 2, 2, 5, 5).groups == {"stem": 8, "down": 4}
+
+
+def test_token_mixing_passes_the_channels_on():
+    net = Net(
+        lambda m, x: m.out((y := m.stem(x)) + m.tokens(y.transpose(1, 2)).transpose(1, 2)),
+        stem=nn.Linear(4, 6),
+        tokens=nn.Linear(5, 5),
+        out=nn.Linear(6, 2),
+    )
+    assert proved(net, 2, 5, 4).groups == {"stem": 6}
+
+
+@pytest.mark.parametrize("kind", ["fused", "matmul", "einsum"])
+def test_attention_keeps_units_in_their_head(kind):
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(2, 5, 2, 4).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        if kind == "fused":
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif kind == "matmul":
+            y = F.softmax(q @ k.transpose(-2, -1) + m.bias, -1) @ v
+        else:
+            y = torch.einsum(
+                "bhij,bhjd->bhid", F.softmax(torch.einsum("bhid,bhjd->bhij", q, k) + m.bias, -1), v
+            )
+        return m.out(y.transpose(1, 2).flatten(2))
+
+    layers = {name: nn.Linear(4, 8) for name in "qkv"}
+    net = Net(forward, **layers, out=nn.Linear(8, 2), bias=parameter(2, 5, 5))
+    if kind == "fused":
+        del net.bias
+    spec = proved(net, 2, 5, 4)
+    assert spec.groups == {"q/0": 4, "q/1": 4, "v/0": 4, "v/1": 4}
+    assert ("k.weight", 0) in spec.tensors_of("q/0")
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multi_head_attention(batch_first):
+    net = Net(
+        lambda m, x: m.out(m.norm((y := m.stem(x)) + m.attention(y, y, y)[0]).mean(1)),
+        stem=nn.Linear(4, 8),
+        attention=nn.MultiheadAttention(8, 2, batch_first=batch_first),
+        norm=nn.LayerNorm(8),
+        out=nn.Linear(8, 2),
+    )
+    spec = proved(net, 2, 5, 4)
+    assert sorted(spec.groups.values()) == [4, 4, 4, 4, 8]
+    assert share(spec, net) > 0.95
+
+
+def test_a_transformer_encoder_with_token_and_positions():
+    net = Net(
+        lambda m, x: m.out(m.encoder(torch.cat([m.token.expand(2, 1, 8), m.stem(x)], 1) + m.position)[:, 0]),
+        stem=nn.Linear(4, 8),
+        token=parameter(1, 1, 8),
+        position=parameter(1, 6, 8),
+        encoder=nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
+        ),
+        out=nn.Linear(8, 2),
+    )
+    spec = proved(net, 2, 5, 4)
+    assert share(spec, net) > 0.95
+    (stream,) = {s.group for axis in spec.axes["token"] for s in axis if s.group}
+    assert {name for name, _ in spec.tensors_of(stream)} >= {"token", "position", "stem.weight", "out.weight"}
