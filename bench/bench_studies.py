@@ -17,10 +17,9 @@ from regraft.studies.run import crashed
 def test_scenario(benchmark, chosen, told, pytestconfig):
     study, _ = chosen
     asked = {name: pytestconfig.getoption(name) for name in ("results", "seeds", "resume", "keep_older")}
-    methods = pytestconfig.getoption("method")
 
     def measured():
-        return front.measure(chosen, place=told, methods=methods, **asked)
+        return front.measure(chosen, place=told, **asked)
 
     try:
         rows = benchmark.pedantic(measured, rounds=1, iterations=1)

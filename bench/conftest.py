@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     try:
-        chosen = front.choose(config.getoption("study"), config.getoption("scenario"))
+        chosen = front.choose(*(config.getoption(name) for name in ("study", "scenario", "method")))
     except ValueError as problem:
         raise pytest.UsageError(str(problem)) from None
     metafunc.parametrize("chosen", chosen, ids=lambda pair: f"{pair[0].name}-{pair[1].name}")

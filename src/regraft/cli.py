@@ -50,10 +50,10 @@ def bench(
     place = Place(data, device=device) if cache is None else Place(data, cache, device)
     asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older}
     rows: dict[str, list] = {}
-    for chosen in front.choose(study, scenario):
+    for chosen in front.choose(study, scenario, method):
         try:
             with front.progress(place, console) as told:
-                own = front.measure(chosen, place=told, methods=method, **asked)
+                own = front.measure(chosen, place=told, **asked)
         except MissingData as missing:
             console.print(f"{chosen[1].name} is skipped: {missing}")
             continue

@@ -20,11 +20,28 @@ from regraft.studies.study import Place, Scenario, Study
 Chosen = tuple[Study, Scenario]
 
 
-def choose(studies: Sequence[str] = (), scenarios: Sequence[str] = ()) -> list[Chosen]:
+def choose(
+    studies: Sequence[str] = (), scenarios: Sequence[str] = (), methods: Sequence[str] = ()
+) -> list[Chosen]:
     """The scenarios of these names in these studies (all studies if none is named); without names the quick ones.
 
-    Raises ValueError, with the nearest names, for a study or a scenario that there is not.
+    With methods, those scenarios that have any of them, and these methods alone. Raises ValueError, with the nearest
+    names, for a study, a scenario or a method that there is not.
     """
+    chosen = _choose(studies, scenarios)
+    if not methods:
+        return chosen
+    known = {method.name for _, scenario in chosen for method in scenario.methods}
+    for name in methods:
+        if name not in known:
+            raise ValueError(f"there is no method {name!r} here{nearest(name, sorted(known))}")
+    narrowed = [
+        (one, replace(s, methods=tuple(m for m in s.methods if m.name in methods))) for one, s in chosen
+    ]
+    return [(one, scenario) for one, scenario in narrowed if scenario.methods]
+
+
+def _choose(studies: Sequence[str], scenarios: Sequence[str]) -> list[Chosen]:
     known = [study(name) for name in studies or STUDIES]
     if not scenarios:
         return [(one, scenario) for one in known for scenario in one.select(one.quick)]
@@ -41,7 +58,6 @@ def measure(
     place: Place,
     results: Path,
     seeds: int | None = None,
-    methods: Sequence[str] = (),
     resume: bool = False,
     keep_older: bool = False,
 ) -> list[Row]:
@@ -54,7 +70,6 @@ def measure(
             place=place,
             rows=results / one.name / ROWS,
             seeds=None if seeds is None else range(seeds),
-            methods=tuple(methods) or None,
             resume=resume,
             keep_older=keep_older,
         )

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from regraft import front
 from regraft.data import MissingData
 from regraft.studies import rows as rows_module
 from regraft.studies import run as run_module
@@ -29,11 +30,19 @@ def test_the_same_seed_gives_the_same_values(toy, place, tmp_path):
     assert len({row.values["accuracy"] for row in first}) == len(first)
 
 
-def test_seeds_and_methods_can_be_chosen(toy, place, tmp_path):
-    found = measured(toy, place, tmp_path / "rows.jsonl", seeds=[5], methods=["cheap"])
-    assert [(row.seed, row.method) for row in found] == [(5, "cheap")]
-    with pytest.raises(ValueError, match="no method 'nothing' here: there are cheap, plain"):
-        measured(toy, place, tmp_path / "rows.jsonl", methods=["nothing"])
+def test_seeds_can_be_chosen(toy, place, tmp_path):
+    found = measured(toy, place, tmp_path / "rows.jsonl", seeds=[5])
+    assert [(row.seed, row.method) for row in found] == [(5, "plain"), (5, "cheap")]
+
+
+def test_methods_can_be_chosen_across_scenarios():
+    chosen = front.choose(["transfer", "fusion"], methods=["fgmt", "EWC"])
+    assert [(s.name, m.name) for _, s in chosen for m in s.methods] == [
+        ("digits-mlp", "fgmt"),
+        ("digits-two-tasks", "EWC"),
+    ]
+    with pytest.raises(ValueError, match="there is no method 'fgtm' here; did you mean fgmt"):
+        front.choose(["transfer"], methods=["fgtm"])
 
 
 def counted(toy, method):

@@ -43,29 +43,23 @@ def run(
     place: Place,
     rows: Path,
     seeds: Sequence[int] | None = None,
-    methods: Sequence[str] | None = None,
     resume: bool = False,
     keep_older: bool = False,
 ) -> Iterator[Row]:
     """Measure what is asked for, append each row to the file, and yield it; rows that are kept are yielded, too.
 
     Args:
-        seeds: instead of each scenario's own. methods: only those of these names that a scenario has.
+        seeds: instead of each scenario's own.
         resume: rows of the same identity and the same code are taken as they are; keep_older: of any code.
 
-    Raises MissingData before any work of a scenario whose data are not there; ValueError where no scenario has a
-    method that was asked for. A run that fails or diverges is a row that says how.
+    Raises MissingData before any work of a scenario whose data are not there. A run that fails or diverges is a
+    row that says how.
     """
-    wanted = {s.name: [m for m in s.methods if methods is None or m.name in methods] for s in scenarios}
-    if methods is not None:
-        known = {m.name for s in scenarios for m in s.methods}
-        if unknown := [name for name in methods if name not in known]:
-            raise ValueError(f"no method {unknown[0]!r} here: there are {', '.join(sorted(known))}")
     code()  # read before anything that runs could change the files
     earlier = Earlier.of(rows, resume=resume, keep_older=keep_older)
     for scenario in scenarios:
         chosen: dict[str, Method] = {}
-        for method in wanted[scenario.name]:
+        for method in scenario.methods:
             if method.candidates:
                 tried = list(_tune(study, scenario, method, place, rows, earlier))
                 yield from (row for _, row in tried)

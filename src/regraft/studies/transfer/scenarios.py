@@ -53,7 +53,7 @@ conv6 = Settings(
     model=networks.conv6,
     arguments={"num_classes": 10, "width": 0.5},
     recipe=Recipe(epochs=12, lr=0.1, schedule="cosine"),
-    subsequent=Recipe(epochs=4, lr=0.02, schedule="cosine"),
+    subsequent=Recipe(epochs=2, lr=0.02, schedule="cosine"),
     steps=30,
     schedule="uniform",
 )
