@@ -1,0 +1,287 @@
+"""Where each data set lies and how it is read: a new one is one more entry of `READERS`, at the end.
+
+A reader takes a `Place` and returns a `Raw`. What torchvision reads is a line of a table (`Torchvision`).
+scikit-learn and torchvision's data sets are imported when a set is read, not before.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.data.splits import ImageFiles, Split, stratified_split
+
+ROOT_VARIABLE = "REGRAFT_DATA"
+
+# Class subsets that the papers use. In "Transferring Learning Trajectories" the ten classes were drawn
+# at random and are not named; these ten are ours, and are in the 18-class extract. The fusion paper
+# names its ten.
+DIGITS_LOW = (0, 1, 2, 3, 4)
+DIGITS_HIGH = (5, 6, 7, 8, 9)
+CIFAR100_TRANSFER = (
+    "aquarium_fish", "butterfly", "cloud", "dolphin", "oak_tree", "otter", "plain", "tank", "whale", "woman",
+)  # fmt: skip
+CIFAR100_FUSION = (
+    "seal", "man", "palm_tree", "woman", "wardrobe",
+    "beaver", "plain", "pickup_truck", "skyscraper", "possum",
+)  # fmt: skip
+
+TEN_DIGITS = tuple(map(str, range(10)))
+
+
+class MissingData(FileNotFoundError):
+    """A data set is not where it was looked for. The message says what, where, and how to get it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """What a reader finds: everything that is not test data, the test data, and the names of labels 0, 1, ..."""
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a reader is told: the set's name, the root folder, and how image files are decoded.
+
+    ``classes`` are those asked for, which tell the CIFAR-100 reader whether its extract would do.
+    """
+
+    name: str
+    root: Path
+    download: bool
+    classes: Sequence[str | int] | None
+    size: int
+    channels: int
+    workers: int
+
+    def files(self, source: Any, labels: Sequence[int] | Tensor) -> Split:
+        """Image files by number, and their labels."""
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        images = ImageFiles(source, torch.arange(len(labels)), self.size, self.channels, self.workers)
+        return Split(images, labels)
+
+    def missing(self, looked_for: str, how: str, cause: Exception | None = None) -> MissingData:
+        """The exception that says what is not there, where it was looked for, and how to get it."""
+        reason = f" ({str(cause).splitlines()[0].rstrip('.')})" if cause is not None and str(cause) else ""
+        return MissingData(
+            f"{self.name} is missing{' or damaged' if cause else ''}: "
+            f"looked for {self.root / looked_for}{reason}. {how} "
+            f"Another folder is chosen with root=... or the environment variable {ROOT_VARIABLE}."
+        )
+
+    def construct(self, cls: str, looked_for: str, how: str | None, *args: Any, **options: Any) -> Any:
+        """One of torchvision's data sets; `MissingData` where its files are not there.
+
+        how: what to do without the files; None: they can be downloaded.
+        """
+        from torchvision import datasets
+
+        if how is None:
+            options["download"] = self.download
+            how = "The download failed." if self.download else "Fetch it with download=True."
+        try:
+            return getattr(datasets, cls)(*args, **options)
+        except (RuntimeError, OSError, ValueError) as cause:  # torchvision uses all three for "not there"
+            raise self.missing(looked_for, how, cause) from cause
+
+
+HALVES = ({"train": True}, {"train": False})
+SPLITS = ({"split": "train"}, {"split": "test"})
+
+
+@dataclass(frozen=True)
+class Torchvision:
+    """A data set that torchvision reads.
+
+    cls: its name in torchvision.datasets. folder: where its files lie, under the root. halves: what the class is
+    told for the training and for the test images. labels: gets them from its instances. classes: their names,
+    where the instances have none fit to use. root: the class's own root, under ours. files: images are decoded
+    when they are wanted; otherwise they are in memory. how: where to get it, if it cannot be downloaded.
+    """
+
+    cls: str
+    folder: str
+    halves: tuple[Mapping[str, Any], Mapping[str, Any]]
+    labels: Callable[[Any], Sequence[int]] = attrgetter("targets")
+    classes: tuple[str, ...] | None = None
+    root: str = ""
+    files: bool = False
+    how: str | None = None
+
+    def __call__(self, place: Place) -> Raw:
+        train, test = (
+            place.construct(self.cls, self.folder, self.how, place.root / self.root, **half)
+            for half in self.halves
+        )
+        splits = [self._split(place, part) for part in (train, test)]
+        return Raw(*splits, tuple(self.classes or train.classes))
+
+    def _split(self, place: Place, part: Any) -> Split:
+        labels = torch.as_tensor(self.labels(part), dtype=torch.int64)
+        return place.files(part, labels) if self.files else Split(_channels_first(part.data), labels)
+
+
+def _channels_first(pixels: Any) -> Tensor:
+    """[N, H, W], [N, H, W, 3] or [N, 3, H, W], array or tensor -> [N, C, H, W]."""
+    pixels = torch.as_tensor(pixels)
+    if pixels.ndim == 3:
+        return pixels[:, None].contiguous()
+    return pixels.permute(0, 3, 1, 2) if pixels.shape[3] == 3 else pixels
+
+
+def digits(place: Place) -> Raw:
+    """scikit-learn's 1,797 digits, 8x8. They have no test split: ours is fixed, so that seeds share it."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16
+    everything = Split(images, torch.from_numpy(bunch.target).to(torch.int64))
+    kept, held = stratified_split(everything.labels, 397 / 1797, torch.Generator().manual_seed(0))
+    return Raw(everything.subset(kept), everything.subset(held), TEN_DIGITS)
+
+
+def image_folder(
+    place: Place, folder: str = "", how: str = "Images go into one folder per class, under train and test."
+) -> Raw:
+    """``folder``/{train,test or val}/<class>/<image>."""
+    place = replace(place, root=place.root / folder)
+    held_out = next((f for f in ("test", "val") if (place.root / f).is_dir()), "test")
+    for half in ("train", held_out):
+        if not (place.root / half).is_dir():
+            raise place.missing(half, how)
+    train, test = (
+        place.construct("ImageFolder", half, how, place.root / half) for half in ("train", held_out)
+    )
+    if train.classes != test.classes:
+        difference = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
+        raise ValueError(f"{place.root}: train and {held_out} differ in the classes {difference}")
+    return Raw(place.files(train, train.targets), place.files(test, test.targets), tuple(train.classes))
+
+
+def cifar100_extract(place: Place) -> Raw:
+    """Some classes of CIFAR-100 as image files, read into memory."""
+    how = "Write the images of the classes there as <class>/<image>.png, or load all of cifar100."
+    raw = image_folder(replace(place, size=32, channels=3), EXTRACT, how)
+    return replace(raw, train=raw.train.in_memory(), test=raw.test.in_memory())
+
+
+EXTRACT = "cifar-100-18"
+
+
+def cifar100(place: Place) -> Raw:
+    """All of CIFAR-100, or its 18-class extract where only that is there and holds what is wanted."""
+    try:
+        return Torchvision("CIFAR100", "cifar-100-python", HALVES)(place)
+    except MissingData as missing:
+        extract = place.root / EXTRACT / "train"
+        if not extract.is_dir():
+            raise
+        if not all(isinstance(name, str) and (extract / name).is_dir() for name in place.classes or [None]):
+            there = ", ".join(sorted(folder.name for folder in extract.iterdir()))
+            raise MissingData(
+                f"{missing} Choose by name among the classes that are there: {there}."
+            ) from missing
+        warnings.warn(
+            f"{missing} Its 18-class extract in {extract.parent} has the classes asked for and is used; "
+            "the images are the same, their order is not.",
+            stacklevel=3,
+        )
+        return cifar100_extract(place)
+
+
+def caltech256(place: Place) -> Raw:
+    """Caltech-256 without its 257th folder, which is clutter; a fixed fifth of it are the test images."""
+    source = place.construct("Caltech256", "caltech256/256_ObjectCategories", None, place.root)
+    names = [name for name in source.categories if "clutter" not in name]
+    everything = place.files(source, source.y)
+    everything = everything.subset((everything.labels < len(names)).nonzero().flatten())
+    kept, held = stratified_split(everything.labels, 0.2, torch.Generator().manual_seed(0))
+    classes = tuple(name.partition(".")[2] or name for name in names)
+    return Raw(everything.subset(kept), everything.subset(held), classes)
+
+
+def cub200(place: Place) -> Raw:
+    """CUB-200-2011 by its four tables."""
+    folder = place.root / "CUB_200_2011"
+
+    def table(file: str) -> Mapping[int, str]:
+        path = folder / file
+        if not path.is_file():
+            how = "Unpack CUB_200_2011.tgz there (its images and its four tables)."
+            raise place.missing(f"CUB_200_2011/{file}", how)
+        rows = (line.split() for line in path.read_text().splitlines() if line.strip())
+        return {int(number): value for number, value in rows}
+
+    paths, labels, training, names = map(
+        table, ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
+    )
+    if not paths.keys() == labels.keys() == training.keys():
+        raise ValueError(
+            f"{folder}: images.txt, image_class_labels.txt and train_test_split.txt differ in ids"
+        )
+    order = {number: position for position, number in enumerate(sorted(names))}
+    source = _Files([folder / "images" / path for path in paths.values()])
+    everything = place.files(source, [order[int(labels[number])] for number in paths])
+    in_training = torch.tensor([training[number] == "1" for number in paths])
+    return Raw(
+        everything.subset(in_training.nonzero().flatten()),
+        everything.subset((~in_training).nonzero().flatten()),
+        tuple(names[number].partition(".")[2] or names[number] for number in sorted(names)),
+    )
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Image files by number, in the form of torchvision's data sets."""
+
+    paths: Sequence[Path]
+
+    def __getitem__(self, number: int) -> tuple[Any, None]:
+        from PIL import Image
+
+        with Image.open(self.paths[number]) as image:
+            image.load()
+        return image, None
+
+
+_CARS = (
+    "Its makers' server is gone: put cars_train, cars_test, devkit and cars_test_annos_withlabels.mat "
+    "from a copy there, as torchvision's StanfordCars reads them."
+)
+_IMAGENET = "Unpack the training and validation images there, one folder per class (train/n01440764/...)."
+
+READERS: dict[str, Callable[[Place], Raw]] = {
+    "digits": digits,
+    "mnist": Torchvision("MNIST", "MNIST/raw", HALVES, classes=TEN_DIGITS),
+    "fashion-mnist": Torchvision("FashionMNIST", "FashionMNIST/raw", HALVES),
+    "cifar10": Torchvision("CIFAR10", "cifar-10-batches-py", HALVES),
+    "cifar100": cifar100,
+    "cifar100-18": cifar100_extract,
+    "stl10": Torchvision("STL10", "stl10_binary", SPLITS, attrgetter("labels")),
+    "svhn": Torchvision("SVHN", "svhn", SPLITS, attrgetter("labels"), classes=TEN_DIGITS, root="svhn"),
+    "caltech256": caltech256,
+    # The labels of these two are not public; the alternative is to decode every image to learn them.
+    "food101": Torchvision("Food101", "food-101", SPLITS, attrgetter("_labels"), files=True),
+    "cars": Torchvision(
+        "StanfordCars",
+        "stanford_cars",
+        SPLITS,
+        lambda part: [n for _, n in part._samples],
+        files=True,
+        how=_CARS,
+    ),
+    "cub200": cub200,
+    "imagenet": partial(image_folder, folder="imagenet", how=_IMAGENET),
+    "folder": image_folder,
+}
