@@ -22,6 +22,11 @@ class MoveTile:
         """Elements that a program moves."""
         return self.rows * self.repeat * self.columns
 
+    def lower(self, times: int) -> MoveTile:
+        """The same work in more steps of fewer rows, which takes fewer registers."""
+        times = min(times, self.rows)
+        return MoveTile(self.rows // times, self.columns, self.repeat * times, self.warps)
+
 
 @dataclass(frozen=True)
 class FlatTile:
@@ -44,7 +49,8 @@ class DotTile:
 
 @dataclass(frozen=True)
 class Family:
-    """The tiles of one GPU family. `move` for rows as they stand, `gather` where columns are gathered too. `dot` is precision -> (small, large), "half" stands for bf16 and fp16;
+    """The tiles of one GPU family. `move` is for rows as they stand, `gather` for gathered columns.
+    `dot` is precision -> (small, large), "half" stands for bf16 and fp16;
     `substitutes` names what is multiplied instead where the hardware lacks a precision: never a lesser one."""
 
     name: str
