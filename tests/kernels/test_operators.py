@@ -26,7 +26,9 @@ def everything(base, start, end, indices):
     """A function that permutes, grafts and sums."""
     moved = permute(base, indices, PACKING)
     grafted = graft(moved, start, end, [0.5, 2.0], indices, PACKING)
-    return combine([{n: t[0] for n, t in grafted.items()}, {n: t[1] for n, t in grafted.items()}], [[1.0, -3.0]])
+    return combine(
+        [{n: t[0] for n, t in grafted.items()}, {n: t[1] for n, t in grafted.items()}], [[1.0, -3.0]]
+    )
 
 
 @pytest.fixture
@@ -59,24 +61,43 @@ def test_exports_and_runs_without_values(inputs):
 
 
 @pytest.mark.parametrize("targets", [(), (2,)])
-def test_gradients_are_those_of_the_formulas(generator, backend, targets):
+def test_gradients_are_those_of_the_formulas(generator, targets):
     base, start, end = draw(generator, *targets), draw(generator), draw(generator)
     scales = torch.tensor([0.5, -1.5], dtype=torch.float64)
     indices = vectors(generator, *targets)
 
     def run(scales, *flat):
         groups = [dict(zip(base, flat[k : k + 2], strict=True)) for k in (0, 2, 4)]
-        grafted = graft(*groups, scales, indices, PACKING, backend=backend)
+        grafted = graft(*groups, scales, indices, PACKING)
         if targets:
             return tuple(grafted.values())
-        moved = permute(groups[0], indices, PACKING, inverse=True, backend=backend)
+        moved = permute(groups[0], indices, PACKING, inverse=True)
         table = torch.stack([scales, scales**2])
-        summed = combine([moved, groups[1]], table, backend=backend)
+        summed = combine([moved, groups[1]], table)
         return *grafted.values(), *summed.values()
 
     flat = [t.requires_grad_() for group in (base, start, end) for t in group.values()]
     assert torch.autograd.gradcheck(run, (scales.requires_grad_(), *flat), fast_mode=True)
     assert torch.autograd.gradgradcheck(run, (scales, *flat), fast_mode=True)
+
+
+def test_gradients_run_where_the_operation_ran(generator, backend):
+    base, start, end = ({n: t.requires_grad_() for n, t in draw(generator).items()} for _ in range(3))
+    indices = vectors(generator)
+    grafted = graft(
+        permute(base, indices, PACKING, backend=backend), start, end, [2.0], indices, PACKING, backend=backend
+    )
+    combine([grafted, grafted], [[1.0, 0.5]], backend=backend)["w"].square().sum().backward()
+    found = [t.grad for group in (base, start, end) for t in group.values()]
+    for tensor in (t for group in (base, start, end) for t in group.values()):
+        tensor.grad = None
+    moved = {n: t[indices["a"]] for n, t in base.items()}
+    moved["w"] = moved["w"][:, indices["b"]]
+    change = (end["w"] - start["w"])[indices["a"]][:, indices["b"]]
+    (1.5 * (moved["w"] + 2 * change)).square().sum().backward()
+    torch.testing.assert_close(found[0], base["w"].grad)
+    torch.testing.assert_close(found[2], start["w"].grad)
+    torch.testing.assert_close(found[4], end["w"].grad)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
