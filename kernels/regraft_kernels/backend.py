@@ -16,7 +16,7 @@ try:
     import triton.language as tl
 except ImportError:  # its kernels stay plain functions, which nothing calls: `resolve` refuses "triton"
     triton: Any = SimpleNamespace(jit=lambda function: function)
-    tl: Any = SimpleNamespace()
+    tl: Any = SimpleNamespace(constexpr=int)
 
 BACKENDS = ("auto", "torch", "triton")
 HAS_TRITON = not isinstance(triton, SimpleNamespace)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from regraft_kernels.packing import check_index, check_ranges
 
@@ -53,7 +55,7 @@ class Operand:
             return self.with_gather(dim, index[start : start + length])
         return replace(self, stack=self.stack.narrow(dim, start, length))
 
-    def gathered(self, order: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def gathered(self, order: Sequence[int], dtype: torch.dtype, buffer: Buffer) -> Tensor:
         """The gathered stack, its dimensions in `order`; a view of the stack where there is nothing to do."""
         result = self.stack.permute(*order)
         for place, dim in enumerate(order):
@@ -62,14 +64,61 @@ class Operand:
                 # On three dimensions, because index_select takes several times as long on more.
                 before, after = result.shape[:place], result.shape[place + 1 :]
                 flat = result.reshape(before.numel(), result.shape[place], after.numel())
-                result = flat.index_select(1, index).view(*before, len(index), *after)
+                into = buffer.empty(flat, (len(flat), len(index), flat.shape[2]))
+                result = torch.index_select(flat, 1, index, out=into).view(*before, len(index), *after)
         return result.to(dtype)
 
 
+class Buffer:
+    """Memory for what was gathered last, used again and again: new pages cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []
+
+    def empty(self, source: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A contiguous tensor of this shape, its contents arbitrary, which shares no memory with `source`; those
+        given before that do not either are void."""
+        size = math.prod(shape)
+        mine = {held.data_ptr(): held for held in self._held}
+        free = [held for pointer, held in mine.items() if pointer != source.data_ptr() and len(held) >= size]
+        if not free:
+            free.append(source.new_empty(size))
+            self._held = [held for held in self._held if held.data_ptr() == source.data_ptr()] + free
+        return free[0][:size].view(shape)
+
+
 def operands_of(term: Term) -> tuple[Operand, Operand]:
+    """Target and source; views that are to be negated are, for a kernel sees only memory."""
     nothing: Gathers = (None,) * term.target.ndim
     gathers = (None, *term.gathers) if term.gathers else nothing
-    return Operand(term.target, nothing), Operand(term.source, gathers)
+    return Operand(term.target.resolve_neg(), nothing), Operand(term.source.resolve_neg(), gathers)
+
+
+def unfold(operand: Operand, term: Term) -> Tensor:
+    """The gathered [T, *shape] as [n, multiplicity * T * everything else], in the dtype of the sum."""
+    stack = operand.stack
+    for dim, index in enumerate(operand.gathers):
+        if index is not None:
+            stack = stack.index_select(dim, index)
+    by_position = stack.movedim(term.axis + 1, 0).to(accumulator(stack))
+    if term.positions is not None:
+        by_position = by_position[term.positions]
+    return by_position.flatten(1)
+
+
+def fold(units: Tensor, operand: Operand, term: Term) -> Tensor:
+    """The transpose of `unfold`: what is at several places is added up."""
+    stack, dim = operand.stack, term.axis + 1
+    others = [size for d, size in enumerate(stack.shape) if d != dim]
+    by_position = units.reshape(-1, *others)
+    if term.positions is not None:
+        whole = units.new_zeros(stack.shape[dim], *others)
+        by_position = whole.index_add(0, term.positions.flatten(), by_position)
+    folded = by_position.movedim(0, dim)
+    for d, index in enumerate(operand.gathers):
+        if index is not None:
+            folded = torch.zeros_like(folded).index_add(d, index, folded)
+    return folded.to(stack.dtype)
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
@@ -77,13 +126,12 @@ def accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def check_terms(terms: Sequence[Term]) -> None:
-    """Raise ValueError unless the terms belong to one group and everything in them fits."""
+    """Raise ValueError unless the terms belong to one group and all shapes, dtypes and devices fit."""
     if not terms:
         raise ValueError("similarity needs at least one term")
     first = terms[0]
-    ranges: list[tuple[str, Tensor, int]] = []
     for number, term in enumerate(terms):
-        ranges += _check_term(term, f"term {number}")
+        _check_term(term, f"term {number}")
         if (term.target.dtype, term.target.device) != (first.target.dtype, first.target.device):
             raise ValueError(
                 f"term {number} is {term.target.dtype} on {term.target.device}, "
@@ -91,12 +139,28 @@ def check_terms(terms: Sequence[Term]) -> None:
             )
         if term.units != first.units:
             raise ValueError(f"term {number} has {term.units} units, but term 0 {first.units}")
+
+
+def check_entries(terms: Sequence[Term]) -> None:
+    """Raise ValueError unless the entries of all positions and gathers are within their axes."""
+    ranges: list[tuple[str, Tensor, int]] = []
+    for number, term in enumerate(terms):
+        shape, where = term.target.shape[1:], f"term {number}"
+        if term.positions is not None:
+            ranges.append((f"{where}: positions", term.positions, shape[term.axis]))
+        for axis, index in enumerate(term.gathers):
+            if index is not None:
+                ranges.append((f"{where}: gather of axis {axis}", index, shape[axis]))
     check_ranges(ranges)
 
 
-def _check_term(term: Term, where: str) -> list[tuple[str, Tensor, int]]:
-    """Check one term; returns the index vectors whose entries remain to be looked at, with their bounds."""
+def _check_term(term: Term, where: str) -> None:
     target, source = term.target, term.source
+    for what, tensor in (("target", target), ("source", source)):
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(
+                f"{where}: the {what} is a {type(tensor).__name__}; only plain tensors are multiplied"
+            )
     for kind in ("shape", "dtype", "device"):
         if getattr(target, kind) != getattr(source, kind):
             raise ValueError(
@@ -108,18 +172,14 @@ def _check_term(term: Term, where: str) -> list[tuple[str, Tensor, int]]:
     shape = target.shape[1:]
     if not 0 <= term.axis < len(shape):
         raise ValueError(f"{where}: axis {term.axis} of tensors with {len(shape)} axes besides the steps")
-    ranges = []
     if term.positions is not None:
         if term.positions.ndim != 2:
             raise ValueError(
                 f"{where}: positions must be [n, multiplicity], not {tuple(term.positions.shape)}"
             )
         check_index(f"{where}: positions", term.positions.flatten(), None, source.device)
-        ranges.append((f"{where}: positions", term.positions, shape[term.axis]))
     if term.gathers and len(term.gathers) != len(shape):
         raise ValueError(f"{where}: {len(term.gathers)} gathers for {len(shape)} axes")
     for axis, index in enumerate(term.gathers):
         if index is not None:
             check_index(f"{where}: gather of axis {axis}", index, shape[axis], source.device)
-            ranges.append((f"{where}: gather of axis {axis}", index, shape[axis]))
-    return ranges

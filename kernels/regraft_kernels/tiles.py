@@ -38,31 +38,31 @@ class DotTile:
 
 @dataclass(frozen=True)
 class Family:
-    """The tiles of one GPU family. `dot` is precision -> (small, large), "half" stands for bf16 and fp16;
+    """The tiles of one GPU family. `dot` is precision -> from small to large, "half" stands for bf16 and fp16;
     `substitutes` names what is multiplied instead where the hardware lacks a precision: never a lesser one."""
 
     name: str
     move: MoveTile
     flat: FlatTile
-    dot: dict[str, tuple[DotTile, DotTile]]
+    dot: dict[str, tuple[DotTile, ...]]
     substitutes: dict[str, str] = field(default_factory=dict)
 
 
 _AMPERE_DOT = {
-    "half": (DotTile(64, 64, 32, 8, 3), DotTile(128, 64, 32, 8, 3)),
-    "tf32": (DotTile(64, 64, 32, 8, 3), DotTile(128, 64, 32, 8, 3)),
-    "tf32x3": (DotTile(64, 64, 16, 8, 2), DotTile(128, 64, 16, 8, 2)),
-    "ieee": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 16, 8, 2)),
+    "half": (DotTile(64, 64, 64, 4, 3), DotTile(128, 128, 32, 8, 4)),
+    "tf32": (DotTile(64, 64, 32, 4, 3), DotTile(128, 128, 32, 8, 3)),
+    "tf32x3": (DotTile(64, 64, 32, 4, 3), DotTile(128, 64, 32, 8, 3)),
+    "ieee": (DotTile(32, 32, 32, 4, 3), DotTile(64, 64, 16, 4, 3)),
 }
 _HOPPER_DOT = {
-    "half": (DotTile(64, 64, 32, 8, 3), DotTile(128, 64, 32, 8, 3)),
-    "tf32": (DotTile(64, 64, 32, 8, 3), DotTile(128, 64, 32, 8, 3)),
-    "tf32x3": (DotTile(64, 64, 32, 8, 2), DotTile(128, 64, 32, 8, 2)),
-    "ieee": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 16, 8, 2)),
+    "half": (DotTile(64, 64, 64, 4, 4), DotTile(128, 128, 64, 8, 3), DotTile(128, 256, 64, 8, 3)),
+    "tf32": (DotTile(64, 64, 32, 4, 4), DotTile(128, 128, 32, 8, 3), DotTile(128, 256, 32, 8, 3)),
+    "tf32x3": (DotTile(64, 64, 32, 4, 4), DotTile(128, 128, 32, 8, 4)),
+    "ieee": (DotTile(32, 32, 32, 4, 3), DotTile(64, 64, 16, 4, 3)),
 }
 _CDNA3_DOT = {
-    "half": (DotTile(64, 64, 32, 4, 2), DotTile(128, 128, 32, 8, 2)),
-    "tf32": (DotTile(32, 32, 32, 4, 2), DotTile(64, 64, 32, 4, 2)),
+    "half": (DotTile(64, 64, 64, 4, 2), DotTile(128, 128, 64, 8, 2)),
+    "tf32": (DotTile(64, 64, 32, 4, 2), DotTile(128, 128, 32, 8, 2)),
     "ieee": (DotTile(64, 64, 16, 4, 2), DotTile(128, 64, 16, 8, 2)),
 }
 
@@ -77,7 +77,7 @@ INTERPRETER = Family(
     "interpreter",
     MoveTile(4, 16, 1),
     FlatTile(32, 1),
-    {p: (DotTile(16, 16, 16, 1, 1),) * 2 for p in ("half", "tf32", "tf32x3", "ieee")},
+    {p: (DotTile(16, 16, 16, 1, 1),) for p in ("half", "tf32", "tf32x3", "ieee")},
 )
 """Small tiles for Triton's interpreter, so that small tests cross their borders."""
 
@@ -94,10 +94,11 @@ def family(device: torch.device) -> Family:
 
 
 def dot_choice(tiles: Family, dtype: torch.dtype, precision: str, units: int) -> tuple[DotTile, str]:
-    """The tile of similarity for inputs of `dtype` and groups of `units`, and the precision to ask for."""
+    """The tile of similarity for inputs of `dtype` and groups of `units`, and the precision to ask for: the largest of
+    which two stand side by side."""
     if dtype != torch.float32:
         kind, asked = "half", "ieee"
     else:
         kind = asked = tiles.substitutes.get(precision, precision)
-    small, large = tiles.dot[kind]
-    return (small if units <= 2 * small.m else large), asked
+    small, *larger = tiles.dot[kind]
+    return next((tile for tile in reversed(larger) if 2 * tile.n <= units), small), asked
