@@ -15,7 +15,16 @@ from regraft_kernels.cases import BY_HAND, OURS, PRODUCT, Case, Variant, dtype_n
 from regraft_kernels.packing import check_index, check_ranges
 from regraft_kernels.similarity_operator import flatten, register, unflatten
 from regraft_kernels.similarity_torch import similarity_torch, update_torch_
-from regraft_kernels.terms import Operand, Term, accumulator, check_entries, check_terms, operands_of, unfold
+from regraft_kernels.terms import (
+    Operand,
+    Runs,
+    Term,
+    accumulator,
+    check_entries,
+    check_terms,
+    operands_of,
+    unfold,
+)
 from regraft_kernels.tiles import FAMILIES, DotTile, dot_choice, family
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
@@ -93,82 +102,12 @@ def _similarity_kernel(
     tl.store(place, total, mask=(i < n)[:, None] & (j < pitch)[None, :])
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """A stack as the kernel reads it: behind each of its positions `count` runs of `length` contiguous entries,
-    `distance` apart; `pitch` is from one position to the next."""
-
-    stack: Tensor
-    pitch: int
-    count: int
-    length: int
-    distance: int
-
-    @staticmethod
-    def in_place(operand: Operand, dim: int, order: Sequence[int]) -> _Runs | None:
-        """The stack as it is, where nothing but its positions is gathered and all is aligned; otherwise None."""
-        stack = operand.stack
-        if any(operand.gathers[d] is not None for d in order):
-            return None
-        length = count = distance = 1
-        for d in reversed(order):
-            size, stride = stack.shape[d], stack.stride(d)
-            if size == 1:
-                continue
-            if count == 1 and stride == length:
-                length *= size
-            elif count == 1 or stride == distance * count:
-                distance = stride if count == 1 else distance
-                count *= size
-            else:
-                return None
-        distance = distance if count > 1 else length
-        places = (
-            stack.data_ptr(),
-            *(stack.element_size() * x for x in (stack.stride(dim), length, distance)),
-        )
-        return (
-            None
-            if any(x % ALIGNMENT for x in places)
-            else _Runs(stack, stack.stride(dim), count, length, distance)
-        )
-
-    @staticmethod
-    def laid_out(operand: Operand, dim: int, order: Sequence[int], count: int) -> _Runs:
-        """A copy [positions, everything else], gathered, as `count` runs; one run is filled up with zeros."""
-        rest = operand.stack.permute(dim, *order)
-        for place, d in enumerate(order, 1):
-            if operand.gathers[d] is not None:
-                rest = rest.index_select(place, operand.gathers[d])
-        entries = math.prod(rest.shape[1:])
-        unit = ALIGNMENT // rest.element_size()
-        pitch = -(-entries // unit) * unit
-        if pitch != entries or not rest.is_contiguous():
-            copy = rest.new_zeros if pitch != entries else rest.new_empty
-            rest, gathered = copy((len(rest), pitch)), rest
-            rest[:, :entries].view(gathered.shape).copy_(gathered)
-        return _Runs(rest, pitch, count, pitch // count, pitch // count)
-
-    @staticmethod
-    def of(target: Operand, source: Operand, dim: int) -> tuple[_Runs, _Runs]:
-        """Both stacks in the same runs."""
-        order = sorted(
-            (d for d in range(target.stack.ndim) if d != dim), key=lambda d: -target.stack.stride(d)
-        )
-        left, right = (_Runs.in_place(operand, dim, order) for operand in (target, source))
-        if left is None:
-            return _Runs.laid_out(target, dim, order, 1), _Runs.laid_out(source, dim, order, 1)
-        if right is None or right.count != left.count:
-            right = _Runs.laid_out(source, dim, order, left.count)
-        return left, right
-
-
 @dataclass
 class _Work:
     """The tables of one group in a launch of `_similarity_kernel`, as they grow term by term."""
 
     units: int
-    parts: list[tuple[_Runs, _Runs, int, int]] = field(default_factory=list)  # with the places of their rows
+    parts: list[tuple[Runs, Runs, int, int]] = field(default_factory=list)  # with the places of their rows
     rows: list[Tensor] = field(default_factory=list)
 
     def add(self, term: Term, target: Operand, source: Operand) -> None:
@@ -178,7 +117,7 @@ class _Work:
             n if g is None else len(g) for n, g in zip(source.stack.shape, source.gathers, strict=True)
         ):
             return
-        runs = _Runs.of(target, source, dim)
+        runs = Runs.of(target, source, dim)
         positions = term.positions
         if positions is None:
             positions = torch.arange(self.units, device=target.stack.device)[:, None]
@@ -209,8 +148,8 @@ class _Work:
 
 
 def _part(
-    target: _Runs,
-    source: _Runs,
+    target: Runs,
+    source: Runs,
     target_rows: int,
     source_rows: int,
     first: int,
@@ -227,9 +166,6 @@ def _part(
     rows = [before + target_rows, before + source_rows]
     return [*addresses, *rows, steps, target.length - step * k, target.length, *skips]
 
-
-ALIGNMENT = 16
-"""Bytes: what one instruction moves."""
 
 PROGRAMS = 264
 """So many programs at least, where the sum is long enough, so that they fill a GPU (two for each multiprocessor)."""

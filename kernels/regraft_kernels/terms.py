@@ -69,6 +69,80 @@ class Operand:
         return result.to(dtype)
 
 
+ALIGNMENT = 16
+"""Bytes: what one instruction of a GPU moves."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A stack as the kernel reads it: behind each of its positions `count` runs of `length` contiguous entries,
+    `distance` apart; `pitch` is from one position to the next."""
+
+    stack: Tensor
+    pitch: int
+    count: int
+    length: int
+    distance: int
+
+    @staticmethod
+    def in_place(operand: Operand, dim: int, order: Sequence[int]) -> Runs | None:
+        """The stack as it is, where nothing but its positions is gathered and all is aligned; otherwise None."""
+        stack = operand.stack
+        if any(operand.gathers[d] is not None for d in order):
+            return None
+        length = count = distance = 1
+        for d in reversed(order):
+            size, stride = stack.shape[d], stack.stride(d)
+            if size == 1:
+                continue
+            if count == 1 and stride == length:
+                length *= size
+            elif count == 1 or stride == distance * count:
+                distance = stride if count == 1 else distance
+                count *= size
+            else:
+                return None
+        distance = distance if count > 1 else length
+        places = (
+            stack.data_ptr(),
+            *(stack.element_size() * x for x in (stack.stride(dim), length, distance)),
+        )
+        return (
+            None
+            if any(x % ALIGNMENT for x in places)
+            else Runs(stack, stack.stride(dim), count, length, distance)
+        )
+
+    @staticmethod
+    def laid_out(operand: Operand, dim: int, order: Sequence[int], count: int) -> Runs:
+        """A copy [positions, everything else], gathered, as `count` runs; one run is filled up with zeros."""
+        rest = operand.stack.permute(dim, *order)
+        for place, d in enumerate(order, 1):
+            if operand.gathers[d] is not None:
+                rest = rest.index_select(place, operand.gathers[d])
+        entries = math.prod(rest.shape[1:])
+        unit = ALIGNMENT // rest.element_size()
+        pitch = -(-entries // unit) * unit
+        if pitch != entries or not rest.is_contiguous():
+            copy = rest.new_zeros if pitch != entries else rest.new_empty
+            rest, gathered = copy((len(rest), pitch)), rest
+            rest[:, :entries].view(gathered.shape).copy_(gathered)
+        return Runs(rest, pitch, count, pitch // count, pitch // count)
+
+    @staticmethod
+    def of(target: Operand, source: Operand, dim: int) -> tuple[Runs, Runs]:
+        """Both stacks in the same runs."""
+        order = sorted(
+            (d for d in range(target.stack.ndim) if d != dim), key=lambda d: -target.stack.stride(d)
+        )
+        left, right = (Runs.in_place(operand, dim, order) for operand in (target, source))
+        if left is None:
+            return Runs.laid_out(target, dim, order, 1), Runs.laid_out(source, dim, order, 1)
+        if right is None or right.count != left.count:
+            right = Runs.laid_out(source, dim, order, left.count)
+        return left, right
+
+
 class Buffer:
     """Memory for what was gathered last, used again and again: new pages cost more than what is done in them."""
 

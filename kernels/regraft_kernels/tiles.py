@@ -60,6 +60,7 @@ _HOPPER_DOT = {
     "tf32x3": (DotTile(64, 64, 32, 4, 4), DotTile(128, 128, 32, 8, 4)),
     "ieee": (DotTile(32, 32, 32, 4, 3), DotTile(64, 64, 16, 4, 3)),
 }
+_BLACKWELL_DOT = {**_HOPPER_DOT, "tf32x3": (DotTile(128, 64, 32, 8, 3), DotTile(128, 128, 32, 8, 4))}
 _CDNA3_DOT = {
     "half": (DotTile(64, 64, 64, 4, 2), DotTile(128, 128, 64, 8, 2)),
     "tf32": (DotTile(64, 64, 32, 4, 2), DotTile(128, 128, 32, 8, 2)),
@@ -70,7 +71,7 @@ _CDNA3_DOT = {
 FAMILIES = {
     "sm_80": Family("sm_80", MoveTile(4, 512, 4), FlatTile(2048, 4), _AMPERE_DOT),
     "sm_90": Family("sm_90", MoveTile(4, 512, 4), FlatTile(2048, 4), _HOPPER_DOT),
-    "sm_100": Family("sm_100", MoveTile(4, 512, 4), FlatTile(2048, 4), _HOPPER_DOT),
+    "sm_100": Family("sm_100", MoveTile(4, 512, 4), FlatTile(2048, 4), _BLACKWELL_DOT),
     "gfx942": Family("gfx942", MoveTile(4, 512, 4), FlatTile(2048, 4), _CDNA3_DOT, {"tf32x3": "ieee"}),
 }
 INTERPRETER = Family(

@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from regraft_kernels import Term, similarity, similarity_many, similarity_update_
 from regraft_kernels.similarity import similarity_reference
 from regraft_kernels.similarity_operator import flatten
-from regraft_kernels.terms import operands_of
+from regraft_kernels.terms import Runs, operands_of
 
 module = sys.modules["regraft_kernels.similarity"]
 torch_path = sys.modules["regraft_kernels.similarity_torch"]
@@ -332,7 +332,7 @@ def test_refuses_wrapper_subclasses_by_name():
 def test_only_what_is_not_in_aligned_runs_is_copied_first(shape, axis, gathers, order, copied, generator):
     target, source = (layout(torch.randn(shape, generator=generator), list(order)) for _ in range(2))
     term = Term(target, source, axis, None, gathers)
-    runs = module._Runs.of(*operands_of(term), axis + 1)
+    runs = Runs.of(*operands_of(term), axis + 1)
     given = [runs.stack is stack for runs, stack in zip(runs, (target, source), strict=True)]
     assert given == {"neither": [True, True], "source": [True, False], "both": [False, False]}[copied]
     assert runs[0].count * runs[0].length == runs[1].count * runs[1].length
