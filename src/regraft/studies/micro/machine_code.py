@@ -18,7 +18,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Code:
     """One compiled kernel. Counts are static and of one thread; `loop` is the loop that does the work: the innermost
-    with a matrix instruction (a multiply-add where there is none, else a global store or load).
+    with a matrix instruction; where there is none, that stores and loads as often or oftener, or that multiplies.
 
     registers, spilled [bytes]; shared [bytes] of a block; instructions: all but those that only fill up. divisions: of
     integers, left to run time. stored: widths in bits of the global stores. matrix, loads, narrow_loads,
@@ -41,15 +41,12 @@ class Code:
     in_flight: int
     overlapped: bool
 
-    @property
-    def working(self) -> int:
-        """Instructions of the loop where it stores, of everything otherwise."""
-        return self.loop if self.stored_in_loop else self.instructions
-
-    def per_16_bytes(self, reads: int) -> float:
-        """Instructions for each 16 bytes moved by a kernel that reads `reads` bytes for each that it stores."""
-        bits = sum(self.stored_in_loop or self.stored)
-        return self.working / ((1 + reads) * bits / 128)
+    def executed(self, stored: float) -> float:
+        """Instructions of a thread that stores so many bytes: the loop as often as that takes, the rest once."""
+        if not self.stored_in_loop:
+            return self.instructions
+        trips = max(1.0, stored / (sum(self.stored_in_loop) / 8))
+        return self.instructions + (trips - 1) * self.loop
 
 
 @dataclass(frozen=True)
@@ -141,18 +138,20 @@ def _count(
 
 
 def _working_loop(family: _Family, lines: Sequence[str]) -> Sequence[str]:
-    """The lines from a label to the last branch back to it; none where the code has no loop that works."""
+    """The lines from a label to a branch back to it; none where the code has no loop that works."""
     labels = {found[1]: k for k, line in enumerate(lines) if (found := re.match(family.label, line))}
     loops = []
     for end, line in enumerate(lines):
         found = re.match(family.branch, line)
         if found and labels.get(found[1], end) < end:
             loops.append(lines[labels[found[1]] : end + 1])
-    for pattern in (family.matrix, family.multiply, family.store, family.load):
-        working = [loop for loop in loops if any(re.match(pattern, line) for line in loop)]
-        if working:
-            return min(working, key=len)
-    return []
+    products, multiplies = ([x for x in loops if _matching(p, x)] for p in (family.matrix, family.multiply))
+    moves = [x for x in loops if 0 < _matching(family.store, x) <= _matching(family.load, x)]
+    return min(products or moves or multiplies, key=len, default=[])
+
+
+def _matching(pattern: str, lines: Sequence[str]) -> int:
+    return sum(bool(re.match(pattern, line)) for line in lines)
 
 
 def _width(line: str) -> int:
