@@ -44,9 +44,9 @@ class DotTile:
 
 @dataclass(frozen=True)
 class Family:
-    """The tiles of one GPU family: `move` for rows as they stand, `gather` for gathered columns, `dot` by precision from
-    small to large, where "half" stands for bf16 and fp16; `substitutes` names what is multiplied instead where the
-    hardware lacks a precision: never a lesser one."""
+    """The tiles of one GPU family: `move` for rows as they stand, `gather` for gathered columns, `dot` by precision,
+    from small to large, where "half" stands for bf16 and fp16; `substitutes` names what is multiplied instead where
+    the hardware lacks a precision: never a lesser one."""
 
     name: str
     move: MoveTile

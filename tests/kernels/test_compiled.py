@@ -25,7 +25,8 @@ for method in methods():
 """
 # Half precisions compile alike; the scenario "compiled" of the study micro has every variant.
 WANTED = (
-    "sm_90 (permute int32|(graft|combine two) float32 .*aligned|similarity (float32 tf32x3|(float32 tf32|bfloat16) 128))",
+    "sm_90 (permute int32|(graft|combine two) float32 .*aligned|similarity (float32 tf32x3|bfloat16 128))",
+    "sm_90 similarity float32 tf32 128",
     "sm_80 (graft float32 columns aligned|similarity (float32 tf32x3|bfloat16) 128)",
     "sm_100 (combine two float32 aligned|similarity bfloat16 128x128)",
     "gfx942 (permute int32 rows aligned|graft float32 rows aligned|similarity bfloat16 128)",
