@@ -42,7 +42,7 @@ from regraft_kernels.tables import (
     lay_out,
     uploaded,
 )
-from regraft_kernels.tiles import FAMILIES, family
+from regraft_kernels.tiles import FAMILIES, FlatTile, family
 
 
 def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[str, Tensor]:
@@ -155,6 +155,11 @@ def _combine_kernel(
             result = aligned(result, size, DTYPE, VEC)
 
 
+def block_of(tile: FlatTile, kind: Kind) -> int:
+    """Elements a program; half of them where they move one by one, so that registers suffice."""
+    return tile.block if kind.aligned else tile.block // 2
+
+
 @lru_cache(maxsize=32)
 def _flat_packing(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Packing:
     return Packing.build(dict(shapes))
@@ -164,18 +169,27 @@ def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]]
     """A launch for each dtype among the tensors, and for each alignment."""
     names = tuple(sources[0])
     device = sources[0][names[0]].device
-    columns = [[memory_of(source[name]) for name in names] for source in sources]
+    columns = [memory_of(source.values()) for source in sources]
     packing = _flat_packing(tuple((name, tuple(t.shape)) for name, t in zip(names, columns[0], strict=True)))
     columns.append([out[name] for name in names])
     pointers = np.array([[tensor.data_ptr() for tensor in column] for column in columns])
     dtypes = tuple([tensor.dtype for tensor in columns[0]])
     on_line = (pointers % ALIGNMENT == 0).all(axis=0)
-    block = family(device).flat.block
+    tile = family(device).flat
 
     def make() -> Layout:
         segments, ones = list(packing.segments.values()), [1] * len(names)
-        tiles = {False: (1, block)}
-        return lay_out(segments, dtypes, ones, on_line.tolist(), len(pointers), tiles, {}, device, fold=False)
+        return lay_out(
+            segments,
+            dtypes,
+            ones,
+            on_line.tolist(),
+            len(pointers),
+            lambda kind: (1, block_of(tile, kind)),
+            {},
+            device,
+            fold=False,
+        )
 
     layout = packing.layouts.get((dtypes, on_line.tobytes(), len(pointers), device), make)
     buffer = uploaded(pointers.ravel()[layout.order], device)
@@ -195,8 +209,8 @@ def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]]
                 WIDE=triton_dtype(wide),
                 VEC=launch.kind.vector,
                 PAIR=len(sources) == 2,
-                BLOCK=block,
-                num_warps=family(device).flat.warps,
+                BLOCK=block_of(tile, launch.kind),
+                num_warps=tile.warps,
             )
 
 
@@ -258,7 +272,7 @@ def _combine_now(
     for name in first.keys() - set(floating):
         results[name].copy_(first[name].expand(shapes[name]))
     if floating and rows:
-        used = [{name: source[name] for name in floating} for source in sources]
+        used = [{name: source[name] for name in floating} for source in sources]  # all in one order
         run = _combine_triton if chosen == "triton" else _combine_torch
         run(used, rows, results)
     return results
@@ -362,10 +376,10 @@ def _variants(target: str) -> list[Variant]:
                     "WIDE": wide,
                     "VEC": kind.vector,
                     "PAIR": pair,
-                    "BLOCK": tile.block,
+                    "BLOCK": block_of(tile, kind),
                 }
                 label = f"combine {'two' if pair else 'many'} {dtype_name(dtype)} {kind.alignment}"
-                moved = 3 * tile.block * dtype.itemsize
+                moved = 3 * block_of(tile, kind) * dtype.itemsize
                 found.append(
                     Variant(_combine_kernel, target, label, signature, constants, tile.warps, moved=moved)
                 )

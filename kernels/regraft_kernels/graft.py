@@ -126,6 +126,10 @@ def _graft_one(
                 out[number, block] = torch.add(here, moved, alpha=scale)
 
 
+LIVE = 4
+"""Values of each element that the kernel has in registers at a time."""
+
+
 @triton.jit(do_not_specialize=RUN_TIME, launch_metadata=launch_bytes)
 def _graft_kernel(
     addresses,  # int64 [4, N]: of base, start, end, the results
@@ -191,7 +195,7 @@ def _graft_triton(
     checked = packing.indices_for(names, indices, device, targets, False, "triton")
     if not scales or targets == 0:
         return
-    columns = [[memory_of(tensors[name]) for name in names] for tensors in (base, start, end)]
+    columns = [memory_of(tensors.values()) for tensors in (base, start, end)]
     columns.append([out[name] for name in names])
     pointers = np.array([[tensor.data_ptr() for tensor in column] for column in columns])
     kinds = tuple([(tensor.dtype, 1) for tensor in columns[0]])
@@ -201,7 +205,7 @@ def _graft_triton(
         wide = accumulator(dtype)
         return (on_device(scales, wide, device), len(scales)), {"WIDE": triton_dtype(wide)}
 
-    launch_moves(_graft_kernel, layout, pointers, checked, 1 if targets is None else targets, extra)
+    launch_moves(_graft_kernel, layout, pointers, checked, 1 if targets is None else targets, LIVE, extra)
 
 
 def graft(
@@ -392,8 +396,8 @@ def _variants(target: str) -> list[Variant]:
         wide = accumulator(dtype)
         signature = {**SIGNATURE, "scales": "*fp64" if wide == torch.float64 else "*fp32", "steps": "i32"}
         for kind in (Kind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
-            tile = tile_of(tiles, kind)
-            constants = {"DTYPE": dtype, "WIDE": wide, **shape_of(tiles, kind)}
+            tile = tile_of(tiles, kind, LIVE)
+            constants = {"DTYPE": dtype, "WIDE": wide, **shape_of(tile, kind)}
             moved = 4 * tile.size * dtype.itemsize
             label = f"graft {kind.label}"
             found.append(Variant(_graft_kernel, target, label, signature, constants, tile.warps, moved=moved))

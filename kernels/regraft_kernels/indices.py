@@ -146,18 +146,18 @@ class Indices:
 
     def _compose(self, factors: Factors) -> Tensor:
         """One index vector for consecutive axes: out[i, j] takes i' * n_j + j'."""
+        if len(factors) == 1 and factors[0][1] is not None:
+            start, end = self.places[factors[0][1]]
+            return self.joined[..., start:end].long()
         device = self.joined.device
-        composed = None
+        composed = torch.zeros(1, dtype=torch.int64, device=device)
         for length, slot in factors:
             if slot is None:
                 part = torch.arange(length, device=device)
             else:
                 start, end = self.places[slot]
                 part = self.joined[..., start:end]
-            if composed is None:
-                composed = part
-            else:
-                composed = (composed[..., :, None] * length + part[..., None, :]).flatten(-2)
+            composed = (composed[..., :, None] * length + part[..., None, :]).flatten(-2)
         return composed
 
     def tables(self, recipe: Tensor, key: Hashable) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -96,11 +96,14 @@ def launch_bytes(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]
     return {"name": kernel.name, "bytes": args["moved"]}
 
 
-def memory_of(tensor: Tensor) -> Tensor:
+def memory_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The same values, contiguous and as they stand in memory: a negative or conjugate view is no such thing."""
-    if tensor.is_neg() or tensor.is_conj():
-        tensor = tensor.resolve_conj().resolve_neg()
-    return tensor.contiguous()
+    return [
+        tensor
+        if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
+        else tensor.resolve_conj().resolve_neg().contiguous()
+        for tensor in tensors
+    ]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -129,18 +132,18 @@ def layout_of(
     on_line = (pointers % 16 == 0).all(axis=0)
     key = names, kinds, on_line.tobytes(), len(pointers), tuple(checked.places.items()), device
 
+    def span(kind: Kind) -> tuple[int, int]:
+        tile = tile_of(family(device), kind, 1)
+        return tile.rows * tile.repeat, tile.columns
+
     def make() -> Layout:
-        tiles = family(device)
         return lay_out(
             [packing.segments[name] for name in names],
             [dtype for dtype, _ in kinds],
             [width for _, width in kinds],
             on_line.tolist(),
             len(pointers),
-            {
-                gathered: (tile.rows * tile.repeat, tile.columns)
-                for gathered, tile in ((False, tiles.move), (True, tiles.gather))
-            },
+            span,
             checked.places,
             device,
         )
@@ -154,10 +157,13 @@ def launch_moves(
     pointers: np.ndarray,
     checked: Indices,
     programs: int,
+    live: int,
     extra: Callable[[torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> None:
-    """Launch each part of a layout, for so many models or targets. `extra`: what else the kernel takes for a dtype,
-    its arguments and its compile-time ones."""
+    """Launch each part of a layout, for so many models or targets.
+
+    `live`: see `tile_of`. `extra`: what else the kernel takes for a dtype, its arguments and its compile-time ones.
+    """
     device = checked.joined.device
     buffer = uploaded(pointers.ravel()[layout.order], device)
     with on(device):
@@ -165,6 +171,7 @@ def launch_moves(
         for launch in layout.launches:
             kind = launch.kind
             arguments, constants = extra(kind.dtype)
+            tile = tile_of(family(device), kind, live)
             kernel[len(launch.tiles), min(programs, GRID)](
                 buffer[launch.start : launch.end],
                 launch.count,
@@ -177,19 +184,19 @@ def launch_moves(
                 *arguments,
                 DTYPE=triton_dtype(kind.dtype),
                 **constants,
-                **shape_of(family(device), kind),
-                num_warps=tile_of(family(device), kind).warps,
+                **shape_of(tile, kind),
+                num_warps=tile.warps,
             )
 
 
-def tile_of(tiles: Family, kind: Kind) -> MoveTile:
-    """The tile that moves a kind."""
-    return tiles.gather if kind.gathered else tiles.move
+def tile_of(tiles: Family, kind: Kind, live: int) -> MoveTile:
+    """The tile that moves a kind, where a kernel has so many values of each element in registers at a time."""
+    tile = tiles.gather if kind.gathered else tiles.move
+    return tile.lower(live if kind.aligned else 2 * live)
 
 
-def shape_of(tiles: Family, kind: Kind) -> dict[str, Any]:
+def shape_of(tile: MoveTile, kind: Kind) -> dict[str, Any]:
     """The compile-time arguments that say how a kind is moved."""
-    tile = tile_of(tiles, kind)
     return {
         "VEC": kind.vector,
         "GATHERED": kind.gathered,

@@ -30,19 +30,19 @@ def needs_operator(tensors: Tensors, what: str, out: Tensors | None, *more: Tens
         seen = True
     else:
         seen = _functorch.peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None
-        gradients = torch.is_grad_enabled()
         for group in (tensors, *more):
-            for name, tensor in group.items():
-                if type(tensor) is not Tensor:
-                    seen = _kind_of(name, tensor, what) or seen
-                if (gradients and tensor.requires_grad) or tensor.is_meta:
-                    seen = True
+            if any(kind is not Tensor for kind in set(map(type, group.values()))):
+                seen = any([_stands_for_values(name, tensor, what) for name, tensor in group.items()]) or seen
+            if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in group.values()]):
+                seen = True
+            if group and next(iter(group.values())).is_meta:
+                seen = True
     if seen and out is not None:
         raise ValueError("out cannot be given where gradients are wanted, or where PyTorch traces")
     return seen
 
 
-def _kind_of(name: str, tensor: Tensor, what: str) -> bool:
+def _stands_for_values(name: str, tensor: Tensor, what: str) -> bool:
     """Whether a tensor of a subclass is one of those that stand for values while PyTorch traces."""
     if isinstance(tensor, TRACED):
         return True

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -243,15 +244,15 @@ def allocate(
     if out is None:
         return {name: _new(like[name], shape) for name, shape in shapes.items()}
     for name, shape in shapes.items():
-        if name not in out:
+        found, wanted = out.get(name), like[name]
+        if found is None:
             raise ValueError(f"out lacks {name!r}")
-        found, wanted = out[name], like[name]
-        if (tuple(found.shape), found.dtype, found.device) != (shape, wanted.dtype, wanted.device):
+        if found.shape != shape or found.dtype != wanted.dtype or found.device != wanted.device:
             raise ValueError(
                 f"out: {name!r} is {tuple(found.shape)} {found.dtype} on {found.device}, "
-                f"expected {shape} {wanted.dtype} on {wanted.device}"
+                f"expected {tuple(shape)} {wanted.dtype} on {wanted.device}"
             )
-        if not found.is_contiguous():
+        if not found.is_contiguous() or found.is_neg() or found.is_conj():
             raise ValueError(f"out: {name!r} is not contiguous")
     results = {name: out[name] for name in shapes}
     _check_overlap(results, given)
@@ -265,19 +266,32 @@ def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check_overlap(results: Tensors, given: Sequence[Tensors]) -> None:
-    spans = [(*_span(tensor), True, name) for name, tensor in results.items()]
-    spans += [(*_span(tensor), False, name) for tensors in given for name, tensor in tensors.items()]
-    reach = [(-1, ""), (-1, "")]  # how far memory is taken so far, by inputs and by outputs
-    for start, end, writes, name in sorted(span for span in spans if span[0] < span[1]):
-        for other in (True, False) if writes else (True,):
-            if start < reach[other][0]:
-                raise ValueError(f"out: {name!r} and {reach[other][1]!r} share memory")
-        reach[writes] = max(reach[writes], (end, name))
+    written = list(results.items())
+    starts, ends = _spans([tensor for _, tensor in written])
+    order = np.argsort(starts)
+    starts, ends = starts[order], ends[order]
+    for place in np.flatnonzero(starts[1:] < ends[:-1])[:1]:
+        one, two = (written[order[n]][0] for n in (place, place + 1))
+        raise ValueError(f"out: {two!r} and {one!r} share memory")
+    read = [item for tensors in given for item in tensors.items()]
+    first, last = _spans([tensor for _, tensor in read])
+    near = np.minimum(np.searchsorted(ends, first, side="right"), len(ends) - 1)
+    shared = (starts[near] < last) & (first < ends[near]) & (first < last)
+    for place in np.flatnonzero(shared)[:1]:
+        name = written[order[near[place]]][0]
+        raise ValueError(f"out: {name!r} and {read[place][0]!r} share memory")
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte and end of the memory that a tensor touches."""
+def _spans(tensors: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """First byte and end of the memory that each tensor touches."""
+    starts = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+    return starts, starts + np.array(
+        [t.nbytes if t.is_contiguous() else _reach(t) for t in tensors], dtype=np.int64
+    )
+
+
+def _reach(tensor: Tensor) -> int:
     if not tensor.numel():
-        return 0, 0
+        return 0
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return (last + 1) * tensor.element_size()

@@ -130,6 +130,10 @@ def _gather_one(
             torch.index_select(scratch.rows(source, rows, block), 1, columns, out=out[block])
 
 
+LIVE = 1
+"""Values of each element that the kernel has in registers at a time."""
+
+
 @triton.jit(do_not_specialize=RUN_TIME, launch_metadata=launch_bytes)
 def _permute_kernel(
     addresses,  # int64 [2, N]: of the sources, of the results
@@ -175,14 +179,14 @@ def _permute_triton(
     names = tuple(tensors)
     device = tensors[names[0]].device
     checked = packing.indices_for(names, indices, device, None, inverse, "triton")
-    sources = [memory_of(tensor) for tensor in tensors.values()]
+    sources = memory_of(tensors.values())
     pointers = np.array([[t.data_ptr() for t in sources], [out[name].data_ptr() for name in names]])
     kinds = _units(tuple([t.element_size() for t in sources]))
     layout = layout_of(packing, names, kinds, pointers, checked, device)
     full = next((n for n, source in enumerate(sources) if source.numel()), None)
     if full is not None:
         models = sources[full].numel() // packing.segments[names[full]].size
-        launch_moves(_permute_kernel, layout, pointers, checked, models, lambda dtype: ((), {}))
+        launch_moves(_permute_kernel, layout, pointers, checked, models, LIVE, lambda dtype: ((), {}))
 
 
 @lru_cache(maxsize=32)
@@ -290,14 +294,14 @@ def _variants(target: str) -> list[Variant]:
     tiles, found = FAMILIES[target], []
     for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
         for kind in (Kind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
-            tile = tile_of(tiles, kind)
+            tile = tile_of(tiles, kind, LIVE)
             found.append(
                 Variant(
                     _permute_kernel,
                     target,
                     f"permute {kind.label}",
                     SIGNATURE,
-                    {"DTYPE": dtype, **shape_of(tiles, kind)},
+                    {"DTYPE": dtype, **shape_of(tile, kind)},
                     tile.warps,
                     moved=2 * tile.size * dtype.itemsize,
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from regraft_kernels.packing import Segment
 
 ALIGNMENT = 16
-"""Bytes that one instruction can move; addresses and row lengths that are multiples of it have a variant of their own."""
+"""Bytes that one instruction can move: addresses and row lengths that are its multiples have variants of their own."""
 
 FIELDS = tl.constexpr(5)
 """Columns of a segment table, int64: a tensor as [rows, length]; its size; where its gather tables start."""
@@ -96,7 +96,7 @@ def lay_out(
     widths: Sequence[int],
     aligned: Sequence[bool],
     columns: int,
-    tiles: Mapping[bool, tuple[int, int]],
+    tiles: Callable[[Kind], tuple[int, int]],
     places: Mapping[str, tuple[int, int]],
     device: torch.device,
     *,
@@ -105,8 +105,8 @@ def lay_out(
     """Sort tensors into launches and lay tiles over them, in Python integers, beyond 2^31 elements.
 
     `dtypes`: what a kernel moves; `widths`: how many of these make an element of the tensor; `columns`: how many
-    addresses each tensor has; `tiles`: rows and columns of a program's work, where columns are gathered and where not. Raises ValueError, naming the tensor,
-    where a row that is gathered, or the number of rows, exceeds LIMIT.
+    addresses each tensor has; `tiles`: rows and columns of a program's work, by kind; `fold`: as FOLD says. Raises
+    ValueError, naming the tensor, where a row that is gathered, or the number of rows, exceeds LIMIT.
     """
     members: dict[Kind, list[int]] = {}
     for number, (segment, dtype, width, on_line) in enumerate(
@@ -120,7 +120,7 @@ def lay_out(
     filled = 0
     launches, order, start = [], [], 0
     for kind, numbers in members.items():
-        rows_each, columns_each = tiles[kind.gathered]
+        rows_each, columns_each = tiles(kind)
         table, grids, size = [], [], 0
         for place, number in enumerate(numbers):
             segment, width = segments[number], widths[number]

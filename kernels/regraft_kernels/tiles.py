@@ -22,6 +22,11 @@ class MoveTile:
         """Elements that a program moves."""
         return self.rows * self.repeat * self.columns
 
+    def lower(self, times: int) -> MoveTile:
+        """The same work in more steps of fewer rows, which takes fewer registers."""
+        times = min(times, self.rows)
+        return MoveTile(self.rows // times, self.columns, self.repeat * times, self.warps)
+
 
 @dataclass(frozen=True)
 class FlatTile:
