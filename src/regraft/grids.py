@@ -27,7 +27,9 @@ from regraft.activations import Finish, hooks, reads_batches
 from regraft.evaluation import complete
 from regraft.files import write_text
 from regraft.fusion import check, fuse_many
-from regraft.tensors import Tensors, digest
+from regraft.guard import same_streams
+from regraft.heads import check_labels
+from regraft.tensors import Tensors, check_finite, digest
 
 MEMORY = 1 << 30  # bytes
 CHUNK = 32  # points at most between two savings of what is finished
@@ -112,12 +114,15 @@ def evaluate(
     complete(model, sources[0])
     if len(images) == 0:
         raise ValueError("the data set is empty: there is nothing to evaluate on")
+    if labels.shape != (len(images),):
+        raise ValueError(f"{len(images)} images need {len(images)} labels, got shape {tuple(labels.shape)}")
+    check_finite({"images": images}, "the data set")
     model = copy.deepcopy(model).eval()
     if images.device.type == "cpu":
         _use_fast_pooling(model)
-    with torch.no_grad():
+    with torch.no_grad(), same_streams(images.device):
         classes, image_bytes = _probe(model, sources[0], images)
-        _check_labels(labels, len(images), classes)
+        check_labels(labels, classes, "the data set")
         if not reads_batches(model):
             batch_size = max(1, min(batch_size, memory // 2 // image_bytes))
         cut = FirstLayer.of(model, sources[0], images)
@@ -133,14 +138,6 @@ def evaluate(
                 progress(len(done.correct), len(rows))
     counts = (torch.tensor(found, dtype=torch.int64) for found in (done.correct, done.nonfinite))
     return Grid(rows, *counts, len(images))
-
-
-def _check_labels(labels: Tensor, count: int, classes: int) -> None:
-    if labels.shape != (count,):
-        raise ValueError(f"{count} images need {count} labels, got shape {tuple(labels.shape)}")
-    least, most = int(labels.min()), int(labels.max())
-    if not 0 <= least <= most < classes:
-        raise ValueError(f"labels run from {least} to {most}, but the head has {classes} classes")
 
 
 def _probe(model: nn.Module, tensors: Tensors, images: Tensor) -> tuple[int, int]:
