@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from regraft.files import check_file, clean, parse_json, write_tensors
 from regraft.tensors import Tensors, check_alike, check_finite, fill_, state, tensor_digest
+
+T = TypeVar("T")
 
 UNUSED = "unused"
 """The slot of a parameter for which the optimiser keeps nothing."""
@@ -52,8 +54,10 @@ class Checkpoint:
         write_tensors(self.path, tensors, metadata)
         self._rows, self._written = len(history), time.monotonic()
 
-    def resume_(self) -> list[dict[str, Any]]:
+    def resume_(self, read: Callable[[str], list[T]]) -> list[T]:
         """Put the file's state into network, optimiser and generator; the history, empty where there is no file.
+
+        read: makes rows of the history's JSON text; raises ValueError, naming the file, where they are none.
 
         Raises ValueError, naming the file, where it is damaged, incomplete or another run's, and OSError where it is
         no plain file; then nothing was changed.
@@ -69,7 +73,7 @@ class Checkpoint:
                 f"{self.path} belongs to another run, whose {' and '.join(different)} differ"
                 f"{_details(saved, self.identity, different)}; choose another file or delete it"
             )
-        history = parse_json(metadata["history"], list[dict[str, Any]], f"{self.path}: history")
+        history = read(metadata["history"])
         model, slots = _under("model/", tensors), self._slots(tensors)
         check_finite(tensors, str(self.path))
         check_alike(_on_cpu(state(self.network)), model, "the model", str(self.path))

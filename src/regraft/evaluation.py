@@ -26,6 +26,10 @@ from regraft.heads import check_labels
 from regraft.tensors import Batch, Loss, Tensors, check_finite, live_state, seeded
 
 
+class NotFinite(FloatingPointError, ValueError):
+    """A result that left the finite numbers: of given values, and so a ValueError; a run that ends so diverged."""
+
+
 @contextmanager
 def mode(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
     """Inside, each submodule is in training mode where ``training(submodule)``; then all is as it was before."""
@@ -188,8 +192,8 @@ def gradients(
     Dropout modules are off unless a generator is given; it then decides their masks, so that equal
     generators give equal masks.
 
-    Raises ValueError where there is no batch, and for a gradient that is not finite, naming its tensor. Labels are
-    checked for the default loss alone: what another one makes of them is its own affair.
+    Raises ValueError where there is no batch, `NotFinite` for a gradient that is not finite, naming its tensor.
+    Labels are checked for the default loss alone: what another one makes of them is its own affair.
     """
     values = copies(model, tensors)
     parameters = {name: values[name].requires_grad_() for name, _ in model.named_parameters()}
@@ -234,7 +238,7 @@ def _mean_gradients(
     largest = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in total])
     for name, finite in zip(parameters, largest.isfinite().tolist(), strict=True):
         if not finite:
-            raise ValueError(f"the gradient of {name} is not finite")
+            raise NotFinite(f"the gradient of {name} is not finite")
     return {name: g.contiguous() for name, g in zip(parameters, total, strict=True)}
 
 
