@@ -68,6 +68,9 @@ class Recipe:
             raise ValueError(f"epochs, batch_size and warmup_epochs do not make sense together: {self}")
         if not (math.isfinite(self.lr) and self.lr >= 0):
             raise ValueError(f"the learning rate must be finite and not negative, not {self.lr}")
+        for name in ("momentum", "weight_decay"):
+            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
+                raise ValueError(f"{name} must be finite and not negative, not {value}")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"schedule is 'cosine' or 'constant', not {self.schedule!r}")
         if self.optimizer not in ("sgd", "adam"):
