@@ -28,7 +28,7 @@ from regraft.activations import Finish, hooks, reads_batches
 from regraft.evaluation import complete
 from regraft.files import clean, read_sealed, write_sealed
 from regraft.fusion import check, fuse_many
-from regraft.guard import same_streams
+from regraft.guard import same_settings, same_streams
 from regraft.heads import check_labels
 from regraft.tensors import Tensors, check_finite, digest
 
@@ -76,6 +76,7 @@ def harmonic_mean(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(total > 0, 2 * first * second / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
 
 
+@same_settings()
 def evaluate(
     model: nn.Module,
     sources: Sequence[Tensors],

@@ -48,9 +48,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     modules = [(module, _contents(module)) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    settings = [(put, get, get()) for get, put in SETTINGS]
     try:
-        yield
+        with same_settings():
+            yield
     finally:
         for module, before in modules:
             _restore(module, before)
@@ -59,6 +59,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             if parameter.grad is not grad:
                 parameter.grad = grad
+
+
+@contextmanager
+def same_settings() -> Iterator[None]:
+    """Inside, torch's settings (see `SETTINGS`) may be set; afterwards they are as before."""
+    settings = [(put, get, get()) for get, put in SETTINGS]
+    try:
+        yield
+    finally:
         for put, get, value in settings:
             if get() != value:
                 put(value)

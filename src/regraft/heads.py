@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from regraft.guard import same_streams, untouched
+from regraft.guard import same_settings, same_streams
 
 # ---------------------------------------------------------------------------------------------------
 # Finding it
@@ -66,8 +66,10 @@ def _by_tracing(model: nn.Module) -> list[nn.Module] | None:
     """The last modules with parameters on every way to the output; None where fx cannot trace the model."""
     tracer = fx.Tracer()
     try:
-        with untouched(model), same_streams():
-            graph = tracer.trace(model)
+        # A copy, but for its parameters, which are symbols here: what runs may write to buffers and attributes.
+        symbolic = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        with same_settings(), same_streams():
+            graph = tracer.trace(symbolic)
     except Exception:  # fx raises whatever the model raises when run on a symbol
         return None
     modules = dict(model.named_modules())

@@ -28,6 +28,7 @@ from regraft.clock import Clock, Cost
 from regraft.data import Batches, Dataset, Split
 from regraft.evaluation import accuracy, complete
 from regraft.files import parse_json
+from regraft.guard import same_settings, same_streams
 from regraft.heads import check_labels
 from regraft.tensors import (
     Batch,
@@ -151,6 +152,8 @@ class Penalty(Protocol):
     def __call__(self, network: nn.Module) -> None: ...
 
 
+@same_settings()
+@same_streams()
 def train(
     model: nn.Module,
     start: Mapping[str, Tensor],

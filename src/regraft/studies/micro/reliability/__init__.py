@@ -7,17 +7,20 @@ A method is a campaign; it counts what was tried, and what came of it: clear, si
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 
 from regraft.studies.micro.reliability import assignments, files, inputs, writers
-from regraft.studies.micro.reliability.attempt import OUTCOMES, Case, attempt, tally
+from regraft.studies.micro.reliability.attempt import OUTCOMES, Case, attempt
 from regraft.studies.micro.reliability.writers import WRITERS, Found
 from regraft.studies.study import Measured, Method, Setting
 
-__all__ = ["OUTCOMES", "Campaign", "methods"]
+__all__ = ["OUTCOMES", "Campaign", "campaigns", "held", "methods"]
 
 
 @dataclass(frozen=True)
@@ -66,23 +69,28 @@ CAMPAIGNS: dict[str, Callable[[Campaign], Iterator[Found]]] = {
 }
 
 
+def campaigns(assigned: int) -> dict[str, Callable[[Campaign], Iterator[Found]]]:
+    """By name; ``assigned`` assignments are divided among kinds of matrix and backends that are installed."""
+    every = assignments.everything(assigned)
+    return CAMPAIGNS | {
+        f"assignments: {kind}, {backend}": lambda _, f=found: f for kind, backend, found in every
+    }
+
+
 def methods() -> tuple[Method, ...]:
-    """One a campaign; the assignments have one for each kind of matrix and each backend that is installed."""
-    found = [Method(name, partial(_measure, campaign)) for name, campaign in CAMPAIGNS.items()]
-    for kind, backend, _ in assignments.everything(0):
-        found.append(Method(f"assignments: {kind}, {backend}", partial(_assignments, kind, backend)))
-    return tuple(found)
+    """One a campaign."""
+    return tuple(Method(name, partial(_measure, name)) for name in campaigns(0))
 
 
-def _measure(campaign: Callable[[Campaign], Iterator[Found]], setting: Setting) -> Measured:
-    return tally(campaign(setting.settings))
+def _measure(name: str, setting: Setting) -> Measured:
+    return held([name], setting.settings)[name]
 
 
-def _assignments(kind: str, backend: str, setting: Setting) -> Measured:
-    every = assignments.everything(setting.settings.assignments)
-    return tally(chain.from_iterable(found for k, b, found in every if (k, b) == (kind, backend)))
-
-
-def not_clear(measured: Measured) -> Sequence[str]:
-    """What a campaign found that must not be."""
-    return measured.notes["not clear"]
+def held(names: Sequence[str], campaign: Campaign) -> dict[str, Measured]:
+    """Hold campaigns in a fresh process. Raises RuntimeError with its last line where that fails."""
+    command = [sys.executable, "-m", __name__, json.dumps([list(names), asdict(campaign)])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}")
+    found = json.loads(done.stdout.rpartition("\n")[2])
+    return {name: Measured(values, notes=notes) for name, (values, notes) in found.items()}

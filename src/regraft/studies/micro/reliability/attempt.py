@@ -1,4 +1,8 @@
-"""One bad thing in a process of its own: what came of it, in a word."""
+"""One bad thing in a process of its own: what came of it, in a word.
+
+The processes are forked, and torch's autograd works in a forked process only where the first had no use for it: see
+`__main__`.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from regraft.checkpoints import _hashes
 from regraft.data import load
 from regraft.files import write_sealed
 from regraft.studies.micro.reliability import subjects
-from regraft.studies.micro.reliability.attempt import Case
+from regraft.studies.micro.reliability.attempt import LIMIT, Case, in_a_process
 from regraft.studies.micro.reliability.subjects import FORMATS, Format
 from regraft.tensors import Tensors
 from regraft.trajectory import INDEX
@@ -91,7 +91,7 @@ MISSING = {"missing": lambda file: file.unlink()}
 def _whole(name: str) -> dict[str, bytes]:
     """All files that a whole one of this format consists of."""
     with TemporaryDirectory() as folder:
-        FORMATS[name].write(Path(folder))
+        in_a_process(lambda: str(FORMATS[name].write(Path(folder))), LIMIT)  # autograd wants no fork after it
         files = [file for file in Path(folder).rglob("*") if file.is_file()]
         return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 

@@ -175,15 +175,25 @@ def _die_at(step: int, folder: Path) -> Callable[[], None]:
     return install
 
 
+def _in_place(
+    writer: Writer, folder: Path, version: int, before: Callable[[], None] | None = None
+) -> str | None:
+    """Write in a process of its own; "whole" where it came to its end."""
+
+    def work() -> str:
+        writer.write(folder, version)
+        return "whole"
+
+    return in_a_process(work, LIMIT, before)
+
+
 def kills(writer: Writer, most: int = 1000) -> Iterator[Found]:
     """Kill the writer of version 1 over version 0 at each of its steps; old or new must be there, and nothing else."""
     for step in range(most):
         with TemporaryDirectory(prefix="regraft-kill-") as name:
             folder = Path(name)
-            in_a_process(lambda: (writer.write(folder, 0) and "") or "", LIMIT)  # noqa: B023
-            said = in_a_process(
-                lambda: (writer.write(folder, 1) and "") or "whole", LIMIT, _die_at(step, folder)
-            )
+            _in_place(writer, folder, 0)
+            said = _in_place(writer, folder, 1, _die_at(step, folder))
             if said == "whole":
                 return
             yield f"{writer.name}, step {step}", _after_a_kill(writer, folder, said)
@@ -295,7 +305,7 @@ def timed_kills(writer: Writer, count: int, seconds: float = 0.05) -> Iterator[F
     for number in range(count):
         with TemporaryDirectory(prefix="regraft-kill-") as name:
             folder = Path(name)
-            in_a_process(lambda: (writer.write(folder, 0) and "") or "", LIMIT)  # noqa: B023
+            _in_place(writer, folder, 0)
             process = os.fork()
             if process == 0:
                 torch.set_num_threads(1)
