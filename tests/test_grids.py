@@ -12,7 +12,8 @@ from torch.func import functional_call
 import regraft.reference.fusion as reference
 from regraft import grids
 from regraft.activations import batch_statistics, reset_on
-from regraft.grids import FirstLayer, evaluate, harmonic_mean, lattice
+from regraft.files import write_sealed
+from regraft.grids import FORMAT, FirstLayer, evaluate, harmonic_mean, lattice
 from regraft.networks import initialise, mlp, residual8, small_cnn
 
 ALPHAS, BETAS = [0.0, 0.1, 1.0, 5.0], [0.0, 0.5, 50.0]
@@ -187,9 +188,10 @@ def test_a_state_that_no_grid_can_have_is_refused(tmp_path, change):
     evaluate(model, sources, POINTS, images, labels, resume=path)
     state = json.loads(path.read_text())
     if isinstance(change, dict):
-        change = json.dumps({**state, "correct": [0], "nonfinite": [0], **change})
-    path.write_bytes(change if isinstance(change, bytes) else change.encode())
-    with pytest.raises(ValueError, match=r"grid\.json: not the state of a grid"):
+        write_sealed(path, FORMAT, {**state["content"], "correct": [0], "nonfinite": [0], **change})
+    else:
+        path.write_bytes(change if isinstance(change, bytes) else change.encode())
+    with pytest.raises(ValueError, match=r"grid\.json: not a regraft-grid-1 file"):
         evaluate(model, sources, POINTS, images, labels, resume=path)
 
 
@@ -253,7 +255,7 @@ def test_bad_input():
         evaluate(model, sources, POINTS, images[:0], labels[:0])
     with pytest.raises(ValueError, match="40 images need 40 labels"):
         evaluate(model, sources, POINTS, images, labels[:7])
-    with pytest.raises(ValueError, match="the head has 10 classes"):
+    with pytest.raises(ValueError, match="the labels of the data set run from 5 to 14"):
         evaluate(model, sources, POINTS, images, labels + 5)
     with pytest.raises(ValueError, match="2 models need rows of 2"):
         evaluate(model, sources, [[1.0]], images, labels)

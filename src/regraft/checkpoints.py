@@ -76,9 +76,9 @@ class Checkpoint:
         history = read(metadata["history"])
         model, slots = _under("model/", tensors), self._slots(tensors)
         check_finite(tensors, str(self.path))
-        check_alike(_on_cpu(state(self.network)), model, "the model", str(self.path))
-        if tensors["generator"].shape != self.generator.get_state().shape:
-            raise ValueError(f"{self.path}: 'generator' holds no state of a generator")
+        own = {"generator": self.generator.get_state(), **_on_cpu(state(self.network))}
+        held = {"generator": tensors["generator"]} if "generator" in tensors else {}
+        check_alike(own, held | model, f"the run that {self.path} is read for", str(self.path))
         fill_(self.network, model)
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": slots})
         self.generator.set_state(tensors["generator"])

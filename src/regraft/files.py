@@ -113,12 +113,12 @@ def check_file(path: Path) -> None:
         raise OSError(errno.EINVAL, f"{path} is not a plain file")
 
 
-def read_json(path: Path, kind: type[T]) -> T:
-    """A file's JSON as a ``kind``. Raises as `check_file` and `parse_json`, naming the path."""
+def read_json(path: Path, kind: type[T], what: str) -> T:
+    """A file's JSON as a ``kind``. Raises as `check_file` and `parse_json`, naming the path and what it should be."""
     check_file(path)
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are more than any file of its kind has")
-    return parse_json(path.read_bytes(), kind, str(path))
+    return parse_json(path.read_bytes(), kind, f"{path}: not {what}")
 
 
 def parse_json(data: bytes | str, kind: type[T], where: str) -> T:
@@ -157,9 +157,10 @@ def read_sealed(path: Path, name: str, kind: type[T]) -> T:
 
     Raises as `read_json`, and ValueError for another format or a content that is not what was written.
     """
-    sealed = read_json(path, _Sealed)
+    what = f"a {name} file"
+    sealed = read_json(path, _Sealed, what)
     if sealed.format != name:
         raise ValueError(f"{path}: its format is {sealed.format!r}, not {name!r}")
     if hashlib.sha256(bytes(sealed.content)).hexdigest() != sealed.sha256:
         raise ValueError(f"{path}: its content does not have the hash that was written with it")
-    return parse_json(bytes(sealed.content), kind, str(path))
+    return parse_json(bytes(sealed.content), kind, f"{path}: not {what}")

@@ -384,7 +384,7 @@ class _Counts:
         try:
             self._check()
         except ValueError as problem:
-            raise ValueError(f"{path}: not the state of a grid ({problem})") from None
+            raise ValueError(f"{path}: not a {FORMAT} file: {problem}") from None
 
     def _check(self) -> None:
         """Raise ValueError for counts that no grid of so many points and images can have."""

@@ -139,7 +139,7 @@ class PermutationSpec:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
         """Reads :meth:`save`'s file. Raises OSError or ValueError naming the path."""
-        data = read_json(Path(path), _Written)
+        data = read_json(Path(path), _Written, "a permutation specification")
         try:
             return cls.build(data.groups, data.axes)
         except ValueError as error:

@@ -34,7 +34,7 @@ class Campaign:
     rows: int = 25
     folders: int = 20
     assignments: int = 4000
-    disks: tuple[int, ...] = (0, 1, 100, 1000, 2000)
+    disks: tuple[int, ...] = (0, 1, 20, 100, 200)
 
 
 def _cases(make: Callable[[], Iterator[Case]]) -> Callable[[Campaign], Iterator[Found]]:
@@ -46,8 +46,7 @@ def _cases(make: Callable[[], Iterator[Case]]) -> Callable[[Campaign], Iterator[
 
 
 def _kills(writer: writers.Writer, campaign: Campaign) -> Iterator[Found]:
-    steps = writers.kills(writer, 1000 if campaign.every == 1 else 12)
-    return chain(steps, writers.timed_kills(writer, campaign.kills))
+    return chain(writers.kills(writer, campaign.every), writers.timed_kills(writer, campaign.kills))
 
 
 def _disks(campaign: Campaign) -> Iterator[Found]:

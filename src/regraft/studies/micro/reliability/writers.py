@@ -187,9 +187,12 @@ def _in_place(
     return in_a_process(work, LIMIT, before)
 
 
-def kills(writer: Writer, most: int = 1000) -> Iterator[Found]:
-    """Kill the writer of version 1 over version 0 at each of its steps; old or new must be there, and nothing else."""
-    for step in range(most):
+def kills(writer: Writer, every: int = 1) -> Iterator[Found]:
+    """Kill the writer of version 1 over version 0 at each of its steps (one in so many).
+
+    Old or new must be there, and nothing else.
+    """
+    for step in range(0, 1000, every):
         with TemporaryDirectory(prefix="regraft-kill-") as name:
             folder = Path(name)
             _in_place(writer, folder, 0)
