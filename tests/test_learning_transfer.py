@@ -308,9 +308,7 @@ def test_the_fast_path_holds_one_stack_a_side():
     model, spec, _, target = setting(normalised)
     like = {name: target[name] for name, _ in model.named_parameters()}
     stacks = Stacks.allocate(spec, like, 7)
-    held = sum(
-        t.untyped_storage().nbytes() for side in (stacks.target, stacks.source) for t in side.values()
-    )
+    held = sum(t.untyped_storage().nbytes() for side in (stacks.target, stacks.source) for t in side.values())
     assert held == 2 * 7 * sum(t.numel() * t.element_size() for t in like.values())
 
 

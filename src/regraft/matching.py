@@ -34,7 +34,7 @@ from torch import Tensor
 from regraft.clock import Clock, Cost, charged
 from regraft.stacks import Gathers, Neighbourhood, Place, Stacks
 from regraft.symmetry import PermutationSpec
-from regraft.tensors import Perm, Tensors
+from regraft.tensors import Perm
 from regraft_kernels import Assignment, assign_many, similarity, similarity_many, similarity_update_
 
 # A new assignment must raise the objective by more than this part of the similarity that it collects: below lies
@@ -222,7 +222,9 @@ def _place_(descent: Descent, clock: Clock, assignment: str) -> None:
         descent.unplaced.discard(group)
         with clock.phase("objective", device):
             known = descent.cached[group].places
-            if all(place.whole for place in known):  # then all of their tensors' other axes have been placed before
+            if all(
+                place.whole for place in known
+            ):  # then all of their tensors' other axes have been placed before
                 objective += _collected(descent.cached[group].similarity, descent.perm[group])
                 for place in known:
                     del rest[place.name]
@@ -306,9 +308,11 @@ def _known(descent: Descent, group: str) -> tuple[Place, ...]:
 
 
 def _depends_on(descent: Descent, group: str) -> tuple[object, ...]:
-    """What a solve of `group` looks at: the steps, the places, and its neighbours' permutations (by version)."""
-    versions = tuple(descent.version[other] for other in descent.around[group].groups)
-    return descent.stacks.steps, len(_known(descent, group)), group in descent.unplaced, versions
+    """What a solve of `group` looks at: the steps, the tensors, and its neighbours' permutations (by version)."""
+    around = descent.around[group]
+    coupled = around.coupled if group not in descent.unplaced else ()
+    versions = tuple(descent.version[other] for other in around.groups)
+    return descent.stacks.steps, len(_known(descent, group)), len(coupled), versions
 
 
 def _similarities_(descent: Descent, groups: Sequence[str]) -> dict[str, Tensor]:

@@ -84,7 +84,9 @@ class Stacks:
 
     def around(self, group: str) -> Neighbourhood:
         spec = self.spec
-        places = [self._place(name, axis, group) for name, axis in spec.tensors_of(group) if name in self.target]
+        places = [
+            self._place(name, axis, group) for name, axis in spec.tensors_of(group) if name in self.target
+        ]
         count = Counter(place.name for place in places)
         single = tuple(place for place in places if count[place.name] == 1)
         coupled = tuple(place for place in places if count[place.name] > 1)

@@ -80,7 +80,10 @@ def place(spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Ten
     """A first permutation: group after group in the order of the specification, each by the tensors alone whose other
     axes are fixed or have been placed before; or the identity, if that is better."""
     identity = spec.identity()
-    perm, unplaced = dict(identity), [g for g in spec.groups if any(n in target[0] for n, _ in spec.tensors_of(g))]
+    perm, unplaced = (
+        dict(identity),
+        [g for g in spec.groups if any(n in target[0] for n, _ in spec.tensors_of(g))],
+    )
     for group in list(unplaced):
         s = similarity(spec, group, target, source, perm, unplaced)
         _, columns = linear_sum_assignment(s.numpy(), maximize=True)

@@ -29,8 +29,8 @@ SCENARIOS = (
         for n in assignment.SIZES
     ),
     timed("assignment-many", assignment.MANY, how=Timed(rounds=5, clock="wall")),
-    timed("matching-mlp", matching.mlp_contest(2048), how=Timed(rounds=3, budget=20.0)),
-    timed("matching-resnet18", matching.RESNET18, how=Timed(rounds=3, budget=20.0)),
+    timed("matching-mlp", matching.mlp_contest(1024), how=Timed(rounds=4, budget=60.0)),
+    timed("matching-resnet18", matching.RESNET18, how=Timed(rounds=4, budget=60.0)),
     timed("matching-fgmt", matching.FGMT, how=Timed(rounds=3, budget=20.0)),
     timed("grids", library.grid(10_000), how=Timed(rounds=2, budget=60.0)),
     timed("recorder", library.RECORDER),
