@@ -7,7 +7,9 @@ alone cannot say, which occurrence of a unit goes with which, is recorded as a *
 A permutation sigma of units acts on a tensor by taking the k-th occurrence of u (in row-major order) to the k-th
 occurrence of sigma(u). A tie through ``positions`` demands that this action on one tensor and on another agree:
 the k-th occurrence of u must sit at the same occurrence of the other tensor for every unit that u may trade
-places with (:mod:`regraft.symmetry.groups` turns that into groups).
+places with (:mod:`regraft.symmetry.groups` turns that into groups). The other tensor may have other units there:
+then u is *within* one of them, a block such as an attention head, and goes where that goes; or it is the *twin* of
+one: units of one twin, in different blocks, move alike (:mod:`regraft.symmetry.nesting`).
 """
 
 from __future__ import annotations
@@ -118,11 +120,13 @@ def places(shape: Sequence[int]) -> Tensor:
 @dataclass(frozen=True)
 class Tie:
     """The action on ``labels`` must agree, through ``positions``, with that on ``sources``, read one after the
-    other. No source: a position is a key of its own. Position -1 is a constant."""
+    other. No source: a position is a key of its own. Position -1 is a constant. ``kind``: how the units of the labels
+    stand to those of the source, "same", "within" or "twin"."""
 
     labels: Tensor
     positions: Tensor
     sources: tuple[Tensor, ...]
+    kind: str = "same"
 
 
 class Flow:
@@ -132,6 +136,7 @@ class Flow:
         self.units = Units()
         self.ties: list[Tie] = []
         self.made: list[tuple[Leaf, Tensor]] = []  # labels in the order in which parameters produce them
+        self.related: dict[str, list[tuple[Tensor, Tensor]]] = {"within": [], "twin": []}  # labels, and theirs
         self.unknown: dict[str, None] = {}
 
     # -- labels of values
@@ -217,6 +222,34 @@ class Flow:
         """See :class:`Tie`; without sources: units may only trade places that have equal ``positions``."""
         if not self.is_fixed(labels):
             self.ties.append(Tie(labels, positions.expand(labels.shape), sources))
+
+    def relate(self, labels: Tensor, others: Tensor, kind: str) -> None:
+        """Every unit of ``labels`` is "within" the unit that ``others`` has, after broadcasting, at its places, or its
+        "twin"; those that it has at several places become one."""
+        if self.is_fixed(labels):
+            self.freeze(others)
+            return
+        positions = places(others.shape).expand(labels.shape)
+        self.ties.append(Tie(labels, positions, (others,), kind))
+        mine, theirs = _compact(*torch.broadcast_tensors(labels, others))
+        mine, theirs = self.units.roots(mine).flatten(), theirs.flatten()
+        order = mine.argsort(stable=True)
+        mine, theirs = mine[order], theirs[order]
+        again = mine[1:] == mine[:-1]
+        self.join(theirs[1:][again], theirs[:-1][again])
+        first = torch.cat([torch.ones(1, dtype=torch.bool), ~again])
+        self.related[kind].append((mine[first], theirs[first]))
+
+    def blocks(self, labels: Tensor, dims: Sequence[int]) -> Tensor:
+        """int32, of length 1 along ``dims``: a new unit for every slice along them, within which the slice's units are;
+        slices that share a unit are one block. One block alone is fixed."""
+        dims = [d % labels.ndim for d in dims]
+        blocks = self.units.fresh(*(1 if d in dims else n for d, n in enumerate(labels.shape)))
+        self.relate(labels, blocks, "within")
+        roots = self.units.roots(blocks)
+        if bool((roots == roots.flatten()[0]).all()):
+            self.freeze(blocks)
+        return blocks
 
     def produce(self, leaf: Leaf, labels: Tensor) -> None:
         """These units owe their order to this parameter (an input or a buffer alone gives nobody an order)."""

@@ -162,7 +162,7 @@ def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
 @rule("group_norm")
 def _group_norm(flow: Flow, op: Operation, x: Any, groups: int, *options: Any) -> Value:
     units = _join_channels(flow, x, options[:2])
-    flow.tie(units, torch.arange(groups).repeat_interleave(len(units) // groups))
+    flow.blocks(units.view(groups, -1), (1,))
     return flow.new(flow.labels(x))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft.symmetry.labels import Flow, Leaf, Value, places
-from regraft.symmetry.pointwise import channel_units
+from regraft.symmetry.pointwise import channel_units, combine
 from regraft.symmetry.rules import Operation, freeze, rule
 from regraft.symmetry.views import view
 
@@ -82,8 +82,8 @@ def _convolution(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *_: 
 def convolve(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *, transposed: bool = False) -> Value:
     """x [B, I, ...] or [I, ...] and a weight [O, I / groups, ...], or [I, O / groups, ...] if transposed.
 
-    Units stay inside their group of channels. Where the groups share an axis of the weight (its input axis, or
-    the output axis of a transposed convolution), a unit moves in all of them alike.
+    Units stay inside their group of channels, and groups may be exchanged whole. Where the groups share an axis of
+    the weight (its input axis, or the output axis of a transposed convolution), units move in all of them alike.
     """
     groups = op.arguments["groups"]
     inward, outward = planes(flow, weight, *((0, 1) if transposed else (1, 0)))
@@ -91,7 +91,8 @@ def convolve(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *, trans
         return freeze(flow, op.out, [x, weight, bias])
     spatial = len(weight.shape) - 2
     before = channel_units(flow, x, spatial)
-    after = outward.repeat(op.out[-spatial - 1] // len(outward))
+    channels = op.out[-spatial - 1]
+    after = outward.repeat(channels // len(outward))
     if groups == len(before) > 1 and not flow.is_fixed(before):  # depth-wise: a channel goes through
         through = before.repeat_interleave(len(after) // groups)
         if len(outward) == len(after):
@@ -100,11 +101,19 @@ def convolve(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *, trans
             flow.join(inward, before)
             flow.freeze(outward)
         after = through
+    elif groups > 1:
+        blocks = flow.blocks(before.view(groups, -1), (1,))
+        if transposed:
+            flow.join(before, inward)
+            after = flow.units.fresh(channels)
+            flow.relate(after.view(groups, -1), outward, "twin")
+            flow.produce(weight.base, after)
+        else:
+            flow.relate(before.view(groups, -1), inward, "twin")
+            flow.produce(weight.base, inward)
+        flow.relate(after.view(groups, -1), blocks, "within")
     else:
-        flow.join(before, inward.repeat(len(before) // len(inward)))
-        if groups > 1:
-            for units in (before, after):
-                flow.tie(units, torch.arange(groups).repeat_interleave(len(units) // groups))
+        flow.join(before, inward)
     for kernel in planes(flow, weight, *range(2, 2 + spatial)):
         flow.freeze(weight if kernel is None else kernel)
     flow.produce(weight.base, outward)
@@ -144,16 +153,17 @@ def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     if batch != left.shape[:-2] or batch != right.shape[:-2]:
         return freeze(flow, out, [a, b])
-    if flow.is_fixed(left) and uniform(flow, right, -2):
-        return _mixed(flow, out, right, right.narrow(-2, 0, 1))
-    if flow.is_fixed(right) and uniform(flow, left, -1):
-        return _mixed(flow, out, left, left.narrow(-1, 0, 1))
+    if _is_one_block(flow, left) and uniform(flow, right, -2):
+        return _mixed(flow, out, right, right.narrow(-2, 0, 1), by=left)
+    if _is_one_block(flow, right) and uniform(flow, left, -1):
+        return _mixed(flow, out, left, left.narrow(-1, 0, 1), by=right)
     # Units are contracted with units: those of one side are those of the other, and stay inside their matrix.
     flow.join(left, right.transpose(-2, -1).narrow(-2, 0, 1))
     flow.join(right, left.transpose(-2, -1).narrow(-1, 0, 1))
-    flow.tie(left, places((*batch, left.shape[-2], 1)))
-    flow.tie(right, places((*batch, 1, right.shape[-1])))
-    return flow.fixed(out)
+    blocks = flow.blocks(left[..., :1, :], (-2, -1))
+    flow.relate(left, blocks.expand(*batch, left.shape[-2], 1), "within")
+    flow.relate(right, blocks.expand(*batch, 1, right.shape[-1]), "within")
+    return Value(blocks.expand(out), tuple(out))
 
 
 def _is_weight(x: Any) -> bool:
@@ -164,9 +174,18 @@ def _flip(matrix: Tensor) -> Tensor:
     return matrix.transpose(-2, -1)
 
 
-def _mixed(flow: Flow, out: torch.Size, labels: Tensor, passed: Tensor) -> Value:
-    """Weights that no unit moves mix the places of each unit, matrix by matrix: the units pass."""
-    flow.tie(labels, places((*labels.shape[:-2], 1, 1)))
+def _is_one_block(flow: Flow, matrices: Tensor) -> bool:
+    """Whether each matrix has one unit at all of its places, or none that moves: attention's weights in a head."""
+    roots = flow.units.roots(matrices)
+    return bool((roots == roots[..., :1, :1]).all())
+
+
+def _mixed(flow: Flow, out: torch.Size, labels: Tensor, passed: Tensor, by: Tensor) -> Value:
+    """Weights that move as whole matrices mix the places of each unit, matrix by matrix: the units pass."""
+    if flow.is_fixed(by):
+        flow.tie(labels, places((*labels.shape[:-2], 1, 1)))
+    else:
+        flow.relate(labels, by[..., :1, :1], "within")
     return Value(passed.expand(out), tuple(out))
 
 
@@ -175,9 +194,11 @@ def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = No
     shapes = {x.shape[:-2] for x in (q, k, v) if isinstance(x, Value)}
     if len(shapes) > 1 or not all(isinstance(x, Value) for x in (q, k, v)):
         return freeze(flow, op.out, [q, k, v, mask])
-    freeze(flow, op.out, [mask])
-    scores = torch.Size((*q.shape[:-1], k.shape[-2]))
-    return multiply(flow, op.out, multiply(flow, scores, q, view(_flip, k)), v)
+    size = torch.Size((*q.shape[:-1], k.shape[-2]))
+    scores = multiply(flow, size, q, view(_flip, k))
+    if isinstance(mask, Value):
+        scores = combine(flow, size, [scores, mask])
+    return multiply(flow, op.out, scores, v)
 
 
 @rule("einsum")

@@ -25,6 +25,11 @@ An axis is one of
   from ``start``, each standing ``repeat`` times in a row; group ``null`` (``[null, 0, count, 1]``) stays fixed.
 
 A group that occurs in an axis must occur with all its units, and with each equally often.
+
+Equal blocks of units (heads, groups of channels) may be exchanged whole. The blocks are a group of their own, and
+``"blocks": {"values": ["heads"]}`` says that the group "values" consists of as many blocks as there are "heads", each
+of consecutive units: block b of the permuted order holds units of block ``perm["heads"][b]``, in any order.
+``"blocks": {"channels": ["groups", "inner"]}``: in all blocks in the order of one permutation, that of "inner".
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +48,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.files import write_text
+from regraft.symmetry.blocks import check_blocks, check_inside, families, outermost_first, random_inside
 from regraft.tensors import Perm, Tensors
 from regraft_kernels import Packing, permute
 
@@ -74,13 +80,17 @@ class PermutationSpec:
     """Which axes of which tensors are permuted together.
 
     ``groups``: name -> number of units. ``axes``: the name of every parameter and buffer -> one :data:`Axis` per
-    dimension, whose segments cover it in order. Raises ValueError, naming the tensor, where these do not fit.
+    dimension, whose segments cover it in order. ``blocks``: a group -> that of the blocks that it consists of; and,
+    where the blocks' units move alike, that of one block's units. Raises ValueError, naming the tensor or the group,
+    where these do not fit.
     """
 
     groups: dict[str, int]
     axes: dict[str, tuple[Axis, ...]]
+    blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_blocks(self.groups, self.blocks)
         for name, axes in self.axes.items():
             for a, axis in enumerate(axes):
                 _check_axis(self.groups, f"axis {a} of tensor {name!r}", axis)
@@ -88,7 +98,12 @@ class PermutationSpec:
     # ---- construction and storage
 
     @classmethod
-    def build(cls, groups: Mapping[str, int], axes: Mapping[str, Sequence[Any]]) -> PermutationSpec:
+    def build(
+        cls,
+        groups: Mapping[str, int],
+        axes: Mapping[str, Sequence[Any]],
+        blocks: Mapping[str, Sequence[str]] | None = None,
+    ) -> PermutationSpec:
         """A specification written by hand, in the format of this module's docstring."""
         sizes = {str(name): int(size) for name, size in groups.items()}
         return cls(
@@ -99,13 +114,14 @@ class PermutationSpec:
                 )
                 for name, row in axes.items()
             },
+            {name: tuple(around) for name, around in (blocks or {}).items()},
         )
 
     def with_axis(self, name: str, axis: int, segments: Axis) -> PermutationSpec:
         """This specification, but for one axis of one tensor."""
         axes = list(self.axes[name])
         axes[axis] = segments
-        return PermutationSpec(self.groups, {**self.axes, name: tuple(axes)})
+        return replace(self, axes={**self.axes, name: tuple(axes)})
 
     def to_json(self) -> str:
         """One line per tensor; :meth:`from_json` gives an equal specification back."""
@@ -113,7 +129,8 @@ class PermutationSpec:
             f"    {json.dumps(name)}: {json.dumps([_plain_axis(self.groups, axis) for axis in axes])}"
             for name, axes in self.axes.items()
         )
-        return f'{{\n  "groups": {json.dumps(self.groups)},\n  "axes": {{\n{rows}\n  }}\n}}\n'
+        blocks = f'  "blocks": {json.dumps(self.blocks)},\n' if self.blocks else ""
+        return f'{{\n  "groups": {json.dumps(self.groups)},\n{blocks}  "axes": {{\n{rows}\n  }}\n}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> PermutationSpec:
@@ -129,7 +146,7 @@ class PermutationSpec:
         for name, row in data["axes"].items():
             if not isinstance(row, list):
                 raise ValueError(f"tensor {name!r}: expected a list with one entry per axis, found {row!r}")
-        return cls.build(data["groups"], data["axes"])
+        return cls.build(data["groups"], data["axes"], data.get("blocks"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON; a kill at any moment leaves the earlier file."""
@@ -150,8 +167,23 @@ class PermutationSpec:
         return {group: torch.arange(size) for group, size in self.groups.items()}
 
     def random(self, generator: torch.Generator) -> Perm:
-        """A uniformly random permutation of every group, on the CPU, from the given CPU generator."""
-        return {group: torch.randperm(size, generator=generator) for group, size in self.groups.items()}
+        """A uniformly random permutation of every group, on the CPU, from the given CPU generator: of blocks, and of
+        the units in each."""
+        perm: Perm = {}
+        for group in outermost_first(self.groups, self.blocks):
+            around = [perm[name] for name in self.blocks.get(group, ())]
+            perm[group] = random_inside(self.groups[group], around, generator)
+        return {group: perm[group] for group in self.groups}
+
+    @cached_property
+    def families(self) -> tuple[tuple[str, ...], ...]:
+        """The groups, those together that permute together: blocks, and what is in them; the outermost first."""
+        return families(self.groups, self.blocks)
+
+    def moves_freely(self, group: str) -> bool:
+        """Whether a group's permutation is more than what the groups around it make of it."""
+        outer, *inner = self.blocks.get(group, (None,))
+        return outer is None or not inner and self.groups[outer] < self.groups[group]
 
     def check(self, perm: Perm) -> None:
         """Raises ValueError, naming the group, unless ``perm`` has one permutation per group and nothing else."""
@@ -169,6 +201,8 @@ class PermutationSpec:
                 )
             if not torch.equal(index.sort().values, torch.arange(size, device=index.device)):
                 raise ValueError(f"group {group!r}: the index vector is not a permutation of 0..{size - 1}")
+        for group, around in self.blocks.items():
+            check_inside(group, perm[group], [perm[name] for name in around])
 
     # ---- what an axis holds
 
@@ -283,6 +317,7 @@ class PermutationSpec:
         table.add_column("tensors (axis)", overflow="fold")
         for group, size in self.groups.items():
             members = ", ".join(f"{name} ({axis})" for name, axis in self._members[group])
+            members += self._nested(group)
             table.add_row(group, str(size), members)
         return table
 
@@ -290,8 +325,16 @@ class PermutationSpec:
         lines = [f"{len(self.groups)} groups, {sum(self.groups.values())} units"]
         for group, size in self.groups.items():
             members = ", ".join(f"{name}:{axis}" for name, axis in self._members[group])
-            lines.append(f"{group} [{size}]: {members}")
+            lines.append(f"{group} [{size}]: {members}{self._nested(group)}")
         return "\n".join(lines)
+
+    def _nested(self, group: str) -> str:
+        """In words, where a group is nested in others."""
+        outer, *inner = self.blocks.get(group, ("",))
+        if not outer:
+            return ""
+        alike = f", all in the order of {inner[0]}" if inner else ""
+        return f" (in blocks that move as {outer}{alike})"
 
 
 # ---- permutations

@@ -84,7 +84,7 @@ def _distinguishing(spec: PermutationSpec, draws: int, generator: torch.Generato
 
 
 def _told_apart(spec: PermutationSpec, perms: Sequence[Perm]) -> bool:
-    sizes = {group: size for group, size in spec.groups.items() if size > 1}
+    sizes = {group: size for group, size in spec.groups.items() if size > 1 and spec.moves_freely(group)}
     moves = [tuple(i for perm in perms for i in perm[group].tolist()) for group in sizes]
     still = [tuple(range(size)) * len(perms) for size in set(sizes.values())]
     return len({*moves, *still}) == len(moves) + len(still)
@@ -187,36 +187,41 @@ def _explain(
         return f"cannot verify: {type(model).__name__} gives two results for the same input"
     perm = spec.random(generator)
 
-    def changes(candidate: PermutationSpec, groups: Sequence[str]) -> bool:
-        moves = {**candidate.identity(), **{group: perm[group] for group in groups}}
+    def changes(candidate: PermutationSpec, families: Sequence[Sequence[str]]) -> bool:
+        moves = {**candidate.identity(), **{group: perm[group] for groups in families for group in groups}}
         after = functional_call(model, apply(candidate, moves, tensors), inputs)
         return not _difference(before, after) < 1e-9
 
-    suspects = list(spec.groups)
+    suspects = list(spec.families)
     while len(suspects) > 1:
         half = suspects[: len(suspects) // 2]
         suspects = half if changes(spec, half) else suspects[len(half) :]
     if not suspects:
         return f"the function changes by {error:.1e} although nothing moves"
-    (group,) = suspects
-    members = ", ".join(f"{name!r} (axis {axis})" for name, axis in spec.tensors_of(group))
+    (family,) = suspects
+    group = family[-1]
+    members = ", ".join(f"{name!r} (axis {axis})" for g in family for name, axis in spec.tensors_of(g))
     return (
         f"permuting group {group!r} changes the function (relative error {error:.1e})"
-        f"{_wrong_axis(spec, group, changes)}; it ties {members}"
+        f"{_wrong_axis(spec, family, changes)}; it ties {members}"
     )
 
 
 def _wrong_axis(
-    spec: PermutationSpec, group: str, changes: Callable[[PermutationSpec, Sequence[str]], bool]
+    spec: PermutationSpec,
+    family: Sequence[str],
+    changes: Callable[[PermutationSpec, Sequence[Sequence[str]]], bool],
 ) -> str:
-    """The axis that the group has too much, or that it lacks; empty where it takes more than one."""
-    for name, axis in spec.tensors_of(group):
-        fixed = (Segment(None, 0, spec.shapes[name][axis]),)
-        if not changes(spec.with_axis(name, axis, fixed), [group]):
-            return f": axis {axis} of tensor {name!r} does not belong to it"
-    size = spec.groups[group]
-    fitting = [(name, a) for name, shape in spec.shapes.items() for a, n in enumerate(shape) if n == size]
-    for name, axis in fitting[:MAX_CANDIDATES]:
-        if not changes(spec.with_axis(name, axis, (Segment(group, 0, size),)), [group]):
-            return f": it lacks axis {axis} of tensor {name!r}"
+    """The axis that the groups have too much, or that they lack; empty where it takes more than one."""
+    for group in family:
+        for name, axis in spec.tensors_of(group):
+            fixed = (Segment(None, 0, spec.shapes[name][axis]),)
+            if not changes(spec.with_axis(name, axis, fixed), [family]):
+                return f": axis {axis} of tensor {name!r} does not belong to it"
+    for group in family:
+        size = spec.groups[group]
+        fitting = [(name, a) for name, shape in spec.shapes.items() for a, n in enumerate(shape) if n == size]
+        for name, axis in fitting[:MAX_CANDIDATES]:
+            if not changes(spec.with_axis(name, axis, (Segment(group, 0, size),)), [family]):
+                return f": it lacks axis {axis} of tensor {name!r}"
     return ""
