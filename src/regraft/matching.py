@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from regraft.clock import Clock, Cost, charged
+from regraft.nested import Family
 from regraft.symmetry import PermutationSpec
 from regraft.tensors import Perm, Tensors, check_alike, check_finite
 from regraft_kernels import Duals, Term, assign_many, similarity, similarity_many, similarity_update_
@@ -246,6 +247,8 @@ def descend_(descent: Descent, *, max_sweeps: int = 100, assignment: str = "auto
     sweeps, improved = 0, True
     while improved and sweeps < max_sweeps:
         improved = any([_visit_(descent, colour, clock, assignment) for colour in descent.colours])
+        for family in (groups for groups in descent.spec.families if len(groups) > 1):
+            improved |= _visit_family_(descent, family, clock, assignment)
         sweeps += 1
     return Match(dict(descent.perm), descent.objective, sweeps, clock.seconds)
 
@@ -258,7 +261,8 @@ def colours(
     Visiting class after class is a sweep: within one the order does not matter, as no similarity of a class depends
     on another permutation of it.
     """
-    groups = [g for g in spec.groups if any(name in names for name, _ in spec.tensors_of(g))]
+    alone = [g for g, *nested in spec.families if not nested]
+    groups = [g for g in alone if any(name in names for name, _ in spec.tensors_of(g))]
     if generator is not None:
         groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     tensors = {g: {name for name, _ in spec.tensors_of(g)} & names for g in groups}
@@ -297,6 +301,32 @@ def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, assignment:
                 descent.duals[group] = solution.duals
             descent.solved[group] = _depends_on(descent, group)
             improved |= _accept_(descent, group, own[group], solution.perm.to(device))
+    return improved
+
+
+def _visit_family_(descent: Descent, family: tuple[str, ...], clock: Clock, assignment: str) -> bool:
+    """Solve groups that are nested in one another; true if the true objective rose."""
+    names = sorted({name for g in family for name, _ in descent.spec.tensors_of(g)} & descent.target.keys())
+    held = [g for g in family if any(name in names for name, _ in descent.spec.tensors_of(g))]
+    around = {g: _neighbourhood(descent.spec, g, frozenset(names), descent.perm) for g in held}
+    depends = descent.steps, *(descent.version[other] for g in held for other in (g, *around[g].groups))
+    if descent.solved.get(family[0]) == depends:
+        return False
+    improved = False
+    with clock.phase("similarity", descent.device):
+        places = {g: [*around[g].single, *around[g].coupled] for g in held}
+        terms = [_terms(descent, places[g], 0, descent.steps, _gathers(descent, places[g])) for g in held]
+        found = similarity_many(terms, backend=descent.backend)
+    scores = {group: matrix.cpu() for group, matrix in zip(held, found, strict=True)}
+    for candidate in Family(descent.spec, family, scores, assignment).candidates(descent.perm):
+        with clock.phase("objective", descent.device):
+            moved = descent.perm | {group: index.to(descent.device) for group, index in candidate.items()}
+            before, after = (_objective(descent, names, perm, 0) for perm in (descent.perm, moved))
+        if after - before > RELATIVE_GAIN[found[0].dtype] * max(abs(before), abs(after)):
+            for group in family:
+                descent.version[group] += not torch.equal(descent.perm[group], moved[group])
+            descent.perm, descent.objective, improved = moved, descent.objective + after - before, True
+    descent.solved[family[0]] = depends
     return improved
 
 

@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from regraft.nested import Family
 from regraft.symmetry import PermutationSpec
 from regraft.tensors import Perm, Tensors
 
@@ -96,6 +97,13 @@ def match(
             value = objective(spec, target, source, candidate)
             if value > best + 1e-9 * abs(best):
                 perm, best = candidate, value
+        for family in (groups for groups in spec.families if len(groups) > 1):
+            scores = {group: similarity(spec, group, target, source, perm) for group in family}
+            for moved in Family(spec, family, scores, "scipy").candidates(perm):
+                candidate = perm | moved
+                value = objective(spec, target, source, candidate)
+                if value > best + 1e-9 * abs(best):
+                    perm, best = candidate, value
         objectives.append(best)
         if best == objectives[-2]:
             break

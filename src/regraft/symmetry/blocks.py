@@ -3,7 +3,7 @@
 A nested group of n units consists of m blocks of n / m consecutive ones, and m is the size of its outer group: block b
 of the permuted order holds units of block ``outer[b]``. Where the nested group has an inner group too, the units of all
 blocks (of all that are in one block of a third group, which outer and inner are both nested in) move as that does:
-``perm[b * s + i] = outer[b] * s + inner[b // a * s + i] % s``, with s units in a block and a blocks for each s of inner.
+``perm[b s + i] = outer[b] s + inner[b // a s + i] % s``, with s units in a block, and a blocks to each s of inner.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def check_blocks(groups: Mapping[str, int], blocks: Blocks) -> None:
     for group, around in blocks.items():
         where = f"blocks of group {group!r}"
         if len(around) not in (1, 2):
-            raise ValueError(f"{where}: expected an outer group, and perhaps an inner one, found {list(around)}")
+            raise ValueError(
+                f"{where}: expected an outer group, and perhaps an inner one, found {list(around)}"
+            )
         for name in (group, *around):
             if name not in groups:
                 raise ValueError(f"{where}: there is no group {name!r}")

@@ -136,7 +136,10 @@ class Flow:
         self.units = Units()
         self.ties: list[Tie] = []
         self.made: list[tuple[Leaf, Tensor]] = []  # labels in the order in which parameters produce them
-        self.related: dict[str, list[tuple[Tensor, Tensor]]] = {"within": [], "twin": []}  # labels, and theirs
+        self.related: dict[str, list[tuple[Tensor, Tensor]]] = {
+            "within": [],
+            "twin": [],
+        }  # labels, and theirs
         self.unknown: dict[str, None] = {}
 
     # -- labels of values
@@ -223,16 +226,17 @@ class Flow:
         if not self.is_fixed(labels):
             self.ties.append(Tie(labels, positions.expand(labels.shape), sources))
 
-    def relate(self, labels: Tensor, others: Tensor, kind: str) -> None:
-        """Every unit of ``labels`` is "within" the unit that ``others`` has, after broadcasting, at its places, or its
-        "twin"; those that it has at several places become one."""
+    def relate(self, labels: Tensor, others: Tensor, kind: str, positions: Tensor | None = None) -> None:
+        """Every unit of ``labels`` is "within" the unit that ``others`` has at its places, or its "twin"; those that it
+        has at several places become one. ``positions``: in ``others``; its own after broadcasting where not given."""
         if self.is_fixed(labels):
             self.freeze(others)
             return
-        positions = places(others.shape).expand(labels.shape)
+        if positions is None:
+            positions = places(others.shape).expand(labels.shape)
         self.ties.append(Tie(labels, positions, (others,), kind))
-        mine, theirs = _compact(*torch.broadcast_tensors(labels, others))
-        mine, theirs = self.units.roots(mine).flatten(), theirs.flatten()
+        mine, at = _compact(*torch.broadcast_tensors(labels, positions))
+        mine, theirs = self.units.roots(mine).flatten(), others.reshape(-1)[at.flatten()]
         order = mine.argsort(stable=True)
         mine, theirs = mine[order], theirs[order]
         again = mine[1:] == mine[:-1]

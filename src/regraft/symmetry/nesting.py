@@ -37,12 +37,13 @@ def nest(flow: Flow, signatures: Callable[[], np.ndarray]) -> Nesting:
     """
     while True:
         block, twin = _related(flow)
+        twin[twin == block] = 0  # that says nothing new
         colour = _refined(signatures(), block, twin)
         size = _class_sizes(colour, flow)
-        nesting = Nesting(
-            colour, np.where(size[block] > 1, block, 0), np.where(size[twin] > 1, twin, 0)
+        nesting = Nesting(colour, np.where(size[block] > 1, block, 0), np.where(size[twin] > 1, twin, 0))
+        together = (
+            _stuck(flow, nesting) or _bound(nesting, twin) or _ragged(nesting, size) or _single(nesting, size)
         )
-        together = _stuck(flow, nesting) or _bound(nesting, twin) or _ragged(nesting, size) or _single(nesting, size)
         if not together:
             return nesting
         a, b = torch.tensor(together, dtype=torch.int32).unbind(1)
@@ -56,7 +57,9 @@ def _related(flow: Flow) -> tuple[np.ndarray, np.ndarray]:
         for pairs in flow.related.values():
             other = np.zeros(flow.units.count, dtype=np.int64)
             if pairs:
-                mine, theirs = (flow.units.roots(torch.cat(side)).numpy() for side in zip(*pairs, strict=True))
+                mine, theirs = (
+                    flow.units.roots(torch.cat(side)).numpy() for side in zip(*pairs, strict=True)
+                )
                 other_than_itself = mine != theirs
                 mine, theirs = mine[other_than_itself], theirs[other_than_itself]
                 other[mine] = theirs
@@ -111,6 +114,7 @@ def _stuck(flow: Flow, nesting: Nesting) -> Pairs:
     for _, labels in flow.made:
         ordered[flow.units.roots(labels).flatten().numpy()] = True
     ordered[np.unique(nesting.block)] = True  # as what is in them is, or else they are found below
+    ordered[(nesting.block > 0) & (nesting.twin > 0)] = True
     alone = np.flatnonzero((nesting.block > 0) & ~ordered)
     stuck = {*nesting.block[alone].tolist(), *(t for t in np.unique(nesting.twin).tolist() if not ordered[t])}
     around = nesting.block
@@ -183,6 +187,10 @@ def arrange(flow: Flow, nesting: Nesting) -> tuple[dict[str, list[int]], dict[st
         for root in dict.fromkeys(flow.units.roots(labels).flatten().tolist()):
             if root:
                 add(root, stem)
+    for root in np.flatnonzero(
+        (nesting.block > 0) & (nesting.twin > 0)
+    ).tolist():  # in their blocks' and twins' order
+        add(root, stems[int(nesting.colour[nesting.twin[root]])])
     kept = {colour: list(units) for colour, units in members.items() if len(units) > 1}
     names = _numbered({colour: stems[colour] for colour in kept})
     place: dict[int, int] = {}

@@ -56,10 +56,12 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
     if not moving:
         return flow.fixed(out)
     constants = [x for x in operands if isinstance(x, Tensor) and bool((x != x.reshape(-1)[:1]).any())]
-    moving += [Value(flow.constant(x), tuple(x.shape)) for x in constants]
     result, *others = [_broadcast(flow, value, out) for value in moving]
     for other in others:
         flow.join(result, other)
+    for x in constants:
+        _, keys = torch.unique(x.detach(), return_inverse=True)
+        flow.tie(result, keys.expand(out))
     for v in fixed:
         seen = v.places().expand(out)
         if _are_distinct(seen):

@@ -154,16 +154,37 @@ def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
     if batch != left.shape[:-2] or batch != right.shape[:-2]:
         return freeze(flow, out, [a, b])
     if _is_one_block(flow, left) and uniform(flow, right, -2):
-        return _mixed(flow, out, right, right.narrow(-2, 0, 1), by=left)
+        return _mixed(flow, out, _unshared(flow, b, right, -1), by=left, dim=-2)
     if _is_one_block(flow, right) and uniform(flow, left, -1):
-        return _mixed(flow, out, left, left.narrow(-1, 0, 1), by=right)
+        return _mixed(flow, out, _unshared(flow, a, left, -2), by=right, dim=-1)
     # Units are contracted with units: those of one side are those of the other, and stay inside their matrix.
+    left, right = _unshared(flow, a, left, -1), _unshared(flow, b, right, -2)
     flow.join(left, right.transpose(-2, -1).narrow(-2, 0, 1))
     flow.join(right, left.transpose(-2, -1).narrow(-1, 0, 1))
     blocks = flow.blocks(left[..., :1, :], (-2, -1))
     flow.relate(left, blocks.expand(*batch, left.shape[-2], 1), "within")
     flow.relate(right, blocks.expand(*batch, 1, right.shape[-1]), "within")
     return Value(blocks.expand(out), tuple(out))
+
+
+def _unshared(flow: Flow, x: Value, labels: Tensor, dim: int) -> Tensor:
+    """Labels of matrices x [..., N, M] with units along ``dim``: where some matrices are copies (the keys of several
+    query heads), each gets units of its own, whose twins the copied ones are."""
+    if x.positions is None or bool((x.positions < 0).any()) or not _are_copies(x.positions):
+        return labels
+    batch, one = labels.shape[:-2], {-1: (1, labels.shape[-1]), -2: (labels.shape[-2], 1)}[dim]
+    own = flow.units.fresh(*batch, *one)
+    flow.relate(own.expand(labels.shape), flow.base(x), "twin", x.positions)
+    around, which = flow.units.roots(flow.blocks(labels, (-2, -1))).unique(return_inverse=True)
+    flow.relate(labels, around, "within", which.int().expand(labels.shape))
+    flow.relate(flow.blocks(own, (-2, -1)), around, "within", which.int())
+    return own.expand(labels.shape)
+
+
+def _are_copies(positions: Tensor) -> bool:
+    """Whether two matrices show the same."""
+    first = positions[..., 0, 0].flatten()
+    return len(first.unique()) < len(first)
 
 
 def _is_weight(x: Any) -> bool:
@@ -180,13 +201,13 @@ def _is_one_block(flow: Flow, matrices: Tensor) -> bool:
     return bool((roots == roots[..., :1, :1]).all())
 
 
-def _mixed(flow: Flow, out: torch.Size, labels: Tensor, passed: Tensor, by: Tensor) -> Value:
+def _mixed(flow: Flow, out: torch.Size, labels: Tensor, by: Tensor, dim: int) -> Value:
     """Weights that move as whole matrices mix the places of each unit, matrix by matrix: the units pass."""
     if flow.is_fixed(by):
         flow.tie(labels, places((*labels.shape[:-2], 1, 1)))
     else:
         flow.relate(labels, by[..., :1, :1], "within")
-    return Value(passed.expand(out), tuple(out))
+    return Value(labels.narrow(dim, 0, 1).expand(out), tuple(out))
 
 
 @rule("scaled_dot_product_attention")

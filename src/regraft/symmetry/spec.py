@@ -183,7 +183,7 @@ class PermutationSpec:
     def moves_freely(self, group: str) -> bool:
         """Whether a group's permutation is more than what the groups around it make of it."""
         outer, *inner = self.blocks.get(group, (None,))
-        return outer is None or not inner and self.groups[outer] < self.groups[group]
+        return outer is None or (not inner and self.groups[outer] < self.groups[group])
 
     def check(self, perm: Perm) -> None:
         """Raises ValueError, naming the group, unless ``perm`` has one permutation per group and nothing else."""

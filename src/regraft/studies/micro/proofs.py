@@ -8,6 +8,7 @@ it into a model that is built anew, and compare what both compute.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.clock import Clock, Cost
-from regraft.data import MissingData
 from regraft.studies.micro import zoo
 from regraft.studies.study import Measured, Method, Setting
 from regraft.symmetry import PermutationSpec, apply, parameters_moved, trace, verify
@@ -77,7 +77,9 @@ def prove(name: str, threads: int) -> dict[str, Any]:
     with clock.phase("check"):
         error, control = loaded_error(spec, model, lambda: zoo.make(name)[0], inputs)
     if not error < TOLERANCE:
-        raise ValueError(f"the permuted state dictionary computes another function (relative error {error:.1e})")
+        raise ValueError(
+            f"the permuted state dictionary computes another function (relative error {error:.1e})"
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     values = {
         "error": error,
@@ -134,7 +136,8 @@ def perturb_(model: nn.Module, inputs: zoo.Inputs, generator: torch.Generator) -
         return torch.rand(like.shape, generator=generator, dtype=like.dtype)
 
     for parameter in model.parameters():
-        parameter.mul_(random(parameter) + 0.5).add_(0.1 * (random(parameter) - 0.5) / max(parameter[:1].numel(), 1) ** 0.5)
+        noise = (random(parameter) - 0.5) / math.prod(parameter.shape[1:]) ** 0.5
+        parameter.mul_(random(parameter) + 0.5).add_(0.1 * noise)
 
     def observe(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0]
@@ -151,8 +154,8 @@ def perturb_(model: nn.Module, inputs: zoo.Inputs, generator: torch.Generator) -
 
 def main_output(result: Any) -> Tensor:
     """What a model is used for: its logits, or else the first of its tensors."""
-    logits = getattr(result, "logits", None)
-    return logits if isinstance(logits, Tensor) else next(x for x in pytree.tree_leaves(result) if isinstance(x, Tensor))
+    tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+    return getattr(result, "logits", tensors[0])
 
 
 class _Lifted(TorchDispatchMode):

@@ -18,14 +18,53 @@ Inputs = tuple[Any, ...]
 """Positional arguments of a model's forward."""
 
 TIMM = (
-    "resnet18 resnext50_32x4d vit_tiny_patch16_224 deit3_small_patch16_224 swin_tiny_patch4_window7_224 convnext_atto "
-    "mixer_s16_224 efficientnet_b0 mobilevit_xs regnety_002 edgenext_xx_small coatnet_0_rw_224 maxvit_tiny_tf_224 "
-    "beit_base_patch16_224 eva02_tiny_patch14_224 poolformer_s12 xcit_nano_12_p16_224 levit_128s dla34 hrnet_w18_small "
-    "ghostnet_100 eca_nfnet_l0 visformer_tiny twins_svt_small tiny_vit_5m_224 hiera_tiny_224 cspresnet50 "
-    "ese_vovnet19b_dw res2net50_26w_4s skresnet18 efficientformer_l1 mobilenetv4_conv_small fastvit_t8 repvgg_a0 "
-    "volo_d1_224 convit_tiny crossvit_tiny_240"
-).split()
-SMALL = {"cspresnet50", "dla34", "ghostnet_100", "res2net50_26w_4s", "resnet18", "resnext50_32x4d", "skresnet18"}
+    "resnet18",
+    "resnext50_32x4d",
+    "vit_tiny_patch16_224",
+    "deit3_small_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "convnext_atto",
+    "mixer_s16_224",
+    "efficientnet_b0",
+    "mobilevit_xs",
+    "regnety_002",
+    "edgenext_xx_small",
+    "coatnet_0_rw_224",
+    "maxvit_tiny_tf_224",
+    "beit_base_patch16_224",
+    "eva02_tiny_patch14_224",
+    "poolformer_s12",
+    "xcit_nano_12_p16_224",
+    "levit_128s",
+    "dla34",
+    "hrnet_w18_small",
+    "ghostnet_100",
+    "eca_nfnet_l0",
+    "visformer_tiny",
+    "twins_svt_small",
+    "tiny_vit_5m_224",
+    "hiera_tiny_224",
+    "cspresnet50",
+    "ese_vovnet19b_dw",
+    "res2net50_26w_4s",
+    "skresnet18",
+    "efficientformer_l1",
+    "mobilenetv4_conv_small",
+    "fastvit_t8",
+    "repvgg_a0",
+    "volo_d1_224",
+    "convit_tiny",
+    "crossvit_tiny_240",
+)
+SMALL = {
+    "cspresnet50",
+    "dla34",
+    "ghostnet_100",
+    "res2net50_26w_4s",
+    "resnet18",
+    "resnext50_32x4d",
+    "skresnet18",
+}
 """Models of timm that take images of 64 pixels, and are slow at their own size."""
 
 Make = Callable[[], tuple[nn.Module, Inputs]]
