@@ -44,8 +44,10 @@ class Proof:
 
 
 def methods(*families: str) -> tuple[Method, ...]:
-    """One a model of these families (:mod:`regraft.studies.micro.zoo`)."""
-    return tuple(Method(name, partial(_measure, name)) for name in zoo.names(*families))
+    """One a model of these families (:mod:`regraft.studies.micro.zoo`); torchvision's have their bare names."""
+    return tuple(
+        Method(name.removeprefix("torchvision/"), partial(_measure, name)) for name in zoo.names(*families)
+    )
 
 
 def _measure(name: str, setting: Setting) -> Measured:
@@ -88,6 +90,7 @@ def prove(name: str, threads: int) -> dict[str, Any]:
         "moved": parameters_moved(spec, model),
         "weights moved on both axes": weights_on_both_axes(spec, model),
         "groups": len(spec.groups),
+        "blocks": sum(spec.groups[outer] for outer in {around[0] for around in spec.blocks.values()}),
         "units": sum(spec.groups.values()),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "peak_memory [bytes]": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,

@@ -36,6 +36,12 @@ SCENARIOS = (
     timed("recorder", library.RECORDER),
     Scenario("compiled", compiled.methods(), None, seeds=1),
     Scenario("gpu", gpu.methods(), None, seeds=1),
-    Scenario("symmetry-torchvision", proofs.methods(), proofs.Proof(), seeds=1),
+    Scenario("symmetry-torchvision", proofs.methods("torchvision"), proofs.Proof(), seeds=1),
+    Scenario(
+        "symmetry-models",
+        proofs.methods("timm", "transformers", "diffusers", "torch"),
+        proofs.Proof(),
+        seeds=1,
+    ),
 )
 QUICK = ("kernels", "assignment")
