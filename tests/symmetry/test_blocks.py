@@ -49,6 +49,31 @@ def test_key_value_heads_move_with_their_queries_and_queries_inside_their_group(
     assert spec.blocks["q"] == (heads, "k")  # every head's units in the order of its keys
 
 
+def test_attention_that_shares_keys_itself():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return m.out(y.transpose(1, 2).flatten(2))
+
+    layers = {"q": nn.Linear(3, 16), "k": nn.Linear(3, 8), "v": nn.Linear(3, 8), "out": nn.Linear(16, 2)}
+    spec = proved(Net(forward, **layers), 2, 5, 3)
+    assert spec.blocks["q"] == ("q/blocks", "k")
+
+
+def test_a_constant_that_differs_between_heads_keeps_them_apart():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (3, 4)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        far = (
+            -(torch.arange(5)[:, None] - torch.arange(5)).abs() * torch.tensor([1.0, 0.5, 0.5])[:, None, None]
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=far)
+        return m.out(y.transpose(1, 2).flatten(2))
+
+    layers = {name: nn.Linear(3, 12) for name in "qkv"}
+    spec = proved(Net(forward, **layers, out=nn.Linear(12, 2)), 2, 5, 3)
+    assert sorted(spec.groups.values()) == [2, 4, 4, 8, 8]  # two of three heads see the same
+
+
 def test_one_head_of_keys_for_all_queries():
     spec = proved(attention(3, 3), 2, 5, 3)
     assert spec.blocks == {"q": ("q/blocks", "k"), "v/1": ("q/blocks", "v/0")}

@@ -212,12 +212,17 @@ def _mixed(flow: Flow, out: torch.Size, labels: Tensor, by: Tensor, dim: int) ->
 
 @rule("scaled_dot_product_attention")
 def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = None, *_: Any) -> Value:
-    shapes = {x.shape[:-2] for x in (q, k, v) if isinstance(x, Value)}
-    if len(shapes) > 1 or not all(isinstance(x, Value) for x in (q, k, v)):
+    if not all(isinstance(x, Value) for x in (q, k, v)):
+        return freeze(flow, op.out, [q, k, v, mask])
+    if op.arguments.get(
+        "enable_gqa"
+    ):  # a head of keys and values serves several of queries, next to one another
+        k, v = (view(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3), x) for x in (k, v))
+    if len({x.shape[:-2] for x in (q, k, v)}) > 1:
         return freeze(flow, op.out, [q, k, v, mask])
     size = torch.Size((*q.shape[:-1], k.shape[-2]))
     scores = multiply(flow, size, q, view(_flip, k))
-    if isinstance(mask, Value):
+    if mask is not None:
         scores = combine(flow, size, [scores, mask])
     return multiply(flow, op.out, scores, v)
 
