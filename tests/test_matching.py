@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import regraft
 from regraft.clock import Cost
-from regraft.matching import Descent, append_, colours, descend_
+from regraft.matching import Descent, colours, descend_, restart_
 from regraft.reference import matching as reference
+from regraft.stacks import Stacks
 
 
 class Residual(nn.Module):
@@ -187,10 +188,10 @@ def test_appending_steps_equals_matching_them_all_at_once(spec):
     """FGMT's way, with kept similarities and corrections, against a descent that begins anew on the same stacks."""
     target, source = normal(spec, 5, 6), normal(spec, 6, 6)
     like = {name: stack[0] for name, stack in target.items()}
-    descent = Descent.allocate(spec, like, 6)
+    descent = Descent.over(Stacks.allocate(spec, like, 6))
     for s in range(6):
-        start = dict(descent.perm)
-        append_(descent, {n: t[s] for n, t in target.items()}, {n: t[s] for n, t in source.items()})
+        start = dict(descent.perm) if s else None
+        descent.stacks.append_({n: t[s] for n, t in target.items()}, {n: t[s] for n, t in source.items()})
         found = descend_(descent)
         anew = regraft.match(
             spec,
@@ -207,9 +208,9 @@ def test_rounding_does_not_pile_up_over_many_corrections():
     spec = regraft.trace(model, (torch.zeros(2, 30),))
     target = {n: t.float() for n, t in normal(spec, 1, 60).items()}
     source = {n: t.float() for n, t in normal(spec, 2, 60).items()}
-    descent = Descent.allocate(spec, {n: t[0] for n, t in target.items()}, 60)
+    descent = Descent.over(Stacks.allocate(spec, {n: t[0] for n, t in target.items()}, 60))
     for s in range(60):
-        append_(descent, {n: t[s] for n, t in target.items()}, {n: t[s] for n, t in source.items()})
+        descent.stacks.append_({n: t[s] for n, t in target.items()}, {n: t[s] for n, t in source.items()})
         found = descend_(descent)
     true = reference.objective(spec, unstack(target), unstack(source), found.perm)
     assert found.objective == pytest.approx(true, rel=1e-5)

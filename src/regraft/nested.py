@@ -19,6 +19,11 @@ from regraft.tensors import Perm
 from regraft_kernels import assign
 
 
+def nested_families(spec: PermutationSpec) -> list[tuple[str, ...]]:
+    """Those of ``spec.families`` that are more than one group."""
+    return [family for family in spec.families if len(family) > 1]
+
+
 @dataclass(frozen=True)
 class Family:
     """Groups that permute together (one of ``spec.families``), and their similarities.

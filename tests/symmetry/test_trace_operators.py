@@ -301,7 +301,12 @@ def test_multi_head_attention(batch_first):
         out=nn.Linear(8, 2),
     )
     spec = proved(net, 2, 5, 4)
-    assert sorted(spec.groups.values()) == [2, 8, 8, 8]  # heads; stem; queries with keys, and values, in heads
+    assert sorted(spec.groups.values()) == [
+        2,
+        8,
+        8,
+        8,
+    ]  # heads; stem; queries with keys, and values, in heads
     assert share(spec, net) > 0.95
 
 
