@@ -22,8 +22,9 @@ from regraft.symmetry.spec import Axis, PermutationSpec, Segment
 
 def specify(flow: Flow, leaves: Sequence[Leaf]) -> PermutationSpec:
     """The specification that a finished pass of labels amounts to."""
-    settle(flow, leaves)
-    groups = _groups(flow, signatures(flow, leaves))
+    every = [*leaves, *flow.derived]
+    settle(flow, every)
+    groups = _groups(flow, signatures(flow, every))
     group = np.full(
         flow.units.count, -1
     )  # of every root: the number of its group (-1: fixed), and of its unit
