@@ -151,12 +151,12 @@ def test_specifications_with_blocks_go_through_json_and_back():
 )
 def test_blocks_that_do_not_fit_are_named(blocks, complaint):
     with pytest.raises(ValueError, match=complaint):
-        PermutationSpec.build({"a": 6, "b": 4, "d": 3}, {}, blocks)
+        PermutationSpec.build({"a": 6, "b": 4, "d": 3}, {}, blocks=blocks)
 
 
 def test_a_wrong_block_changes_the_function_and_is_found():
     net = grouped(3)
     spec = NESTED["groups"]
-    loose = PermutationSpec(spec.groups, spec.axes, {"0": ("0/blocks", "2/0")})  # 2/1 no longer in blocks
+    loose = PermutationSpec(spec.groups, spec.axes, blocks={"0": ("0/blocks", "2/0")})  # 2/1 no longer in blocks
     with pytest.raises(ValueError, match="changes the function"):
         verify(loose, net, torch.rand(1, 2, 5, 5))

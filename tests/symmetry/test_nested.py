@@ -49,7 +49,7 @@ def test_the_literal_descent_finds_the_same(name):
 
 
 def test_blocks_are_assigned_as_well_as_trying_all_of_them():
-    spec = regraft.PermutationSpec.build({"blocks": 3, "units": 9}, {}, {"units": ["blocks"]})
+    spec = regraft.PermutationSpec.build({"blocks": 3, "units": 9}, {}, blocks={"units": ["blocks"]})
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         scores = {group: torch.randn(n, n, generator=generator) for group, n in spec.groups.items()}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nets import Net, parameter, proved
 from torch import Tensor, nn
 
-from regraft.symmetry import PermutationSpec, Segment, trace, verify
+from regraft.symmetry import PermutationSpec, Segment, apply, trace, verify
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_a_layer_used_twice_is_one_group():
     assert proved(net, 3, 4).groups == {"stem": 6}
 
 
-def test_tied_weights_have_one_name():
+def test_tied_weights_are_named_twice_and_count_once():
     embedding, head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
     head.weight = embedding.weight
     net = Net(
@@ -56,14 +56,14 @@ def test_tied_weights_have_one_name():
     tokens = torch.tensor([[0, 3, 6]])
     spec = trace(net, tokens)
     assert verify(spec, net, tokens) < 1e-12
-    assert list(spec.axes) == ["embedding.weight", "fc.weight", "fc.bias"]
+    assert list(spec.axes) == ["embedding.weight", "fc.weight", "fc.bias", "head.weight"]
     assert spec.groups == {"embedding": 6}  # the head reads what the embedding writes
-    assert spec.tensors_of("embedding") == (
-        ("embedding.weight", 1),
-        ("fc.weight", 0),
-        ("fc.weight", 1),
-        ("fc.bias", 0),
-    )
+    assert spec.axes["head.weight"] == spec.axes["embedding.weight"]
+    assert spec.optional == {"head.weight"}
+    perm = spec.random(torch.Generator().manual_seed(1))
+    own, whole = dict(net.named_parameters()), net.state_dict()
+    assert apply(spec, perm, own).keys() == own.keys()
+    assert apply(spec, perm, whole).keys() == whole.keys()
 
 
 def test_rows_that_are_looked_up_stay():

@@ -22,8 +22,9 @@ from regraft.symmetry.spec import Axis, PermutationSpec, Segment
 
 def specify(flow: Flow, leaves: Sequence[Leaf]) -> PermutationSpec:
     """The specification that a finished pass of labels amounts to."""
-    settle(flow, leaves)
-    groups, blocks = arrange(flow, nest(flow, lambda: signatures(flow, leaves)))
+    every = [*leaves, *flow.derived]
+    settle(flow, every)
+    groups, blocks = arrange(flow, nest(flow, lambda: signatures(flow, every)))
     group = np.full(
         flow.units.count, -1
     )  # of every root: the number of its group (-1: fixed), and of its unit
@@ -38,7 +39,7 @@ def specify(flow: Flow, leaves: Sequence[Leaf]) -> PermutationSpec:
         return _segments(names, group[roots], unit[roots])
 
     axes = {leaf.name: tuple(map(axis, leaf.axes, leaf.shape)) for leaf in leaves}
-    return PermutationSpec({name: len(units) for name, units in groups.items()}, axes, blocks)
+    return PermutationSpec({name: len(units) for name, units in groups.items()}, axes, blocks=blocks)
 
 
 def settle(flow: Flow, leaves: Iterable[Leaf]) -> None:

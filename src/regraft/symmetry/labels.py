@@ -28,7 +28,10 @@ from torch import Tensor
 
 
 class Units:
-    """Disjoint sets over labels 0..n-1, all in arrays. Label 0 is fixed, and so is what is joined with it."""
+    """Disjoint sets over labels 0..n-1, all in arrays. Label 0 is fixed, and so is what is joined with it.
+
+    A label's entry is a smaller label of its set, or itself where it is the smallest.
+    """
 
     def __init__(self) -> None:
         self._root = torch.zeros(1 << 16, dtype=torch.int32)
@@ -48,12 +51,22 @@ class Units:
     def roots(self, labels: Tensor) -> Tensor:
         """The smallest label of each label's set."""
         (distinct,) = _compact(labels)
-        return self._root[distinct].expand(labels.shape)
+        return self._find(distinct).expand(labels.shape)
+
+    def _find(self, labels: Tensor) -> Tensor:
+        root = self._root[labels]
+        above = self._root[root]
+        if torch.equal(root, above):
+            return root
+        while not torch.equal(root, above):
+            root, above = above, self._root[above]
+        self._root[labels] = root  # the next look is a short one
+        return root
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Makes one unit of ``a`` and ``b``, element by element, after broadcasting."""
         a, b = _compact(*torch.broadcast_tensors(a, b))
-        a, b = self._root[a].flatten(), self._root[b].flatten()
+        a, b = self._find(a).flatten(), self._find(b).flatten()
         differ = a != b
         if not differ.any():
             return
@@ -63,9 +76,7 @@ class Units:
         graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(nodes),) * 2)
         _, part = connected_components(graph, directed=False)
         _, first = np.unique(part, return_index=True)  # nodes are sorted: the first of a part is its smallest
-        became = torch.arange(self.count, dtype=torch.int32)
-        became[torch.from_numpy(nodes)] = torch.from_numpy(nodes[first][part])
-        self._root[: self.count] = became[self._root[: self.count]]
+        self._root[torch.from_numpy(nodes)] = torch.from_numpy(nodes[first][part])
 
 
 def _compact(*tensors: Tensor) -> list[Tensor]:
@@ -140,7 +151,9 @@ class Flow:
             "within": [],
             "twin": [],
         }  # labels, and theirs
-        self.unknown: dict[str, None] = {}
+        self.derived: list[Leaf] = []  # functions of parameters that have axes as these have
+        self.frozen: dict[str, str] = {}  # operator -> why it froze what it touches, and where first
+        self.operator = self.module = ""  # what is being passed through
 
     # -- labels of values
 
@@ -154,6 +167,12 @@ class Flow:
 
     def is_fixed(self, labels: Tensor) -> bool:
         return not self.units.roots(labels).any()
+
+    def stays(self, value: Value) -> bool:
+        """Whether nothing of what a value is a view of moves."""
+        if not isinstance(value.base, Leaf):
+            return self.is_fixed(value.base)
+        return all(n == 1 or self.is_fixed(self.axis(value.base, a)) for a, n in enumerate(value.base.shape))
 
     def axis(self, leaf: Leaf, axis: int) -> Tensor:
         """int32 [length]: labels of one axis of a leaf."""

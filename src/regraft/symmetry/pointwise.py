@@ -94,7 +94,36 @@ def _prelu(flow: Flow, op: Operation, x: Any, slope: Any) -> Value:
     return flow.new(flow.labels(x))
 
 
+@rule("where")
+def _where(flow: Flow, op: Operation, *operands: Any) -> Any:
+    """torch tags only some of its overloads."""
+    if len(operands) != 3:
+        return NotImplemented
+    return combine(flow, op.out, [x for x in operands if isinstance(x, Value | Tensor)])
+
+
 # ---- slices
+
+
+@rule(
+    "argmax", "argmin", "topk", "sort", "argsort", "cumsum", "cummax", "cummin", "kthvalue", "median", "mode"
+)
+def _ordered(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
+    """The result tells places along ``dim`` apart: what is fixed there, and nothing else, can come out."""
+    if isinstance(x, Value) and flow.is_fixed(flow.labels(x)):
+        return each_size(flow.fixed, op.out)
+    return NotImplemented
+
+
+@rule("max", "min")
+def _extreme(flow: Flow, op: Operation, x: Any, *rest: Any) -> Any:
+    """Over ``dim`` with its places, over everything, or of two tensors."""
+    if not isinstance(x, Value) or isinstance(op.arguments.get("other"), Value | Tensor):
+        return NotImplemented
+    if "dim" not in op.arguments:
+        return reduce(flow, op.out, x, ())
+    values = reduce(flow, op.out[0], x, [op.arguments["dim"]])
+    return [values, values]  # which place wins moves with the unit
 
 
 @rule(
@@ -182,6 +211,21 @@ def _pool(flow: Flow, op: Operation, x: Value, *_: Any, spatial: int) -> Any:
     plane = labels[(..., *(slice(0, 1),) * spatial)]
     flow.join(labels, plane)
     return each_size(lambda size: Value(plane.expand(size), tuple(size)), op.out)
+
+
+@rule("im2col")
+def _im2col(flow: Flow, op: Operation, x: Value, kernel: Sequence[int], *_: Any) -> Value:
+    """x [..., C, H, W] gives [..., C K, L]: the K places of a window of each channel."""
+    units = channel_units(flow, x, 2).repeat_interleave(math.prod(kernel))
+    return Value(units.view(-1, 1).expand(op.out), tuple(op.out))
+
+
+@rule("col2im")
+def _col2im(flow: Flow, op: Operation, x: Value, size: Any, kernel: Sequence[int], *_: Any) -> Value:
+    """x [..., C K, L] gives [..., C, H, W]: what stands at the K places of a window is added."""
+    rows = channel_units(flow, x, 1).view(-1, math.prod(kernel))
+    flow.join(rows, rows[:, :1])
+    return Value(rows[:, 0].reshape(-1, 1, 1).expand(op.out), tuple(op.out))
 
 
 for _n in (1, 2, 3):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Flow, Leaf, Value, places
+from regraft.symmetry.labels import Flow, Leaf, Value, line, places
 from regraft.symmetry.pointwise import channel_units, combine
 from regraft.symmetry.rules import Operation, freeze, rule
 from regraft.symmetry.views import view
@@ -32,9 +32,9 @@ def contract(
 ) -> Value:
     """x [..., I] and a weight whose ``dims`` are (input, output) give [..., O]: the last axis is contracted."""
     inward, outward = planes(flow, weight, *dims)
-    if inward is None or outward is None or not isinstance(x, Value):
-        return freeze(flow, out, [x, weight, bias])
-    labels = flow.labels(x)
+    if inward is None or outward is None:
+        return freeze(flow, out, [x, weight, bias], " with such a weight")
+    labels = flow.labels(x) if isinstance(x, Value) else flow.constant(x)
     if uniform(flow, labels, -1):  # it mixes places of one unit, such as tokens: the unit passes
         freeze(flow, out, [weight, bias])
         return Value(labels.narrow(-1, 0, 1).expand(out), tuple(out))
@@ -87,8 +87,9 @@ def convolve(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *, trans
     """
     groups = op.arguments["groups"]
     inward, outward = planes(flow, weight, *((0, 1) if transposed else (1, 0)))
-    if inward is None or outward is None or not isinstance(x, Value):
-        return freeze(flow, op.out, [x, weight, bias])
+    if inward is None or outward is None:
+        return freeze(flow, op.out, [x, weight, bias], " with such a weight")
+    x = x if isinstance(x, Value) else flow.new(flow.constant(x))
     spatial = len(weight.shape) - 2
     before = channel_units(flow, x, spatial)
     channels = op.out[-spatial - 1]
@@ -124,12 +125,75 @@ def convolve(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *, trans
 def _embedding(flow: Flow, op: Operation, weight: Any, tokens: Any, *_: Any) -> Value:
     rows, columns = planes(flow, weight, 0, 1)
     if rows is None or columns is None:
-        return freeze(flow, op.out, [weight, tokens])
+        return freeze(flow, op.out, [weight, tokens], " with such a weight")
     flow.freeze(rows)
     if isinstance(tokens, Value):
         flow.freeze(tokens)
     flow.produce(weight.base, columns)
     return spread(flow, op.out, columns)
+
+
+# ---- recurrent layers
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent(flow: Flow, op: Operation, x: Any, hidden: Any, weights: Any, *_: Any) -> Any:
+    """x [..., I]; each layer and direction has [G H, I], [G H, H] and biases [G H], gate after gate. The units of
+    a state are the same at every time; those of a cell are those of its output."""
+    arguments = op.arguments
+    packed = "batch_sizes" in arguments
+    if packed:
+        x, hidden, weights = arguments["data"], arguments["hx"], arguments["params"]
+    states = list(hidden) if isinstance(hidden, list | tuple) else [hidden]
+    layers, directions = arguments["num_layers"], 1 + arguments["bidirectional"]
+    each = 4 if arguments["has_biases"] else 2
+    if len(weights) != layers * directions * each:  # such as projections
+        return freeze(flow, op.out, [x, *states, *weights])
+    for state in states:
+        if isinstance(state, Value):
+            _join_states(flow, state)
+    ends: list[Tensor] = []
+    for layer in range(layers):
+        made = []
+        for direction in range(directions):
+            k = layer * directions + direction
+            initial = [line(flow.labels(s)[k], -1) for s in states if isinstance(s, Value)]
+            units = _cell(flow, GATES[op.name], x, weights[each * k : each * (k + 1)], initial)
+            if units is None:
+                return freeze(flow, op.out, [x, *states, *weights])
+            made.append(units)
+        ends += made
+        channels = torch.cat(made)
+        x = Value(channels.expand((*x.shape[:-1], len(channels))), (*x.shape[:-1], len(channels)))
+    last = [torch.stack([u.expand(size[-2:]) for u in ends]) for size in op.out[1:]]
+    return [x, *map(flow.new, last)]
+
+
+def _join_states(flow: Flow, state: Value) -> None:
+    """[layers, B, H]: the units of one layer are the same for all samples."""
+    labels = flow.labels(state)
+    flow.join(labels, labels[:, :1])
+
+
+def _cell(flow: Flow, gates: int, x: Any, weights: Sequence[Any], initial: Sequence[Tensor]) -> Tensor | None:
+    """int32 [H]: the units of one layer in one direction; None where the weights are no leaves."""
+    size = weights[1].shape[1] if isinstance(weights[1], Value) else 0
+    outward, inward = planes(flow, weights[0], 0, 1)
+    again, units = planes(flow, weights[1], 0, 1)
+    if outward is None or inward is None or again is None or units is None:
+        return None
+    labels = flow.labels(x) if isinstance(x, Value) else flow.constant(x)
+    flow.join(labels, inward)
+    for rows in (outward, again):
+        flow.join(rows.view(gates, size), units)
+    for bias in weights[2:]:
+        flow.join(flow.labels(bias).view(gates, size), units)
+    for state in initial:
+        flow.join(state, units)
+    flow.produce(weights[0].base, units)
+    return units
 
 
 # ---- one activation with another
@@ -141,7 +205,8 @@ def _matmul(flow: Flow, op: Operation, a: Any, b: Any, *_: Any) -> Value:
 
 
 def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
-    """a [..., N, K] and b [..., K, M] give [..., N, M], of which one may be a weight."""
+    """a [..., N, K] and b [..., K, M] give [..., N, M], of which one may be a weight, and one a constant."""
+    a, b = (flow.fixed(x.shape) if isinstance(x, Tensor) else x for x in (a, b))
     if _is_weight(b):
         return contract(flow, out, a, b, dims=(0, 1))
     if _is_weight(a) and isinstance(b, Value) and len(b.shape) > 1:
@@ -214,9 +279,7 @@ def _mixed(flow: Flow, out: torch.Size, labels: Tensor, by: Tensor, dim: int) ->
 def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = None, *_: Any) -> Value:
     if not all(isinstance(x, Value) for x in (q, k, v)):
         return freeze(flow, op.out, [q, k, v, mask])
-    if op.arguments.get(
-        "enable_gqa"
-    ):  # a head of keys and values serves several of queries, next to one another
+    if op.arguments.get("enable_gqa"):  # a head of keys and values serves its share of those of queries
         k, v = (view(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3), x) for x in (k, v))
     if len({x.shape[:-2] for x in (q, k, v)}) > 1:
         return freeze(flow, op.out, [q, k, v, mask])
