@@ -77,7 +77,7 @@ def prove(name: str, threads: int) -> dict[str, Any]:
         with clock.phase("verify"):
             verified = verify(spec, model, inputs)
     with clock.phase("check"):
-        error, control = loaded_error(spec, model, lambda: zoo.make(name)[0], inputs)
+        error, control = loaded_error(spec, lambda: zoo.make(name)[0], inputs)
     if not error < TOLERANCE:
         raise ValueError(
             f"the permuted state dictionary computes another function (relative error {error:.1e})"
@@ -104,13 +104,14 @@ def prove(name: str, threads: int) -> dict[str, Any]:
 
 
 def loaded_error(
-    spec: PermutationSpec, model: nn.Module, build: Callable[[], nn.Module], inputs: zoo.Inputs
+    spec: PermutationSpec, build: Callable[[], nn.Module], inputs: zoo.Inputs
 ) -> tuple[float, float]:
-    """The relative error of a model that loads the permuted state dictionary; and, as a control, of one that loads it
-    with the largest tensor that moves left as it was. Perturbs ``model``'s own values, in float64."""
+    """The relative error of a model that loads another's permuted state dictionary, in float64; and, as a control, of
+    one that loads it with the largest tensor that moves left as it was."""
     generator = torch.Generator().manual_seed(1)
     inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    perturb_(model.double(), inputs, generator)
+    model = build().double()
+    perturb_(model, inputs, generator)
     with in_double():
         before = main_output(model(*inputs))
     if not bool(before.isfinite().all()) or float(before.std()) == 0:
