@@ -129,7 +129,10 @@ def loaded_error(
 
     changed = [name for name, tensor in state.items() if not torch.equal(tensor, moved[name])]
     largest = max(changed, key=lambda name: state[name].numel(), default=None)
-    return error(moved), 0.0 if largest is None else error({**moved, largest: state[largest]})
+    if largest is None:
+        return error(moved), 0.0
+    left = {name: tensor for name, tensor in state.items() if torch.equal(tensor, state[largest])}
+    return error(moved), error({**moved, **left})  # under all of its names
 
 
 @torch.no_grad()
