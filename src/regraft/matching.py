@@ -6,9 +6,11 @@ a linear assignment.
 
 Where the descent begins decides which optimum it finds. A step from the identity pays for agreeing with neighbours
 that stand anywhere; so the groups are **placed** first, one after the other in the order of the specification (from
-the network's input to its output), each by the terms alone whose other axes are placed already or fixed. Measured
-against the best of five descents from the identity with a random order of groups in every sweep, placed and descended:
-PLACED_NUMBERS
+the network's input to its output), each by the terms alone whose other axes are placed already or fixed. Measured on
+independent initial values, against the best of five descents from the identity with a random order of the groups in
+every sweep: the objective is 5 to 8 % higher on MLPs 784-256x3-10 (6 pairs), 8 to 9 % on 784-512x3-10 (4), 8 % on
+784-1024x3-10 (2), and 0.9 % on torchvision's resnet18 (2 pairs, three orders; a tenth of what the identity lacks),
+with 2 or 3 sweeps where those took 7 to 16. Other orders of placing (from the output, or inside out) are worse.
 
 Nothing that is known already is computed again:
 
@@ -347,9 +349,11 @@ def _known(descent: Descent, group: str) -> tuple[Place, ...]:
 
 
 def _depends_on(descent: Descent, group: str) -> tuple[object, ...]:
-    """What a solve of `group` looks at: the steps, the places, and its neighbours' permutations (by version)."""
-    versions = tuple(descent.version[other] for other in descent.around[group].groups)
-    return descent.stacks.steps, len(_known(descent, group)), group in descent.unplaced, versions
+    """What a solve of `group` looks at: the steps, the tensors, and its neighbours' permutations (by version)."""
+    around = descent.around[group]
+    coupled = around.coupled if group not in descent.unplaced else ()
+    versions = tuple(descent.version[other] for other in around.groups)
+    return descent.stacks.steps, len(_known(descent, group)), len(coupled), versions
 
 
 def _similarities_(descent: Descent, groups: Sequence[str]) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ def gmt(
     batches: Sequence[Sequence[Batches]],
     order: Sequence[str],
 ) -> tuple[list[Tensors], list[Perm]]:
-    """Algorithm 1. `batches[s - 1][t - 1]` is the sample of lines 3 to 5; each matching but the first starts from the last pi.
+    """Algorithm 1. `batches[s - 1][t - 1]` is the sample of lines 3 to 5; each matching but the
+    first starts from the last pi.
 
     Returns the transferred path theta_2^0 .. theta_2^T and pi_1 .. pi_T.
     """

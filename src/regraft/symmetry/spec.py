@@ -179,7 +179,10 @@ class PermutationSpec:
     @classmethod
     def from_json(cls, text: str) -> PermutationSpec:
         """Reads what :meth:`to_json` or a person wrote. Raises ValueError saying what is wrong, and where."""
-        data = parse_json(text, _Written, "not a permutation specification")
+        return cls._of(parse_json(text, _Written, "not a permutation specification"))
+
+    @classmethod
+    def _of(cls, data: _Written) -> PermutationSpec:
         spec = cls.build(data.groups, data.axes, data.optional, data.blocks)
         spec.mark(proven=data.proven == spec._digest)
         return spec
@@ -193,7 +196,7 @@ class PermutationSpec:
         """Reads :meth:`save`'s file. Raises OSError or ValueError naming the path."""
         data = read_json(Path(path), _Written, "a permutation specification")
         try:
-            return cls.build(data.groups, data.axes)
+            return cls._of(data)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
