@@ -22,7 +22,6 @@ class Rotary(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(4, 8) for _ in range(3)), None, None, None
         self.q, self.k, self.v, self.out = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2)
         self.register_buffer("table", torch.rand(5, 8), persistent=False)
 
@@ -46,8 +45,8 @@ def test_what_is_not_saved_is_a_constant():
     assert torch.allclose(loaded(spec, model)(x), model(x), atol=1e-12)
     assert spec.proven
     assert PermutationSpec.from_json(spec.to_json()).proven
-    assert not PermutationSpec.from_json(spec.to_json().replace('"v": 8', '"v" : 8').replace('["v"]', "[8]")).proven
-    assert not spec.with_axis("v.bias", 0, spec.axes["out.bias"][:1] and spec.axes["v.bias"][0]).proven
+    assert not PermutationSpec.from_json(spec.to_json().replace('["v"]', "[8]")).proven
+    assert not spec.with_axis("v.bias", 0, spec.axes["v.bias"][0]).proven
 
 
 class Several(nn.Module):
@@ -68,7 +67,7 @@ def test_outputs_and_inputs_by_name():
     spec = trace(model, inputs, verify=True)
     assert spec.groups == {"stem": 6}
     assert trace(model, kwargs=inputs) == spec
-    assert trace(model, inputs, output="features").groups == {}
+    assert trace(model, inputs, output="features").groups == {"head": 3}  # logits are a by-product then
     both = trace(model, inputs, output=("logits", "features"))
     assert both.groups == {}
     with pytest.raises(ValueError, match="output 'absent' of Several is no tensor"):
@@ -81,7 +80,9 @@ def test_outputs_and_inputs_by_name():
 
 def test_casts_to_less_are_lifted_in_the_proof():
     net = Net(
-        lambda m, x: m.out((m.gain * (h := m.stem(x).float()) * h.square().mean(-1, True).rsqrt()).to(x.dtype)),
+        lambda m, x: m.out(
+            (m.gain * (h := m.stem(x).float()) * h.square().mean(-1, True).rsqrt()).to(x.dtype)
+        ),
         stem=nn.Linear(4, 6),
         gain=parameter(6),
         out=nn.Linear(6, 2),
@@ -100,10 +101,14 @@ def test_weight_normalised_layers(norm):
 
 def test_what_is_read_by_data_stays_or_passes():
     net = Net(
-        lambda m, x: m.out(m.stem(x)[torch.arange(2), x[..., 0].argmax(1)]), stem=nn.Linear(4, 6), out=nn.Linear(6, 2)
+        lambda m, x: m.out(m.stem(x)[torch.arange(2), x[..., 0].argmax(1)]),
+        stem=nn.Linear(4, 6),
+        out=nn.Linear(6, 2),
     )
     assert trace(net, torch.rand(2, 5, 4), verify=True).groups == {"stem": 6}
-    routed = Net(lambda m, x: m.router(m.stem(x)).topk(2).values, stem=nn.Linear(4, 6), router=nn.Linear(6, 5))
+    routed = Net(
+        lambda m, x: m.router(m.stem(x)).topk(2).values, stem=nn.Linear(4, 6), router=nn.Linear(6, 5)
+    )
     with pytest.warns(UserWarning, match="topk"):
         assert trace(routed, torch.rand(2, 4), verify=True).groups == {"stem": 6}
 

@@ -33,7 +33,11 @@ class Call:
 
     @classmethod
     def of(
-        cls, inputs: Any, kwargs: Mapping[str, Any] | None = None, forward: Forward = None, output: Output = None
+        cls,
+        inputs: Any,
+        kwargs: Mapping[str, Any] | None = None,
+        forward: Forward = None,
+        output: Output = None,
     ) -> Call:
         """``inputs``: one tensor, a tuple of positional inputs, or a mapping of keyword inputs."""
         if isinstance(inputs, Mapping):
@@ -43,7 +47,9 @@ class Call:
 
     def double(self) -> Call:
         """With floating inputs in float64."""
-        args, kwargs = pytree.tree_map(lambda x: _double(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map(
+            lambda x: _double(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs)
+        )
         return replace(self, args=args, kwargs=kwargs)
 
     def run(self, model: nn.Module, *, heads: bool = False) -> tuple[list[Tensor], list[Tensor]]:
@@ -155,7 +161,9 @@ def _tensors(result: Any) -> list[Tensor]:
         parts = [getattr(result, f.name) for f in fields(result)]
     else:
         parts = []
-    return list({id(t): t for part in parts if "Cache" not in type(part).__name__ for t in _tensors(part)}.values())
+    return list(
+        {id(t): t for part in parts if "Cache" not in type(part).__name__ for t in _tensors(part)}.values()
+    )
 
 
 # ---- copies
@@ -177,7 +185,9 @@ def shadow(model: nn.Module) -> nn.Module:
     return _copy(model, lambda tensor: tensor, {id(tensor): tensor for tensor in tensors})
 
 
-def _copy(model: nn.Module, held: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> nn.Module:
+def _copy(
+    model: nn.Module, held: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None
+) -> nn.Module:
     """A deep copy; plain attributes that are tensors (torch copies none with a history) become ``held`` of them."""
     memo = memo or {}
     for module in model.modules():
@@ -201,7 +211,11 @@ def cause(error: BaseException, model: nn.Module) -> str:
     trail = error.__traceback__
     while trail is not None:
         module = trail.tb_frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and id(module) in names and trail.tb_frame.f_code.co_name != "_call_impl":
+        if (
+            isinstance(module, nn.Module)
+            and id(module) in names
+            and trail.tb_frame.f_code.co_name != "_call_impl"
+        ):
             code = trail.tb_frame.f_code
             source = linecache.getline(code.co_filename, trail.tb_lineno).strip()
             if "torch/nn/modules/module.py" not in code.co_filename:

@@ -33,7 +33,9 @@ def describe(name: str, shape: Sequence[int] | None = None) -> PermutationSpec:
         if name.startswith("timm/"):
             model, usual = _from_timm(name.removeprefix("timm/"))
         else:
-            model, usual = _from_torchvision(name) if ":" not in name else (_from_module(name), (1, 3, 224, 224))
+            model, usual = (
+                _from_torchvision(name) if ":" not in name else (_from_module(name), (1, 3, 224, 224))
+            )
         inputs = torch.rand(tuple(shape or usual), generator=generator)
     console = Console()
     with console.status(f"tracing {name}"):

@@ -66,7 +66,9 @@ class Units:
         while (differ := a != b).any():
             a, b = a[differ], b[differ]
             high, low = torch.maximum(a, b), torch.minimum(a, b)
-            self._root[high] = low  # one of several, where a root meets several: the others are left for another round
+            self._root[high] = (
+                low  # one of several, where a root meets several: the others are left for another round
+            )
             a, b = self._find(high), self._find(low)
 
 
@@ -276,7 +278,9 @@ def _in_order(value: Value) -> bool:
     if value.positions is None:
         return True
     shape = value.base.shape
-    return value.positions.numel() == math.prod(shape) and torch.equal(value.positions.flatten(), places((math.prod(shape),)))
+    return value.positions.numel() == math.prod(shape) and torch.equal(
+        value.positions.flatten(), places((math.prod(shape),))
+    )
 
 
 def line(tensor: Tensor, dim: int) -> Tensor:

@@ -123,7 +123,9 @@ def _where(flow: Flow, op: Operation, *operands: Any) -> Any:
 # ---- slices
 
 
-@rule("argmax", "argmin", "topk", "sort", "argsort", "cumsum", "cummax", "cummin", "kthvalue", "median", "mode")
+@rule(
+    "argmax", "argmin", "topk", "sort", "argsort", "cumsum", "cummax", "cummin", "kthvalue", "median", "mode"
+)
 def _ordered(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
     """The result tells places along ``dim`` apart: what is fixed there, and nothing else, can come out."""
     if isinstance(x, Value) and flow.is_fixed(flow.labels(x)):

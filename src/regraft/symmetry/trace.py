@@ -232,7 +232,11 @@ def _placed(
 
 
 def _finish(
-    flow: Flow, program: ExportedProgram, results: Sequence[Any], counts: int, leaf_of: Callable[[Any], Leaf | None]
+    flow: Flow,
+    program: ExportedProgram,
+    results: Sequence[Any],
+    counts: int,
+    leaf_of: Callable[[Any], Leaf | None],
 ) -> None:
     """The first ``counts`` outputs never move; what is written to a buffer has the buffer's units."""
     outputs = 0
