@@ -174,20 +174,30 @@ def test_an_unknown_operator_freezes_what_it_touches_and_nothing_else(name, oper
     assert verify(spec, net, x) < 1e-10
 
 
-def test_a_recurrent_layer_freezes():
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(kind):
     net = Net(
-        lambda m, x: m.out(m.lstm(m.stem(x))[0]),
+        lambda m, x: m.out(m.cell(m.stem(x))[0]),
         stem=nn.Linear(4, 5),
-        lstm=nn.LSTM(5, 6),
-        out=nn.Linear(6, 2),
+        cell=kind(5, 6, num_layers=2, bidirectional=True),
+        out=nn.Linear(12, 2),
     )
-    x = torch.rand(3, 4)
-    with pytest.warns(UserWarning, match="lstm"):
-        spec = trace(net, x)
-    assert verify(spec, net, x) < 1e-10
+    spec = proved(net, 3, 2, 4)
+    assert sorted(spec.groups.values()) == [5, 6, 6, 6, 6]
+    assert spec.shares()[0] > 0.98
 
 
-def test_a_computed_weight_freezes_only_its_layer():
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_cells(kind):
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        state = m.cell(x)
+        state = m.cell(x, state)
+        return m.out(state[0] if isinstance(state, tuple) else state)
+
+    assert list(proved(Net(forward, cell=kind(4, 6), out=nn.Linear(6, 2)), 3, 4).groups.values()) == [6]
+
+
+def test_a_weight_computed_from_weights_has_their_axes():
     net = Net(
         lambda m, x: m.out(F.linear(m.stem(x).relu(), m.weight + m.delta)),
         stem=nn.Linear(4, 6),
@@ -195,7 +205,7 @@ def test_a_computed_weight_freezes_only_its_layer():
         delta=parameter(5, 6),
         out=nn.Linear(5, 2),
     )
-    assert proved(net, 3, 4).groups == {}
+    assert proved(net, 3, 4).groups == {"stem": 6, "weight": 5}
 
 
 def test_a_weight_that_is_read_elsewhere_as_it_stands_is_frozen():

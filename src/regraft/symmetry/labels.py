@@ -17,11 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 # ---- units: disjoint sets of labels
@@ -67,16 +65,13 @@ class Units:
         """Makes one unit of ``a`` and ``b``, element by element, after broadcasting."""
         a, b = _compact(*torch.broadcast_tensors(a, b))
         a, b = self._find(a).flatten(), self._find(b).flatten()
-        differ = a != b
-        if not differ.any():
-            return
-        pairs = torch.stack([a[differ], b[differ]]).numpy()
-        nodes, edges = np.unique(pairs, return_inverse=True)
-        left, right = edges.reshape(2, -1)
-        graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(nodes),) * 2)
-        _, part = connected_components(graph, directed=False)
-        _, first = np.unique(part, return_index=True)  # nodes are sorted: the first of a part is its smallest
-        self._root[torch.from_numpy(nodes)] = torch.from_numpy(nodes[first][part])
+        while (differ := a != b).any():
+            a, b = a[differ], b[differ]
+            high, low = torch.maximum(a, b), torch.minimum(a, b)
+            self._root[high] = (
+                low  # one of several, where a root meets several: the others are left for another round
+            )
+            a, b = self._find(high), self._find(low)
 
 
 def _compact(*tensors: Tensor) -> list[Tensor]:
@@ -154,6 +149,7 @@ class Flow:
         self.derived: list[Leaf] = []  # functions of parameters that have axes as these have
         self.frozen: dict[str, str] = {}  # operator -> why it froze what it touches, and where first
         self.operator = self.module = ""  # what is being passed through
+        self.wanted: set[Any] = set()  # which of its several results are used
 
     # -- labels of values
 
@@ -173,6 +169,11 @@ class Flow:
         if not isinstance(value.base, Leaf):
             return self.is_fixed(value.base)
         return all(n == 1 or self.is_fixed(self.axis(value.base, a)) for a, n in enumerate(value.base.shape))
+
+    def passes(self, value: Value, dim: int) -> bool:
+        """Whether every line along ``dim`` is a single unit, or fixed."""
+        roots = self.units.roots(self.labels(value))
+        return bool((roots == roots.narrow(dim, 0, 1)).all()) if roots.ndim else True
 
     def axis(self, leaf: Leaf, axis: int) -> Tensor:
         """int32 [length]: labels of one axis of a leaf."""
@@ -279,13 +280,18 @@ class Flow:
         if leaf.learned:
             self.made.append((leaf, labels))
 
+    def is_matrix(self, value: Value) -> bool:
+        """Whether it is all of a parameter of two axes or more, in order, whatever its shape."""
+        leaf = value.base
+        return isinstance(leaf, Leaf) and sum(n > 1 for n in leaf.shape) > 1 and _in_order(value)
+
     def plane(self, value: Value, dim: int) -> Tensor | None:
         """int32 [value.shape[dim]]: the labels of one dimension of a weight; None where the value is no leaf, or
         a view of one in which this dimension is not one axis."""
         if not isinstance(value.base, Leaf):
             return None
         leaf = value.base
-        if value.positions is None:
+        if value.shape == leaf.shape and _in_order(value):
             return self.axis(leaf, dim)
         if (value.positions < 0).any():
             return None
@@ -303,6 +309,15 @@ class Flow:
         if len(along[dim]) == 1:
             return self.axis(leaf, along[dim][0])[line(coordinates[along[dim][0]], dim)]
         return self.units.fresh(1) if value.shape[dim] == 1 else None
+
+
+def _in_order(value: Value) -> bool:
+    if value.positions is None:
+        return True
+    shape = value.base.shape
+    return value.positions.numel() == math.prod(shape) and torch.equal(
+        value.positions.flatten(), places((math.prod(shape),))
+    )
 
 
 def line(tensor: Tensor, dim: int) -> Tensor:

@@ -51,6 +51,11 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
     """Scalars that meet become one unit. A fixed operand that is broadcast only keeps units where they see the
     same of it: dividing by a norm moves nothing."""
     values = [x for x in operands if isinstance(x, Value)]
+    if len(values) == len(operands) and _are_weights(flow, out, values):
+        for other in values[1:]:  # a weight that is computed from weights has their axes
+            for a in range(len(out)):
+                flow.join(flow.axis(values[0].base, a), flow.axis(other.base, a))
+        return changed(flow, values[0])
     fixed = [v for v in values if flow.is_fixed(flow.base(v))]
     moving = [v for v in values if not any(v is f for f in fixed)]
     if not moving:
@@ -69,6 +74,21 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
         else:
             flow.tie(result, seen)
     return flow.new(result)
+
+
+def _are_weights(flow: Flow, out: torch.Size, values: Sequence[Value]) -> bool:
+    return all(v.positions is None and v.shape == tuple(out) and flow.is_matrix(v) for v in values)
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def _weight_norm(flow: Flow, op: Operation, v: Any, g: Any, *_: Any) -> Any:
+    """v times g / |v|, a norm for each place along some axes, those in which g is long."""
+    if not all(isinstance(x, Value) and isinstance(x.base, Leaf) and x.positions is None for x in (v, g)):
+        return NotImplemented
+    for a, length in enumerate(g.shape):
+        if length > 1:
+            flow.join(flow.axis(v.base, a), flow.axis(g.base, a))
+    return first_of(flow, op.out, changed(flow, v))
 
 
 def _broadcast(flow: Flow, value: Value, shape: torch.Size) -> Tensor:
@@ -123,7 +143,9 @@ def _extreme(flow: Flow, op: Operation, x: Any, *rest: Any) -> Any:
     if "dim" not in op.arguments:
         return reduce(flow, op.out, x, ())
     values = reduce(flow, op.out[0], x, [op.arguments["dim"]])
-    return [values, values]  # which place wins moves with the unit
+    if 1 in flow.wanted and not flow.passes(x, op.arguments["dim"]):
+        return NotImplemented  # the winner's place tells units apart
+    return [values, values]
 
 
 @rule(
@@ -186,6 +208,14 @@ def channel_units(flow: Flow, x: Value, spatial: int) -> Tensor:
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "instance_norm")
 def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
+    if flow.is_matrix(x):  # standardised weights: each row by its own mean and deviation
+        if x.shape[:2] != (1, x.base.shape[0]) or any(isinstance(t, Tensor) for t in options[:4]):
+            return NotImplemented
+        units = flow.axis(x.base, 0)
+        for tensor in options[:4]:
+            if isinstance(tensor, Value):
+                flow.join(flow.labels(tensor), units)
+        return first_of(flow, op.out, changed(flow, x))
     _join_channels(flow, x, options[:4])
     return first_of(flow, op.out, flow.new(flow.labels(x)))
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Flow, Leaf, Value, line, places
+from regraft.symmetry.labels import Flow, Leaf, Value, places
 from regraft.symmetry.pointwise import channel_units, combine
-from regraft.symmetry.rules import Operation, freeze, rule
+from regraft.symmetry.rules import Operation, each_size, freeze, rule
 from regraft.symmetry.views import view
 
 # ---- an activation with a weight
@@ -36,7 +36,9 @@ def contract(
         return freeze(flow, out, [x, weight, bias], " with such a weight")
     labels = flow.labels(x) if isinstance(x, Value) else flow.constant(x)
     if uniform(flow, labels, -1):  # it mixes places of one unit, such as tokens: the unit passes
-        freeze(flow, out, [weight, bias])
+        for tensor in (weight, bias):
+            if isinstance(tensor, Value):
+                flow.freeze(tensor)
         return Value(labels.narrow(-1, 0, 1).expand(out), tuple(out))
     flow.join(labels, inward)
     flow.produce(weight.base, outward)
@@ -151,15 +153,16 @@ def _recurrent(flow: Flow, op: Operation, x: Any, hidden: Any, weights: Any, *_:
     each = 4 if arguments["has_biases"] else 2
     if len(weights) != layers * directions * each:  # such as projections
         return freeze(flow, op.out, [x, *states, *weights])
+    states = [s if isinstance(s, Value) else flow.new(flow.constant(s)) for s in states]
     for state in states:
-        if isinstance(state, Value):
-            _join_states(flow, state)
+        labels = flow.labels(state)  # [layers, B, H]: the units of one layer are the same for all samples
+        flow.join(labels, labels[:, :1])
     ends: list[Tensor] = []
     for layer in range(layers):
         made = []
         for direction in range(directions):
             k = layer * directions + direction
-            initial = [line(flow.labels(s)[k], -1) for s in states if isinstance(s, Value)]
+            initial = [flow.labels(s)[k] for s in states]
             units = _cell(flow, GATES[op.name], x, weights[each * k : each * (k + 1)], initial)
             if units is None:
                 return freeze(flow, op.out, [x, *states, *weights])
@@ -171,10 +174,17 @@ def _recurrent(flow: Flow, op: Operation, x: Any, hidden: Any, weights: Any, *_:
     return [x, *map(flow.new, last)]
 
 
-def _join_states(flow: Flow, state: Value) -> None:
-    """[layers, B, H]: the units of one layer are the same for all samples."""
-    labels = flow.labels(state)
-    flow.join(labels, labels[:, :1])
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def _recurrent_cell(flow: Flow, op: Operation, x: Any, hidden: Any, *weights: Any) -> Any:
+    """One step of the above: x [B, I], states [B, H]."""
+    given = [w for w in weights if w is not None]
+    states = list(hidden) if isinstance(hidden, list | tuple) else [hidden]
+    states = [s if isinstance(s, Value) else flow.new(flow.constant(s)) for s in states]
+    gates = GATES[op.name.removesuffix("_cell")]
+    units = _cell(flow, gates, x, given, [flow.labels(s) for s in states])
+    if units is None:
+        return freeze(flow, op.out, [x, *states, *given])
+    return each_size(lambda size: Value(units.expand(size), tuple(size)), op.out)
 
 
 def _cell(flow: Flow, gates: int, x: Any, weights: Sequence[Any], initial: Sequence[Tensor]) -> Tensor | None:

@@ -196,6 +196,7 @@ def run(programs: Sequence[Exported], model: nn.Module) -> tuple[Flow, dict[int,
         for node in program.graph.nodes:
             if node.op == "call_function":
                 flow.module = _module(node)
+                flow.wanted = {user.args[1] for user in node.users if user.target is operator.getitem}
                 values[node] = pass_through(flow, node, values)
             elif node.op == "get_attr":
                 values[node] = getattr(program.graph_module, node.target)

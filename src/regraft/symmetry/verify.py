@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regraft.symmetry.calls import Call, Forward, Output, check_placed, double, ready
+from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, double, ready
 from regraft.symmetry.spec import PermutationSpec, Segment, apply, groups_of
 from regraft.tensors import Perm, check_finite, live_state
 from regraft_kernels import permute
@@ -93,8 +93,8 @@ class _Proof:
         with _exactly():
             copied = double(self.model)
             _perturb_(copied, self.generator)
-            with ready(copied, heads=heads), _Statistics(self.generator):
-                self.call.run(copied, heads=heads)
+            with _Statistics(self.generator):
+                _run(self.call, copied, heads)
             outputs, read = _run(self.call, copied, heads)
             names = {name for name, tensor in live_state(copied).items() if id(tensor) in read}
             return outputs, dict(copied.state_dict()), names
@@ -138,7 +138,12 @@ class _Proof:
 def _run(call: Call, model: nn.Module, heads: bool) -> tuple[list[Tensor], set[int]]:
     """The outputs that count, and the ids of all tensors that were read."""
     with ready(model, heads=heads), _Exact() as exact:
-        return call.run(model, heads=heads)[0], exact.read
+        try:
+            return call.run(model, heads=heads)[0], exact.read
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"cannot verify: {type(model).__name__} does not run in float64 ({cause(error, model)})"
+            ) from None
 
 
 def _distinguishing(spec: PermutationSpec, draws: int, generator: torch.Generator) -> list[Perm]:
