@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from regraft.clock import Clock, Cost, charged
+from regraft.nested import Family, nested_families
 from regraft.stacks import Gathers, Neighbourhood, Place, Stacks
 from regraft.symmetry import PermutationSpec
 from regraft.tensors import Perm
@@ -211,6 +212,8 @@ def descend_(descent: Descent, *, max_sweeps: int = 100, assignment: str = "auto
     sweeps, improved = 0, True
     while improved and sweeps < max_sweeps:
         improved = any([_visit_(descent, colour, clock, assignment) for colour in descent.colours])
+        for family in nested_families(stacks.spec):
+            improved |= _visit_family_(descent, family, clock, assignment)
         sweeps += 1
     return Match(dict(descent.perm), descent.objective, sweeps, clock.seconds)
 
@@ -219,7 +222,12 @@ def _place_(descent: Descent, clock: Clock, assignment: str) -> None:
     """Give the groups their first permutations, one after the other; the identity, if that is better."""
     stacks, device = descent.stacks, descent.stacks.device
     identity, rest, objective = dict(descent.perm), dict.fromkeys(stacks.target), 0.0
-    for group in stacks.groups:
+    for group, *nested in stacks.spec.families:
+        if nested:
+            _visit_family_(descent, (group, *nested), clock, assignment)
+            descent.unplaced.difference_update((group, *nested))
+        if nested or group not in descent.around:
+            continue
         _visit_(descent, (group,), clock, assignment)
         descent.unplaced.discard(group)
         with clock.phase("objective", device):
@@ -246,7 +254,8 @@ def colours(
     Visiting class after class is a sweep: within one the order does not matter, as no similarity of a class depends
     on another permutation of it.
     """
-    groups = [g for g in spec.groups if any(name in names for name, _ in spec.tensors_of(g))]
+    alone = [g for g, *nested in spec.families if not nested]
+    groups = [g for g in alone if any(name in names for name, _ in spec.tensors_of(g))]
     if generator is not None:
         groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     tensors = {g: {name for name, _ in spec.tensors_of(g)} & names for g in groups}
@@ -285,6 +294,36 @@ def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, assignment:
                 descent.solutions[group] = solution
             descent.solved[group] = _depends_on(descent, group)
             improved |= _accept_(descent, group, own[group], solution.perm.to(device))
+    return improved
+
+
+def _visit_family_(descent: Descent, family: tuple[str, ...], clock: Clock, assignment: str) -> bool:
+    """Solve groups that are nested in one another; true if the true objective rose, or they had no place yet."""
+    stacks, others = descent.stacks, descent.unplaced.difference(family)
+    held = {g: descent.around[g] for g in family if g in descent.around}
+    depends = stacks.steps, *(descent.version[other] for g in held for other in (g, *held[g].groups))
+    if descent.solved.get(family[0]) == depends:
+        return False
+    places = {g: [p for p in (*n.single, *n.coupled) if p.groups.isdisjoint(others)] for g, n in held.items()}
+    with clock.phase("similarity", stacks.device):
+        known = [g for g in held if places[g]]
+        terms = [
+            stacks.terms(places[g], 0, stacks.steps, stacks.gathers(places[g], descent.perm)) for g in known
+        ]
+        found = similarity_many(terms, backend=descent.backend) if terms else []
+    descent.solved[family[0]] = depends
+    if not found:
+        return False
+    nested = Family(stacks.spec, family, dict(zip(known, (s.cpu() for s in found), strict=True)), assignment)
+    names, improved = {place.name for g in held for place in places[g]}, False
+    for candidate in nested.candidates(descent.perm):
+        moved = descent.perm | {group: index.to(stacks.device) for group, index in candidate.items()}
+        with clock.phase("objective", stacks.device):
+            before, after = (stacks.objective(sorted(names), perm) for perm in (descent.perm, moved))
+        if after - before > RELATIVE_GAIN[found[0].dtype] * max(abs(before), abs(after)):
+            for group in family:
+                descent.version[group] += not torch.equal(descent.perm[group], moved[group])
+            descent.perm, descent.objective, improved = moved, descent.objective + after - before, True
     return improved
 
 

@@ -13,6 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from regraft.nested import Family, nested_families
 from regraft.symmetry import PermutationSpec
 from regraft.tensors import Perm, Tensors
 
@@ -84,7 +85,20 @@ def place(spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Ten
         dict(identity),
         [g for g in spec.groups if any(n in target[0] for n, _ in spec.tensors_of(g))],
     )
-    for group in list(unplaced):
+    for group, *nested in spec.families:
+        if nested:
+            family = (group, *nested)
+            unplaced = [g for g in unplaced if g not in family]
+            scores = {g: similarity(spec, g, target, source, perm, unplaced) for g in family}
+            held = {name for g in unplaced for name, _ in spec.tensors_of(g)}
+            known = [
+                [{n: t for n, t in step.items() if n not in held} for step in side]
+                for side in (target, source)
+            ]
+            for moved in Family(spec, family, scores, "scipy").candidates(perm):
+                perm = max(perm, perm | moved, key=lambda found, known=known: objective(spec, *known, found))
+        if nested or group not in unplaced:
+            continue
         s = similarity(spec, group, target, source, perm, unplaced)
         _, columns = linear_sum_assignment(s.numpy(), maximize=True)
         candidate = torch.from_numpy(columns)
@@ -126,6 +140,13 @@ def match(
             value = objective(spec, target, source, candidate)
             if value > best + 1e-9 * abs(best):
                 perm, best = candidate, value
+        for family in nested_families(spec):
+            scores = {group: similarity(spec, group, target, source, perm) for group in family}
+            for moved in Family(spec, family, scores, "scipy").candidates(perm):
+                candidate = perm | moved
+                value = objective(spec, target, source, candidate)
+                if value > best + 1e-9 * abs(best):
+                    perm, best = candidate, value
         objectives.append(best)
         if best == objectives[-2]:
             break

@@ -38,6 +38,12 @@ SCENARIOS = (
     Scenario("compiled", compiled.methods(), None, seeds=1),
     Scenario("gpu", gpu.methods(), None, seeds=1),
     Scenario("reliability", reliability.methods(), reliability.Campaign(), seeds=1),
-    Scenario("symmetry-torchvision", proofs.methods(), proofs.Proof(), seeds=1),
+    Scenario("symmetry-torchvision", proofs.methods("torchvision"), proofs.Proof(), seeds=1),
+    Scenario(
+        "symmetry-models",
+        proofs.methods("timm", "transformers", "diffusers", "torch"),
+        proofs.Proof(),
+        seeds=1,
+    ),
 )
 QUICK = ("kernels", "assignment")
