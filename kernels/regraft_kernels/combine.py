@@ -68,7 +68,7 @@ def _combine_torch(sources: Sequence[Tensors], table: Sequence[Sequence[float]],
     """Block by block, so that each source is read from memory once for all K results."""
     for name, first in sources[0].items():
         tensors, results = [source[name] for source in sources], out[name]
-        if first.numel() <= SMALL:
+        if first.numel() <= SMALL or (len(table) == 1 and _one_pass(table[0])):
             _weighted_sums(tensors, table, results)
             continue
         flat, results = [tensor.reshape(-1) for tensor in tensors], results.view(len(table), -1)
@@ -89,24 +89,30 @@ def _weighted_sums(parts: Sequence[Tensor], table: Sequence[Sequence[float]], ou
 
 
 def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float], out: Tensor) -> Tensor:
-    done = 1
-    if len(parts) > 1 and coefficients[0] != 0 and out.ndim == 1 and out.numel() > SMALL:
-        # a x + b y in one pass over memory, where mul and add_ take two; but a = 0 would hide a NaN in x.
+    """In as few passes over memory as torch has operations for."""
+    done = 2
+    if len(parts) > 1 and coefficients[0] == 1:
+        torch.add(parts[0], parts[1], alpha=coefficients[1], out=out)
+    elif len(parts) > 1 and _one_pass(coefficients[:2]):
+        torch.lerp(parts[0], parts[1], coefficients[1], out=out)
+    elif len(parts) > 1 and coefficients[0] != 0 and out.ndim == 1 and out.numel() > SMALL:
+        # a x + b y in one pass, where mul and add_ take two; but a = 0 would hide a NaN in x.
         one = parts[1].new_ones(1)
-        torch.addr(
-            parts[0].unsqueeze(0),
-            one,
-            parts[1],
-            beta=coefficients[0],
-            alpha=coefficients[1],
-            out=out.unsqueeze(0),
-        )
-        done = 2
+        first, rest = parts[0].unsqueeze(0), coefficients[:2]
+        torch.addr(first, one, parts[1], beta=rest[0], alpha=rest[1], out=out.unsqueeze(0))
     else:
+        done = 1
         torch.mul(parts[0], coefficients[0], out=out)
     for coefficient, part in zip(coefficients[done:], parts[done:], strict=True):
         out.add_(part, alpha=coefficient)
     return out
+
+
+def _one_pass(row: Sequence[float]) -> bool:
+    """Whether a x + b y is x + b y, or lies between x and y, which is what torch.lerp computes."""
+    return len(row) == 2 and (
+        row[0] == 1 or (0 <= row[1] <= 1 and (row[0] == 1 - row[1] or row[1] == 1 - row[0]))
+    )
 
 
 @triton.jit(do_not_specialize=RUN_TIME, launch_metadata=launch_bytes)

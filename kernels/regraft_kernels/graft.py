@@ -110,21 +110,40 @@ def _graft_one(
     columns: Tensor | None,
     scratch: tuple[Scratch, Scratch],
 ) -> None:
-    """Fill `out` [K, rows, columns, tail] for one tensor of one target, a block of rows at a time."""
+    """Fill `out` [K, rows, columns, tail] for one tensor of one target: subtract, gather once, add."""
     wide = torch.promote_types(base.dtype, torch.float32)
-    first, second = scratch
+    if not scales:
+        return
+    if base.numel() <= SMALL and wide == base.dtype:
+        moved = torch.sub(end, start)
+        moved = moved if rows is None else moved.index_select(0, rows)
+        moved = moved if columns is None else moved.index_select(1, columns)
+        for number, scale in enumerate(scales):
+            torch.add(base, moved, alpha=scale, out=out[number])
+        return
+    whole, part = scratch
+    change = whole.like(end, wide)
+    for block in row_blocks(end):
+        later, earlier = end[block].to(wide), start[block].to(wide)
+        if columns is None:
+            torch.sub(later, earlier, out=change[block])
+        else:
+            torch.sub(later, earlier, out=part.like(later, wide))
+            torch.index_select(part.like(later, wide), 1, columns, out=change[block])
     for block in row_blocks(base):
-        later, earlier = first.rows(end, rows, block), second.rows(start, rows, block)
-        moved = torch.sub(later.to(wide), earlier.to(wide), out=first.like(later, wide))
-        if columns is not None:
-            moved = torch.index_select(moved, 1, columns, out=second.like(later, wide))
-        here = base[block].to(wide)
+        here, moved = base[block].to(wide), change[block]
+        if rows is not None:  # the last result is room enough for what is gathered
+            room = out[-1, block] if wide == base.dtype else part.like(moved, wide)
+            moved = torch.index_select(change, 0, rows[block], out=room)
         for number, scale in enumerate(scales):
             if wide == base.dtype:
                 torch.add(here, moved, alpha=scale, out=out[number, block])
             else:
                 out[number, block] = torch.add(here, moved, alpha=scale)
 
+
+SMALL = 1 << 16
+"""Up to so many elements, the number of calls costs more than the passes over memory."""
 
 LIVE = 4
 """Values of each element that the kernel has in registers at a time."""

@@ -42,8 +42,12 @@ from regraft_kernels.packing import Packing, Tensors, allocate
 from regraft_kernels.tables import Kind
 from regraft_kernels.tiles import FAMILIES
 
-BLOCK_BYTES = 512 << 10
+BLOCK_BYTES = 1 << 20
 """The torch path moves a block of rows of this size at a time: what it gathers first is still in the cache."""
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+SELECTABLE = (*FLOATS, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
+"""The dtypes that torch gathers; others are moved as integers of their size."""
 
 
 def permute_reference(
@@ -86,13 +90,6 @@ class Scratch:
             self._views[key] = self._held[dtype][:size].view(block.shape)
         return self._views[key]
 
-    def rows(self, source: Tensor, rows: Tensor | None, block: slice) -> Tensor:
-        """A block of the rows of `source` that `rows` gathers: in here, or in place where nothing is gathered."""
-        here = source[block]
-        if rows is None:
-            return here
-        return torch.index_select(source, 0, rows[block], out=self.like(here, source.dtype))
-
 
 def _permute_torch(
     tensors: Tensors,
@@ -108,13 +105,17 @@ def _permute_torch(
         segment = packing.segments[name]
         if not segment.size:
             continue
+        result = out[name]
+        if tensor.dtype not in SELECTABLE:
+            kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+            tensor, result = tensor.view(kind), result.view(kind)
         rows, columns = vectors.of(segment.row_factors), vectors.of(segment.column_factors)
         shape = (segment.rows, segment.columns, segment.tail)
         if tensor.ndim == len(segment.shape):
-            _gather_one(tensor.reshape(shape), out[name].view(shape), rows, columns, scratch)
+            _gather_one(tensor.reshape(shape), result.view(shape), rows, columns, scratch)
             continue
-        for source, result in zip(tensor.reshape(-1, *shape), out[name].view(-1, *shape), strict=True):
-            _gather_one(source, result, rows, columns, scratch)
+        for source, moved in zip(tensor.reshape(-1, *shape), result.view(-1, *shape), strict=True):
+            _gather_one(source, moved, rows, columns, scratch)
 
 
 def _gather_one(
@@ -125,9 +126,13 @@ def _gather_one(
         out.copy_(source)
     elif columns is None:
         torch.index_select(source, 0, rows, out=out)
+    elif rows is None:
+        torch.index_select(source, 1, columns, out=out)
     else:
         for block in row_blocks(source):
-            torch.index_select(scratch.rows(source, rows, block), 1, columns, out=out[block])
+            room = scratch.like(source[block], source.dtype)
+            torch.index_select(source, 0, rows[block], out=room)
+            torch.index_select(room, 1, columns, out=out[block])
 
 
 LIVE = 1
