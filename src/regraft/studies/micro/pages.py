@@ -136,6 +136,11 @@ def of_compiled(rows: Rows) -> Iterator[Sheet]:
         yield Sheet(sheet.title, sheet.heading, sheet.lines, (MODEL, *told, *sheet.notes))
 
 
+RELIABILITY = tuple(
+    Column(name, value(name, "{:.0f}")) for name in ("tried", "clear", "silent", "raw", "hang")
+)
+
+
 ON_KERNELS = ("kernels", "kernels-more", "kernels-resnet18", "kernels-resnet18-new-pages")
 ASSIGNMENTS = (
     "assignment",
@@ -152,5 +157,11 @@ TABLES = (
     Table("library", "Grids, and the recorder", ("grids", "recorder"), by_method(SUMMARY)),
     Table("compiled", "The kernels, compiled ahead of time", ("compiled",), of_compiled),
     Table("gpu", "Kernels on a GPU", ("gpu",), by_method(GPU)),
+    Table(
+        "reliability",
+        "Nothing lost, nothing silently wrong: what came of what must be refused",
+        ("reliability",),
+        by_method(RELIABILITY),
+    ),
     Table("symmetry", "torchvision's classification models", ("symmetry-torchvision",), of_models),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regraft.studies.micro import assignment, compiled, gpu, library, matching, proofs
+from regraft.studies.micro import assignment, compiled, gpu, library, matching, proofs, reliability
 from regraft.studies.micro.contests import Contest, Timed, of_case, timed_methods
 from regraft.studies.study import Scenario
 from regraft_kernels.cases import kernels
@@ -37,6 +37,7 @@ SCENARIOS = (
     timed("recorder", library.RECORDER),
     Scenario("compiled", compiled.methods(), None, seeds=1),
     Scenario("gpu", gpu.methods(), None, seeds=1),
+    Scenario("reliability", reliability.methods(), reliability.Campaign(), seeds=1),
     Scenario("symmetry-torchvision", proofs.methods(), proofs.Proof(), seeds=1),
 )
 QUICK = ("kernels", "assignment")
