@@ -226,9 +226,19 @@ SCHEDULES = tuple(
 SENSITIVITY = (*sweeps.sensitivity("mlp2", digits2), *sweeps.sensitivity("conv", digits_conv_half))
 FAILURES = (*sweeps.failures("mlp2", digits2), *sweeps.far_apart("pretrained2", digits_pretrained2))
 INHERITED = (
-    sweeps.inherited("digits", digits_pretrained2, per_class=7),
     sweeps.inherited(
-        "mnist", replace(mnist_pretrained, task=Task("mnist", DIGITS_HIGH, per_class=100)), per_class=500
+        "digits",
+        replace(digits_pretrained2, task=Task("digits", DIGITS_HIGH, per_class=30)),
+        per_class=7,
+    ),
+    sweeps.inherited(
+        "mnist",
+        replace(
+            mnist_pretrained,
+            task=Task("mnist", DIGITS_HIGH, per_class=100),
+            recipe=replace(MNIST_RECIPE, epochs=50),
+        ),
+        per_class=500,
     ),
 )
 ASSUMPTION = sweeps.assumption(
