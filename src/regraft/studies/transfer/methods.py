@@ -83,7 +83,6 @@ def measured(setting: TransferSetting, found: Transfer, before: Mapping[str, Cos
 
     before: what else the method took, by phase.
     """
-    peak = peak_memory(setting.device)
     trace_cost = setting.traced[1]
     values = {
         "validation": found.best_accuracy,
@@ -91,7 +90,6 @@ def measured(setting: TransferSetting, found: Transfer, before: Mapping[str, Cos
         "gradients": found.gradients,
         "gradient work [FLOP]": found.gradients * setting.gradient_flop,
         "objective": found.objectives[-1] if found.objectives else None,
-        "peak_memory [bytes]": peak,
         "trace [CPU s]": trace_cost.cpu,
         "trace [wall s]": trace_cost.wall,
     }
@@ -119,6 +117,7 @@ def judged(
     values = {
         "delta_ratio": delta_ratio(setting.model, setting.source_start, setting.source.tensors),
         "source": setting.source.history[-1].test_accuracy,
+        "peak_memory [bytes]": peak_memory(setting.device),
         **values,
     }
     series = dict(series or {})
