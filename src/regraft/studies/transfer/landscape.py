@@ -11,6 +11,7 @@ from itertools import islice
 
 from regraft.clock import Clock
 from regraft.evaluation import batch_norms, interpolate, plane
+from regraft.learning_transfer import Transfer
 from regraft.matching import match
 from regraft.studies.study import Measured, Method, Series
 from regraft.studies.transfer.setting import TransferSetting
@@ -50,29 +51,27 @@ def _statistics(setting: TransferSetting) -> list | None:
     return list(islice(setting.stream(), wanted)) if batch_norms(setting.model) else None
 
 
-def _transferred(setting: TransferSetting, method: str) -> Tensors:
+def _whole_path(setting: TransferSetting, method: str) -> Transfer:
+    """theta_2^T and its permutation, whichever step is the best."""
     end = setting.plain.tensors if method == "oracle" else None
-    return setting.transfer(method, target_end=end).params
+    return setting.transfer(method, target_end=end, evaluate=False)
 
 
 def _tuned(setting: TransferSetting, method: str) -> Tensors:
-    """Transferred, and trained on as the scenario says."""
-    after = setting.learn(
-        f"after {method}", _transferred(setting, method), setting.settings.subsequent, "subsequent"
-    )
-    return after.tensors
+    """Transferred up to the best step, and trained on as the scenario says."""
+    best = setting.transfer(method).params
+    return setting.learn(f"after {method}", best, setting.settings.subsequent, "subsequent").tensors
 
 
 def source_and(method: str, setting: TransferSetting) -> Ends:
     """pi theta_1^T, and theta_2 transferred by the same pi (first version, figure 6a)."""
-    end = setting.plain.tensors if method == "oracle" else None
-    found = setting.transfer(method, target_end=end)
+    found = _whole_path(setting, method)
     return apply(setting.traced[0], found.perm, setting.source.tensors), found.params
 
 
 def target_and(method: str, setting: TransferSetting) -> Ends:
     """The trained target, and the transferred one (figure 6b)."""
-    return setting.plain.tensors, _transferred(setting, method)
+    return setting.plain.tensors, _whole_path(setting, method).params
 
 
 def target_and_tuned(method: str, setting: TransferSetting) -> Ends:
@@ -117,7 +116,7 @@ LINES = (
 
 def around_the_target(setting: TransferSetting) -> Measured:
     """The plane through the trained target, the oracle's and FGMT's network (first version, figure 6c)."""
-    corners = setting.plain.tensors, _transferred(setting, "oracle"), _transferred(setting, "fgmt")
+    corners = setting.plain.tensors, *(_whole_path(setting, name).params for name in ("oracle", "fgmt"))
     clock = Clock()
     with clock.phase("evaluation", setting.device):
         found = plane(setting.model, *corners, setting.tests(), 9, statistics=_statistics(setting))
