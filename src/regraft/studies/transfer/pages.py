@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from regraft.studies.rows import Row
 from regraft.studies.study import Scenario
@@ -150,9 +151,9 @@ def compared(question: str, methods: Sequence[str], *, depth: int = 2) -> Callab
                 lines.append((variant, _ratio(own), *cells))
             notes = [f"{n}: {text}" for n, own in variants.items() for text in _questions(own)]
             everything = [row for own in variants.values() for row in own]
-            heading = ("", DELTA.heading, *(f"{name}" for name in shown))
+            heading = ("", DELTA.heading, *shown)
             yield Sheet(
-                f"{question} {base}".strip(), heading, tuple(lines), (*notes, *provenance(everything))
+                f"{question}-{base}".rstrip("-"), heading, tuple(lines), (*notes, *provenance(everything))
             )
 
     return sheets
@@ -198,8 +199,6 @@ def inherited(rows: Rows) -> Iterator[Sheet]:
 
 
 def _beyond_the_source(rows: Rows) -> list[str]:
-    from dataclasses import replace
-
     own = [r for r in rows if r.method in ("fgmt", "gmt", "plain")]
     as_methods = [
         replace(r, method="source", values={"accuracy": r.values["source"]})

@@ -105,8 +105,10 @@ def end_sinkhorn(setting: TransferSetting, spec: PermutationSpec) -> Perm:
     """OT fusion (Singh and Jaggi, 2020), hardened: layer after layer, the finished source's incoming weights to those
     of the target's start by an entropic plan, of which the assignment is taken.
     """
-    import ot
-
+    try:
+        import ot
+    except ModuleNotFoundError:
+        raise ValueError("end-sinkhorn wants optimal transport: pip install 'regraft[peers]'") from None
     perm = spec.identity()
     for group, size in spec.groups.items():
         moved = apply(spec, perm, setting.path.end)

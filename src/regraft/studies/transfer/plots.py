@@ -151,7 +151,10 @@ FIGURES = (
         "subsequent",
         "The training that follows, and plain training",
         _names(scenarios.MAIN),
-        _panels(scenarios.MAIN, "subsequent", "epoch", "test accuracy"),
+        tuple(
+            Panel(name, "epoch", "test accuracy", curves("subsequent", scenario=name, first=1), x_log=True)
+            for name in _names(scenarios.MAIN)
+        ),
     ),
     Figure(
         "settling",
