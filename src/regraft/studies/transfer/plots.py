@@ -172,7 +172,7 @@ FIGURES = (
                     f"{method}, digits, {base}", RATIO, SHARE, regime(base, method), x_log=True, markers=True
                 )
                 for base in NETWORKS
-                for method in ("fgmt", "oracle")
+                for method in ("naive", "fgmt", "oracle")
             ),
             *(
                 Panel(
