@@ -156,6 +156,22 @@ def test_scaling_a_network_with_batch_statistics_changes_nothing(pair):
     assert grid[0][1] == pytest.approx(grid[0][2], abs=0.051)
 
 
+def test_ties_keeps_the_largest_values_and_the_elected_sign():
+    first = {"w": torch.tensor([4.0, -3.0, 0.1, 2.0]), "statistic": torch.tensor([9.0])}
+    second = {"w": torch.tensor([2.0, 1.0, 0.2, -5.0]), "statistic": torch.tensor([1.0])}
+    kept = [two_tasks.trimmed(g, ["w"], 0.75) for g in (first, second)]
+    assert kept[0]["w"].tolist() == [4.0, -3.0, 0.0, 2.0] and kept[1]["w"].tolist() == [2.0, 1.0, 0.0, -5.0]
+    found = two_tasks.ties_merged(kept)
+    assert found["w"].tolist() == [3.0, -3.0, 0.0, -5.0]
+    assert found["statistic"].tolist() == [5.0]
+
+
+def test_the_middle_of_the_line_is_the_average(pair):
+    line, average = pair["line"].series["accuracy_a"], pair["average"].series["accuracy_a"]
+    assert line.values[line.at[0].index(0.5)] == average.values[0]
+    assert pair["Fisher merging"].cost["fisher"].cpu > 0
+
+
 def test_what_is_missing_is_replaced_and_said_so(onto):
     assert onto["sum"].series["accuracy"].at[1] == ("low digits",)
     assert onto["sum"].notes["stands in for"] == {"low digits": "missing"}
