@@ -9,6 +9,7 @@ from functools import partial
 from itertools import chain
 
 from regraft.studies.figures import Cells, Figure, Heatmap, Line, Panel
+from regraft.studies.fusion.claims import claims
 from regraft.studies.fusion.paper import Published, published
 from regraft.studies.fusion.scenarios import DIGITS, FIGURE_SCENARIOS, FIGURES, RECIPES
 from regraft.studies.fusion.setting import A, B
@@ -319,6 +320,7 @@ TABLES = (
         (DIGITS.name,),
         by_method((*COMMON, *BOTH_TASKS[:2], *CHOSEN)),
     ),
+    Table("claims", "What the paper says", tuple(f"table-{number}" for number in published()), claims),
     Table("recipes", "Which recipe", tuple(s.name for s in RECIPES), recipes),
     *(
         Table(f"table-{number}", f"Table {number}: {paper.title}", _scenarios(number), side_by_side)
