@@ -71,7 +71,7 @@ CNN = Regime(
 )
 
 RESIDUAL = Regime(
-    small=Recipe(epochs=40, lr=1e-3, batch_size=40, optimizer="adam", schedule="constant"),
+    small=Recipe(epochs=40, lr=2e-3, batch_size=40, optimizer="adam", schedule="constant"),
     medium=Recipe(epochs=40, lr=3e-4, batch_size=20, optimizer="adam"),
     large=Recipe(epochs=8, lr=3e-4, batch_size=64, optimizer="adam"),
     width=0.25,
