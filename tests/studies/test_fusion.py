@@ -299,3 +299,21 @@ def test_retained_accuracy_is_drawn_over_how_far_training_moved():
     figure = next(figure for figure in STUDY.figures if figure.name == "recipes")
     ((_, lines),) = figure.drawn(rows)
     assert [(line.x, line.y) for line in lines] == [((0.1, 0.5), (0.9, 0.4)), ((0.2, 1.0), (0.45, 0.2))]
+
+
+def test_a_claim_is_judged_by_its_margin_and_stands_beside_its_control():
+    rows = [
+        row("table-6", values={"accuracy": 0.4}),
+        row("table-6", "ensemble", {"accuracy": 0.5}),
+        row("table-5", "A then B", {"accuracy": 0.2, "accuracy_a": 0.12, "accuracy_b": 0.8}),
+    ]
+    table = next(table for table in STUDY.tables if table.name == "claims")
+
+    def line(rows: list[Row], where: str) -> tuple[str, ...]:
+        return next(line for line in table.made(rows)[0].lines if line[1] == where)
+
+    found = line(rows, "5.2, table 6")
+    assert found[3:] == ("40.0 against 20.0", "both networks' logits: 50.0", "holds")
+    assert line(rows, "5.2, table 5")[-1] == "holds"
+    assert line([row("table-6", values={"accuracy": 0.21}), *rows[1:]], "5.2, table 6")[-1] == "holds not"
+    assert line(rows, "3.2, table 1")[-1] == "not measured"
