@@ -27,6 +27,7 @@ from regraft.studies.tables import (
     mean,
     provenance,
     seconds,
+    seeds,
 )
 
 Grid = tuple[tuple[float, ...], ...]
@@ -273,6 +274,9 @@ def recipes(rows: Rows) -> Iterator[Sheet]:
         Column("retained, task B [%]", percent(B)),
         Column("own accuracy, A [%]", percent("own_a")),
         Column("own accuracy, B [%]", percent("own_b")),
+        Column("theta_B on A [%]", percent("other_a")),
+        Column("theta_A on B [%]", percent("other_b")),
+        Column("seeds", seeds),
         Column("|g| / |theta_0|", _number("delta_ratio", "{:.3f}")),
     )
     lines = [

@@ -304,6 +304,7 @@ def diagonal(setting: FusionSetting) -> Measured:
     ratios = [_norm(setting.model, moved) / _norm(setting.model, start) for moved in g]
     values = both_tasks(float(on_a[2]), float(on_b[2]))
     values |= {"own_a": float(on_a[0]), "own_b": float(on_b[1])}
+    values |= {"other_a": float(on_a[1]), "other_b": float(on_b[0])}  # of the network that never saw the task
     values |= {"delta_ratio_a": ratios[0], "delta_ratio_b": ratios[1], "delta_ratio": fmean(ratios)}
     costs = [setting.trained(task, settings.scale).cost for task in setting.tasks]
     return Measured(values, {}, {TRAIN: sum(costs[1:], costs[0]), **clock.seconds})
