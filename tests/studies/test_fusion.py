@@ -267,7 +267,7 @@ def shifted(number: str, points: float) -> Row:
 def test_the_overview_counts_cells():
     (sheet,) = overview([shifted("6", 5.0), shifted("A1", 11.0)])
     assert [line[0] for line in sheet.lines] == ["6", "A1", "all"]
-    assert sheet.lines[0][2:] == ("100", "5.0", "5.0", "0%", "1.00")
+    assert sheet.lines[0][2:] == ("100", "5.0", "5.0", "0%", "1.00", "–")
     assert sheet.lines[1][5] == "100%"
     assert sheet.lines[2][2:6] == ("200", "8.0", "11.0", "50%")
 

@@ -127,15 +127,25 @@ def overview(rows: Rows) -> Iterator[Sheet]:
         own = [entry for entry in found if entry[0].endswith("-paper") == wanted]
         if not own:
             continue
-        lines = [(paper.table, paper.what, *_numbers([(grid, paper.values)])) for _, paper, grid in own]
+        lines = [
+            (paper.table, paper.what, *_numbers([(grid, paper.values)]), _recipe(rows, scenario))
+            for scenario, paper, grid in own
+        ]
         lines.append(
-            ("all", f"{len(own)} tables", *_numbers([(grid, paper.values) for _, paper, grid in own]))
+            ("all", f"{len(own)} tables", *_numbers([(grid, paper.values) for _, paper, grid in own]), "")
         )
         heading = (
             "table", "what", "cells", "median difference [points]", "largest [points]",
-            "share off by more than 10 points", "rank correlation",
+            "share off by more than 10 points", "rank correlation", "recipe",
         )  # fmt: skip
         yield Sheet(size, heading, tuple(lines))
+
+
+def _recipe(rows: Rows, scenario: str) -> str:
+    """Optimiser, highest rate and epochs of the table's networks; what its rows say, not what would be run today."""
+    settings = next(row.config.get("settings", {}) for row in rows if row.scenario == scenario)
+    recipe = settings.get("regime", {}).get(settings.get("scale", "large"))
+    return "–" if recipe is None else f"{recipe['optimizer']} {recipe['lr']:g}, {recipe['epochs']} epochs"
 
 
 def _numbers(pairs: Sequence[tuple[Grid, Grid]]) -> tuple[str, ...]:
