@@ -287,7 +287,7 @@ def recipes(rows: Rows) -> Iterator[Sheet]:
         Column("theta_B on A [%]", percent("other_a")),
         Column("theta_A on B [%]", percent("other_b")),
         Column("seeds", seeds),
-        Column("|g| / |theta_0|", _number("delta_ratio", "{:.3f}")),
+        Column("‖g‖ / ‖theta_0‖", _number("delta_ratio", "{:.3f}")),
     )
     lines = [
         (scenario.removeprefix("recipe-"), *(c.cell(groups(own)["diagonal"]) for c in columns))
@@ -433,7 +433,7 @@ FIGURE_PAGES = (
         "recipes",
         "What theta_A + theta_B retains",
         tuple(s.name for s in RECIPES),
-        (Panel("", "|g| / |theta_0|", "accuracy", _retained, x_log=True, markers=True),),
+        (Panel("", "‖g‖ / ‖theta_0‖", "accuracy", _retained, x_log=True, markers=True),),
     ),
     *(_heatmaps(paper) for paper in published().values() if paper.column_name == "alpha"),
 )
