@@ -24,6 +24,7 @@ def bench(
     cache: Path | None = None,
     resume: bool = False,
     keep_older: bool = False,
+    deterministic: bool = False,
     rounds: int = 1,
 ) -> int:
     """Measure every method beside plain training, and the kernels beside what one would write by hand.
@@ -39,6 +40,7 @@ def bench(
         cache: folder in which trainings are kept, so that an interrupted one goes on.
         resume: measure only what has no row of the same settings and the same code.
         keep_older: the same, and take rows of any code.
+        deterministic: only algorithms that give the same bits in every run.
         rounds: time cheap methods so often, so that `regraft compare` can tell a slow-down from chance.
     """
     from rich.console import Console
@@ -49,6 +51,8 @@ def bench(
     from regraft.studies.study import Place
 
     console = Console()
+    if deterministic:
+        front.deterministic()
     place = Place(data, device=device) if cache is None else Place(data, cache, device)
     asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older, "rounds": rounds}
     rows: dict[str, list] = {}
@@ -80,6 +84,7 @@ def reproduce(
     results: Path = Path("results/local"),
     cache: Path = Path(".cache/regraft"),
     keep_older: bool = False,
+    deterministic: bool = False,
 ) -> int:
     """Run a paper's tables and figures again, ours beside the paper's; what has its rows already is not run again.
 
@@ -94,11 +99,14 @@ def reproduce(
         results: folder for rows, tables and figures.
         cache: folder in which trainings are kept, so that an interrupted one goes on.
         keep_older: take rows of any code, not of this one alone.
+        deterministic: only algorithms that give the same bits in every run.
     """
-    from regraft.front import reproduced
+    from regraft import front
     from regraft.studies.study import Place
 
-    return reproduced(
+    if deterministic:
+        front.deterministic()
+    return front.reproduced(
         study,
         table,
         figure,

@@ -22,6 +22,20 @@ from regraft.studies.study import Place, Scenario, Study
 Chosen = tuple[Study, Scenario]
 
 
+def deterministic() -> None:
+    """Let this process take only algorithms that give the same bits in every run; rows say so.
+
+    The number of threads still matters, on a CPU, and is in the row too.
+    """
+    import os
+
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def choose(
     studies: Sequence[str] = (), scenarios: Sequence[str] = (), methods: Sequence[str] = ()
 ) -> list[Chosen]:

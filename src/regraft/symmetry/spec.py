@@ -37,12 +37,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
+from msgspec import Meta, Struct
 from torch import Tensor, nn
 
-from regraft.files import write_text
+from regraft.files import parse_json, read_json, write_text
 from regraft.tensors import Perm, Tensors
 from regraft_kernels import Packing, permute
 
@@ -67,6 +68,16 @@ class Segment(NamedTuple):
 
 
 Axis = tuple[Segment, ...]
+
+Units = Annotated[int, Meta(ge=0, le=1 << 24)]
+"""A number of units: far beyond any layer, and still one that fits in memory."""
+
+
+class _Written(Struct, forbid_unknown_fields=True):
+    """The JSON form; an axis is a length, a group, or segments."""
+
+    groups: dict[str, Units]
+    axes: dict[str, list[int | str | list[Segment]]]
 
 
 @dataclass(frozen=True)
@@ -118,18 +129,8 @@ class PermutationSpec:
     @classmethod
     def from_json(cls, text: str) -> PermutationSpec:
         """Reads what :meth:`to_json` or a person wrote. Raises ValueError saying what is wrong, and where."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not a permutation specification: the JSON is broken ({error})") from error
-        if not isinstance(data, dict) or not all(
-            isinstance(data.get(key), dict) for key in ("groups", "axes")
-        ):
-            raise ValueError('not a permutation specification: expected an object with "groups" and "axes"')
-        for name, row in data["axes"].items():
-            if not isinstance(row, list):
-                raise ValueError(f"tensor {name!r}: expected a list with one entry per axis, found {row!r}")
-        return cls.build(data["groups"], data["axes"])
+        data = parse_json(text, _Written, "not a permutation specification")
+        return cls.build(data.groups, data.axes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON; a kill at any moment leaves the earlier file."""
@@ -137,10 +138,11 @@ class PermutationSpec:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
-        """Reads :meth:`save`'s file. Raises FileNotFoundError, or ValueError naming the path."""
+        """Reads :meth:`save`'s file. Raises OSError or ValueError naming the path."""
+        data = read_json(Path(path), _Written, "a permutation specification")
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, TypeError) as error:
+            return cls.build(data.groups, data.axes)
+        except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     # ---- permutations of this specification
@@ -297,6 +299,7 @@ class PermutationSpec:
 # ---- permutations
 
 
+@torch.no_grad()
 def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> Tensors:
     """pi(theta): every tensor gathered along the axes that the specification ties to a group.
 
