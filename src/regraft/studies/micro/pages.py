@@ -159,7 +159,7 @@ TABLES = (
     Table(
         "matching", "Matching", ("matching-mlp", "matching-resnet18", "matching-fgmt"), by_method(MATCHING)
     ),
-    Table("library", "Grids, and the recorder", ("grids", "recorder"), by_method(SUMMARY)),
+    Table("library", "Grids, and the recorder", ("grids", "grids-residual", "recorder"), by_method(SUMMARY)),
     Table("compiled", "The kernels, compiled ahead of time", ("compiled",), of_compiled),
     Table("gpu", "Kernels on a GPU", ("gpu",), by_method(GPU)),
     Table(
