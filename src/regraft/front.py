@@ -13,7 +13,8 @@ from rich.console import Console
 from regraft.data import MissingData
 from regraft.files import write_text
 from regraft.studies import STUDIES, compare, history, nearest, study
-from regraft.studies.render import ROWS, Figure, Table, page, report, stored, summary
+from regraft.studies.page import page
+from regraft.studies.render import ROWS, Figure, Table, report, stored, summary
 from regraft.studies.rows import Row, read
 from regraft.studies.run import run
 from regraft.studies.study import Place, Scenario, Study

@@ -42,6 +42,7 @@ def fuse(
     return fused if finish is None else finish(fused, row)
 
 
+@torch.no_grad()
 def fuse_many(models: Sequence[Tensors], coefficients: Tensor | Sequence[Sequence[float]]) -> Tensors:
     """K sums at once: coefficients [K, m] -> tensors [K, *shape]; sums may overflow.
 

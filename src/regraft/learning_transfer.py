@@ -139,6 +139,7 @@ class Work:
     objectives: list[float] = field(default_factory=list)
     _last: tuple[int, Perm, Tensors] | None = None
 
+    @torch.no_grad()
     def graft(self, perm: Perm, t: int) -> Tensors:
         """theta_2^t = theta_2^0 + pi (theta_1^t - theta_1^0). The last one is kept, for FGMT's next gradient."""
         problem = self.problem

@@ -299,6 +299,7 @@ class PermutationSpec:
 # ---- permutations
 
 
+@torch.no_grad()
 def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> Tensors:
     """pi(theta): every tensor gathered along the axes that the specification ties to a group.
 

@@ -28,6 +28,7 @@ SCENARIOS = (
         timed(f"assignment-{n}", *(assignment.contest(kind, n) for kind in assignment.KINDS))
         for n in assignment.SIZES
     ),
+    timed("assignment-small", *assignment.SMALL, how=Timed(budget=1.0)),
     timed("assignment-many", assignment.MANY, how=Timed(rounds=5, clock="wall")),
     timed("matching-mlp", matching.mlp_contest(2048), how=Timed(rounds=3, budget=20.0)),
     timed("matching-resnet18", matching.RESNET18, how=Timed(rounds=3, budget=20.0)),
