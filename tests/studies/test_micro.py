@@ -154,7 +154,7 @@ def test_models_are_proved_in_processes_of_their_own(place, tmp_path):
     assert set(row.cost) == {"trace", "verify", "check"}
     late = replace(one, settings=replace(one.settings, limit=0.01))
     (row,) = run(STUDY, [late], place=place, rows=tmp_path / "rows.jsonl")
-    assert row.failure.startswith("TimeoutError: squeezenet1_1")
+    assert row.failure.startswith("TimeoutError: torchvision/squeezenet1_1")
 
 
 # ---------------------------------------------------------------- the study

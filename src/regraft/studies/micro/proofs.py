@@ -59,7 +59,7 @@ def _measure(name: str, setting: Setting) -> Measured:
         raise TimeoutError(f"{name} was not proved within {proof.limit:g} seconds") from None
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}")
-    found = json.loads(done.stdout.rpartition("\n")[2])
+    found = json.loads(done.stdout.strip().rpartition("\n")[2])
     cost = {phase: Cost(**seconds) for phase, seconds in found["cost"].items()}
     return Measured(found["values"], cost=cost, notes={"warnings": found["warnings"]})
 
