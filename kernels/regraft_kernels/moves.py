@@ -112,11 +112,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def on_device(numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device, of this dtype, flat: one copy, and none where the same numbers are still there."""
-    table = torch.tensor(numbers, dtype=dtype).flatten()
-    padded = torch.zeros(-(-table.nbytes // 16) * 2, dtype=torch.int64)
-    padded.view(dtype)[: len(table)] = table
-    return uploaded(padded.numpy(), device).view(dtype)
+    """Numbers on the device, float32 or float64, flat: one copy, and none where the same numbers are still there."""
+    table = np.asarray(numbers, np.float64 if dtype == torch.float64 else np.float32).ravel()
+    padded = np.zeros(-(-table.nbytes // 16) * 16 // table.itemsize, table.dtype)
+    padded[: len(table)] = table
+    return uploaded(padded.view(np.int64), device).view(dtype)
 
 
 def layout_of(

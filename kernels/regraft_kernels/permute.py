@@ -45,10 +45,8 @@ from regraft_kernels.tiles import FAMILIES
 BLOCK_BYTES = 1 << 20
 """The torch path moves a block of rows of this size at a time: what it gathers first is still in the cache."""
 
-SELECTABLE = frozenset(
-    (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
-    + (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
-)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+SELECTABLE = (*FLOATS, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
 """The dtypes that torch gathers; others are moved as integers of their size."""
 
 

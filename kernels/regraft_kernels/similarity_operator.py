@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft_kernels.operators import one_by_one
 from regraft_kernels.terms import Term, accumulator, fold, operands_of, unfold
 
 NAME = "regraft::similarity"
@@ -53,7 +54,7 @@ def register(similarity: Callable[..., list[Tensor]]) -> None:
     operator = torch.library.custom_op(NAME, similarity, mutates_args=(), schema=SCHEMA)
     operator.register_fake(_fake)
     operator.register_autograd(_backward, setup_context=_setup)
-    operator.register_vmap(_vmap)
+    operator.register_vmap(one_by_one(operator))
 
 
 def _fake(*arguments: Any) -> list[Tensor]:
@@ -86,21 +87,3 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> tuple:
             to_targets.append(fold(gradient @ unfold(source, term), target, term) if left else None)
             to_sources.append(fold(gradient.T @ unfold(target, term), source, term) if right else None)
     return to_targets, to_sources, None, None, None, None, None, None
-
-
-def _vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[list[Tensor], list[int]]:
-    """One call for each of the batch, as their data stand where no common stride leads."""
-
-    def at(number: int) -> Callable[[Any, int | None], Any]:
-        return lambda argument, dim: argument if dim is None else argument.select(dim, number)
-
-    results = []
-    for number in range(info.batch_size):
-        one = [
-            [at(number)(*pair) for pair in zip(part, dims, strict=True)]
-            if isinstance(dims, list | tuple)
-            else part
-            for part, dims in zip(arguments, in_dims, strict=True)
-        ]
-        results.append(torch.ops.regraft.similarity(*one))
-    return [torch.stack(parts) for parts in zip(*results, strict=True)], [0] * len(results[0])

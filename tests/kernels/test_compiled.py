@@ -27,7 +27,7 @@ for method in methods():
 WANTED = (
     "sm_90 (permute int32|(graft|combine two) float32 .*aligned|similarity (float32 tf32x3|bfloat16 128))",
     "sm_90 similarity float32 tf32 128",
-    "sm_80 (graft float32 columns aligned|similarity (float32 tf32x3|bfloat16) 128)",
+    "sm_80 (graft float32 rows aligned|similarity (float32 tf32x3|bfloat16) 128)",
     "sm_100 (combine two float32 aligned|similarity bfloat16 128x128)",
     "gfx942 (permute int32 rows aligned|graft float32 rows aligned|similarity bfloat16 128)",
 )

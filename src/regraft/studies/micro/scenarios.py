@@ -30,8 +30,8 @@ SCENARIOS = (
     ),
     timed("assignment-small", *assignment.SMALL, how=Timed(budget=1.0)),
     timed("assignment-many", assignment.MANY, how=Timed(rounds=5, clock="wall")),
-    timed("matching-mlp", matching.mlp_contest(2048), how=Timed(rounds=3, budget=20.0)),
-    timed("matching-resnet18", matching.RESNET18, how=Timed(rounds=3, budget=20.0)),
+    timed("matching-mlp", matching.mlp_contest(1024), how=Timed(rounds=4, budget=60.0)),
+    timed("matching-resnet18", matching.RESNET18, how=Timed(rounds=4, budget=60.0)),
     timed("matching-fgmt", matching.FGMT, how=Timed(rounds=3, budget=20.0)),
     timed("grids", library.grid(2_000), how=Timed(rounds=2, budget=60.0)),
     timed("grids-residual", library.grid(100, library.residual), how=Timed(rounds=2, budget=60.0)),
@@ -39,6 +39,12 @@ SCENARIOS = (
     Scenario("compiled", compiled.methods(), None, seeds=1),
     Scenario("gpu", gpu.methods(), None, seeds=1),
     Scenario("reliability", reliability.methods(), reliability.Campaign(), seeds=1),
-    Scenario("symmetry-torchvision", proofs.methods(), proofs.Proof(), seeds=1),
+    Scenario("symmetry-torchvision", proofs.methods("torchvision"), proofs.Proof(), seeds=1),
+    Scenario(
+        "symmetry-models",
+        proofs.methods("timm", "transformers", "diffusers", "torch"),
+        proofs.Proof(),
+        seeds=1,
+    ),
 )
 QUICK = ("kernels", "assignment")

@@ -1,0 +1,86 @@
+"""What a call asks of the device: counted with the launches replaced by notes of them."""
+
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import regraft_kernels as rk
+from regraft_kernels import backend, tables
+from regraft_kernels.cases import Network, resnet50
+
+NO_WORK = {"empty", "empty_like", "new_empty", "view", "slice", "select", "lift_fresh", "detach", "alias"}
+"""Operators that ask nothing of a device: memory from the allocator's pool, and views."""
+
+
+class Note:
+    """In a kernel's place: notes each launch."""
+
+    def __init__(self, name, notes):
+        self.name, self.notes = name, notes
+
+    def __getitem__(self, grid):
+        assert grid[0] > 0
+        return lambda *args, **kwargs: self.notes.append(self.name)
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator that would work on a device."""
+
+    def __init__(self, notes):
+        super().__init__()
+        self.notes = notes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in NO_WORK:
+            self.notes.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    found = []
+    monkeypatch.setattr(backend, "INTERPRETING", True)
+    for module, kernel in (
+        ("permute", "_permute_kernel"),
+        ("graft", "_graft_kernel"),
+        ("combine", "_combine_kernel"),
+        ("indices", "_check_kernel"),
+        ("indices", "_compose_kernel"),
+    ):
+        monkeypatch.setattr(sys.modules[f"regraft_kernels.{module}"], kernel, Note(kernel, found))
+    for module in ("permute", "graft", "combine"):
+        monkeypatch.setattr(sys.modules[f"regraft_kernels.{module}"], "needs_operator", lambda *given: False)
+    return found
+
+
+def test_fewer_than_ten_device_operations_for_a_whole_network(notes):
+    net = Network.of(resnet50(), torch.device("cpu"))
+    a = {name: torch.empty(shape) for name, shape in net.packing.shapes.items()}
+    prepared = net.packing.prepare(net.indices)
+    calls = {
+        "permute": lambda indices: rk.permute(a, indices, net.packing, backend="triton"),
+        "graft": lambda indices: rk.graft(a, a, a, [0.5, 1.0], indices, net.packing, backend="triton"),
+        "combine": lambda indices: rk.combine([a, a], [[0.5, 0.5]], backend="triton"),
+    }
+    for name, call in calls.items():
+        for indices in (net.indices, prepared):
+            call(indices)  # makes the tables that later calls find
+            notes.clear()
+            with Operators(notes):
+                call(indices)
+            # The copies of addresses and of numbers are not seen on a CPU.
+            assert 1 <= len(notes) + 2 < 10, (name, notes)
+            assert f"_{name}_kernel" in notes
+
+
+def test_caches_stay_within_their_bounds(notes):
+    packing = rk.Packing.build({"w": (4, 4)}, {"w": ("a", "a")})
+    memory, index = torch.zeros(400), {"a": torch.arange(4)}
+    for start in range(100):
+        rk.permute({"w": memory[start : start + 16].view(4, 4)}, index, packing, backend="triton")
+        rk.permute({"w": torch.zeros(start % 50, 4, 4)}, index, packing, backend="triton")
+    assert len(packing.layouts) <= packing.layouts.limit
+    assert tables._UPLOADED.limit == 64
