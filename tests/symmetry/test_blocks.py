@@ -157,6 +157,8 @@ def test_blocks_that_do_not_fit_are_named(blocks, complaint):
 def test_a_wrong_block_changes_the_function_and_is_found():
     net = grouped(3)
     spec = NESTED["groups"]
-    loose = PermutationSpec(spec.groups, spec.axes, blocks={"0": ("0/blocks", "2/0")})  # 2/1 no longer in blocks
+    loose = PermutationSpec(
+        spec.groups, spec.axes, blocks={"0": ("0/blocks", "2/0")}
+    )  # 2/1 no longer in blocks
     with pytest.raises(ValueError, match="changes the function"):
         verify(loose, net, torch.rand(1, 2, 5, 5))

@@ -39,6 +39,7 @@ import hashlib
 import json
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -428,6 +429,7 @@ def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> T
     passed on. ``perm``: group -> int64 index vector, on any device. Raises ValueError naming the tensor or group
     that does not fit.
     """
+    version = getattr(tensors, "_metadata", None)  # some modules load no state dictionary without it
     passed = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
     tensors = {name: x for name, x in tensors.items() if name not in passed}
     spec.validate(tensors)
@@ -436,7 +438,10 @@ def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> T
     if len(devices) > 1:
         raise ValueError(f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}")
     placed = {group: index.to(device) for device in devices for group, index in perm.items()}
-    return permute(tensors, spec.indices(placed), spec.packing()) | passed
+    moved = OrderedDict(permute(tensors, spec.indices(placed), spec.packing()) | passed)
+    if version is not None:
+        moved._metadata = version
+    return moved
 
 
 def inverse(perm: Perm) -> Perm:

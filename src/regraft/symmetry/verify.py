@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,13 +98,13 @@ class _Proof:
                 _run(self.call, copied, heads)
             outputs, read = _run(self.call, copied, heads)
             names = {name for name, tensor in live_state(copied).items() if id(tensor) in read}
-            return outputs, dict(copied.state_dict()), names
+            return outputs, copied.state_dict(), names
 
     def outputs(self, state: Mapping[str, Any], heads: bool) -> list[Tensor]:
         """Those of a copy of the model as it is, into which ``state`` was loaded."""
         with _exactly():
             fresh = double(self.model)
-            fresh.load_state_dict(dict(state))
+            fresh.load_state_dict(state)
             return _run(self.call, fresh, heads)[0]
 
     def repeats(self, heads: bool) -> bool:
@@ -171,7 +172,9 @@ def _apply_(spec: PermutationSpec, perm: Perm, state: dict[str, Any]) -> dict[st
     spec.validate({name: x for name, x in state.items() if isinstance(x, Tensor)})
     device = next((x.device for x in state.values() if isinstance(x, Tensor)), torch.device("cpu"))
     indices = spec.indices({group: index.to(device) for group, index in perm.items()})
-    moved: dict[str, Any] = {}
+    moved: OrderedDict[str, Any] = OrderedDict()
+    if hasattr(state, "_metadata"):  # some modules load no state dictionary without it
+        moved._metadata = state._metadata
     for name in list(state):
         x = state.pop(name)
         moved |= permute({name: x}, indices, spec.packing()) if isinstance(x, Tensor) else {name: x}

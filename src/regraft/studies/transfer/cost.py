@@ -21,7 +21,16 @@ def _product(total: Any, left: Any, right: Any, **_: Any) -> int:
     return 2 * math.prod(batch) * rows * inner * right[-1]
 
 
-IN_PLACE = {torch.ops.aten.addmm_: _product, torch.ops.aten.addbmm_: _product}
+def _similarities(targets: Any, sources: Any, axes: Any, *_: Any, **__: Any) -> int:
+    """Operations of the products of all terms: two for each entry of a target and each unit of the source."""
+    return sum(2 * math.prod(shape) * shape[1 + axis] for shape, axis in zip(targets, axes, strict=True))
+
+
+UNKNOWN = {
+    torch.ops.aten.addmm_: _product,
+    torch.ops.aten.addbmm_: _product,
+    torch.ops.regraft.similarity: _similarities,
+}
 """What similarities are made with, and torch's own table lacks."""
 
 
@@ -31,7 +40,7 @@ def counted(name: str, setting: TransferSetting) -> Measured:
     """
     end = setting.plain.tensors if name == "oracle" else None
     found = setting.transfer(name, target_end=end, evaluate=False)
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
         setting.transfer(name, target_end=end, evaluate=False)
     flop, gradients, cost = counter.get_total_flops(), found.gradients, dict(found.seconds)
     if name == "oracle":
