@@ -5,13 +5,15 @@ PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet
 # More for pytest, as in: make bench ARGS="--scenario digits-mlp2 --seeds 3"
 ARGS ?=
 
-.PHONY: help bench test test-oldest report gpu lint clean
+.PHONY: help bench test test-oldest report docs gpu lint types clean
 
 help:
 	@echo "make bench        every study's short scenarios on embedded data, with one summary (ARGS=... for pytest)"
 	@echo "make test         the tests"
 	@echo "make test-oldest  the kernels' tests with the oldest torch that is served"
 	@echo "make report       the committed tables and figures anew, from the committed rows"
+	@echo "make docs         the documentation, into site/"
+	@echo "make types        mypy on the public interface"
 	@echo "make gpu          kernels and FGMT on a CUDA device: correctness, ceilings, speed (ten minutes)"
 	@echo "make lint         style"
 	@echo "make clean        remove the environments and the caches"
@@ -26,6 +28,13 @@ test: .venv/installed
 report: .venv/installed
 	.venv/bin/regraft report README.md results/README.md results/*/README.md --results results
 	rm -f results/index.html
+
+docs: .venv/installed
+	@$(PIP) -c constraints.txt -e '.[docs]'
+	.venv/bin/mkdocs build --strict
+
+types: .venv/installed
+	.venv/bin/mypy
 
 gpu: .venv/installed
 	.venv/bin/python -m pytest bench --benchmark-only --study micro --scenario gpu --device cuda $(ARGS)
@@ -52,5 +61,5 @@ test-oldest: .venv-oldest/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .cache .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
+	rm -rf .venv .venv-oldest .cache site .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

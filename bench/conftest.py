@@ -27,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seeds", type=int, metavar="N", help="seeds 0 .. N-1 (default: the scenario's own number)"
     )
+    group.addoption(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="time cheap methods so often, for `regraft compare`",
+    )
     group.addoption("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1")
     folder = {"type": Path, "metavar": "DIR"}
     group.addoption("--data", help="folder of the data sets (default: REGRAFT_DATA, else ./data)", **folder)
@@ -40,6 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--resume", action="store_true", help="measure only what has no row of these settings and this code"
     )
+    group.addoption(
+        "--deterministic",
+        action="store_true",
+        help="only algorithms that give the same bits in every run",
+    )
     group.addoption("--keep-older", action="store_true", help="the same, and take rows of any code")
 
 
@@ -49,6 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--seeds must be at least 1, not {seeds}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch finds no CUDA device here")
+    if config.getoption("deterministic"):
+        front.deterministic()
     config.stash[ROWS] = {}
     if hasattr(config.option, "benchmark_quiet"):
         config.option.benchmark_quiet = True  # the summary below says more, in fewer lines

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HARNESS = ("regraft.cli", "regraft.front", "regraft.__main__", "regraft.studies")
-TOOLS = ("pandas", "pytest", "plotly", "matplotlib", "sklearn", "torchvision.datasets", "msgspec", "tabulate")
+TOOLS = ("pandas", "pytest", "plotly", "vl_convert", "sklearn", "torchvision.datasets", "tabulate")
 
 
 def modules() -> list[str]:

@@ -319,7 +319,7 @@ def test_stratified_batches_repeat_with_their_seed():
         ([3, 3], 0, 2, "must be a multiple of 2, not 0"),
         ([3, 3], 3, 3, r"none of \[2\]"),
         ([3, 0, 3], 3, 3, r"none of \[1\]"),
-        ([3, 3], 2, 1, "labels run from 0 to 1.*classes 0 to 0"),
+        ([3, 3], 2, 1, "labels of the data run from 0 to 1.*classes 0 to 0"),
     ],
 )
 def test_stratified_batches_refuse(counts, size, classes, message):

@@ -12,7 +12,8 @@ from torch.func import functional_call
 import regraft.reference.fusion as reference
 from regraft import grids
 from regraft.activations import batch_statistics, reset_on
-from regraft.grids import FirstLayer, evaluate, harmonic_mean, lattice
+from regraft.files import write_sealed
+from regraft.grids import FORMAT, FirstLayer, evaluate, harmonic_mean, lattice
 from regraft.networks import initialise, mlp, residual8, small_cnn
 
 ALPHAS, BETAS = [0.0, 0.1, 1.0, 5.0], [0.0, 0.5, 50.0]
@@ -44,6 +45,11 @@ def test_a_grid_is_one_pass_a_point(model):
     assert sum(clear[3:]) < 20
 
 
+class LargeIsUnknown(nn.Module):
+    def forward(self, x):
+        return torch.where(x.abs() > 1e3, torch.nan, x)
+
+
 def test_fast_pooling_is_exact():
     """Odd sizes, NaN, and poolings that look alike: a grid's answers are those of the plain network."""
     pools = [
@@ -52,9 +58,11 @@ def test_fast_pooling_is_exact():
         nn.MaxPool2d(3),
         nn.MaxPool2d((2, 2), ceil_mode=True),
     ]
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), *pools, nn.Flatten(), nn.LazyLinear(10)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), LargeIsUnknown(), *pools, nn.Flatten(), nn.LazyLinear(10)
+    ).eval()
     x = torch.randn(COUNT, 3, 33, 31, generator=torch.Generator().manual_seed(0))
-    x[0, 0, 4, 4] = torch.nan
+    x[0, 0, 4, 4] = 1e6
     model(x)
     sources, _, labels = setting(model)
     found = evaluate(model, sources, [[1.0, 0.0]], x, labels)
@@ -180,9 +188,10 @@ def test_a_state_that_no_grid_can_have_is_refused(tmp_path, change):
     evaluate(model, sources, POINTS, images, labels, resume=path)
     state = json.loads(path.read_text())
     if isinstance(change, dict):
-        change = json.dumps({**state, "correct": [0], "nonfinite": [0], **change})
-    path.write_bytes(change if isinstance(change, bytes) else change.encode())
-    with pytest.raises(ValueError, match=r"grid\.json: not the state of a grid"):
+        write_sealed(path, FORMAT, {**state["content"], "correct": [0], "nonfinite": [0], **change})
+    else:
+        path.write_bytes(change if isinstance(change, bytes) else change.encode())
+    with pytest.raises(ValueError, match=r"grid\.json: not a regraft-grid-1 file"):
         evaluate(model, sources, POINTS, images, labels, resume=path)
 
 
@@ -246,7 +255,7 @@ def test_bad_input():
         evaluate(model, sources, POINTS, images[:0], labels[:0])
     with pytest.raises(ValueError, match="40 images need 40 labels"):
         evaluate(model, sources, POINTS, images, labels[:7])
-    with pytest.raises(ValueError, match="the head has 10 classes"):
+    with pytest.raises(ValueError, match="the labels of the data set run from 5 to 14"):
         evaluate(model, sources, POINTS, images, labels + 5)
     with pytest.raises(ValueError, match="2 models need rows of 2"):
         evaluate(model, sources, [[1.0]], images, labels)

@@ -112,7 +112,7 @@ def test_labels_must_have_a_class():
         yield torch.randn(2, 6), torch.tensor([0, 3])
 
     model = network()
-    with pytest.raises(ValueError, match="labels run from 0 to 3"):
+    with pytest.raises(ValueError, match="labels of batch 0 run from 0 to 3"):
         fine_tune(model, model[3], [Phase(0.1, 0.1)], batches(), 1)
 
 

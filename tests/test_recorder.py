@@ -169,13 +169,13 @@ def test_evaluation_is_timed_apart(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "process_time", lambda: 2 * now[0])
-    true_scores = module.scores
+    true_scores = module._scores
 
     def slow(*arguments):
         now[0] += 1000.0
         return true_scores(*arguments)
 
-    monkeypatch.setattr(module, "scores", slow)
+    monkeypatch.setattr(module, "_scores", slow)
 
     model = network()
     fast.adopt(model, 3)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regraft import Trajectory
-from regraft.trajectory import INDEX
+from regraft.files import write_sealed
+from regraft.trajectory import FORMAT, INDEX
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -71,8 +72,8 @@ def test_save_and_open(tmp_path):
 
 def test_saving_again_replaces_the_path_and_cleans_up(tmp_path):
     Trajectory.recorded([tensors(i) for i in range(4)]).save(tmp_path)
-    (tmp_path / f"{'0' * 24}.safetensors.part").write_bytes(b"half")
-    (tmp_path / "index.json.part").write_bytes(b"half")
+    (tmp_path / f".{'0' * 24}.safetensors.1-1.part").write_bytes(b"half")
+    (tmp_path / ".index.json.1-1.part").write_bytes(b"half")
     Trajectory.linear(tensors(7), tensors(8), 5).save(tmp_path)
     assert same(Trajectory.open(tmp_path).end, tensors(8))
     assert len(list(tmp_path.iterdir())) == 3  # two anchors and the index
@@ -143,10 +144,8 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage, message):
     "change",
     [
         lambda index: index.pop("anchors"),
-        lambda index: index.update(format="another"),
         lambda index: index.update(legs=[[0, 0.0]]),
         lambda index: index.update(legs=[[0, 0.0], [7, 1.0]]),
-        lambda index: index.update(legs=[[0, 0.0], [1, math.nan]]),
         lambda index: index.update(legs="none"),
         lambda index: index.update(metadata=3),
         lambda index: index["anchors"][0].update(bytes="many"),
@@ -155,10 +154,16 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage, message):
 )
 def test_a_damaged_index_is_refused_by_name(tmp_path, change):
     Trajectory.linear(tensors(0), tensors(1), 5).save(tmp_path)
-    index = json.loads((tmp_path / INDEX).read_text())
+    index = json.loads((tmp_path / INDEX).read_text())["content"]
     change(index)
-    (tmp_path / INDEX).write_text(json.dumps(index))
+    write_sealed(tmp_path / INDEX, FORMAT, index)
     with pytest.raises(ValueError, match=INDEX):
+        Trajectory.open(tmp_path)
+
+
+def test_an_index_of_another_format_is_refused(tmp_path):
+    write_sealed(tmp_path / INDEX, "another", {})
+    with pytest.raises(ValueError, match="its format is 'another', not 'regraft-trajectory-1'"):
         Trajectory.open(tmp_path)
 
 

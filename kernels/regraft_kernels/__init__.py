@@ -12,6 +12,8 @@ from regraft_kernels.permute import permute
 from regraft_kernels.similarity import similarity, similarity_many, similarity_update_
 from regraft_kernels.terms import Term
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Assignment",
     "Duals",

@@ -6,8 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from itertools import repeat
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
@@ -30,13 +29,17 @@ class Duals:
 @dataclass(frozen=True)
 class Assignment:
     """An optimal assignment: `perm` int64 [n] on the CPU, `objective` = sum_i S[i, perm[i]] in float64, and the
-    `backend` that found it. `duals` and `gap` are computed when first asked for (O(n^2) in practice); until
-    then the problem is kept."""
+    `backend` that found it. `duals` and `gap` are computed when first asked for (O(n^2) in practice) from a copy of S,
+    which is kept with the assignment."""
 
     perm: Tensor
     objective: float
     backend: str
-    _problem: _Problem = field(repr=False, compare=False)
+    _make: Callable[[], _Problem] = field(repr=False, compare=False)
+
+    @cached_property
+    def _problem(self) -> _Problem:
+        return self._make()
 
     @cached_property
     def duals(self) -> Duals:
@@ -45,9 +48,12 @@ class Assignment:
 
     @cached_property
     def gap(self) -> float:
-        """The certificate: no assignment is better than this one by more than `gap` (rounding, if optimal)."""
-        exact = self._problem.feasible_duals(self.perm.numpy())
-        return max(0.0, self._problem.sign * (float(exact.u.sum() + exact.v.sum()) - self.objective))
+        """The certificate: no assignment of S, as it was given, is better than this one by more than `gap` (rounding,
+        if optimal): float64 throughout, the rounding of its own sums included."""
+        sign, exact = self._problem.sign, self._problem.feasible_duals(self.perm.numpy())
+        size = float(np.abs(exact.u).sum() + np.abs(exact.v).sum()) + abs(self.objective)
+        rounding = 4 * np.finfo(np.float64).eps * size
+        return max(0.0, sign * (float(exact.u.sum() + exact.v.sum()) - self.objective)) + rounding
 
 
 def assign(
@@ -64,7 +70,8 @@ def assign(
     where it is float64, otherwise in float32 (the potentials in float64). `backend`: "scipy"
     (`linear_sum_assignment`), "lapx" (`lapjvr`), "lapjv", or "auto": lapx where it is installed, for it was
     the fastest on every kind of matrix measured (results/micro/tables.md), scipy otherwise. `warm`: the duals
-    of a similar problem, which save time and leave the optimum as it is. `name` stands in error messages.
+    of a similar problem, which save time and leave the optimum as it is; those that cannot be of a similar one, because
+    they reach further than S itself, are not used. `name` stands in error messages.
 
     Raises ValueError for a matrix that is not square, real, floating and finite, or duals that do not fit;
     ImportError for a backend that was asked for by name and is not installed; RuntimeError where a solver
@@ -82,7 +89,9 @@ def assign_many(
     warm: Sequence[Duals | None] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[Assignment]:
-    """`assign` for each matrix, in `threads` threads (by default torch's number): the solvers run in parallel.
+    """`assign` for each matrix, in `threads` threads (by default torch's number): the solvers run in parallel, the
+    longest problem first. Small ones (n <= 64) of one size are prepared and solved together, without their warm
+    starts, which would take longer to use than they save.
 
     All matrices are copied from their device before the first is solved. Raises as `assign` does.
     """
@@ -93,20 +102,80 @@ def assign_many(
         raise ValueError(f"{len(starts)} warm starts and {len(labels)} names for {count} matrices")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be positive, not {threads}")
-    chosen = _resolve(backend)
-    matrices = _to_host(similarities, labels)
+    chosen, sign = _resolve(backend), 1.0 if maximize else -1.0
     workers = min(torch.get_num_threads() if threads is None else threads, max(count, 1))
+    found: dict[int, Assignment] = {}
+    alike = _alike(similarities)
+    stacks = _to_host(
+        [_stack([similarities[p] for p in some]) for some in alike], [labels[p[0]] for p in alike], 3
+    )
+    for places, stack in zip(alike, stacks, strict=True):
+        for place in places:
+            _check_duals(starts[place], stack.shape[1], labels[place])
+        solved = _solve_alike(stack, [labels[p] for p in places], sign, chosen, workers)
+        found |= zip(places, solved, strict=True)
+    rest = [place for place in range(count) if place not in found]
+    matrices = _to_host([similarities[p] for p in rest], [labels[p] for p in rest])
+    jobs = [(m, labels[p], maximize, chosen, starts[p]) for m, p in zip(matrices, rest, strict=True)]
+    order = sorted(range(len(rest)), key=lambda k: -len(matrices[k]))
     if workers == 1:
-        return [
-            _solve(m, label, maximize, chosen, w)
-            for m, label, w in zip(matrices, labels, starts, strict=True)
-        ]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(_solve, matrices, labels, repeat(maximize), repeat(chosen), starts))
+        results = [_solve(*jobs[k]) for k in order]
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            results = list(pool.map(lambda k: _solve(*jobs[k]), order))
+    found |= {rest[k]: result for k, result in zip(order, results, strict=True)}
+    return [found[place] for place in range(count)]
 
 
-def _to_host(similarities: Sequence[Matrix], names: Sequence[str]) -> list[np.ndarray]:
-    """float32 or float64 arrays [n, n]; those on a GPU through pinned memory, all copies under way at once."""
+SMALL = 64
+"""Up to so many units, what Python does for a problem takes as long as its solver."""
+
+
+def _alike(similarities: Sequence[Matrix]) -> list[list[int]]:
+    """The places of small square matrices of one kind and size, where there are several."""
+    groups: dict[tuple, list[int]] = {}
+    for place, matrix in enumerate(similarities):
+        if isinstance(matrix, Tensor | np.ndarray) and matrix.ndim == 2:
+            rows, columns = matrix.shape
+            if 2 <= rows == columns <= SMALL:
+                kind = matrix.dtype, matrix.device if isinstance(matrix, Tensor) else None, rows
+                groups.setdefault(kind, []).append(place)
+    return [places for places in groups.values() if len(places) > 1]
+
+
+def _stack(matrices: Sequence[Matrix]) -> Matrix:
+    return torch.stack(list(matrices)) if isinstance(matrices[0], Tensor) else np.stack(matrices)
+
+
+def _solve_alike(
+    stack: np.ndarray, names: Sequence[str], sign: float, backend: str, workers: int
+) -> list[Assignment]:
+    """`_solve` for [B, n, n] without a warm start: whatever can be is done for all at once."""
+    n = stack.shape[1]
+    low, high = stack.min(axis=(1, 2)), stack.max(axis=(1, 2))
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ValueError(f"{names[int(np.argmin(np.isfinite(low + high)))]} has entries that are not finite")
+    reach = np.maximum(-low.astype(np.float64), high.astype(np.float64))
+    _check_reach(float(reach.max()), names[int(reach.argmax())])
+    wide = stack.astype(np.float64) if reach.max() > np.finfo(np.float32).max / 4 else stack
+    cost = wide.max(axis=2, keepdims=True) - wide if sign > 0 else wide - wide.min(axis=2, keepdims=True)
+    perms = BATCHES.get(backend, partial(_one_by_one, SOLVERS[backend]))(cost, workers)
+    wrong = (np.sort(perms, axis=1) != np.arange(n)).any(axis=1)
+    if wrong.any():
+        raise RuntimeError(f"{names[int(wrong.argmax())]}: backend {backend} returned no permutation")
+    objectives = np.take_along_axis(stack, perms[:, :, None], 2).sum(axis=(1, 2), dtype=np.float64).tolist()
+    make = [
+        partial(_Problem.build, matrix, sign, None, name) for matrix, name in zip(stack, names, strict=True)
+    ]
+    return [
+        Assignment(perm, objective, backend, problem)
+        for perm, objective, problem in zip(torch.from_numpy(perms).unbind(), objectives, make, strict=True)
+    ]
+
+
+def _to_host(similarities: Sequence[Matrix], names: Sequence[str], ndim: int = 2) -> list[np.ndarray]:
+    """float32 or float64 arrays [n, n], or [B, n, n] where ndim is 3; those on a GPU through pinned memory, all copies
+    under way at once."""
     arrays: list[np.ndarray] = []
     waiting = set()
     for similarity, name in zip(similarities, names, strict=True):
@@ -125,25 +194,36 @@ def _to_host(similarities: Sequence[Matrix], names: Sequence[str]) -> list[np.nd
             if array.dtype not in (np.float16, np.float32, np.float64):
                 raise ValueError(f"{name} must be real and floating, not {array.dtype}")
             arrays.append(array.astype(np.promote_types(array.dtype, np.float32), copy=False))
-        if arrays[-1].ndim != 2 or arrays[-1].shape[0] != arrays[-1].shape[1]:
+        if arrays[-1].ndim != ndim or arrays[-1].shape[-2] != arrays[-1].shape[-1]:
             raise ValueError(f"{name} must be square, not {arrays[-1].shape}")
     for stream in waiting:
         stream.synchronize()
     return arrays
 
 
+def _check_duals(warm: Duals | None, n: int, name: str) -> None:
+    if warm is None:
+        return
+    if warm.u.shape != (n,) or warm.v.shape != (n,):
+        raise ValueError(f"{name}: duals of length {len(warm.v)} for {n} units")
+    if not (np.isfinite(warm.u).all() and np.isfinite(warm.v).all()):
+        raise ValueError(f"{name}: the duals are not finite")
+
+
+def _check_reach(reach: float, name: str) -> None:
+    if reach > np.finfo(np.float64).max / 4:
+        raise ValueError(f"{name} has entries too large to subtract in float64")
+
+
 def _solve(matrix: np.ndarray, name: str, maximize: bool, backend: str, warm: Duals | None) -> Assignment:
     n = len(matrix)
-    if warm is not None and (warm.u.shape != (n,) or warm.v.shape != (n,)):
-        raise ValueError(f"{name}: duals of length {len(warm.v)} for {n} units")
-    if warm is not None and not np.isfinite(warm.v).all():
-        raise ValueError(f"{name}: the duals are not finite")
+    _check_duals(warm, n, name)
     problem = _Problem.build(matrix, 1.0 if maximize else -1.0, None if warm is None else warm.v, name)
     perm = np.arange(n) if n < 2 else np.asarray(SOLVERS[backend](problem.cost), dtype=np.int64)
     if perm.shape != (n,) or not np.array_equal(np.sort(perm), np.arange(n)):
         raise RuntimeError(f"{name}: backend {backend} returned no permutation")
     objective = float(matrix[np.arange(n), perm].sum(dtype=np.float64))
-    return Assignment(torch.from_numpy(perm), objective, backend, problem)
+    return Assignment(torch.from_numpy(perm), objective, backend, lambda: problem)
 
 
 @dataclass(frozen=True)
@@ -151,9 +231,10 @@ class _Problem:
     """cost[i, j] = row[i] + column[j] - sign * S[i, j], all of it >= 0 with a zero in every row: to be minimised.
 
     Differences from the row's maximum rather than -S, because the solvers' column reduction then has
-    something to start from, and float32 keeps its digits for the entries that matter.
+    something to start from, and float32 keeps its digits for the entries that matter. `matrix` is a copy of S.
     """
 
+    matrix: np.ndarray
     cost: np.ndarray
     row: np.ndarray
     column: np.ndarray
@@ -163,24 +244,29 @@ class _Problem:
     def build(matrix: np.ndarray, sign: float, column: np.ndarray | None, name: str) -> _Problem:
         n = len(matrix)
         if n == 0:
-            return _Problem(matrix, np.zeros(0), np.zeros(0), sign)
-        low, high = matrix.min(), matrix.max()
+            return _Problem(matrix, matrix, np.zeros(0), np.zeros(0), sign)
+        low, high = float(matrix.min()), float(matrix.max())
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ValueError(f"{name} has entries that are not finite")
-        reach = max(-float(low), float(high)) + (0.0 if column is None else float(np.abs(column).max()))
-        if reach > np.finfo(np.float64).max / 4:
-            raise ValueError(f"{name} has entries too large to subtract in float64")
-        if reach > np.finfo(np.float32).max / 4:
+        reach = max(-low, high)
+        _check_reach(reach, name)
+        kept = matrix.copy()
+        if reach > np.finfo(np.float32).max / 8:
             matrix = matrix.astype(np.float64)
-        column = np.zeros(n) if column is None else sign * column
-        shift = column.astype(matrix.dtype)
-        cost, row = np.empty_like(matrix), np.empty(n, matrix.dtype)
-        for block in row_blocks(matrix):  # one pass over memory for all three steps
-            part = cost[block]
-            (np.subtract if sign > 0 else np.add)(shift, matrix[block], out=part)
-            row[block] = -part.min(axis=1)
-            part += row[block, None]
-        return _Problem(cost, row.astype(np.float64), column, sign)
+        column = _possible(column, sign, high - low)
+        shift = None if column is None else column.astype(matrix.dtype)
+        cost, row = np.empty_like(matrix), np.empty(n, np.float64)
+        for block in row_blocks(matrix):  # one pass over memory for all steps
+            part, best = cost[block], matrix[block].max(axis=1) if sign > 0 else matrix[block].min(axis=1)
+            sides = (best[:, None], matrix[block])
+            np.subtract(*(sides if sign > 0 else sides[::-1]), out=part)
+            row[block] = sign * best
+            if shift is not None:  # after the difference, so that a large mean of S costs no digits
+                part += shift
+                least = part.min(axis=1)
+                part -= least[:, None]
+                row[block] -= least
+        return _Problem(kept, cost, row, np.zeros(n) if column is None else column, sign)
 
     def tight_duals(self, perm: np.ndarray) -> Duals:
         """Potentials that are tight on the assignment, and feasible to rounding where it is optimal."""
@@ -191,13 +277,28 @@ class _Problem:
         return Duals(self.sign * (self.row - u), self.sign * (self.column - v))
 
     def feasible_duals(self, perm: np.ndarray) -> Duals:
-        """Potentials that are feasible always, and tight on the assignment to the rounding of float64."""
+        """Potentials that are feasible for S to the last bit of float64, and tight on an optimal assignment to the
+        rounding of the cost."""
         if len(perm) == 0:
             return Duals(np.zeros(0), np.zeros(0))
-        v = _column_potentials(self.cost.astype(np.float64), perm)
-        pieces = np.array_split(self.cost, -(-self.cost.size // (1 << 20)))
-        u = np.concatenate([(piece - v).min(axis=1) for piece in pieces])
-        return Duals(self.sign * (self.row - u), self.sign * (self.column - v))
+        v = self.column - _column_potentials(self.cost.astype(np.float64), perm)
+        blocks = (self.matrix[block].astype(np.float64) for block in row_blocks(self.matrix))
+        u = np.concatenate([(self.sign * block - v).max(axis=1) for block in blocks])
+        return Duals(self.sign * u, self.sign * v)
+
+
+def _possible(v: np.ndarray | None, sign: float, spread: float) -> np.ndarray | None:
+    """Column potentials to start from, centred; none where they cannot be of a similar problem.
+
+    Where row i has column k, S[i, k] - v[k] >= S[i, j] - v[j]: the potentials of an optimum differ by no more than the
+    entries of S. Within twice that the reduced costs keep the digits that those of a cold start have, so that what a
+    stale start may do to the result is rounding; beyond it they would be lost.
+    """
+    if v is None:
+        return None
+    with np.errstate(over="ignore"):
+        low, high = float(v.min()), float(v.max())
+        return None if not high - low <= 2 * spread else sign * (v - (low + high) / 2)
 
 
 def _column_potentials(cost: np.ndarray, perm: np.ndarray) -> np.ndarray:
@@ -266,6 +367,20 @@ def _lapjv(cost: np.ndarray) -> np.ndarray:
     return lapjv(cost, force_doubles=cost.dtype == np.float64)[0]
 
 
+def _lapx_batch(cost: np.ndarray, workers: int) -> np.ndarray:
+    import lap
+
+    return np.stack(lap.lapjvr_batch(cost, return_cost=False, n_threads=workers)[1]).astype(
+        np.int64, copy=False
+    )
+
+
+def _one_by_one(solver: Callable[[np.ndarray], np.ndarray], cost: np.ndarray, workers: int) -> np.ndarray:
+    return np.stack([np.asarray(solver(one), dtype=np.int64) for one in cost])
+
+
 MODULES = {"scipy": "scipy", "lapx": "lap", "lapjv": "lapjv"}
 SOLVERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"scipy": _scipy, "lapx": _lapx, "lapjv": _lapjv}
 """Each takes a finite, row-reduced cost matrix [n, n], n >= 2, float32 or float64: row i -> column."""
+BATCHES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"lapx": _lapx_batch}
+"""Each takes [B, n, n] and a number of threads; a solver that has none is called for one after the other."""

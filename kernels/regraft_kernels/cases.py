@@ -18,15 +18,14 @@ from regraft_kernels.packing import Packing, Tensors
 from regraft_kernels.tiles import FAMILIES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TABLES = {"addresses": "*i64", "count": "i32", "segments": "*i64", "tiles": "*i64"}
-"""The types of the arguments that permute, graft and combine share."""
 
 
 @dataclass(frozen=True)
 class Variant:
     """A kernel with one set of compile-time arguments, for one GPU family (a name in FAMILIES).
 
-    `signature`: argument -> Triton's name of its type; `constants`: argument -> value, dtypes as torch's.
+    `signature`: argument -> Triton's name of its type; `constants`: argument -> value, dtypes as torch's. `moved`:
+    bytes of tensors that a program reads and writes, where that is what it does.
     """
 
     kernel: Any
@@ -36,6 +35,7 @@ class Variant:
     constants: dict[str, Any]
     warps: int
     stages: int = 3
+    moved: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import resolve, tl, triton, triton_dtype
+from regraft_kernels.backend import on, resolve, tl, triton, triton_dtype
 from regraft_kernels.cases import (
     BY_HAND,
     COPY,
@@ -16,7 +18,6 @@ from regraft_kernels.cases import (
     NETWORKS,
     OURS,
     PLANS,
-    TABLES,
     Case,
     Network,
     Variant,
@@ -25,9 +26,23 @@ from regraft_kernels.cases import (
     each_family,
     size,
 )
-from regraft_kernels.packing import Packing, Tensors, addresses, allocate, check_real
+from regraft_kernels.moves import RUN_TIME, accumulator, aligned, launch_bytes, memory_of, on_device, pointer
+from regraft_kernels.operators import needs_operator, one_by_one
+from regraft_kernels.packing import Packing, Tensors, allocate, check_addable
 from regraft_kernels.permute import row_blocks
-from regraft_kernels.tiles import FAMILIES, MoveTile, family
+from regraft_kernels.tables import (
+    ALIGNMENT,
+    FIELDS,
+    S_SIZE,
+    T_COLUMNS,
+    T_SEGMENT,
+    TILE_FIELDS,
+    Kind,
+    Layout,
+    lay_out,
+    uploaded,
+)
+from regraft_kernels.tiles import FAMILIES, FlatTile, family
 
 
 def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[str, Tensor]:
@@ -49,12 +64,11 @@ SMALL = 1 << 14
 """Up to so many elements, the number of calls costs more than the passes over memory."""
 
 
-def _combine_torch(sources: Sequence[Tensors], coefficients: Tensor, out: Tensors) -> None:
+def _combine_torch(sources: Sequence[Tensors], table: Sequence[Sequence[float]], out: Tensors) -> None:
     """Block by block, so that each source is read from memory once for all K results."""
-    table = coefficients.tolist()
     for name, first in sources[0].items():
         tensors, results = [source[name] for source in sources], out[name]
-        if first.numel() <= SMALL:
+        if first.numel() <= SMALL or (len(table) == 1 and _one_pass(table[0])):
             _weighted_sums(tensors, table, results)
             continue
         flat, results = [tensor.reshape(-1) for tensor in tensors], results.view(len(table), -1)
@@ -75,89 +89,137 @@ def _weighted_sums(parts: Sequence[Tensor], table: Sequence[Sequence[float]], ou
 
 
 def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float], out: Tensor) -> Tensor:
-    done = 1
-    if len(parts) > 1 and coefficients[0] != 0 and out.ndim == 1 and out.numel() > SMALL:
-        # a x + b y in one pass over memory, where mul and add_ take two; but a = 0 would hide a NaN in x.
+    """In as few passes over memory as torch has operations for."""
+    done = 2
+    if len(parts) > 1 and coefficients[0] == 1:
+        torch.add(parts[0], parts[1], alpha=coefficients[1], out=out)
+    elif len(parts) > 1 and _one_pass(coefficients[:2]):
+        torch.lerp(parts[0], parts[1], coefficients[1], out=out)
+    elif len(parts) > 1 and coefficients[0] != 0 and out.ndim == 1 and out.numel() > SMALL:
+        # a x + b y in one pass, where mul and add_ take two; but a = 0 would hide a NaN in x.
         one = parts[1].new_ones(1)
-        torch.addr(
-            parts[0].unsqueeze(0),
-            one,
-            parts[1],
-            beta=coefficients[0],
-            alpha=coefficients[1],
-            out=out.unsqueeze(0),
-        )
-        done = 2
+        first, rest = parts[0].unsqueeze(0), coefficients[:2]
+        torch.addr(first, one, parts[1], beta=rest[0], alpha=rest[1], out=out.unsqueeze(0))
     else:
+        done = 1
         torch.mul(parts[0], coefficients[0], out=out)
     for coefficient, part in zip(coefficients[done:], parts[done:], strict=True):
         out.add_(part, alpha=coefficient)
     return out
 
 
-@triton.jit
+def _one_pass(row: Sequence[float]) -> bool:
+    """Whether a x + b y is x + b y, or lies between x and y, which is what torch.lerp computes."""
+    return len(row) == 2 and (
+        row[0] == 1 or (0 <= row[1] <= 1 and (row[0] == 1 - row[1] or row[1] == 1 - row[0]))
+    )
+
+
+@triton.jit(do_not_specialize=RUN_TIME, launch_metadata=launch_bytes)
 def _combine_kernel(
     addresses,  # int64 [m + 1, N]: of the sources, of the results
     count,  # N
-    segments,  # int64 [N, 6]
-    tiles,  # int64 [programs, 3]
+    segments,  # int64 [N, FIELDS]
+    tiles,  # int32 [programs, TILE_FIELDS]
+    moved,  # bytes, for the profiler
     coefficients,  # [K, m], of the dtype of the arithmetic
     steps,  # K
     sources,  # m
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
+    VEC: tl.constexpr,
+    PAIR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one tensor, all K results of it: after the first, the sources come from the cache."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
-    number = tl.load(tile)
-    size = tl.load(segments + number * 6 + 5)
-    here = tl.load(tile + 2) + tl.arange(0, BLOCK)
-    inside = here < size
-    result = tl.load(addresses + sources * count + number).to(tl.pointer_type(DTYPE))
-    for k in range(steps):
-        total = tl.zeros((BLOCK,), WIDE)
-        for s in range(sources):
-            source = tl.load(addresses + s * count + number).to(tl.pointer_type(DTYPE))
-            value = tl.load(source + here, mask=inside).to(WIDE)
-            total += tl.load(coefficients + k * sources + s) * value
-        tl.store(result + k * size + here, total.to(DTYPE), mask=inside)
+    """One block of one tensor, all K results of it. Two sources (PAIR) are read once and kept in registers; more
+    come from the cache after the first result."""
+    tile = tiles + tl.program_id(0) * TILE_FIELDS
+    number = tl.load(tile + T_SEGMENT)
+    size = tl.multiple_of(tl.load(segments + number * FIELDS + S_SIZE), VEC)
+    first = tl.load(tile + T_COLUMNS).to(tl.int64) * BLOCK
+    here = tl.arange(0, BLOCK)
+    inside = here < tl.multiple_of(tl.minimum(size - first, BLOCK).to(tl.int32), VEC)
+    result = aligned(pointer(addresses + sources * count + number, DTYPE), first, DTYPE, VEC)
+    if PAIR:
+        one = aligned(pointer(addresses + number, DTYPE), first, DTYPE, VEC)
+        two = aligned(pointer(addresses + count + number, DTYPE), first, DTYPE, VEC)
+        a = tl.load(one + here, mask=inside).to(WIDE)
+        b = tl.load(two + here, mask=inside).to(WIDE)
+        for k in range(steps):
+            total = tl.load(coefficients + 2 * k) * a + tl.load(coefficients + 2 * k + 1) * b
+            tl.store(result + here, total.to(DTYPE), mask=inside)
+            result = aligned(result, size, DTYPE, VEC)
+    else:
+        for k in range(steps):
+            total = tl.zeros((BLOCK,), WIDE)
+            for s in range(sources):
+                source = aligned(pointer(addresses + s * count + number, DTYPE), first, DTYPE, VEC)
+                total += tl.load(coefficients + k * sources + s) * tl.load(source + here, mask=inside).to(
+                    WIDE
+                )
+            tl.store(result + here, total.to(DTYPE), mask=inside)
+            result = aligned(result, size, DTYPE, VEC)
 
 
-@cache
+def block_of(tile: FlatTile, kind: Kind) -> int:
+    """Elements a program; half of them where they move one by one, so that registers suffice."""
+    return tile.block if kind.aligned else tile.block // 2
+
+
+@lru_cache(maxsize=32)
 def _flat_packing(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Packing:
     return Packing.build(dict(shapes))
 
 
-def _combine_triton(sources: Sequence[Tensors], coefficients: Tensor, out: Tensors) -> None:
-    """One launch for each dtype among the tensors."""
-    first = sources[0]
-    device = next(iter(first.values())).device
-    packing = _flat_packing(tuple((name, tuple(tensor.shape)) for name, tensor in first.items()))
+def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]], out: Tensors) -> None:
+    """A launch for each dtype among the tensors, and for each alignment."""
+    names = tuple(sources[0])
+    device = sources[0][names[0]].device
+    columns = [memory_of(source.values()) for source in sources]
+    packing = _flat_packing(tuple((name, tuple(t.shape)) for name, t in zip(names, columns[0], strict=True)))
+    columns.append([out[name] for name in names])
+    pointers = np.array([[tensor.data_ptr() for tensor in column] for column in columns])
+    dtypes = tuple([tensor.dtype for tensor in columns[0]])
+    on_line = (pointers % ALIGNMENT == 0).all(axis=0)
     tile = family(device).flat
-    for dtype in dict.fromkeys(tensor.dtype for tensor in first.values()):
-        names = [name for name, tensor in first.items() if tensor.dtype == dtype and tensor.numel()]
-        if not names:
-            continue
-        wide = torch.promote_types(dtype, torch.float32)
-        table = packing.table(names, [1] * len(names), MoveTile(1, tile.block, tile.warps), device)
-        columns = [[tensors[name].contiguous() for name in names] for tensors in (*sources, out)]
-        _combine_kernel[(len(table.tiles),)](
-            addresses(columns, device),
-            len(names),
-            table.segments,
-            table.tiles,
-            coefficients.to(device, wide).contiguous(),
-            len(coefficients),
-            len(sources),
-            DTYPE=triton_dtype(dtype),
-            WIDE=triton_dtype(wide),
-            BLOCK=tile.block,
-            num_warps=tile.warps,
+
+    def make() -> Layout:
+        segments, ones = list(packing.segments.values()), [1] * len(names)
+        return lay_out(
+            segments,
+            dtypes,
+            ones,
+            on_line.tolist(),
+            len(pointers),
+            lambda kind: (1, block_of(tile, kind)),
+            {},
+            device,
+            fold=False,
         )
 
+    layout = packing.layouts.get((dtypes, on_line.tobytes(), len(pointers), device), make)
+    buffer = uploaded(pointers.ravel()[layout.order], device)
+    with on(device):
+        for launch in layout.launches:
+            wide = accumulator(launch.kind.dtype)
+            _combine_kernel[(len(launch.tiles),)](
+                buffer[launch.start : launch.end],
+                launch.count,
+                launch.segments,
+                launch.tiles,
+                float((len(sources) + len(table)) * launch.size * launch.kind.dtype.itemsize),
+                on_device(table, wide, device),
+                len(table),
+                len(sources),
+                DTYPE=triton_dtype(launch.kind.dtype),
+                WIDE=triton_dtype(wide),
+                VEC=launch.kind.vector,
+                PAIR=len(sources) == 2,
+                BLOCK=block_of(tile, launch.kind),
+                num_warps=tile.warps,
+            )
 
-@torch.no_grad()
+
 def combine(
     sources: Sequence[Tensors],
     coefficients: Tensor | Sequence[Sequence[float]],
@@ -167,38 +229,58 @@ def combine(
 ) -> dict[str, Tensor]:
     """K parameter sets sum_i coefficients[k][i] * sources[i], as name -> [K, *shape].
 
-    `sources`: m dictionaries with the same names, shapes, dtypes and devices; `coefficients` [K, m], finite.
-    Arithmetic is in float32 (float64 for float64 tensors). A tensor that is not floating is copied from the
-    first source, K times. The result is new, or that of `out`, which must share no memory with what is read.
+    `sources`: m dictionaries with the same names, shapes, dtypes and devices; `coefficients` [K, m], finite,
+    numbers or a tensor. Arithmetic is in float32 (float64 for float64 tensors). A tensor that is not floating is
+    copied from the first source, K times. The result is new, or that of `out`, which must share no memory with
+    what is read.
 
-    Gradients are not tracked.
+    Differentiable in `sources` and `coefficients`, and an operator of PyTorch (`torch.ops.regraft.combine`).
 
-    Raises ValueError for no source, sources that differ, or coefficients of another shape or not finite.
+    Raises ValueError for no source, sources that differ, coefficients of another shape or not finite, tensors
+    without memory (DTensor), and for `out` where gradients or a compiler are at work.
     """
     if not sources:
         raise ValueError("combine needs at least one source")
-    table = torch.as_tensor(coefficients, dtype=torch.float64)
+    _check_sources(sources)
+    first = sources[0]
+    check_addable(first, "sources")
+    table = (
+        coefficients if isinstance(coefficients, Tensor) else torch.tensor(coefficients, dtype=torch.float64)
+    )
     if table.numel() == 0 and table.ndim < 2:
         table = table.reshape(0, len(sources))
     if table.ndim != 2 or table.shape[1] != len(sources):
         raise ValueError(f"coefficients have shape {tuple(table.shape)}, expected (K, {len(sources)})")
-    if not table.isfinite().all():
-        raise ValueError("coefficients must be finite")
-    _check_sources(sources)
-    check_real(sources[0], "sources")
-    first = sources[0]
     if not first:
         return {}
     chosen = resolve(backend, next(iter(first.values())).device)
-    shapes = {name: (len(table), *tensor.shape) for name, tensor in first.items()}
+    if needs_operator(first, "sources", out, *sources[1:], {"coefficients": table}):
+        floating = [name for name, tensor in first.items() if tensor.is_floating_point()]
+        given = [source[name] for source in sources for name in floating]
+        found = torch.ops.regraft.combine(given, table, backend) if floating else []
+        summed = dict(zip(floating, found, strict=True))
+        steps = table.shape[0]
+        return {n: summed[n] if n in summed else t.expand(steps, *t.shape).clone() for n, t in first.items()}
+    return _combine_now(sources, table, chosen, out)
+
+
+@torch.no_grad()
+def _combine_now(
+    sources: Sequence[Tensors], table: Tensor, chosen: str, out: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    rows = table.tolist()
+    if not all(math.isfinite(number) for row in rows for number in row):
+        raise ValueError("coefficients must be finite")
+    first = sources[0]
+    shapes = {name: (len(rows), *tensor.shape) for name, tensor in first.items()}
     results = allocate(shapes, first, out, sources)
     floating = [name for name in first if first[name].is_floating_point()]
     for name in first.keys() - set(floating):
         results[name].copy_(first[name].expand(shapes[name]))
-    if floating and len(table):
-        used = [{name: source[name] for name in floating} for source in sources]
+    if floating and rows:
+        used = [{name: source[name] for name in floating} for source in sources]  # all in one order
         run = _combine_triton if chosen == "triton" else _combine_torch
-        run(used, table, results)
+        run(used, rows, results)
     return results
 
 
@@ -221,18 +303,92 @@ def _check_sources(sources: Sequence[Tensors]) -> None:
                 )
 
 
+# ---------------------------------------------------------------- the operator
+
+
+@torch.library.custom_op(
+    "regraft::combine",
+    mutates_args=(),
+    schema="(Tensor[] sources, Tensor coefficients, str backend) -> Tensor[]",
+)
+def _operator(sources, coefficients, backend):
+    """`sources`: the floating tensors of the first source, then of the second, and so on."""
+    chosen = resolve(backend, sources[0].device)
+    return list(_combine_now(_by_source(sources, coefficients), coefficients, chosen).values())
+
+
+def _by_source(tensors: Sequence[Tensor], coefficients: Tensor) -> list[dict[str, Tensor]]:
+    each = len(tensors) // coefficients.shape[1]
+    return [
+        {str(place): tensor for place, tensor in enumerate(tensors[start : start + each])}
+        for start in range(0, len(tensors), each)
+    ]
+
+
+@_operator.register_fake
+def _fake(sources, coefficients, backend):
+    steps, count = coefficients.shape
+    return [t.new_empty((steps, *t.shape)) for t in sources[: len(sources) // count]]
+
+
+def _remember(ctx, inputs, output) -> None:
+    sources, coefficients, _ = inputs
+    ctx.save_for_backward(coefficients, *(sources if coefficients.requires_grad else []))
+
+
+def _backward(ctx, gradients):
+    """The transposed sums: of source i, sum_k c_ki g_k; of c_ki, <g_k, theta_i>."""
+    coefficients, *sources = ctx.saved_tensors
+    sums = [torch.tensordot(column.to(g), g, 1) for column in coefficients.unbind(1) for g in gradients]
+    if not sources:
+        return sums, None, None
+    columns = []
+    for source in _by_source(sources, coefficients):
+        dots = [
+            g.flatten(1).to(coefficients) @ t.flatten().to(coefficients)
+            for g, t in zip(gradients, source.values(), strict=True)
+        ]
+        columns.append(torch.stack(dots).sum(0))
+    return sums, torch.stack(columns, dim=1), None
+
+
+_operator.register_autograd(_backward, setup_context=_remember)
+_operator.register_vmap(one_by_one(torch.ops.regraft.combine))
+
+
 # ---------------------------------------------------------------- what to compile, what to time
+
+
+SIGNATURE = {
+    "addresses": "*i64",
+    "count": "i32",
+    "segments": "*i64",
+    "tiles": "*i32",
+    "moved": "fp32",
+    "steps": "i32",
+    "sources": "i32",
+}
 
 
 def _variants(target: str) -> list[Variant]:
     found, tile = [], FAMILIES[target].flat
     for dtype in FLOATING:
-        wide = torch.promote_types(dtype, torch.float32)
-        pointer = "*fp64" if wide == torch.float64 else "*fp32"
-        signature = {**TABLES, "coefficients": pointer, "steps": "i32", "sources": "i32"}
-        constants = {"DTYPE": dtype, "WIDE": wide, "BLOCK": tile.block}
-        label = f"combine {dtype_name(dtype)}"
-        found.append(Variant(_combine_kernel, target, label, signature, constants, tile.warps))
+        wide = accumulator(dtype)
+        signature = {**SIGNATURE, "coefficients": "*fp64" if wide == torch.float64 else "*fp32"}
+        for pair in (True, False):
+            for kind in (Kind(dtype, False, True), Kind(dtype, False, False)):
+                constants = {
+                    "DTYPE": dtype,
+                    "WIDE": wide,
+                    "VEC": kind.vector,
+                    "PAIR": pair,
+                    "BLOCK": block_of(tile, kind),
+                }
+                label = f"combine {'two' if pair else 'many'} {dtype_name(dtype)} {kind.alignment}"
+                moved = 3 * block_of(tile, kind) * dtype.itemsize
+                found.append(
+                    Variant(_combine_kernel, target, label, signature, constants, tile.warps, moved=moved)
+                )
     return found
 
 

@@ -6,16 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.tiles import MoveTile
+from regraft_kernels.backend import Recent, resolve
+from regraft_kernels.indices import Factors, Indices
+from regraft_kernels.tables import Layout
 
 Tensors = Mapping[str, Tensor]
-Factors = tuple[tuple[int, str | None], ...]
-"""Consecutive axes that one index vector gathers together: (length, slot or None) for each."""
 
-LONG_TAIL = 512
+LONG_TAIL = 128
 """From this many contiguous elements on, a run is worth a table row of its own."""
 
 
@@ -51,7 +52,8 @@ class Packing:
     axes: dict[str, tuple[str | None, ...]]
     slots: dict[str, int]
     segments: dict[str, Segment]
-    _tables: dict[tuple, Table] = field(default_factory=dict, repr=False, compare=False)
+    layouts: Recent[Layout] = field(default_factory=lambda: Recent(16), repr=False, compare=False)
+    _needed: Recent[dict[str, int]] = field(default_factory=lambda: Recent(64), repr=False, compare=False)
 
     @staticmethod
     def build(
@@ -84,144 +86,77 @@ class Packing:
         Any subset of the packing's names may be given. Raises ValueError, naming the tensor, for a name or
         a shape that does not fit, for tensors of which only some have a batch, and for mixed devices.
         """
+        if not tensors:
+            return ()
+        first = next(iter(tensors.values()))
+        device, shapes = first.device, self.shapes
+        if all(t.shape == shapes.get(name) and t.device == device for name, t in tensors.items()):
+            return ()
         batch: tuple[int, ...] | None = None
-        device = None
         for name, tensor in tensors.items():
-            if name not in self.shapes:
+            if name not in shapes:
                 raise ValueError(f"{what}: {name!r} is not in the packing")
-            shape = self.shapes[name]
+            shape = shapes[name]
             lead = tuple(tensor.shape[: max(0, tensor.ndim - len(shape))])
-            if tensor.shape[len(lead) :] != torch.Size(shape) or len(lead) > 1:
+            if tuple(tensor.shape[len(lead) :]) != shape or len(lead) > 1:
                 raise ValueError(
                     f"{what}: {name!r} has shape {tuple(tensor.shape)}, expected {shape} "
                     "or that with one leading batch dimension"
                 )
             if batch is not None and lead != batch:
                 raise ValueError(f"{what}: {name!r} has leading dimensions {lead}, the others {batch}")
-            if device is not None and tensor.device != device:
+            if tensor.device != device:
                 raise ValueError(f"{what}: {name!r} is on {tensor.device}, the others on {device}")
-            batch, device = lead, tensor.device
+            batch = lead
         return () if batch is None else batch
 
-    def vectors(
+    def prepare(
         self,
         indices: Mapping[str, Tensor],
-        names: Sequence[str],
-        device: torch.device,
         *,
         inverse: bool = False,
         targets: int | None = None,
+        backend: str = "auto",
     ) -> Indices:
-        """Check the index vectors that the named tensors need, and compose those that act together.
+        """Check index vectors once, to be given to `permute` or `graft` many times in place of the dictionary.
 
-        `indices` is slot -> int64 [length], or [targets, length] where `targets` is given. Raises ValueError,
-        naming the slot, for a vector that is missing, of the wrong dtype, shape or device, or no permutation.
+        `indices`: slot -> int64 [length], or [targets, length] where `targets` is given, on one device; only
+        tensors whose slots are there can be moved. What `inverse` says here holds for every use. Waits for the
+        device, and raises ValueError, naming the slot, as the operations do. Prepared indices are what a CUDA
+        graph can capture: call the operation once with the same tensors and `out`, then capture the same call.
         """
-        needed = {slot: None for name in names for slot in self.axes[name] if slot is not None}
-        checked = {}
-        for slot in needed:
-            if slot not in indices:
-                raise ValueError(f"indices: slot {slot!r} is missing")
-            checked[slot] = _check_vector(slot, indices[slot], self.slots[slot], device, targets)
-        _check_permutations(checked)
-        if inverse:
-            checked = {slot: vector.argsort(dim=-1) for slot, vector in checked.items()}
-        composed: dict[Factors, Tensor] = {}
-        for name in names:
-            for factors in (self.segments[name].row_factors, self.segments[name].column_factors):
-                if factors and factors not in composed:
-                    composed[factors] = _compose(factors, checked)
-        return Indices(composed)
-
-    def table(
-        self, names: Sequence[str], widths: Sequence[int], tile: MoveTile, device: torch.device
-    ) -> Table:
-        """The segment table of the named tensors for the kernels, made at its first use and kept.
-
-        `widths`: for each tensor, how many of the kernel's elements make one of its own.
-        """
-        key = (tuple(names), tuple(widths), tile, device)
-        if key not in self._tables:
-            self._tables[key] = Table.build([self.segments[n] for n in names], widths, tile, device)
-        return self._tables[key]
-
-
-@dataclass(frozen=True)
-class Indices:
-    """Checked index vectors: factors -> int64 [n] or [P, n]."""
-
-    vectors: dict[Factors, Tensor]
-
-    def of(self, factors: Factors, target: int | None = None) -> Tensor | None:
-        """The index vector of these factors (of one target), None where nothing is gathered."""
-        if not factors:
-            return None
-        vector = self.vectors[factors]
-        return vector if target is None else vector[target]
-
-
-FIELDS = 6
-"""Columns of a segment table: rows, row length, tail, row vector, column vector (-1: none), size."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """What a kernel reads to find its way: int64 tensors on the device.
-
-    `segments` [N, FIELDS]; `tiles` [programs, 3]: segment, first row, first element of the row. `factors` are
-    the index vectors that the segments point into, in the order in which they are concatenated.
-    """
-
-    segments: Tensor
-    tiles: Tensor
-    factors: tuple[Factors, ...]
-
-    @staticmethod
-    def build(
-        segments: Sequence[Segment], widths: Sequence[int], tile: MoveTile, device: torch.device
-    ) -> Table:
-        """Lay the tiles over the segments; all in Python integers and int64, beyond 2^31 elements."""
-        places: dict[Factors, int] = {(): -1}
-        filled = 0
-        rows, tiles = [], []
-        for number, (segment, width) in enumerate(zip(segments, widths, strict=True)):
-            for factors in (segment.row_factors, segment.column_factors):
-                if factors not in places:
-                    places[factors] = filled
-                    filled += math.prod(n for n, _ in factors)
-            tail = segment.tail * width
-            length = segment.columns * tail
-            places_of = places[segment.row_factors], places[segment.column_factors]
-            rows.append((segment.rows, length, tail, *places_of, segment.size * width))
-            tiles.append(_tile_grid(number, segment.rows, length, tile))
-        return Table(
-            torch.tensor(rows, dtype=torch.int64).reshape(-1, FIELDS).to(device),
-            torch.cat([torch.zeros(0, 3, dtype=torch.int64), *tiles]).to(device),
-            tuple(factors for factors in places if factors),
+        if not indices:
+            raise ValueError("indices: there are none to prepare")
+        unknown = sorted(indices.keys() - self.slots.keys())
+        if unknown:
+            raise ValueError(f"indices: no slot is named {', '.join(unknown)}")
+        device = next(iter(indices.values())).device
+        chosen = resolve(backend, device)
+        return Indices.checked(
+            indices, {slot: self.slots[slot] for slot in indices}, device, targets, inverse, chosen, wait=True
         )
 
-    def vectors(self, indices: Indices, targets: int | None = None) -> Tensor:
-        """The index vectors one after the other, [length] or [targets, length]."""
-        lead = () if targets is None else (targets,)
-        empty = torch.zeros((*lead, 0), dtype=torch.int64, device=self.tiles.device)
-        # Vectors of fixed axes alone are the same for every target.
-        parts = [indices.vectors[f].expand(*lead, -1) for f in self.factors]
-        return torch.cat([empty, *parts], dim=-1)
+    def indices_for(
+        self,
+        names: tuple[str, ...],
+        indices: Mapping[str, Tensor] | Indices,
+        device: torch.device,
+        targets: int | None,
+        inverse: bool,
+        backend: str,
+    ) -> Indices:
+        """Checked indices for the named tensors: those prepared, or made of a dictionary."""
+        needed = self._needed.get(names, lambda: self._slots_of(names))
+        if isinstance(indices, Indices):
+            if inverse:
+                raise ValueError("indices are prepared: whether they are inverted was said there")
+            indices.check_use(needed, device, targets)
+            return indices
+        return Indices.checked(indices, needed, device, targets, inverse, backend)
 
-
-def addresses(columns: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    """The addresses of tensors as int64 [len(columns), N] on the device."""
-    table = torch.tensor([[t.data_ptr() for t in column] for column in columns], dtype=torch.int64)
-    if device.type == "cuda":
-        return table.pin_memory().to(device, non_blocking=True)
-    return table
-
-
-def _tile_grid(number: int, rows: int, length: int, tile: MoveTile) -> Tensor:
-    first_rows = torch.arange(0, rows if length else 0, tile.rows)
-    first_columns = torch.arange(0, length, tile.columns)
-    grid = torch.cartesian_prod(torch.tensor([number]), first_rows, first_columns)
-    return grid.reshape(-1, 3)
+    def _slots_of(self, names: tuple[str, ...]) -> dict[str, int]:
+        slots = dict.fromkeys(slot for name in names for slot in self.axes[name] if slot is not None)
+        return {slot: self.slots[slot] for slot in slots}
 
 
 def _slot_lengths(
@@ -282,55 +217,17 @@ def check_ranges(vectors: Sequence[tuple[str, Tensor, int]]) -> None:
             raise ValueError(f"{what} has entries outside 0..{bound - 1}")
 
 
-def _check_vector(
-    slot: str, vector: Tensor, length: int, device: torch.device, targets: int | None
-) -> Tensor:
-    expected = (length,) if targets is None else (targets, length)
-    if not isinstance(vector, Tensor) or vector.dtype != torch.int64:
-        kind = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
-        raise ValueError(f"indices: slot {slot!r} must be an int64 tensor, not {kind}")
-    if tuple(vector.shape) != expected:
-        raise ValueError(f"indices: slot {slot!r} has shape {tuple(vector.shape)}, expected {expected}")
-    if vector.device != device:
-        raise ValueError(f"indices: slot {slot!r} is on {vector.device}, the tensors on {device}")
-    return vector
+ADDABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_permutations(vectors: dict[str, Tensor]) -> None:
-    """Raise unless every vector is a permutation. One look at the device for all of them."""
-    if not vectors:
-        return
-    fine = torch.stack([_is_permutation(vector) for vector in vectors.values()]).tolist()
-    for slot, good in zip(vectors, fine, strict=True):
-        if not good:
-            raise ValueError(
-                f"indices: slot {slot!r} is not a permutation of 0..{vectors[slot].shape[-1] - 1}"
-            )
-
-
-def _is_permutation(vector: Tensor) -> Tensor:
-    n = vector.shape[-1]
-    within = ((vector >= 0) & (vector < n)).all()
-    seen = torch.zeros(vector.shape, dtype=torch.bool, device=vector.device)
-    seen.scatter_(-1, vector.clamp(0, max(n - 1, 0)), True)
-    return within & seen.all()
-
-
-def _compose(factors: Factors, vectors: Mapping[str, Tensor]) -> Tensor:
-    """One index vector for consecutive axes: out[i, j] takes i' * n_j + j'."""
-    device = next(iter(vectors.values())).device
-    composed = torch.zeros(1, dtype=torch.int64, device=device)
-    for length, slot in factors:
-        part = torch.arange(length, device=device) if slot is None else vectors[slot]
-        composed = (composed[..., :, None] * length + part[..., None, :]).flatten(-2)
-    return composed
-
-
-def check_real(tensors: Tensors, what: str) -> None:
-    """Raise ValueError for complex tensors, with which graft and combine would not know what to do."""
+def check_addable(tensors: Tensors, what: str) -> None:
+    """Raise ValueError for complex and 8-bit floating tensors, with which graft and combine compute nothing."""
     for name, tensor in tensors.items():
-        if tensor.is_complex():
-            raise ValueError(f"{what}: {name!r} is {tensor.dtype}; only real tensors are added and scaled")
+        dtype = tensor.dtype
+        if dtype not in ADDABLE and (dtype.is_complex or dtype.is_floating_point):
+            raise ValueError(
+                f"{what}: {name!r} is {dtype}; only {', '.join(map(str, ADDABLE))} are added and scaled"
+            )
 
 
 def allocate(
@@ -345,37 +242,56 @@ def allocate(
     memory with an input or with another output.
     """
     if out is None:
-        return {name: like[name].new_empty(shape) for name, shape in shapes.items()}
+        return {name: _new(like[name], shape) for name, shape in shapes.items()}
     for name, shape in shapes.items():
-        if name not in out:
+        found, wanted = out.get(name), like[name]
+        if found is None:
             raise ValueError(f"out lacks {name!r}")
-        found, wanted = out[name], like[name]
-        if (tuple(found.shape), found.dtype, found.device) != (shape, wanted.dtype, wanted.device):
+        if found.shape != shape or found.dtype != wanted.dtype or found.device != wanted.device:
             raise ValueError(
                 f"out: {name!r} is {tuple(found.shape)} {found.dtype} on {found.device}, "
-                f"expected {shape} {wanted.dtype} on {wanted.device}"
+                f"expected {tuple(shape)} {wanted.dtype} on {wanted.device}"
             )
-        if not found.is_contiguous():
+        if not found.is_contiguous() or found.is_neg() or found.is_conj():
             raise ValueError(f"out: {name!r} is not contiguous")
     results = {name: out[name] for name in shapes}
     _check_overlap(results, given)
     return results
 
 
+def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if like.shape == shape:  # the quicker of the two
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return like.new_empty(shape)
+
+
 def _check_overlap(results: Tensors, given: Sequence[Tensors]) -> None:
-    spans = [(*_span(tensor), True, name) for name, tensor in results.items()]
-    spans += [(*_span(tensor), False, name) for tensors in given for name, tensor in tensors.items()]
-    reach = [(-1, ""), (-1, "")]  # how far memory is taken so far, by inputs and by outputs
-    for start, end, writes, name in sorted(span for span in spans if span[0] < span[1]):
-        for other in (True, False) if writes else (True,):
-            if start < reach[other][0]:
-                raise ValueError(f"out: {name!r} and {reach[other][1]!r} share memory")
-        reach[writes] = max(reach[writes], (end, name))
+    written = list(results.items())
+    starts, ends = _spans([tensor for _, tensor in written])
+    order = np.argsort(starts)
+    starts, ends = starts[order], ends[order]
+    for place in np.flatnonzero(starts[1:] < ends[:-1])[:1]:
+        one, two = (written[order[n]][0] for n in (place, place + 1))
+        raise ValueError(f"out: {two!r} and {one!r} share memory")
+    read = [item for tensors in given for item in tensors.items()]
+    first, last = _spans([tensor for _, tensor in read])
+    near = np.minimum(np.searchsorted(ends, first, side="right"), len(ends) - 1)
+    shared = (starts[near] < last) & (first < ends[near]) & (first < last)
+    for place in np.flatnonzero(shared)[:1]:
+        name = written[order[near[place]]][0]
+        raise ValueError(f"out: {name!r} and {read[place][0]!r} share memory")
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte and end of the memory that a tensor touches."""
+def _spans(tensors: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """First byte and end of the memory that each tensor touches."""
+    starts = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+    return starts, starts + np.array(
+        [t.nbytes if t.is_contiguous() else _reach(t) for t in tensors], dtype=np.int64
+    )
+
+
+def _reach(tensor: Tensor) -> int:
     if not tensor.numel():
-        return 0, 0
+        return 0
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return (last + 1) * tensor.element_size()

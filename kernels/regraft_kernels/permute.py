@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import resolve, tl, triton, triton_dtype
+from regraft_kernels.backend import resolve, tl, triton
 from regraft_kernels.cases import (
     BY_HAND,
     COPY,
     NETWORKS,
     OURS,
     PLANS,
-    TABLES,
     Case,
     Network,
     Variant,
     copy_of,
-    dtype_name,
     each_family,
     size,
 )
-from regraft_kernels.packing import Packing, Tensors, addresses, allocate
-from regraft_kernels.tiles import FAMILIES, family
+from regraft_kernels.indices import Indices
+from regraft_kernels.moves import (
+    RUN_TIME,
+    SIGNATURE,
+    aligned,
+    find_tile,
+    launch_bytes,
+    launch_moves,
+    layout_of,
+    memory_of,
+    pointer,
+    shape_of,
+    tile_of,
+)
+from regraft_kernels.operators import needs_operator, one_by_one, operator_vectors, packing_of
+from regraft_kernels.packing import Packing, Tensors, allocate
+from regraft_kernels.tables import Kind
+from regraft_kernels.tiles import FAMILIES
 
-BLOCK_BYTES = 512 << 10
+BLOCK_BYTES = 1 << 20
 """The torch path moves a block of rows of this size at a time: what it gathers first is still in the cache."""
+
+SELECTABLE = frozenset(
+    (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+    + (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
+)
+"""The dtypes that torch gathers; others are moved as integers of their size."""
 
 
 def permute_reference(
@@ -71,31 +92,32 @@ class Scratch:
             self._views[key] = self._held[dtype][:size].view(block.shape)
         return self._views[key]
 
-    def rows(self, source: Tensor, rows: Tensor | None, block: slice) -> Tensor:
-        """A block of the rows of `source` that `rows` gathers: in here, or in place where nothing is gathered."""
-        here = source[block]
-        if rows is None:
-            return here
-        return torch.index_select(source, 0, rows[block], out=self.like(here, source.dtype))
-
 
 def _permute_torch(
-    tensors: Tensors, out: Tensors, indices: Mapping[str, Tensor], packing: Packing, inverse: bool
+    tensors: Tensors,
+    out: Tensors,
+    indices: Mapping[str, Tensor] | Indices,
+    packing: Packing,
+    inverse: bool,
 ) -> None:
     device = next(iter(tensors.values())).device
-    vectors = packing.vectors(indices, list(tensors), device, inverse=inverse)
+    vectors = packing.indices_for(tuple(tensors), indices, device, None, inverse, "torch")
     scratch = Scratch()
     for name, tensor in tensors.items():
         segment = packing.segments[name]
         if not segment.size:
             continue
+        result = out[name]
+        if tensor.dtype not in SELECTABLE:
+            kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+            tensor, result = tensor.view(kind), result.view(kind)
         rows, columns = vectors.of(segment.row_factors), vectors.of(segment.column_factors)
         shape = (segment.rows, segment.columns, segment.tail)
         if tensor.ndim == len(segment.shape):
-            _gather_one(tensor.reshape(shape), out[name].view(shape), rows, columns, scratch)
+            _gather_one(tensor.reshape(shape), result.view(shape), rows, columns, scratch)
             continue
-        for source, result in zip(tensor.reshape(-1, *shape), out[name].view(-1, *shape), strict=True):
-            _gather_one(source, result, rows, columns, scratch)
+        for source, moved in zip(tensor.reshape(-1, *shape), result.view(-1, *shape), strict=True):
+            _gather_one(source, moved, rows, columns, scratch)
 
 
 def _gather_one(
@@ -106,83 +128,85 @@ def _gather_one(
         out.copy_(source)
     elif columns is None:
         torch.index_select(source, 0, rows, out=out)
+    elif rows is None:
+        torch.index_select(source, 1, columns, out=out)
     else:
         for block in row_blocks(source):
-            torch.index_select(scratch.rows(source, rows, block), 1, columns, out=out[block])
+            room = scratch.like(source[block], source.dtype)
+            torch.index_select(source, 0, rows[block], out=room)
+            torch.index_select(room, 1, columns, out=out[block])
 
 
-@triton.jit
+LIVE = 1
+"""Values of each element that the kernel has in registers at a time."""
+
+
+@triton.jit(do_not_specialize=RUN_TIME, launch_metadata=launch_bytes)
 def _permute_kernel(
     addresses,  # int64 [2, N]: of the sources, of the results
     count,  # N
-    segments,  # int64 [N, 6]
-    tiles,  # int64 [programs, 3]
-    vectors,  # int64: the index vectors, one after the other
+    segments,  # int64 [N, FIELDS]
+    tiles,  # int32 [programs, TILE_FIELDS]
+    tables,  # int32 [E]: source row of each row, source column of each column
+    entries,  # E
+    programs,  # models
+    moved,  # bytes, for the profiler
     DTYPE: tl.constexpr,
+    VEC: tl.constexpr,
+    GATHERED: tl.constexpr,
     ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of one tensor of one model: program (tile, model)."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 3
-    model = tl.program_id(1).to(tl.int64)
-    number = tl.load(tile)
-    segment = segments + number * 6
-    rows, length, tail = tl.load(segment), tl.load(segment + 1), tl.load(segment + 2)
-    row_vector, column_vector = tl.load(segment + 3), tl.load(segment + 4)
-    start = model * tl.load(segment + 5)
-    source = tl.load(addresses + number).to(tl.pointer_type(DTYPE)) + start
-    result = tl.load(addresses + count + number).to(tl.pointer_type(DTYPE)) + start
-
-    i = tl.load(tile + 1) + tl.arange(0, ROWS)
-    j = tl.load(tile + 2) + tl.arange(0, COLUMNS)
-    from_i = i
-    if row_vector >= 0:
-        from_i = tl.load(vectors + row_vector + i, mask=i < rows, other=0)
-    from_j = j
-    if column_vector >= 0:
-        column = j // tail
-        from_j = (
-            tl.load(vectors + column_vector + column, mask=j < length, other=0) * tail + j - column * tail
-        )
-    inside = (i < rows)[:, None] & (j < length)[None, :]
-    value = tl.load(source + from_i[:, None] * length + from_j[None, :], mask=inside)
-    tl.store(result + i[:, None] * length + j[None, :], value, mask=inside)
+    """One tile of one tensor of every model: program (tile, model), and on to models beyond the grid."""
+    number, rows, length, size, first_row, first, row_table, origin, inside_j, from_j = find_tile(
+        tiles, segments, tables, VEC, GATHERED, SPAN, COLUMNS
+    )
+    j = tl.arange(0, COLUMNS)
+    for model in range(tl.program_id(1), programs, tl.num_programs(1)):
+        start = size * model
+        source = aligned(pointer(addresses + number, DTYPE), start + origin, DTYPE, 1 if GATHERED else VEC)
+        result = aligned(pointer(addresses + count + number, DTYPE), start + first, DTYPE, VEC)
+        for row in range(first_row, tl.minimum(first_row + SPAN, rows), ROWS):
+            i = row + tl.arange(0, ROWS)
+            from_i = tl.load(row_table + i, mask=i < rows, other=0).to(tl.int64) * length
+            inside = (i < rows)[:, None] & inside_j[None, :]
+            value = tl.load(source + from_i[:, None] + from_j[None, :], mask=inside)
+            tl.store(result + (i.to(tl.int64) * length)[:, None] + j[None, :], value, mask=inside)
 
 
 def _permute_triton(
-    tensors: Tensors, out: Tensors, indices: Mapping[str, Tensor], packing: Packing, inverse: bool
+    tensors: Tensors,
+    out: Tensors,
+    indices: Mapping[str, Tensor] | Indices,
+    packing: Packing,
+    inverse: bool,
 ) -> None:
-    """One launch, in units of the smallest element size; a second one where there are tensors of bytes."""
-    first = next(iter(tensors.values()))
-    device = first.device
-    checked = packing.vectors(indices, list(tensors), device, inverse=inverse)
-    for wide in (True, False):
-        names = [name for name, t in tensors.items() if (t.element_size() > 1) == wide and t.numel()]
-        if not names:
-            continue
-        unit = min(8, *(tensors[name].element_size() for name in names))
-        widths = [tensors[name].element_size() // unit for name in names]
-        tile = family(device).move
-        table = packing.table(names, widths, tile, device)
-        sources = [tensors[name].contiguous() for name in names]
-        models = sources[0].numel() // packing.segments[names[0]].size
-        _permute_kernel[len(table.tiles), models](
-            addresses([sources, [out[name] for name in names]], device),
-            len(names),
-            table.segments,
-            table.tiles,
-            table.vectors(checked),
-            DTYPE=triton_dtype({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[unit]),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.warps,
-        )
+    """A launch for each kind among the tensors: mostly one or two; in units of the smallest element size."""
+    names = tuple(tensors)
+    device = tensors[names[0]].device
+    checked = packing.indices_for(names, indices, device, None, inverse, "triton")
+    sources = memory_of(tensors.values())
+    pointers = np.array([[t.data_ptr() for t in sources], [out[name].data_ptr() for name in names]])
+    kinds = _units(tuple([t.element_size() for t in sources]))
+    layout = layout_of(packing, names, kinds, pointers, checked, device)
+    full = next((n for n, source in enumerate(sources) if source.numel()), None)
+    if full is not None:
+        models = sources[full].numel() // packing.segments[names[full]].size
+        launch_moves(_permute_kernel, layout, pointers, checked, models, LIVE, lambda dtype: ((), {}))
 
 
-@torch.no_grad()
+@lru_cache(maxsize=32)
+def _units(sizes: tuple[int, ...]) -> tuple[tuple[torch.dtype, int], ...]:
+    """What moves elements of these sizes, and how many of it make one: bytes, or units of the smallest larger size."""
+    wide = min([8, *(size for size in sizes if size > 1)])
+    units = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tuple((units[1], 1) if size == 1 else (units[wide], size // wide) for size in sizes)
+
+
 def permute(
     tensors: Tensors,
-    indices: Mapping[str, Tensor],
+    indices: Mapping[str, Tensor] | Indices,
     packing: Packing,
     *,
     inverse: bool = False,
@@ -192,40 +216,104 @@ def permute(
     """Gather (or scatter, where `inverse`) every axis of every tensor: out[i, j, ...] = x[p[i], q[j], ...].
 
     `tensors` is name -> [*shape], or [B, *shape] for all, any dtype, and may lack tensors of the packing;
-    `indices` slot -> int64 [length] on the same device. Returns contiguous tensors, exact to the bit: new
-    ones, or those of `out`, which must share no memory with what is read. Gradients are not tracked.
+    `indices` slot -> int64 [length] on the same device, or what `packing.prepare` made of that. Returns contiguous
+    tensors, exact to the bit: new ones, or those of `out`, which must share no memory with what is read.
 
-    Raises ValueError for names, shapes or devices that do not fit `packing`, and for index vectors that are
-    missing or no permutations.
+    Differentiable in `tensors`, and an operator of PyTorch (`torch.ops.regraft.permute`): torch.compile, export,
+    meta tensors, torch.func. Raises ValueError for names, shapes or devices that do not fit `packing`, for index
+    vectors that are missing or no permutations (on a GPU: a device-side assertion, see `Packing.prepare`), for
+    tensors without memory (DTensor), and for `out` where gradients or a compiler are at work.
     """
-    packing.check(tensors)
+    batch = packing.check(tensors)
     if not tensors:
         return {}
-    device = next(iter(tensors.values())).device
-    chosen = resolve(backend, device)
-    results = allocate({n: tuple(t.shape) for n, t in tensors.items()}, tensors, out, [tensors])
+    chosen = resolve(backend, next(iter(tensors.values())).device)
+    if needs_operator(tensors, "tensors", out):
+        slots, vectors = operator_vectors(packing, tensors, indices)
+        places = {slot: place for place, slot in enumerate(slots)}
+        axes = [-1 if slot is None else places[slot] for name in tensors for slot in packing.axes[name]]
+        if isinstance(indices, Indices) and inverse:
+            raise ValueError("indices are prepared: whether they are inverted was said there")
+        moved = torch.ops.regraft.permute(
+            list(tensors.values()), vectors, axes, bool(batch), inverse, backend
+        )
+        return dict(zip(tensors, moved, strict=True))
+    return _permute_now(tensors, indices, packing, inverse, chosen, out)
+
+
+@torch.no_grad()
+def _permute_now(
+    tensors: Tensors,
+    indices: Mapping[str, Tensor] | Indices,
+    packing: Packing,
+    inverse: bool,
+    chosen: str,
+    out: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    results = allocate({n: t.shape for n, t in tensors.items()}, tensors, out, [tensors])
     run = _permute_triton if chosen == "triton" else _permute_torch
     run(tensors, results, indices, packing, inverse)
     return results
+
+
+# ---------------------------------------------------------------- the operator
+
+
+@torch.library.custom_op(
+    "regraft::permute",
+    mutates_args=(),
+    schema="(Tensor[] tensors, Tensor[] indices, int[] axes, bool batched, bool inverse, str backend) -> Tensor[]",
+)
+def _operator(tensors, indices, axes, batched, inverse, backend):
+    """`axes`: for each tensor the place of each axis's vector in `indices`, -1 for none."""
+    packing = packing_of(tensors, axes, batched)
+    named = dict(zip(packing.shapes, tensors, strict=True))
+    vectors = {str(place): vector for place, vector in enumerate(indices)}
+    chosen = resolve(backend, tensors[0].device)
+    return list(_permute_now(named, vectors, packing, inverse, chosen).values())
+
+
+@_operator.register_fake
+def _fake(tensors, indices, axes, batched, inverse, backend):
+    return [t.new_empty(t.shape) for t in tensors]
+
+
+def _remember(ctx, inputs, output) -> None:
+    _, indices, *ctx.rest = inputs
+    ctx.save_for_backward(*indices)
+
+
+def _backward(ctx, gradients):
+    """A permutation's transpose is its inverse."""
+    axes, batched, inverse, backend = ctx.rest
+    moved = torch.ops.regraft.permute(gradients, ctx.saved_tensors, axes, batched, not inverse, backend)
+    return moved, [None] * len(ctx.saved_tensors), None, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_remember)
+_operator.register_vmap(one_by_one(torch.ops.regraft.permute))
 
 
 # ---------------------------------------------------------------- what to compile, what to time
 
 
 def _variants(target: str) -> list[Variant]:
-    tile = FAMILIES[target].move
-    signature = {**TABLES, "vectors": "*i64"}
-    return [
-        Variant(
-            _permute_kernel,
-            target,
-            f"permute {dtype_name(dtype)}",
-            signature,
-            {"DTYPE": dtype, "ROWS": tile.rows, "COLUMNS": tile.columns},
-            tile.warps,
-        )
-        for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
-    ]
+    tiles, found = FAMILIES[target], []
+    for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+        for kind in (Kind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
+            tile = tile_of(tiles, kind, LIVE)
+            found.append(
+                Variant(
+                    _permute_kernel,
+                    target,
+                    f"permute {kind.label}",
+                    SIGNATURE,
+                    {"DTYPE": dtype, **shape_of(tile, kind)},
+                    tile.warps,
+                    moved=2 * tile.size * dtype.itemsize,
+                )
+            )
+    return found
 
 
 def _case(network: str, into_given: bool) -> Case:

@@ -13,8 +13,18 @@ from torch import Tensor
 from regraft_kernels.backend import INTERPRETING, resolve, tl, triton, triton_dtype
 from regraft_kernels.cases import BY_HAND, OURS, PRODUCT, Case, Variant, dtype_name, each_family
 from regraft_kernels.packing import check_index, check_ranges
+from regraft_kernels.similarity_operator import flatten, register, unflatten
 from regraft_kernels.similarity_torch import similarity_torch, update_torch_
-from regraft_kernels.terms import Operand, Term, accumulator, check_terms, operands_of
+from regraft_kernels.terms import (
+    Operand,
+    Runs,
+    Term,
+    accumulator,
+    check_entries,
+    check_terms,
+    operands_of,
+    unfold,
+)
 from regraft_kernels.tiles import FAMILIES, DotTile, dot_choice, family
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
@@ -25,29 +35,25 @@ def similarity_reference(terms: Sequence[Term]) -> Tensor:
     n = terms[0].units
     total = torch.zeros((n, n), dtype=accumulator(terms[0].target), device=terms[0].target.device)
     for term in terms:
-        source = term.source
-        for axis, index in enumerate(term.gathers):
-            if index is not None:
-                source = source.index_select(axis + 1, index)
-        total += _unfold(term.target, term) @ _unfold(source, term).T
+        left, right = (unfold(operand, term) for operand in operands_of(term))
+        total += left @ right.T
     return total
 
 
-def _unfold(stack: Tensor, term: Term) -> Tensor:
-    """[T, *shape] as [n, multiplicity * T * everything else]."""
-    by_position = stack.movedim(term.axis + 1, 0).to(accumulator(stack))
-    if term.positions is not None:
-        by_position = by_position[term.positions]
-    return by_position.flatten(1)
+# The columns of `programs`: one row for each tile of S and split of the sum. Places count elements.
+FIRST, LAST, UNITS, PITCH, ROW, COLUMN, PLACE, PROGRAM_COLUMNS = map(tl.constexpr, range(8))
+# The columns of `parts`: one row for each stretch of the sum whose entries stand at regular distances.
+TARGET, SOURCE, TARGET_ROWS, SOURCE_ROWS, STEPS, ROOM, RUN, TARGET_SKIP, SOURCE_SKIP, PART_COLUMNS = map(
+    tl.constexpr, range(10)
+)
 
 
 @triton.jit
 def _similarity_kernel(
-    programs,  # int64 [programs, 6]: first and last part, n, first row, first column, place in `out`
-    parts,  # int64 [parts, 8]: see _Work.add
-    rows,  # int64: where the units stand in a stack, in elements
-    columns,  # int64: where everything else stands
-    out,  # float32: one [n, n] for each group and split
+    programs,  # int64 [programs, PROGRAM_COLUMNS]
+    parts,  # int64 [parts, PART_COLUMNS]
+    rows,  # int64: where the units begin in a stack
+    out,  # float32: [n, pitch] for each group and split
     DTYPE: tl.constexpr,
     FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -55,202 +61,184 @@ def _similarity_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    """One tile of S, over one split of the sum; the splits are added afterwards, always in the same order."""
-    program = programs + tl.program_id(0).to(tl.int64) * 6
-    first_part, last_part, n = tl.load(program), tl.load(program + 1), tl.load(program + 2)
-    i = tl.load(program + 3) + tl.arange(0, M)
-    j = tl.load(program + 4) + tl.arange(0, N)
+    """One tile of S over one split of the sum; the splits are added afterwards, always in the same order.
+
+    Everything but the units is contiguous in runs, and begins at multiples of 16 bytes: K entries of a run a step.
+    """
+    ALIGNED: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    program = programs + tl.program_id(0).to(tl.int64) * PROGRAM_COLUMNS
+    n = tl.load(program + UNITS).to(tl.int32)
+    pitch = tl.multiple_of(tl.load(program + PITCH).to(tl.int32), 4)
+    i = tl.load(program + ROW).to(tl.int32) + tl.arange(0, M)
+    j = tl.multiple_of(tl.load(program + COLUMN).to(tl.int32), 4) + tl.arange(0, N)
+    k = tl.arange(0, K)
     total = tl.zeros((M, N), tl.float32)
-    for number in range(first_part, last_part):
-        part = parts + number * 8
-        target = tl.load(part).to(tl.pointer_type(DTYPE))
-        source = tl.load(part + 1).to(tl.pointer_type(DTYPE))
-        target_row = tl.load(rows + tl.load(part + 2) + i, mask=i < n, other=0)
-        source_row = tl.load(rows + tl.load(part + 3) + j, mask=j < n, other=0)
-        first, last = tl.load(part + 4), tl.load(part + 5)
-        to_source = tl.load(part + 6)
-        kind = tl.load(part + 7)
-        if kind >= 2:
-            total = -total
-        # Neighbouring threads read neighbouring memory: along the units where these stand innermost.
-        if kind % 2 == 1:
-            for place in range(first, last, K):
-                k = place + tl.arange(0, K)
-                here = tl.load(columns + k, mask=k < last, other=0)
-                there = tl.load(columns + to_source + k, mask=k < last, other=0)
-                ok_left = (k < last)[:, None] & (i < n)[None, :]
-                ok_right = (k < last)[:, None] & (j < n)[None, :]
-                left = tl.load(target + here[:, None] + target_row[None, :], mask=ok_left, other=0.0)
-                right = tl.load(source + there[:, None] + source_row[None, :], mask=ok_right, other=0.0)
-                total = tl.dot(tl.trans(left).to(FACTOR), right.to(FACTOR), total, input_precision=PRECISION)
-        else:
-            for place in range(first, last, K):
-                k = place + tl.arange(0, K)
-                here = tl.load(columns + k, mask=k < last, other=0)
-                there = tl.load(columns + to_source + k, mask=k < last, other=0)
-                ok_left = (i < n)[:, None] & (k < last)[None, :]
-                ok_right = (j < n)[:, None] & (k < last)[None, :]
-                left = tl.load(target + target_row[:, None] + here[None, :], mask=ok_left, other=0.0)
-                right = tl.load(source + source_row[:, None] + there[None, :], mask=ok_right, other=0.0)
-                total = tl.dot(left.to(FACTOR), tl.trans(right).to(FACTOR), total, input_precision=PRECISION)
-        if kind >= 2:
-            total = -total
-    place = out + tl.load(program + 5) + i.to(tl.int64)[:, None] * n + j[None, :]
-    tl.store(place, total, mask=(i < n)[:, None] & (j < n)[None, :])
+    for number in range(tl.load(program + FIRST), tl.load(program + LAST)):
+        part = parts + number * PART_COLUMNS
+        target = tl.multiple_of(tl.load(part + TARGET).to(tl.pointer_type(DTYPE)), 16)
+        source = tl.multiple_of(tl.load(part + SOURCE).to(tl.pointer_type(DTYPE)), 16)
+        # Past the last unit the first is read once more; what comes of it is not stored.
+        target_row = tl.load(rows + tl.load(part + TARGET_ROWS) + i, mask=i < n, other=0)
+        source_row = tl.load(rows + tl.load(part + SOURCE_ROWS) + j, mask=j < n, other=0)
+        target_block = target + tl.multiple_of(target_row, ALIGNED)[:, None] + k[None, :]
+        source_block = source + tl.multiple_of(source_row, ALIGNED)[:, None] + k[None, :]
+        run = tl.multiple_of(tl.load(part + RUN).to(tl.int32), ALIGNED)
+        room = tl.multiple_of(tl.load(part + ROOM).to(tl.int32), ALIGNED)
+        target_skip = tl.multiple_of(tl.load(part + TARGET_SKIP), ALIGNED)
+        source_skip = tl.multiple_of(tl.load(part + SOURCE_SKIP), ALIGNED)
+        here = tl.zeros((), tl.int64)
+        there = tl.zeros((), tl.int64)
+        for _ in range(tl.load(part + STEPS).to(tl.int32)):
+            inside = (k < room)[None, :]
+            left = tl.load(target_block + here, mask=inside, other=0.0)
+            right = tl.load(source_block + there, mask=inside, other=0.0)
+            total = tl.dot(left.to(FACTOR), tl.trans(right).to(FACTOR), total, input_precision=PRECISION)
+            room -= K
+            ended = room <= 0
+            here += K + tl.where(ended, target_skip, 0)
+            there += K + tl.where(ended, source_skip, 0)
+            room = tl.where(ended, run, room)
+    place = out + tl.multiple_of(tl.load(program + PLACE), 4) + i.to(tl.int64)[:, None] * pitch + j[None, :]
+    tl.store(place, total, mask=(i < n)[:, None] & (j < pitch)[None, :])
 
 
 @dataclass
 class _Work:
-    """The tables of one launch of `_similarity_kernel`, as they grow term by term."""
+    """The tables of one group in a launch of `_similarity_kernel`, as they grow term by term."""
 
-    device: torch.device
-    parts: list[list[int]] = field(default_factory=list)
+    units: int
+    parts: list[tuple[Runs, Runs, int, int]] = field(default_factory=list)  # with the places of their rows
     rows: list[Tensor] = field(default_factory=list)
-    columns: list[Tensor] = field(default_factory=list)
-    rows_filled: int = 0
-    columns_filled: int = 0
 
-    def add(self, term: Term, target: Operand, source: Operand, sign: int = 1) -> None:
-        """Append one part for each occurrence of the units on the axis: the addresses of target and source,
-        the places of their row offsets, the range of the target's column offsets, how far behind these the
-        source's lie, and a kind: 1 where units stand innermost, 2 more where the part is subtracted."""
+    def add(self, term: Term, target: Operand, source: Operand) -> None:
+        """One part for each occurrence of the units on the axis."""
         dim = term.axis + 1
-        order = sorted(
-            (d for d in range(target.stack.ndim) if d != dim), key=lambda d: -target.stack.stride(d)
-        )
-        length = 0
-        for operand in (target, source):
-            columns = _offsets(operand, order, self.device)
-            length = len(columns)
-            self.columns.append(columns)
-        inner = target.stack.stride(dim) == 1 and target.stack.shape[dim] > 1
-        occurrences = (
-            torch.arange(term.units, device=self.device)[:, None]
-            if term.positions is None
-            else term.positions
-        )
-        for positions in occurrences.T:
-            for operand in (target, source):
+        if not math.prod(
+            n if g is None else len(g) for n, g in zip(source.stack.shape, source.gathers, strict=True)
+        ):
+            return
+        runs = Runs.of(target, source, dim)
+        positions = term.positions
+        if positions is None:
+            positions = torch.arange(self.units, device=target.stack.device)[:, None]
+        for column in positions.T:
+            first = self.units * len(self.rows)
+            for operand, side in zip((target, source), runs, strict=True):
                 index = operand.gathers[dim]
-                place = positions if index is None else index[positions]
-                self.rows.append(place * operand.stack.stride(dim))
-            addresses = [target.stack.data_ptr(), source.stack.data_ptr()]
-            rows = [self.rows_filled, self.rows_filled + term.units]
-            columns = [self.columns_filled, self.columns_filled + length, length]
-            self.parts.append([*addresses, *rows, *columns, int(inner) + (2 if sign < 0 else 0)])
-            self.rows_filled += 2 * term.units
-        self.columns_filled += 2 * length
+                self.rows.append((column if index is None else index[column]) * side.pitch)
+            self.parts.append((*runs, first, first + self.units))
+
+    def splits(self, count: int, k: int, rows_before: int) -> list[list[list[int]]]:
+        """The rows of `parts`, k entries a step, in at most `count` lists of nearly as many steps."""
+        steps = [target.count * -(-target.length // k) for target, *_ in self.parts]
+        each = max(1, -(-sum(steps) // count), SPLIT // k)
+        found: list[list[list[int]]] = [[]]
+        room = each
+        for part, length in zip(self.parts, steps, strict=True):
+            first = 0
+            while first < length:
+                if room == 0:
+                    found.append([])
+                    room = each
+                taken = min(length - first, room)
+                found[-1].append(_part(*part, first, taken, k, rows_before))
+                room -= taken
+                first += taken
+        return found
 
 
-def _offsets(operand: Operand, order: Sequence[int], device: torch.device) -> Tensor:
-    """Where the entries of the gathered dimensions in `order` stand in the stack, in elements, int64."""
-    offsets = torch.zeros(1, dtype=torch.int64, device=device)
-    for dim in order:
-        index = operand.gathers[dim]
-        place = torch.arange(operand.stack.shape[dim], device=device) if index is None else index
-        offsets = (offsets[:, None] + place * operand.stack.stride(dim)).flatten()
-    return offsets
+def _part(
+    target: Runs,
+    source: Runs,
+    target_rows: int,
+    source_rows: int,
+    first: int,
+    steps: int,
+    k: int,
+    before: int,
+) -> list[int]:
+    """A row of `parts`: so many steps from the first on."""
+    each = -(-target.length // k)
+    run, step = divmod(first, each)
+    sides = (target, source)
+    addresses = [s.stack.data_ptr() + (run * s.distance + step * k) * s.stack.element_size() for s in sides]
+    skips = [s.distance - each * k for s in sides]
+    rows = [before + target_rows, before + source_rows]
+    return [*addresses, *rows, steps, target.length - step * k, target.length, *skips]
 
 
-PROGRAMS = 512
-"""So many programs at least, where the sum is long enough, so that they fill a GPU: the sum is split."""
+PROGRAMS = 264
+"""So many programs at least, where the sum is long enough, so that they fill a GPU (two for each multiprocessor)."""
 
 SPLIT = 512
 """No split of the sum is shorter than this."""
 
 
-def _split(parts: list[list[int]], splits: int) -> list[list[list[int]]]:
-    """Cut the sum over all parts into at most `splits` runs of nearly equal length."""
-    each = max(1, -(-sum(part[5] - part[4] for part in parts) // splits))
-    runs: list[list[list[int]]] = [[]]
-    room = each
-    for part in parts:
-        first, last = part[4], part[5]
-        while first < last:
-            if room == 0:
-                runs.append([])
-                room = each
-            end = min(last, first + room)
-            runs[-1].append([*part[:4], first, end, *part[6:]])
-            room -= end - first
-            first = end
-    return runs
-
-
-def _lay_out(
-    groups: Sequence[tuple[int, _Work]], tile: DotTile
-) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """The programs and parts of one launch for all groups, and in how many splits each group's sum is."""
-    grids = [[(r, c) for r in range(0, n, tile.m) for c in range(0, n, tile.n)] for n, _ in groups]
-    wanted = -(-PROGRAMS // max(1, sum(len(grid) for grid in grids)))
+def _launch(groups: Sequence[_Work], like: Tensor, precision: str) -> list[Tensor]:
+    """Launch the kernel once for all groups; return their S, the splits of each added in order."""
+    tile, asked = dot_choice(family(like.device), like.dtype, precision, max(work.units for work in groups))
+    grids = [[(r, c) for r in range(0, w.units, tile.m) for c in range(0, w.units, tile.n)] for w in groups]
+    wanted = -(-PROGRAMS // max(1, sum(map(len, grids))))
     programs: list[list[int]] = []
     parts: list[list[int]] = []
-    splits: list[int] = []
-    place = rows_before = columns_before = 0
-    for (n, work), grid in zip(groups, grids, strict=True):
-        shift = [0, 0, rows_before, rows_before, columns_before, columns_before, 0, 0]
-        moved = [[a + b for a, b in zip(part, shift, strict=True)] for part in work.parts]
-        length = sum(part[5] - part[4] for part in moved)
-        runs = _split(moved, max(1, min(wanted, length // SPLIT)))
+    shapes: list[tuple[int, int, int]] = []
+    place = rows_before = 0
+    for work, grid in zip(groups, grids, strict=True):
+        n, pitch = work.units, -(-work.units // 4) * 4
+        runs = work.splits(wanted, tile.k, rows_before)
         for run in runs:
             span = [len(parts), len(parts) + len(run)]
-            programs += [[*span, n, row, column, place] for row, column in grid]
+            programs += [[*span, n, pitch, row, column, place] for row, column in grid]
             parts += run
-            place += n * n
-        splits.append(len(runs))
-        rows_before += work.rows_filled
-        columns_before += work.columns_filled
-    return programs, parts, splits
-
-
-def _launch(groups: Sequence[tuple[int, _Work]], dtype: torch.dtype, precision: str) -> list[Tensor]:
-    """Launch the kernel once for all groups (n, work); return their S, the splits of each added in order."""
-    device = groups[0][1].device
-    tile, asked = dot_choice(family(device), dtype, precision, max(n for n, _ in groups))
-    programs, parts, splits = _lay_out(groups, tile)
-    shapes = [(count, n, n) for count, (n, _) in zip(splits, groups, strict=True)]
-    sizes = [math.prod(shape) for shape in shapes]
-    out = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+            place += n * pitch
+        shapes.append((len(runs), n, pitch))
+        rows_before += n * len(work.rows)
+    out = torch.empty(place, dtype=torch.float32, device=like.device)
     if programs:
-        _similarity_kernel[(len(programs),)](
-            torch.tensor(programs, dtype=torch.int64).to(device),
-            torch.tensor(parts, dtype=torch.int64).reshape(-1, 8).to(device),
-            torch.cat([rows for _, work in groups for rows in work.rows]),
-            torch.cat([columns for _, work in groups for columns in work.columns]),
+        tables = [torch.tensor(table, dtype=torch.int64).to(like.device) for table in (programs, parts)]
+        rows = [rows for work in groups for rows in work.rows]
+        _run(tables, torch.cat(rows) if rows else tables[0], out, like.dtype, tile, asked)
+    stacks = [part.view(s) for part, s in zip(out.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+    return [(s[0] if len(s) == 1 else s.sum(0))[:, : s.shape[1]].contiguous() for s in stacks]
+
+
+def _run(
+    tables: Sequence[Tensor], rows: Tensor, out: Tensor, dtype: torch.dtype, tile: DotTile, precision: str
+) -> None:
+    with torch.cuda.device_of(out):
+        _similarity_kernel[(len(tables[0]),)](
+            *tables,
+            rows,
             out,
             DTYPE=triton_dtype(dtype),
             # Triton's interpreter multiplies the bit patterns of bfloat16; products of it are exact in float32.
             FACTOR=triton_dtype(torch.float32 if INTERPRETING and dtype == torch.bfloat16 else dtype),
-            PRECISION=asked,
+            PRECISION=precision,
             M=tile.m,
             N=tile.n,
             K=tile.k,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    stacks = [part.view(shape) for part, shape in zip(out.split(sizes), shapes, strict=True)]
-    return [stack[0] if len(stack) == 1 else stack.sum(0) for stack in stacks]
 
 
 def _similarity_triton(groups: Sequence[Sequence[Term]], precision: str) -> list[Tensor]:
-    works = []
-    for terms in groups:
-        work = _Work(terms[0].target.device)
+    works = [_Work(terms[0].units) for terms in groups]
+    for work, terms in zip(works, groups, strict=True):
         for term in terms:
             work.add(term, *operands_of(term))
-        works.append((terms[0].units, work))
-    return _launch(works, groups[0][0].target.dtype, precision)
+    return _launch(works, groups[0][0].target, precision)
 
 
 def _update_triton_(
     S: Tensor, term: Term, axis: int, changed: Tensor, old: Tensor, new: Tensor, precision: str
 ) -> Tensor:
     target, source = operands_of(term)
-    target = target.with_gather(axis + 1, changed)
-    work = _Work(S.device)
-    work.add(term, target, source.with_gather(axis + 1, new))
-    work.add(term, target, source.with_gather(axis + 1, old), sign=-1)
-    return S.add_(_launch([(term.units, work)], term.target.dtype, precision)[0])
+    there = target.stack.index_select(axis + 1, changed)
+    work = _Work(term.units)
+    for taken, index in ((there, new), (-there, old)):
+        work.add(term, Operand(taken, target.gathers), source.with_gather(axis + 1, index))
+    return S.add_(_launch([work], term.target, precision)[0])
 
 
 def similarity(terms: Sequence[Term], *, precision: str = "tf32x3", backend: str = "auto") -> Tensor:
@@ -258,16 +246,16 @@ def similarity(terms: Sequence[Term], *, precision: str = "tf32x3", backend: str
 
     Accumulates in float32, and returns it; in float64 where the tensors are float64. `precision` is that of
     float32 products on a GPU: "ieee", "tf32x3" (three tf32 products: nearly float32) or "tf32"; elsewhere
-    they are exact float32. Deterministic. Source: Ainsworth et al., Git Re-Basin, section 3 (their sum of
-    products over the layers that share a permutation), summed over steps as well.
+    they are exact float32. Deterministic. An operator of PyTorch (`torch.ops.regraft.similarity`): it compiles,
+    exports, and has gradients with respect to both sides. Source: Ainsworth et al., Git Re-Basin, section 3 (their
+    sum of products over the layers that share a permutation), summed over steps as well.
 
-    Raises ValueError for no terms, for terms of different n, dtype or device, and for shapes, axes, positions
-    or index vectors that do not fit.
+    Raises ValueError for no terms, for terms of different n, dtype or device, for wrapper subclasses such as DTensor,
+    and for shapes, axes, positions or index vectors that do not fit.
     """
     return similarity_many([terms], precision=precision, backend=backend)[0]
 
 
-@torch.no_grad()
 def similarity_many(
     groups: Sequence[Sequence[Term]], *, precision: str = "tf32x3", backend: str = "auto"
 ) -> list[Tensor]:
@@ -279,13 +267,33 @@ def similarity_many(
     for terms in groups:
         check_terms(terms)
     first = groups[0][0].target
-    kinds = {(terms[0].target.dtype, terms[0].target.device) for terms in groups}
-    if len(kinds) > 1:
-        raise ValueError(f"the groups differ in dtype or device: {sorted(map(str, kinds))}")
-    if _resolve(backend, first) == "triton":
+    for terms in groups[1:]:
+        if (terms[0].target.dtype, terms[0].target.device) != (first.dtype, first.device):
+            found = f"{terms[0].target.dtype} on {terms[0].target.device}"
+            raise ValueError(f"the groups differ: one is {first.dtype} on {first.device}, another {found}")
+    _resolve(backend, first)
+    return torch.ops.regraft.similarity(*flatten(groups), precision, backend)
+
+
+def _similarity(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    axes: list[int],
+    positions: list[Tensor | None],
+    gathers: list[Tensor | None],
+    counts: list[int],
+    precision: str,
+    backend: str,
+) -> list[Tensor]:
+    groups = unflatten(targets, sources, axes, positions, gathers, counts)
+    check_entries([term for terms in groups for term in terms])
+    if _resolve(backend, targets[0]) == "triton":
         return _similarity_triton(groups, precision)
-    with _float32_products(first.device, precision):
+    with _float32_products(targets[0].device, precision):
         return [similarity_torch(terms) for terms in groups]
+
+
+register(_similarity)
 
 
 @torch.no_grad()
@@ -309,6 +317,7 @@ def similarity_update_(
     Raises ValueError as `similarity` does, and for an S of another shape, dtype or device.
     """
     check_terms([term])
+    check_entries([term])
     n = term.units
     if S.shape != (n, n) or S.dtype != accumulator(term.target) or S.device != term.target.device:
         raise ValueError(f"S is {tuple(S.shape)} {S.dtype} on {S.device}, which does not fit the term")
@@ -366,7 +375,7 @@ def _variants(target: str) -> list[Variant]:
 
 
 def _variant(target: str, dtype: torch.dtype, precision: str, tile: DotTile) -> Variant:
-    signature = {"programs": "*i64", "parts": "*i64", "rows": "*i64", "columns": "*i64", "out": "*fp32"}
+    signature = {"programs": "*i64", "parts": "*i64", "rows": "*i64", "out": "*fp32"}
     constants = {
         "DTYPE": dtype,
         "FACTOR": dtype,

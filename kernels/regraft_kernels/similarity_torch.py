@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regraft_kernels.terms import Operand, Term, accumulator, operands_of
+from regraft_kernels.terms import Buffer, Operand, Term, accumulator, operands_of
 
-BLOCK_BYTES = 8 << 20
-"""What must be gathered, cast or reordered is made in blocks of about this size, which are transient."""
+BLOCK_BYTES = 10 << 20
+"""What must be gathered, cast or reordered is made in blocks of at most about this size, which are transient: one step
+of a 3x3 convolution of 512 channels in float32."""
 
 SHORT_RUN = 8
 """With fewer elements than this behind a unit, reordering a block is cheaper than a product per run."""
@@ -55,8 +56,12 @@ def _accumulate_(total: Tensor, term: Term, *operands: Operand) -> None:
     target = operands[0].stack
     order = sorted(range(target.ndim), key=lambda d: -target.stride(d))
     place = order.index(dim)
+    buffers = [Buffer() for _ in operands]
     for block in _blocks(operands, order, dim, total.dtype):
-        left, right, *minus = (operand.block(*block).gathered(order, total.dtype) for operand in operands)
+        left, right, *minus = (
+            operand.gathered(order, total.dtype, buffer)
+            for operand, buffer in zip(block, buffers, strict=True)
+        )
         if minus:
             right = right - minus[0]
         left, right = left.unflatten(place, split.sizes), right.unflatten(place, split.sizes)
@@ -89,8 +94,12 @@ def _bring_units_together(
 
 def _blocks(
     operands: tuple[Operand, ...], order: Sequence[int], dim: int, dtype: torch.dtype
-) -> Iterator[tuple[int, int, int]]:
-    """(dimension, start, length) of the blocks to work in: all at once unless something must be copied."""
+) -> Iterator[tuple[Operand, ...]]:
+    """The operands in parts to work on one after the other: whole unless something must be copied.
+
+    Steps are cut first. Where one alone is too large, it is cut along what stands outermost in it and is long enough,
+    so that contiguous runs stay long.
+    """
     target = operands[0]
     lengths = [n if g is None else len(g) for n, g in zip(target.stack.shape, target.gathers, strict=True)]
     views = all(
@@ -99,16 +108,23 @@ def _blocks(
         and all(index is None for index in operand.gathers)
         for operand in operands
     )
-    if views:
-        yield 0, 0, lengths[0]
-        return
-    size = math.prod(lengths) * dtype.itemsize
-    along = 0
-    if size > BLOCK_BYTES * lengths[0]:  # one step alone is too large: take the longest dimension instead
-        along = max((d for d in range(len(lengths)) if d != dim), key=lengths.__getitem__)
-    each = max(1, BLOCK_BYTES * lengths[along] // max(size, 1))
-    for start in range(0, lengths[along], each):
-        yield along, start, min(each, lengths[along] - start)
+    pieces = 1 if views else -(-math.prod(lengths) * dtype.itemsize // BLOCK_BYTES)
+    for block in _cut(operands, 0, lengths[0], pieces):
+        more = -(-pieces // max(lengths[0], 1))
+        others = [d for d in order if d not in (0, dim)]
+        if more <= 1 or not others:
+            yield block
+            continue
+        longest = max(others, key=lengths.__getitem__)
+        along = next((d for d in others if lengths[d] >= more), longest)
+        yield from _cut(block, along, lengths[along], more)
+
+
+def _cut(operands: tuple[Operand, ...], dim: int, length: int, pieces: int) -> Iterator[tuple[Operand, ...]]:
+    """At most so many parts of nearly the same length along a dimension."""
+    each = max(1, -(-length // max(pieces, 1)))
+    for start in range(0, length, each):
+        yield tuple(operand.block(dim, start, min(each, length - start)) for operand in operands)
 
 
 def _multiply_add_(total: Tensor, left: Tensor, right: Tensor, place: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from regraft_kernels.packing import check_index, check_ranges
 
@@ -53,7 +55,7 @@ class Operand:
             return self.with_gather(dim, index[start : start + length])
         return replace(self, stack=self.stack.narrow(dim, start, length))
 
-    def gathered(self, order: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def gathered(self, order: Sequence[int], dtype: torch.dtype, buffer: Buffer) -> Tensor:
         """The gathered stack, its dimensions in `order`; a view of the stack where there is nothing to do."""
         result = self.stack.permute(*order)
         for place, dim in enumerate(order):
@@ -62,14 +64,135 @@ class Operand:
                 # On three dimensions, because index_select takes several times as long on more.
                 before, after = result.shape[:place], result.shape[place + 1 :]
                 flat = result.reshape(before.numel(), result.shape[place], after.numel())
-                result = flat.index_select(1, index).view(*before, len(index), *after)
+                into = buffer.empty(flat, (len(flat), len(index), flat.shape[2]))
+                result = torch.index_select(flat, 1, index, out=into).view(*before, len(index), *after)
         return result.to(dtype)
 
 
+ALIGNMENT = 16
+"""Bytes: what one instruction of a GPU moves."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A stack as the kernel reads it: behind each of its positions `count` runs of `length` contiguous entries,
+    `distance` apart; `pitch` is from one position to the next."""
+
+    stack: Tensor
+    pitch: int
+    count: int
+    length: int
+    distance: int
+
+    @staticmethod
+    def in_place(operand: Operand, dim: int, order: Sequence[int]) -> Runs | None:
+        """The stack as it is, where nothing but its positions is gathered and all is aligned; otherwise None."""
+        stack = operand.stack
+        if any(operand.gathers[d] is not None for d in order):
+            return None
+        length = count = distance = 1
+        for d in reversed(order):
+            size, stride = stack.shape[d], stack.stride(d)
+            if size == 1:
+                continue
+            if count == 1 and stride == length:
+                length *= size
+            elif count == 1 or stride == distance * count:
+                distance = stride if count == 1 else distance
+                count *= size
+            else:
+                return None
+        distance = distance if count > 1 else length
+        places = (
+            stack.data_ptr(),
+            *(stack.element_size() * x for x in (stack.stride(dim), length, distance)),
+        )
+        return (
+            None
+            if any(x % ALIGNMENT for x in places)
+            else Runs(stack, stack.stride(dim), count, length, distance)
+        )
+
+    @staticmethod
+    def laid_out(operand: Operand, dim: int, order: Sequence[int], count: int) -> Runs:
+        """A copy [positions, everything else], gathered, as `count` runs; one run is filled up with zeros."""
+        rest = operand.stack.permute(dim, *order)
+        for place, d in enumerate(order, 1):
+            if operand.gathers[d] is not None:
+                rest = rest.index_select(place, operand.gathers[d])
+        entries = math.prod(rest.shape[1:])
+        unit = ALIGNMENT // rest.element_size()
+        pitch = -(-entries // unit) * unit
+        if pitch != entries or not rest.is_contiguous():
+            copy = rest.new_zeros if pitch != entries else rest.new_empty
+            rest, gathered = copy((len(rest), pitch)), rest
+            rest[:, :entries].view(gathered.shape).copy_(gathered)
+        return Runs(rest, pitch, count, pitch // count, pitch // count)
+
+    @staticmethod
+    def of(target: Operand, source: Operand, dim: int) -> tuple[Runs, Runs]:
+        """Both stacks in the same runs."""
+        order = sorted(
+            (d for d in range(target.stack.ndim) if d != dim), key=lambda d: -target.stack.stride(d)
+        )
+        left, right = (Runs.in_place(operand, dim, order) for operand in (target, source))
+        if left is None:
+            return Runs.laid_out(target, dim, order, 1), Runs.laid_out(source, dim, order, 1)
+        if right is None or right.count != left.count:
+            right = Runs.laid_out(source, dim, order, left.count)
+        return left, right
+
+
+class Buffer:
+    """Memory for what was gathered last, used again and again: new pages cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []
+
+    def empty(self, source: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A contiguous tensor of this shape, its contents arbitrary, which shares no memory with `source`; those
+        given before that do not either are void."""
+        size = math.prod(shape)
+        mine = {held.data_ptr(): held for held in self._held}
+        free = [held for pointer, held in mine.items() if pointer != source.data_ptr() and len(held) >= size]
+        if not free:
+            free.append(source.new_empty(size))
+            self._held = [held for held in self._held if held.data_ptr() == source.data_ptr()] + free
+        return free[0][:size].view(shape)
+
+
 def operands_of(term: Term) -> tuple[Operand, Operand]:
+    """Target and source; views that are to be negated are, for a kernel sees only memory."""
     nothing: Gathers = (None,) * term.target.ndim
     gathers = (None, *term.gathers) if term.gathers else nothing
-    return Operand(term.target, nothing), Operand(term.source, gathers)
+    return Operand(term.target.resolve_neg(), nothing), Operand(term.source.resolve_neg(), gathers)
+
+
+def unfold(operand: Operand, term: Term) -> Tensor:
+    """The gathered [T, *shape] as [n, multiplicity * T * everything else], in the dtype of the sum."""
+    stack = operand.stack
+    for dim, index in enumerate(operand.gathers):
+        if index is not None:
+            stack = stack.index_select(dim, index)
+    by_position = stack.movedim(term.axis + 1, 0).to(accumulator(stack))
+    if term.positions is not None:
+        by_position = by_position[term.positions]
+    return by_position.flatten(1)
+
+
+def fold(units: Tensor, operand: Operand, term: Term) -> Tensor:
+    """The transpose of `unfold`: what is at several places is added up."""
+    stack, dim = operand.stack, term.axis + 1
+    others = [size for d, size in enumerate(stack.shape) if d != dim]
+    by_position = units.reshape(-1, *others)
+    if term.positions is not None:
+        whole = units.new_zeros(stack.shape[dim], *others)
+        by_position = whole.index_add(0, term.positions.flatten(), by_position)
+    folded = by_position.movedim(0, dim)
+    for d, index in enumerate(operand.gathers):
+        if index is not None:
+            folded = torch.zeros_like(folded).index_add(d, index, folded)
+    return folded.to(stack.dtype)
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
@@ -77,13 +200,12 @@ def accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def check_terms(terms: Sequence[Term]) -> None:
-    """Raise ValueError unless the terms belong to one group and everything in them fits."""
+    """Raise ValueError unless the terms belong to one group and all shapes, dtypes and devices fit."""
     if not terms:
         raise ValueError("similarity needs at least one term")
     first = terms[0]
-    ranges: list[tuple[str, Tensor, int]] = []
     for number, term in enumerate(terms):
-        ranges += _check_term(term, f"term {number}")
+        _check_term(term, f"term {number}")
         if (term.target.dtype, term.target.device) != (first.target.dtype, first.target.device):
             raise ValueError(
                 f"term {number} is {term.target.dtype} on {term.target.device}, "
@@ -91,12 +213,28 @@ def check_terms(terms: Sequence[Term]) -> None:
             )
         if term.units != first.units:
             raise ValueError(f"term {number} has {term.units} units, but term 0 {first.units}")
+
+
+def check_entries(terms: Sequence[Term]) -> None:
+    """Raise ValueError unless the entries of all positions and gathers are within their axes."""
+    ranges: list[tuple[str, Tensor, int]] = []
+    for number, term in enumerate(terms):
+        shape, where = term.target.shape[1:], f"term {number}"
+        if term.positions is not None:
+            ranges.append((f"{where}: positions", term.positions, shape[term.axis]))
+        for axis, index in enumerate(term.gathers):
+            if index is not None:
+                ranges.append((f"{where}: gather of axis {axis}", index, shape[axis]))
     check_ranges(ranges)
 
 
-def _check_term(term: Term, where: str) -> list[tuple[str, Tensor, int]]:
-    """Check one term; returns the index vectors whose entries remain to be looked at, with their bounds."""
+def _check_term(term: Term, where: str) -> None:
     target, source = term.target, term.source
+    for what, tensor in (("target", target), ("source", source)):
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(
+                f"{where}: the {what} is a {type(tensor).__name__}; only plain tensors are multiplied"
+            )
     for kind in ("shape", "dtype", "device"):
         if getattr(target, kind) != getattr(source, kind):
             raise ValueError(
@@ -108,18 +246,14 @@ def _check_term(term: Term, where: str) -> list[tuple[str, Tensor, int]]:
     shape = target.shape[1:]
     if not 0 <= term.axis < len(shape):
         raise ValueError(f"{where}: axis {term.axis} of tensors with {len(shape)} axes besides the steps")
-    ranges = []
     if term.positions is not None:
         if term.positions.ndim != 2:
             raise ValueError(
                 f"{where}: positions must be [n, multiplicity], not {tuple(term.positions.shape)}"
             )
         check_index(f"{where}: positions", term.positions.flatten(), None, source.device)
-        ranges.append((f"{where}: positions", term.positions, shape[term.axis]))
     if term.gathers and len(term.gathers) != len(shape):
         raise ValueError(f"{where}: {len(term.gathers)} gathers for {len(shape)} axes")
     for axis, index in enumerate(term.gathers):
         if index is not None:
             check_index(f"{where}: gather of axis {axis}", index, shape[axis], source.device)
-            ranges.append((f"{where}: gather of axis {axis}", index, shape[axis]))
-    return ranges

@@ -26,16 +26,21 @@ _PUBLIC = {
     "assign_gradient": "fusion",
 }
 
+_MODULES = ("activations", "fast", "fusion", "grids")
+
 __all__ = [
     "Match",
     "PermutationSpec",
     "Trajectory",
     "Transfer",
     "__version__",
+    "activations",
     "apply",
     "assign_gradient",
     "fast",
     "fuse",
+    "fusion",
+    "grids",
     "inverse",
     "match",
     "trace",
@@ -44,7 +49,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from regraft import fast
+    from regraft import activations, fast, fusion, grids
     from regraft.fusion import assign_gradient, fuse
     from regraft.learning_transfer import Transfer, transfer
     from regraft.matching import Match, match
@@ -53,8 +58,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "fast":
-        value = import_module("regraft.fast")
+    if name in _MODULES:
+        value: Any = import_module(f"regraft.{name}")
     elif name in _PUBLIC:
         value = getattr(import_module(f"regraft.{_PUBLIC[name]}"), name)
     else:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from regraft.evaluation import call, evaluating, reset_batchnorm
+from regraft.evaluation import call, checked, copies, evaluating, reset_batchnorm
 from regraft.tensors import Batch, Tensors
 
 Finish = Callable[[Tensors, Tensor], Tensors]
@@ -97,10 +97,10 @@ def repair_on(model: nn.Module, sources: Sequence[Tensors], batches: Iterable[Ba
         batches: calibration data, iterated over once for each source and once for each fused network.
 
     Raises:
-        ValueError: when finishing, if all coefficients are 0; when made, if `batches` is empty, or a layer is
-            called twice.
+        ValueError: when finishing, if all coefficients are 0; when made, if `batches` is empty or has an image that
+            is not finite, or a layer is called twice.
     """
-    batches = list(batches)
+    batches = list(checked(batches))
     if not batches:
         raise ValueError("repair_on: there are no batches to take activations from")
     layers = _biased_layers(model, sources[0], batches[0][0])
@@ -205,6 +205,7 @@ def _rescale(tensors: Tensors, measured: Moments, goals: Moments) -> Tensors:
 def _run(
     model: nn.Module, tensors: Tensors, inputs: Iterable[Tensor], modules: Mapping[str, nn.Module], see: See
 ) -> None:
+    values = copies(model, tensors)
     with evaluating(model), hooks(modules, see), torch.no_grad():
         for images in inputs:
-            call(model, tensors, images)
+            call(model, values, images)

@@ -24,6 +24,8 @@ def bench(
     cache: Path | None = None,
     resume: bool = False,
     keep_older: bool = False,
+    deterministic: bool = False,
+    rounds: int = 1,
 ) -> int:
     """Measure every method beside plain training, and the kernels beside what one would write by hand.
 
@@ -38,6 +40,8 @@ def bench(
         cache: folder in which trainings are kept, so that an interrupted one goes on.
         resume: measure only what has no row of the same settings and the same code.
         keep_older: the same, and take rows of any code.
+        deterministic: only algorithms that give the same bits in every run.
+        rounds: time cheap methods so often, so that `regraft compare` can tell a slow-down from chance.
     """
     from rich.console import Console
 
@@ -47,8 +51,10 @@ def bench(
     from regraft.studies.study import Place
 
     console = Console()
+    if deterministic:
+        front.deterministic()
     place = Place(data, device=device) if cache is None else Place(data, cache, device)
-    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older}
+    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older, "rounds": rounds}
     rows: dict[str, list] = {}
     for chosen in front.choose(study, scenario, method):
         try:
@@ -78,6 +84,7 @@ def reproduce(
     results: Path = Path("results/local"),
     cache: Path = Path(".cache/regraft"),
     keep_older: bool = False,
+    deterministic: bool = False,
 ) -> int:
     """Run a paper's tables and figures again, ours beside the paper's; what has its rows already is not run again.
 
@@ -92,11 +99,14 @@ def reproduce(
         results: folder for rows, tables and figures.
         cache: folder in which trainings are kept, so that an interrupted one goes on.
         keep_older: take rows of any code, not of this one alone.
+        deterministic: only algorithms that give the same bits in every run.
     """
-    from regraft.front import reproduced
+    from regraft import front
     from regraft.studies.study import Place
 
-    return reproduced(
+    if deterministic:
+        front.deterministic()
+    return front.reproduced(
         study,
         table,
         figure,
@@ -122,6 +132,46 @@ def report(documents: Positional[tuple[Path, ...]] = (), /, *, results: Path = P
     return 0
 
 
+def compare(
+    before: Positional[str],
+    after: Positional[str],
+    /,
+    *,
+    results: Path = Path("results/local"),
+    max_slowdown: float = 0.1,
+    max_error_rise: float = 0.005,
+    everything: bool = False,
+    json: bool = False,
+) -> int:
+    """Say what became slower or less accurate between two sets of rows; exit status 1 where it is more than allowed.
+
+    Args:
+        before: a file or folder of rows, a commit, "last" (the newest code's) or "baseline" (RESULTS/baseline).
+        after: the same.
+        results: the folder in which commits, "last" and "baseline" are looked for.
+        max_slowdown: what a cost may rise by, as a share (0.1: ten percent), relative to the control of the same run.
+        max_error_rise: what an error may rise by, in shares of 1.
+        everything: show what did not change, too.
+        json: print the comparisons as JSON, for machines.
+    """
+    from regraft import front
+
+    sides = [front.found(side, results) for side in (before, after)]
+    return front.compared(*sides, max_slowdown, max_error_rise, everything=everything, as_json=json)
+
+
+def history(*, results: Path = Path("results/local"), json: bool = False) -> int:
+    """Error and cost of every method over the codes that it was measured with, and where they made a step.
+
+    Args:
+        results: the folder of the rows.
+        json: print it as JSON, for machines.
+    """
+    from regraft import front
+
+    return front.over_time(front.every(results), as_json=json)
+
+
 def symmetry(model: Positional[str], /, *, shape: tuple[int, ...] | None = None) -> int:
     """Print a model's permutation groups, and prove them by random permutations.
 
@@ -140,6 +190,8 @@ VERBS: dict[str, Callable[..., int]] = {
     "bench": bench,
     "reproduce": reproduce,
     "report": report,
+    "compare": compare,
+    "history": history,
     "symmetry": symmetry,
 }
 

@@ -1,17 +1,18 @@
 """What a set of parameters is worth: accuracy, loss, gradients, BatchNorm statistics, landscapes.
 
 A network is a module (the function) and a dictionary of tensors (its values). Every function here takes
-both, runs the module on those values (`torch.func.functional_call`), and leaves module and values as
-they were: its own parameters, its buffers, and whether it is in training mode. While one runs, the module
-must not be used by another thread.
+both, runs the module on copies of those values (`torch.func.functional_call`), and leaves module, values, random
+states and torch's settings as they were (`regraft.guard`). While one runs, the module must not be used by another
+thread.
 
-Batches are any iterable of (images, labels), on the device of the tensors.
+Batches are any iterable of (images, labels), on the device of the tensors. Images that are not finite, and labels
+that the model has no output for, are refused by the number of their batch (from 0).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,24 +21,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from regraft.tensors import Batch, Loss, Tensors, live_state, seeded
+from regraft.guard import same_streams, untouched
+from regraft.heads import check_labels
+from regraft.tensors import Batch, Loss, Tensors, check_finite, live_state, seeded
+
+
+class NotFinite(FloatingPointError, ValueError):
+    """A result that left the finite numbers: of given values, and so a ValueError; a run that ends so diverged."""
 
 
 @contextmanager
 def mode(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """Inside, each submodule is in training mode where ``training(submodule)``; then as it was before."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        for module in before:
+    """Inside, each submodule is in training mode where ``training(submodule)``; then all is as it was before."""
+    with untouched(model):
+        for module in model.modules():
             module.training = training(module)
         yield
-    finally:
-        for module, flag in before.items():
-            module.training = flag
 
 
-def evaluating(model: nn.Module, *, heads: bool = False) -> AbstractContextManager[None]:
-    """Inside, the model is in evaluation mode; then as it was before.
+@contextmanager
+def evaluating(model: nn.Module, *, heads: bool = False) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; then all is as it was before, global random states included.
 
     ``heads``: modules that are built of others behave as in training, when auxiliary heads run; the layers
     themselves (dropout, norms) do not.
@@ -46,7 +50,23 @@ def evaluating(model: nn.Module, *, heads: bool = False) -> AbstractContextManag
     def training(module: nn.Module) -> bool:
         return heads and any(module.children()) and not type(module).__module__.startswith("torch.nn")
 
-    return mode(model, training)
+    with same_streams(device_of(model)), mode(model, training):
+        yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer lies; the CPU for a model without any."""
+    return next((tensor.device for tensor in live_state(model).values()), torch.device("cpu"))
+
+
+def checked(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches. Raises ValueError, with the batch's number (from 0), for images that are not finite and for
+    images and labels that differ in number."""
+    for number, (images, labels) in enumerate(batches):
+        if len(images) != len(labels):
+            raise ValueError(f"batch {number} has {len(images)} images and {len(labels)} labels")
+        check_finite({"images": images}, f"batch {number}")
+        yield images, labels
 
 
 def complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
@@ -69,13 +89,16 @@ def complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
     return {**{name: own[name] for name in own if name not in parameters}, **tensors}
 
 
-def _laid_out(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
-    """`complete`, with convolution weights in the memory format in which convolutions are fastest."""
-    values = complete(model, tensors)
-    for name, value in values.items():
-        if value.ndim == 4:
-            values[name] = value.detach().contiguous(memory_format=torch.channels_last)
-    return values
+def copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
+    """`complete`, all of it copied: what a model does to its tensors when it runs never reaches the user's.
+
+    Convolution weights have the memory format in which convolutions are fastest.
+    """
+    layouts = {True: torch.channels_last, False: torch.contiguous_format}
+    return {
+        name: value.detach().clone(memory_format=layouts[value.ndim == 4])
+        for name, value in complete(model, tensors).items()
+    }
 
 
 def call(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
@@ -94,11 +117,12 @@ def loss_and_accuracy(
     ``loss(logits, labels)`` gives the mean over a batch. Logits that are not finite are wrong answers;
     the loss is then not finite either. Raises ValueError where there is no batch.
     """
-    values = _laid_out(model, tensors)
+    values = copies(model, tensors)
     count, right, total = 0, 0, 0.0
     with torch.inference_mode(), evaluating(model):
-        for images, labels in batches:
+        for number, (images, labels) in enumerate(checked(batches)):
             logits = call(model, values, images)
+            _check_answers(logits, labels, number)
             count += len(labels)
             right = right + _right(logits, labels)
             total = total + loss(logits, labels).double() * len(labels)
@@ -121,16 +145,26 @@ def ensemble_accuracy(
     """`accuracy` of the mean of the networks' logits. Raises ValueError for no networks, too."""
     if not networks:
         raise ValueError("there is no network to evaluate")
-    values = [_laid_out(model, tensors) for tensors in networks]
+    values = [copies(model, tensors) for tensors in networks]
     count, right = 0, 0
     with torch.inference_mode(), evaluating(model):
-        for images, labels in batches:
+        for number, (images, labels) in enumerate(checked(batches)):
             logits = torch.stack([call(model, tensors, images) for tensors in values]).mean(0)
+            _check_answers(logits, labels, number)
             count += len(labels)
             right = right + _right(logits, labels)
     if count == 0:
         raise ValueError("there is no batch to evaluate on")
     return int(right) / count
+
+
+def _check_answers(logits: Tensor, labels: Tensor, number: int) -> None:
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"batch {number} has labels {list(labels.shape)} for an output {list(logits.shape)}: "
+            "accuracy wants one label for each row of logits"
+        )
+    check_labels(labels, logits.shape[-1], f"batch {number}")
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
@@ -158,31 +192,42 @@ def gradients(
     Dropout modules are off unless a generator is given; it then decides their masks, so that equal
     generators give equal masks.
 
-    Raises ValueError where there is no batch, and for a gradient that is not finite, naming its tensor.
+    Raises ValueError where there is no batch, `NotFinite` for a gradient that is not finite, naming its tensor.
+    Labels are checked for the default loss alone: what another one makes of them is its own affair.
     """
-    values = _laid_out(model, tensors)
-    names = [name for name, _ in model.named_parameters()]
-    parameters = {name: values[name].detach().requires_grad_() for name in names}
+    values = copies(model, tensors)
+    parameters = {name: values[name].requires_grad_() for name, _ in model.named_parameters()}
     # Training mode updates buffers in place: these are copies, thrown away afterwards.
-    buffers = {name: value.clone() for name, value in values.items() if name not in parameters}
+    buffers = {name: value for name, value in values.items() if name not in parameters}
+    device = device_of(model)
     if generator is None:
         with mode(model, lambda module: not isinstance(module, nn.modules.dropout._DropoutNd)):
-            return _mean_gradients(model, parameters, buffers, batches, loss)
-    device = parameters[names[0]].device
-    with seeded(generator, device), mode(model, lambda _: True):
-        return _mean_gradients(model, parameters, buffers, batches, loss)
+            return _mean_gradients(model, parameters, buffers, batches, loss, lambda: same_streams(device))
+    with same_streams(device), seeded(generator, device), mode(model, lambda _: True):
+        return _mean_gradients(model, parameters, buffers, batches, loss, nullcontext)
 
 
 def _mean_gradients(
-    model: nn.Module, parameters: Tensors, buffers: Tensors, batches: Iterable[Batch], loss: Loss
+    model: nn.Module,
+    parameters: Tensors,
+    buffers: Tensors,
+    batches: Iterable[Batch],
+    loss: Loss,
+    around: Callable[[], AbstractContextManager[None]],
 ) -> Tensors:
+    """around: what each forward pass runs in; the batches draw from their own streams, outside of it."""
     total: list[Tensor] | None = None
     count = 0
-    for images, labels in batches:
-        value = loss(call(model, {**parameters, **buffers}, images), labels)
-        found = torch.autograd.grad(
-            value, list(parameters.values()), allow_unused=True, materialize_grads=True
-        )
+    for images, labels in checked(batches):
+        with around():
+            logits = call(model, {**parameters, **buffers}, images)
+            if (
+                loss is F.cross_entropy and labels.shape != logits.shape
+            ):  # equal: probabilities of the classes
+                check_labels(labels, logits.shape[1], f"batch {count}")
+            found = torch.autograd.grad(
+                loss(logits, labels), list(parameters.values()), allow_unused=True, materialize_grads=True
+            )
         total = list(found) if total is None else torch._foreach_add(total, found)
         count += 1
     if total is None:
@@ -193,7 +238,7 @@ def _mean_gradients(
     largest = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in total])
     for name, finite in zip(parameters, largest.isfinite().tolist(), strict=True):
         if not finite:
-            raise ValueError(f"the gradient of {name} is not finite")
+            raise NotFinite(f"the gradient of {name} is not finite")
     return {name: g.contiguous() for name, g in zip(parameters, total, strict=True)}
 
 
@@ -222,26 +267,25 @@ def reset_batchnorm(
         return dict(tensors)
     if limit is not None and limit < 1:
         raise ValueError(f"at least one batch is needed, not {limit}")
-    values = complete(model, tensors)
-    for name in norms:
-        values[f"{name}.running_mean"] = torch.zeros_like(values[f"{name}.running_mean"])
-        values[f"{name}.running_var"] = torch.ones_like(values[f"{name}.running_var"])
-        values[f"{name}.num_batches_tracked"] = torch.zeros_like(values[f"{name}.num_batches_tracked"])
-    momenta = {module: module.momentum for module in norms.values()}
-    count = 0
-    try:
-        for module in momenta:
+    values = copies(model, tensors)
+    statistics = {name: values[name] for norm in norms for name in _statistics(norm)}
+    for name, value in statistics.items():
+        value.fill_(1 if name.endswith("running_var") else 0)
+    device, count = device_of(model), 0
+    with torch.no_grad(), mode(model, lambda module: module in norms.values()):
+        for module in norms.values():
             module.momentum = None  # torch's name for a cumulative average
-        with torch.no_grad(), mode(model, lambda module: module in momenta):
-            for images, _ in islice(batches, limit):
+        for images, _ in islice(checked(batches), limit):
+            with same_streams(device):
                 call(model, values, images)
-                count += 1
-    finally:
-        for module, momentum in momenta.items():
-            module.momentum = momentum
+            count += 1
     if count == 0:
         raise ValueError("there is no batch to estimate BatchNorm statistics on")
-    return values
+    return {**complete(model, tensors), **statistics}
+
+
+def _statistics(norm: str) -> tuple[str, ...]:
+    return tuple(f"{norm}.{name}" for name in ("running_mean", "running_var", "num_batches_tracked"))
 
 
 # ---------------------------------------------------------------------------------------------------

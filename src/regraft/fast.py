@@ -21,11 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from regraft.data import Split, normalise
+from regraft.evaluation import copies
+from regraft.guard import same_streams, untouched
 from regraft.heads import Adoption, Initialiser, adopt, check_head, check_labels, find_head, zero
 from regraft.recorder import Record, Recorder, Source
-from regraft.tensors import Batch
+from regraft.tensors import Batch, check_finite, live_state
 
 __all__ = [
     "Adoption",
@@ -85,6 +88,8 @@ def param_groups(
                 f"{name} must be positive and finite, not {rate}; to leave that part as it is, say {name}=None"
             )
     if isinstance(head, nn.Module):
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"the head must be a linear layer, not a {type(head).__name__}")
         classifier = head
     else:
         classifier = model.get_submodule(find_head(model) if head is None else check_head(model, head))
@@ -187,14 +192,17 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def features_of(model: nn.Module, head: nn.Linear, images: Tensor) -> Tensor:
-    """What flows into the head, [M, D], in the mode in which the model is, without gradient."""
+    """What flows into the head, [M, D], in the mode in which the model is, without gradient.
+
+    Raises ValueError for a head that is no linear layer of the model, and for images that are not finite.
+    """
+    if not isinstance(head, nn.Linear) or all(module is not head for module in model.modules()):
+        raise ValueError(f"the head must be a linear layer of the model, not this {type(head).__name__}")
+    check_finite({"images": images}, "the batch")
     kept: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0].detach()))
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        handle.remove()
+    with untouched(model), same_streams(images.device), torch.no_grad():
+        head.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0].detach().clone()))
+        functional_call(model, copies(model, live_state(model)), (images,))
     if len(kept) != 1:
         raise ValueError(f"the head ran {len(kept)} times in one forward pass, not once")
     return kept[0]

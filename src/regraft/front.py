@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from regraft.data import MissingData
 from regraft.files import write_text
-from regraft.studies import STUDIES, nearest, study
-from regraft.studies.render import ROWS, Figure, Table, page, report, stored, summary
-from regraft.studies.rows import Row
+from regraft.studies import STUDIES, compare, history, nearest, study
+from regraft.studies.page import page
+from regraft.studies.render import ROWS, Figure, Table, report, stored, summary
+from regraft.studies.rows import Row, read
 from regraft.studies.run import run
 from regraft.studies.study import Place, Scenario, Study
 
 Chosen = tuple[Study, Scenario]
+
+
+def deterministic() -> None:
+    """Let this process take only algorithms that give the same bits in every run; rows say so.
+
+    The number of threads still matters, on a CPU, and is in the row too.
+    """
+    import os
+
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def choose(
@@ -60,6 +76,7 @@ def measure(
     seeds: int | None = None,
     resume: bool = False,
     keep_older: bool = False,
+    rounds: int = 1,
 ) -> list[Row]:
     """Run one scenario, its rows in ``results/<study>/rows.jsonl``. Raises MissingData where its data are not there."""
     one, scenario = chosen
@@ -72,6 +89,7 @@ def measure(
             seeds=None if seeds is None else range(seeds),
             resume=resume,
             keep_older=keep_older,
+            rounds=rounds,
         )
     )
 
@@ -164,3 +182,71 @@ def pages(one: Study, tables: Sequence[str], figures: Sequence[str]) -> list[Tab
                 raise ValueError(f"study {one.name} has no {name!r}{nearest(name, by_name)}")
         found += [by_name[name] for name in names]
     return found or [*one.tables, *one.figures]
+
+
+def found(side: str, results: Path) -> list[Row]:
+    """Rows by what one would call them.
+
+    A file of rows, a folder (its own rows.jsonl and those of its studies), "last" (the newest code's rows below
+    ``results``), "baseline" (those below ``results/baseline``), or a commit, by its first digits, among the rows below
+    ``results``. Raises ValueError, naming the side, where there are none.
+    """
+    path = Path(side)
+    if path.is_file():
+        return read(path)
+    folder = path if path.is_dir() else results / "baseline" if side == "baseline" else None
+    rows = every(folder or results)
+    if side == "last" and rows:
+        newest = max(rows, key=lambda row: row.time).code
+        rows = [row for row in rows if row.code.same(newest)]
+    elif folder is None:
+        rows = [row for row in rows if row.code.commit is not None and row.code.commit.startswith(side)]
+    if not rows:
+        where = folder or results
+        raise ValueError(
+            f"no rows for {side!r}: neither a file or folder of rows, nor a commit of rows in {where}"
+        )
+    return rows
+
+
+def every(folder: Path) -> list[Row]:
+    """All rows of a folder and of the studies in it, by file."""
+    files = [folder / ROWS, *(folder / name / ROWS for name in STUDIES)]
+    return [row for path in files if path.is_file() for row in read(path)]
+
+
+def compared(
+    before: Sequence[Row],
+    after: Sequence[Row],
+    max_slowdown: float,
+    max_error_rise: float,
+    *,
+    everything: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Print what changed; 1 where anything is worse by more than is allowed, else 0."""
+    changes = compare.compare(before, after)
+    beyond = [change for change in changes if change.beyond(max_slowdown, max_error_rise)]
+    if as_json:
+        told = {"changes": [asdict(c) for c in changes], "beyond": [asdict(c) for c in beyond]}
+        print(json.dumps(told, indent=1))
+        return int(bool(beyond))
+    console = Console()
+    console.print(compare.sheet(changes, everything).rich())
+    for change in beyond:
+        allowed = f"{max_slowdown:.0%}" if change.quantity == "cost" else f"{max_error_rise:g}"
+        size = f"{change.change:+.1%}" if change.quantity == "cost" else f"{change.change:+.4f}"
+        console.print(
+            f"{change.study}, {change.scenario}, {change.method}: {change.quantity} {size} (allowed: {allowed})"
+        )
+    return int(bool(beyond))
+
+
+def over_time(rows: Sequence[Row], *, as_json: bool = False) -> int:
+    """Print every method's history."""
+    tracks = history.history(rows)
+    if as_json:
+        print(json.dumps([asdict(track) for track in tracks], indent=1))
+    else:
+        Console().print(history.sheet(tracks).rich())
+    return 0

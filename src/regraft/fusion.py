@@ -42,6 +42,7 @@ def fuse(
     return fused if finish is None else finish(fused, row)
 
 
+@torch.no_grad()
 def fuse_many(models: Sequence[Tensors], coefficients: Tensor | Sequence[Sequence[float]]) -> Tensors:
     """K sums at once: coefficients [K, m] -> tensors [K, *shape]; sums may overflow.
 
@@ -76,5 +77,8 @@ def check(models: Sequence[Tensors], coefficients: Tensor) -> None:
     if not bool(coefficients.isfinite().all()):
         row, column = (~coefficients.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"coefficient {column} of row {row} is {float(coefficients[row, column])}")
+    largest = float(coefficients.abs().max()) if coefficients.numel() else 0.0
+    if largest > torch.finfo(torch.float32).max and any(t.dtype != torch.float64 for t in models[0].values()):
+        raise ValueError(f"coefficient {largest:g} is beyond float32, and so is the sum")
     for number, model in enumerate(models[1:], start=1):
         check_alike(models[0], model, "model 0", f"model {number}")

@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from regraft.activations import Finish, hooks, reads_batches
 from regraft.evaluation import complete
-from regraft.files import write_text
+from regraft.files import clean, read_sealed, write_sealed
 from regraft.fusion import check, fuse_many
-from regraft.tensors import Tensors, digest
+from regraft.guard import same_settings, same_streams
+from regraft.heads import check_labels
+from regraft.tensors import Tensors, check_finite, digest
 
 MEMORY = 1 << 30  # bytes
 CHUNK = 32  # points at most between two savings of what is finished
@@ -73,6 +76,7 @@ def harmonic_mean(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(total > 0, 2 * first * second / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
 
 
+@same_settings()
 def evaluate(
     model: nn.Module,
     sources: Sequence[Tensors],
@@ -104,20 +108,26 @@ def evaluate(
         progress: called with (points finished, K) after every chunk.
 
     Raises:
-        ValueError: as :func:`regraft.fusion.fuse` for sources and coefficients; no images; another number of labels
-            than of images; a label that the head has no class for; `resume` that is damaged or another grid's.
+        ValueError: as :func:`regraft.fusion.fuse` for sources and coefficients; no images, or one that is not finite;
+            another number of labels than of images; a label that the head has no class for; `resume` that is
+            damaged or another grid's.
+        OSError: `resume` that is no plain file.
     """
     rows = torch.as_tensor(coefficients, dtype=torch.float64)
     check(sources, rows)
     complete(model, sources[0])
     if len(images) == 0:
         raise ValueError("the data set is empty: there is nothing to evaluate on")
+    if labels.shape != (len(images),):
+        raise ValueError(f"{len(images)} images need {len(images)} labels, got shape {tuple(labels.shape)}")
+    check_finite({"images": images}, "the data set")
     model = copy.deepcopy(model).eval()
+    sources = [{name: tensor.clone() for name, tensor in source.items()} for source in sources]
     if images.device.type == "cpu":
         _use_fast_pooling(model)
-    with torch.no_grad():
+    with torch.no_grad(), same_streams(images.device):
         classes, image_bytes = _probe(model, sources[0], images)
-        _check_labels(labels, len(images), classes)
+        check_labels(labels, classes, "the data set")
         if not reads_batches(model):
             batch_size = max(1, min(batch_size, memory // 2 // image_bytes))
         cut = FirstLayer.of(model, sources[0], images)
@@ -133,14 +143,6 @@ def evaluate(
                 progress(len(done.correct), len(rows))
     counts = (torch.tensor(found, dtype=torch.int64) for found in (done.correct, done.nonfinite))
     return Grid(rows, *counts, len(images))
-
-
-def _check_labels(labels: Tensor, count: int, classes: int) -> None:
-    if labels.shape != (count,):
-        raise ValueError(f"{count} images need {count} labels, got shape {tuple(labels.shape)}")
-    least, most = int(labels.min()), int(labels.max())
-    if not 0 <= least <= most < classes:
-        raise ValueError(f"labels run from {least} to {most}, but the head has {classes} classes")
 
 
 def _probe(model: nn.Module, tensors: Tensors, images: Tensor) -> tuple[int, int]:
@@ -349,6 +351,15 @@ def _use_fast_pooling(model: nn.Module) -> None:
 # ---------------------------------------------------------------- resuming after an interruption
 
 
+FORMAT = "regraft-grid-1"
+
+
+class _Kept(Struct, forbid_unknown_fields=True):
+    grid: str
+    correct: list[int]
+    nonfinite: list[int]
+
+
 @dataclass
 class _Counts:
     """What is finished of a grid: in memory, and in a file where there is one."""
@@ -363,24 +374,24 @@ class _Counts:
     def resume(self, path: Path, grid: str) -> None:
         """Keep what is finished in `path`, and take what is there."""
         self.path, self.grid = path, grid
+        clean(path)
         if not path.exists():
             return
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            found = state["grid"]
-            self.correct, self.nonfinite = state["correct"], state["nonfinite"]
-            self._check()
-        except (ValueError, KeyError, TypeError, RecursionError) as problem:
-            raise ValueError(f"{path}: not the state of a grid ({problem!r})") from None
-        if found != grid:
+        kept = read_sealed(path, FORMAT, _Kept)
+        if kept.grid != grid:
             raise ValueError(f"{path}: belongs to a grid with other networks, points, images or batches")
+        self.correct, self.nonfinite = kept.correct, kept.nonfinite
+        try:
+            self._check()
+        except ValueError as problem:
+            raise ValueError(f"{path}: not a {FORMAT} file: {problem}") from None
 
     def _check(self) -> None:
         """Raise ValueError for counts that no grid of so many points and images can have."""
         if not len(self.correct) == len(self.nonfinite) <= self.points:
             raise ValueError(f"{len(self.correct)} and {len(self.nonfinite)} counts for {self.points} points")
         for counts in zip(self.correct, self.nonfinite, strict=True):
-            if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) > self.images:
+            if min(counts) < 0 or sum(counts) > self.images:
                 raise ValueError(f"{counts[0]} right and {counts[1]} not finite of {self.images} images")
 
     def add(self, correct: list[int], nonfinite: list[int]) -> None:
@@ -388,4 +399,4 @@ class _Counts:
         self.nonfinite += nonfinite
         if self.path is not None:
             state = {"grid": self.grid, "correct": self.correct, "nonfinite": self.nonfinite}
-            write_text(self.path, json.dumps(state))
+            write_sealed(self.path, FORMAT, state)

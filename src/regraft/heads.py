@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from regraft.guard import same_settings, same_streams
+
 # ---------------------------------------------------------------------------------------------------
 # Finding it
 
@@ -64,7 +66,10 @@ def _by_tracing(model: nn.Module) -> list[nn.Module] | None:
     """The last modules with parameters on every way to the output; None where fx cannot trace the model."""
     tracer = fx.Tracer()
     try:
-        graph = tracer.trace(model)
+        # A copy, but for its parameters, which are symbols here: what runs may write to buffers and attributes.
+        symbolic = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        with same_settings(), same_streams():
+            graph = tracer.trace(symbolic)
     except Exception:  # fx raises whatever the model raises when run on a symbol
         return None
     modules = dict(model.named_modules())
@@ -135,8 +140,8 @@ def adopt(
             the new one has the old one's width, device and dtype, and a bias (zero) where that had one.
         num_classes: of the new task.
         head: the name of the last layer, such as "fc" or "classifier.6", where it is not to be looked for.
-        initialise: of the new weight; `zero` unless a baseline is wanted.
-        generator: for an initialisation that is random.
+        initialise: of the new weight; `zero` unless a baseline is wanted. Global random states stay as they are.
+        generator: for an initialisation that is random; without one it draws from seed 0.
 
     Raises ValueError where there is no linear last layer, where there are several candidates (the message names
     them), where `head` names none, or where the layer's weight is shared with another one.
@@ -152,7 +157,9 @@ def adopt(
     like = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
     # Not the constructor: it draws initial values from torch's global random stream.
     fresh = torch.nn.utils.skip_init(nn.Linear, old.in_features, num_classes, **like).train(old.training)
-    with torch.no_grad():
+    if generator is None and not fresh.weight.is_meta:
+        generator = torch.Generator(device=fresh.weight.device).manual_seed(0)
+    with torch.no_grad(), same_streams(fresh.weight.device):
         initialise(fresh.weight, generator)
         if fresh.bias is not None:
             fresh.bias.zero_()
@@ -163,10 +170,12 @@ def adopt(
     return Adoption(name, fresh, source)
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raise ValueError where a label is not in 0 .. num_classes - 1."""
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+def check_labels(labels: Tensor, num_classes: int, where: str = "the data") -> None:
+    """Raise ValueError, saying where, unless labels are integers from 0 to num_classes - 1."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"the labels of {where} must be integers, not {labels.dtype}")
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, "
+            f"the labels of {where} run from {int(labels.min())} to {int(labels.max())}, "
             f"but the classifier has classes 0 to {num_classes - 1}"
         )

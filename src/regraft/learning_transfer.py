@@ -26,12 +26,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from regraft.clock import EVALUATION, Clock, Cost, charged
-from regraft.evaluation import accuracy, batch_norms, gradients, reset_batchnorm
+from regraft.evaluation import NotFinite, accuracy, batch_norms, gradients, reset_batchnorm
 from regraft.matching import Descent, Match, append_, clear_, descend_, match, restart_
 from regraft.symmetry import PermutationSpec, trace
 from regraft.tensors import Batch, Loss, Perm, Tensors, check_alike, check_finite
 from regraft.trajectory import Trajectory
 from regraft_kernels import graft
+from regraft_kernels.backend import resolve
 
 OnStep = Callable[[int, float | None], None]
 
@@ -138,6 +139,7 @@ class Work:
     objectives: list[float] = field(default_factory=list)
     _last: tuple[int, Perm, Tensors] | None = None
 
+    @torch.no_grad()
     def graft(self, perm: Perm, t: int) -> Tensors:
         """theta_2^t = theta_2^0 + pi (theta_1^t - theta_1^0). The last one is kept, for FGMT's next gradient."""
         problem = self.problem
@@ -173,7 +175,10 @@ class Work:
         """Lines 3 to 5 of Algorithm 1: the gradients at theta_1^t and theta_2^t (under pi) on one sample."""
         theta = self.graft(perm, t)
         with self.clock.phase("gradients", self.problem.device):
-            source, target = self.sample.gradients(self.problem.path[t], theta)
+            try:
+                source, target = self.sample.gradients(self.problem.path[t], theta)
+            except NotFinite as problem:
+                raise NotFinite(f"step {t} of the path: {problem}") from None
             append_(descent, target, source)
 
     def descend_(self, descent: Descent) -> Perm:
@@ -296,6 +301,9 @@ def transfer(
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     if gradient_batches < 1:
         raise ValueError(f"gradient_batches must be at least 1, got {gradient_batches}")
+    if bn_batches < 0:
+        raise ValueError(f"bn_batches must not be negative, got {bn_batches}")
+    resolve(backend, next(model.parameters()).device)
     _check_tensors(model, path, target_start, target_end)
     endless = _cycle(batches)
     first = next(endless)

@@ -18,8 +18,8 @@ from regraft.evaluation import accuracy
 from regraft.fast import param_groups, start_momentum_at_zero_
 from regraft.heads import check_labels
 from regraft.recorder import Recorder
-from regraft.tensors import Batch, live_state
-from regraft.training import Diverged, train_steps_
+from regraft.tensors import Batch, check_finite, live_state
+from regraft.training import Diverged, check_weights, train_steps_
 
 Groups = list[dict[str, Any]]
 Optimiser = Callable[[Groups], torch.optim.Optimizer]
@@ -72,7 +72,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a run came: steps whose loss was finite, the step where it was not (from 1; None), ends of its phases."""
+    """How far a run came: steps before it diverged, the step that did (from 1; None), ends of its phases."""
 
     steps: int
     diverged: int | None
@@ -93,7 +93,7 @@ def fine_tune(
     """Train the adopted model in place for ``steps`` steps; the loss is cross-entropy, mean over the batch.
 
     batches: at least as many as steps. recorder: is told of each step. validation: for phases that end by validation
-    accuracy. A loss that is not finite ends the run, which is reported and no exception.
+    accuracy. A loss that is not finite, or weights at the end of a phase, end the run; this is reported, no exception.
 
     Raises ValueError for labels that the head has no class for, for too few batches, and for a phase that ends by
     validation accuracy where there is no validation.
@@ -117,6 +117,7 @@ def fine_tune(
                 losses = train_steps_(
                     model, optimiser(groups), stream, range(done, last), after_step=after_step
                 )
+                check_weights(model, done + len(losses) - 1)
         except Diverged as found:
             return Outcome(found.step, found.step + 1, tuple(ends))
         done += len(losses)
@@ -125,10 +126,11 @@ def fine_tune(
 
 
 def _checked(batches: Iterable[Batch], num_classes: int) -> Iterator[Batch]:
-    """The batches; the first one's labels are looked at (each look waits for the device)."""
+    """The batches; the first one is looked at (each look waits for the device)."""
     stream = iter(batches)
     for batch in stream:
-        check_labels(batch[1], num_classes)
+        check_labels(batch[1], num_classes, "batch 0")
+        check_finite({"images": batch[0]}, "batch 0")
         yield from chain([batch], stream)
 
 

@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.clock import EVALUATION, Clock, Cost, charged, synchronise
-from regraft.evaluation import evaluating
-from regraft.heads import check_head, find_head
+from regraft.evaluation import checked, evaluating
+from regraft.guard import same_streams
+from regraft.heads import check_head, check_labels, find_head
 from regraft.tensors import Batch, Tensors, live_state
 
 # ---------------------------------------------------------------------------------------------------
@@ -172,15 +173,23 @@ def scores(
     """Scores of several states of one model, in evaluation mode, reading each batch once.
 
     Tensors absent from a state are the model's own. The last layer's tensors may have another number of classes
-    than the model's. Raises ValueError where there is no batch.
+    than the model's. Raises ValueError where there is no batch, and as `regraft.evaluation.accuracy` for batches.
     """
+    own = live_state(model)
+    copies = [{name: value.detach().clone() for name, value in {**own, **s}.items()} for s in states]
+    return _scores(model, copies, batches)
+
+
+def _scores(model: nn.Module, states: Sequence[Tensors], batches: Iterable[Batch]) -> list[Scores]:
+    """`scores` of whole states that nobody else holds."""
     count = 0
     totals: list[Tensor | float] = [0.0 for _ in states]
     with torch.inference_mode(), evaluating(model):
-        for images, labels in batches:
+        for number, (images, labels) in enumerate(checked(batches)):
             count += len(labels)
             for k, tensors in enumerate(states):
-                logits = torch.func.functional_call(model, dict(tensors), (images,))
+                logits = torch.func.functional_call(model, tensors, (images,))
+                check_labels(labels, logits.shape[-1], f"batch {number}")
                 totals[k] = totals[k] + _sums(logits, labels)
     if count == 0:
         raise ValueError("there is no batch to evaluate on")
@@ -250,7 +259,7 @@ class Recorder:
         hold: int = 16,
     ) -> None:
         if hold < 1:
-            raise ValueError(f"at least one state must be held, not {hold}")
+            raise ValueError(f"hold: at least one state must be held, not {hold}")
         self.model, self.validation, self.test, self.source = model, validation, test, source
         self.head = find_head(model) if head is None else check_head(model, head)
         self.checkpoints = None if checkpoints is None else _increasing(checkpoints)
@@ -335,7 +344,7 @@ class Recorder:
         if not wanted:
             return
         states = [self._states[step] for step in wanted]
-        target = dict(zip(wanted, scores(self.model, states, self.test), strict=True))
+        target = dict(zip(wanted, _scores(self.model, states, self.test), strict=True))
         source: dict[int, Scores] = {}
         if self.source is not None:
             own = {
@@ -343,7 +352,7 @@ class Recorder:
                 for name, value in self.source.head.state_dict().items()
             }
             back = [{**tensors, **own} for tensors in states]
-            source = dict(zip(wanted, scores(self.model, back, self.source.test), strict=True))
+            source = dict(zip(wanted, _scores(self.model, back, self.source.test), strict=True))
         geometry = {step: self._geometry(tensors) for step, tensors in zip(wanted, states, strict=True)}
         for step, state, cost in self._pending:
             self._deployments.append(
@@ -368,7 +377,10 @@ class Recorder:
         """What came before is charged to training, the body to evaluation."""
         self._charge("train")
         try:
-            yield
+            with same_streams(
+                self._device
+            ):  # a loader draws from them, and training must not see the difference
+                yield
         finally:
             self._charge(EVALUATION)
 

@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from regraft.files import write_beside, write_text
+from regraft.files import only_writer, read_sealed, write_sealed, write_tensors
 from regraft.tensors import Tensors, check_alike, check_finite, tensor_digest
 
 FORMAT = "regraft-trajectory-1"
 INDEX = "index.json"
-LEFTOVER = re.compile(r"[0-9a-f]{24}\.safetensors(\.part)?|index\.json\.part")  # nobody else's files
+OURS = re.compile(r"[0-9a-f]{24}\.safetensors|\.([0-9a-f]{24}\.safetensors|index\.json)\.\d+-\d+\.part")
 
 
 def uniform(steps: int) -> list[float]:
@@ -145,18 +146,27 @@ class Trajectory:
         """Write the path to `folder`: one safetensors file an anchor, and an index that comes last.
 
         A kill at any moment leaves the earlier path or this one, never a mixture: the files have names
-        made from their content, and the index that names them replaces the old one in a single rename.
+        made from their content, and the index that names them replaces the old one in a single rename. What a
+        killed writer left goes first.
+
+        Raises:
+            ValueError: a value that is not finite; metadata that are no JSON data.
+            OSError: the folder is being written by somebody else (BlockingIOError), or a file, which is named with
+                its bytes, cannot be written; the earlier path is as it was.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        stored = [_Anchor.write(folder, tensors) for tensors in self.anchors]
-        anchors = [{"file": a.file.name, "bytes": a.bytes, "sha256": a.digests} for a in stored]
-        index = {"format": FORMAT, "anchors": anchors, "legs": self.legs, "metadata": dict(self.metadata)}
-        write_text(folder / INDEX, json.dumps(index, indent=1))
-        kept = {anchor.file.name for anchor in stored}
-        for leftover in folder.iterdir():
-            if leftover.name not in kept and LEFTOVER.fullmatch(leftover.name):
-                leftover.unlink()
+        with only_writer(folder):
+            _clean(folder)
+            try:
+                stored = [
+                    _Anchor.write(folder, tensors, f"anchor {i}") for i, tensors in enumerate(self.anchors)
+                ]
+                anchors = [{"file": a.file.name, "bytes": a.bytes, "sha256": a.digests} for a in stored]
+                index = {"anchors": anchors, "legs": self.legs, "metadata": dict(self.metadata)}
+                write_sealed(folder / INDEX, FORMAT, index)
+            finally:
+                _clean(folder)
 
     @classmethod
     def open(cls, folder: Path | str) -> Trajectory:
@@ -164,31 +174,47 @@ class Trajectory:
 
         Raises:
             FileNotFoundError: no index or an anchor's file is missing; the path is named.
-            ValueError: not a trajectory, or a file whose size does not fit (truncated); when an anchor is
-                read, a tensor that differs from the index in name, dtype, shape or value, or that is not finite.
+            OSError: something else than a file lies in a file's place; the path is named.
+            ValueError: not a trajectory, an index that was changed, or a file whose size does not fit (truncated);
+                when an anchor is read, a tensor that differs from the index in name, dtype, shape or value, or that
+                is not finite.
         """
         folder = Path(folder)
         path = folder / INDEX
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"no trajectory in {folder}: {INDEX} is missing")
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            if index["format"] != FORMAT:
-                raise ValueError(f"format {index['format']!r}, this version reads {FORMAT!r}")
-            stored = [
-                _Anchor(folder / Path(e["file"]).name, int(e["bytes"]), dict(e["sha256"]))
-                for e in index["anchors"]
-            ]
-            legs = tuple((int(anchor), float(scale)) for anchor, scale in index["legs"])
-            metadata = dict(index["metadata"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{path} is not a trajectory's index: {error!r}") from error
+        index = read_sealed(path, FORMAT, _Index)
+        stored = [_Anchor(folder / Path(a.file).name, a.bytes, a.sha256) for a in index.anchors]
         for anchor in stored:
             anchor.check_size()
-        fits = all(0 <= anchor < len(stored) and math.isfinite(scale) for anchor, scale in legs)
-        if len(legs) < 2 or not fits:
+        fits = all(0 <= anchor < len(stored) and math.isfinite(scale) for anchor, scale in index.legs)
+        if len(index.legs) < 2 or not fits:
             raise ValueError(f"{path}: the steps do not fit the {len(stored)} stored anchors")
-        return cls(_Stored(tuple(stored)), legs, metadata)
+        return cls(_Stored(tuple(stored)), index.legs, index.metadata)
+
+
+class _File(Struct, forbid_unknown_fields=True):
+    file: str
+    bytes: int
+    sha256: dict[str, str]
+
+
+class _Index(Struct, forbid_unknown_fields=True):
+    anchors: list[_File]
+    legs: tuple[tuple[int, float], ...]
+    metadata: dict[str, Any]
+
+
+def _clean(folder: Path) -> None:
+    """Remove our files that the index does not name; none where there is an index that cannot be read."""
+    path = folder / INDEX
+    try:
+        named = {a.file for a in read_sealed(path, FORMAT, _Index).anchors} if path.exists() else set()
+    except (ValueError, OSError):
+        return
+    for file in folder.iterdir():
+        if OURS.fullmatch(file.name) and file.name not in named:
+            file.unlink()
 
 
 @dataclass(frozen=True)
@@ -200,8 +226,9 @@ class _Anchor:
     digests: Mapping[str, str]
 
     @classmethod
-    def write(cls, folder: Path, tensors: Tensors) -> _Anchor:
+    def write(cls, folder: Path, tensors: Tensors, what: str) -> _Anchor:
         """Write the file beside its place and rename it; it is named by its content."""
+        check_finite(tensors, what)
         # clones, because safetensors refuses tensors that share memory and the index knows tensors by name alone
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -210,13 +237,13 @@ class _Anchor:
         digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
         whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
         file = folder / f"{whole[:24]}.safetensors"
-        write_beside(file, lambda part: save_file(tensors, part))
+        write_tensors(file, tensors)
         return cls(file, file.stat().st_size, digests)
 
     def check_size(self) -> None:
         """Raise where the file is missing or has another size: that costs nothing, and finds what is truncated."""
         if not self.file.is_file():
-            raise FileNotFoundError(f"{self.file} is missing, though {INDEX} names it")
+            raise FileNotFoundError(f"{self.file} is missing or no plain file, though {INDEX} names it")
         if self.file.stat().st_size != self.bytes:
             raise ValueError(
                 f"{self.file} has {self.file.stat().st_size} bytes instead of {self.bytes}: "

@@ -210,6 +210,95 @@ def test_many_in_threads_equal_one_by_one(threads, generator):
     assert assign_many([], threads=threads) == []
 
 
+def unlikely_duals(matrix, g):
+    """Duals of the same matrix, of an older one, of another, scaled, shifted, huge: what a caller may come with."""
+    n = len(matrix)
+    older = assign(matrix * (1 + g.standard_normal(matrix.shape).astype(matrix.dtype))).duals
+    foreign = assign(g.standard_normal((n, n)) * 10.0 ** g.integers(-3, 6)).duals
+    yield from (older, foreign)
+    for scale in (-1.0, 1e-6, 1e3, 1e8, 1e30, 1e300):
+        yield Duals(older.u * scale, older.v * scale)
+    yield Duals(older.u - 1e9, older.v + 1e9)
+    yield Duals(older.u, older.v[g.permutation(n)])
+
+
+def test_no_start_makes_a_result_worse_and_the_gap_bounds_the_loss():
+    g = np.random.default_rng(0)
+    tried = wrong = 0
+    for round_ in range(7):
+        for (_, wide), offset in itertools.product(kinds(24, round_), (0.0, 1e6)):
+            matrix = (wide + offset).astype(np.float32)
+            exact = matrix.astype(np.float64)
+            optimum, spread = best(exact), float(exact.max() - exact.min())
+            rounding = 24 * np.finfo(np.float32).eps * spread
+            for duals in unlikely_duals(matrix, g):
+                found = assign(matrix, warm=duals)
+                loss = optimum - found.objective
+                tried += 1
+                wrong += not (loss <= rounding and loss <= found.gap)
+    assert tried >= 1000
+    assert wrong == 0
+
+
+def test_gap_is_of_the_matrix_that_was_given(monkeypatch):
+    """A solver may return anything: the gap is at least what was lost, by the entries and not their roundings."""
+    g = np.random.default_rng(0)
+    for solver in (lambda cost: g.permutation(len(cost)), lambda cost: np.arange(len(cost))):
+        monkeypatch.setitem(module.SOLVERS, "scipy", solver)
+        for kind, wide in kinds(20):
+            for matrix in (wide.astype(np.float32), wide + 1e6):
+                found = assign(matrix, backend="scipy")
+                assert found.gap >= best(matrix.astype(np.float64)) - found.objective, kind
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_small_ones_together_equal_one_by_one(solver, threads, generator):
+    shapes = [(n, dtype) for n in (2, 9, 64) for dtype in (torch.float32, torch.float64, torch.bfloat16)] * 3
+    matrices = [torch.randn(n, n, generator=generator).to(dtype) for n, dtype in shapes]
+    matrices += [matrix.float().numpy() for matrix in matrices[:9]]
+    for maximize in (True, False):
+        together = assign_many(matrices, threads=threads, backend=solver, maximize=maximize)
+        for found, matrix in zip(together, matrices, strict=True):
+            alone = assign(matrix, backend=solver, maximize=maximize)
+            assert is_permutation(found.perm)
+            assert found.objective == pytest.approx(alone.objective, rel=1e-6)
+            assert found.gap <= 1e-5 * len(matrix)
+            assert found.duals.v.shape == (len(matrix),)
+
+
+def test_many_small_ones_are_one_call_of_the_solver(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "_resolve", lambda backend: "lapx")
+    monkeypatch.setitem(
+        module.BATCHES,
+        "lapx",
+        lambda cost, workers: calls.append(cost.shape) or np.tile(np.arange(3), (50, 1)),
+    )
+    assign_many([torch.eye(3)] * 50)
+    assert calls == [(50, 3, 3)]
+
+
+def test_the_longest_is_solved_first(monkeypatch, generator):
+    sizes = []
+    monkeypatch.setitem(module.SOLVERS, "scipy", lambda cost: sizes.append(len(cost)) or np.arange(len(cost)))
+    assign_many([torch.zeros(n, n) for n in (70, 90, 65, 80)], backend="scipy", threads=1)
+    assert sizes == [90, 80, 70, 65]
+
+
+def test_bad_ones_among_small_ones_are_named(monkeypatch):
+    matrices = [torch.eye(3), torch.full((3, 3), torch.nan), torch.eye(3)]
+    with pytest.raises(ValueError, match="conv2 has entries that are not finite"):
+        assign_many(matrices, names=["conv1", "conv2", "conv3"])
+    with pytest.raises(ValueError, match="conv1 must be real"):
+        assign_many([torch.eye(3).long()] * 2, names=["conv1", "conv2"])
+    with pytest.raises(ValueError, match="similarity 1: duals of length 2"):
+        assign_many([torch.eye(3)] * 2, warm=[None, Duals(np.zeros(2), np.zeros(2))])
+    monkeypatch.setitem(module.BATCHES, "lapx", lambda cost, workers: np.zeros((len(cost), 3), np.int64))
+    monkeypatch.setattr(module, "_resolve", lambda backend: "lapx")
+    with pytest.raises(RuntimeError, match="similarity 0: backend lapx returned no permutation"):
+        assign_many([torch.eye(3)] * 2)
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_problem_is_reduced_by_rows(sign):
     g = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """Packing: the segment table, and its arithmetic beyond 2^31 elements."""
 
+import itertools
 import math
 
 import pytest
@@ -8,8 +9,21 @@ from hypothesis import given, settings
 from random_models import models
 
 from regraft_kernels import Packing
-from regraft_kernels.packing import Table
-from regraft_kernels.tiles import MoveTile
+from regraft_kernels.backend import Recent
+from regraft_kernels.tables import lay_out
+
+CPU = torch.device("cpu")
+
+
+def plain(segments):
+    """dtypes, widths and alignment of float32 tensors that stand at multiples of 16 bytes."""
+    return [torch.float32] * len(segments), [1] * len(segments), [True] * len(segments)
+
+
+def spans(packing):
+    """Where the index vector of each slot starts and ends, one after the other."""
+    ends = list(itertools.accumulate(packing.slots.values()))
+    return {slot: (end - n, end) for (slot, n), end in zip(packing.slots.items(), ends, strict=True)}
 
 
 @settings(max_examples=50)
@@ -21,32 +35,69 @@ def test_segments_and_tiles_cover_every_element_once(model):
         assert segment.offset == offset
         assert segment.size == math.prod(model.shapes[name])
         offset += segment.size
-    names = list(packing.segments)
-    table = packing.table(names, [1] * len(names), MoveTile(2, 4, 1), torch.device("cpu"))
-    seen = {name: torch.zeros(packing.segments[name].size, dtype=torch.int64) for name in names}
-    for number, row, column in table.tiles.tolist():
-        rows, length = table.segments[number, :2].tolist()
-        matrix = seen[names[number]].view(rows, length)
-        matrix[row : row + 2, column : column + 4] += 1
+    segments = list(packing.segments.values())
+    layout = lay_out(segments, *plain(segments), 1, lambda kind: (2, 4), spans(packing), CPU)
+    seen = {segment.name: torch.zeros(segment.size, dtype=torch.int64) for segment in segments}
+    for launch in layout.launches:
+        numbers = layout.order[launch.start : launch.end]
+        for segment, row, column in launch.tiles.tolist():
+            rows, length = launch.segments[segment, :2].tolist()
+            matrix = seen[segments[numbers[segment]].name].view(rows, length)
+            matrix[2 * row : 2 * row + 2, 4 * column : 4 * column + 4] += 1
     assert all(bool((count == 1).all()) for count in seen.values())
-    assert packing.table(names, [1] * len(names), MoveTile(2, 4, 1), torch.device("cpu")) is table
 
 
 def test_offsets_go_beyond_32_bits():
     shapes = {"embedding": (200_000, 16_384), "head": (16_384, 200_000), "bias": (3,)}
-    packing = Packing.build(shapes, {"embedding": (None, "h"), "head": ("h", "v")})
+    packing = Packing.build(shapes, {"embedding": ("v", None), "head": ("h", "v")})
     assert packing.segments["head"].offset == 200_000 * 16_384 > 2**31
     assert packing.segments["bias"].offset == 2 * 200_000 * 16_384 > 2**32
-    tile = MoveTile(1024, 16_384, 4)
-    table = Table.build(list(packing.segments.values()), [1, 1, 1], tile, torch.device("cpu"))
-    assert table.segments.dtype == table.tiles.dtype == torch.int64
-    assert table.segments[:, 5].tolist() == [s.size for s in packing.segments.values()]
-    number, row, column = table.tiles[table.tiles[:, 0] == 1][-1].tolist()
-    rows, length = table.segments[number, :2].tolist()
-    assert row <= rows - 1 < row + 1024
-    assert column <= length - 1 < column + 16_384
-    last = (rows - 1) * length + length - 1
-    assert last == packing.segments["head"].size - 1 > 2**31
+    segments = list(packing.segments.values())
+    layout = lay_out(segments, *plain(segments), 1, lambda kind: (1024, 16_384), spans(packing), CPU)
+    launch = next(launch for launch in layout.launches if launch.kind.gathered)
+    assert launch.segments[:, 2].tolist() == [packing.segments["head"].size]
+    number, row, column = launch.tiles[-1].tolist()
+    rows, length = launch.segments[number, :2].tolist()
+    assert 1024 * row <= rows - 1 < 1024 * (row + 1)
+    assert 16_384 * column <= length - 1 < 16_384 * (column + 1)
+    assert (rows - 1) * length + length - 1 == packing.segments["head"].size - 1 > 2**31
+    huge = Packing.build({"w": (2, 2**31)}, {"w": ("a", "b")})
+    with pytest.raises(ValueError, match="'w' has 2 rows of 2147483648"):
+        lay_out(list(huge.segments.values()), *plain([0]), 1, lambda kind: (1, 1), {}, CPU)
+
+
+def test_kinds_follow_addresses_and_lengths():
+    shapes = {"a": (8, 8), "b": (8, 8), "c": (7, 5), "d": (8, 2048), "e": (4096,)}
+    axes = {"a": ("x", "x"), "b": ("x", "x"), "c": ("y", None), "d": ("x", None)}
+    segments = list(Packing.build(shapes, axes).segments.values())
+    layout = lay_out(
+        segments,
+        [torch.float32] * 5,
+        [1] * 5,
+        [True, False, True, True, True],
+        2,
+        lambda kind: (4, 64),
+        {"x": (0, 8), "y": (8, 15)},
+        CPU,
+    )
+    names = {}
+    for launch in layout.launches:
+        assert launch.start % 2 == 0
+        block = layout.order[launch.start : launch.end].reshape(2, -1)
+        assert (block[1] - block[0] == 5).all()
+        names[launch.kind.label] = [segments[number].name for number in block[0]]
+    assert names == {
+        "float32 columns aligned": ["a"],
+        "float32 columns general": ["b", "c"],
+        "float32 rows aligned": ["d", "e"],
+    }
+
+
+def test_what_was_made_longest_ago_is_dropped():
+    recent = Recent(2)
+    for key in "abac":
+        recent.get(key, lambda key=key: key.upper())
+    assert (len(recent), "b" in recent, recent.get("a", lambda: "made again")) == (2, False, "A")
 
 
 def test_two_permuted_axes_with_fixed_ones_between():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import models, same_bits
 
-from regraft_kernels import Packing, permute
+from regraft_kernels import Packing, graft, permute
 from regraft_kernels.permute import permute_reference
 
 
@@ -24,6 +24,68 @@ def test_equals_the_reference_to_the_bit(backend, model, inverse, lead, seed):
     for name in tensors:
         assert same_bits(moved[name], expected[name]), name
         assert same_bits(tensors[name], before[name]), name
+
+
+def test_more_models_and_targets_than_a_grid_has_room_for(backend, monkeypatch, generator):
+    for module in ("moves", "indices"):
+        monkeypatch.setattr(sys.modules[f"regraft_kernels.{module}"], "GRID", 2)
+    packing = Packing.build({"w": (3, 4)}, {"w": ("a", "b")})
+    many = torch.randn(5, 3, 4, generator=generator)
+    index = {
+        slot: torch.stack([torch.randperm(n, generator=generator) for _ in range(5)])
+        for slot, n in packing.slots.items()
+    }
+    one = {slot: vector[0] for slot, vector in index.items()}
+    moved = permute({"w": many}, one, packing, backend=backend)["w"]
+    assert torch.equal(moved, many[:, one["a"]][:, :, one["b"]])
+    zero = {"w": torch.zeros(3, 4)}
+    grafted = graft(
+        {"w": torch.zeros(5, 3, 4)}, zero, {"w": many[0]}, [1.0], index, packing, backend=backend
+    )["w"]
+    for target in range(5):
+        assert torch.equal(grafted[target, 0], many[0][index["a"][target]][:, index["b"][target]])
+
+
+def test_memory_that_is_not_aligned_is_moved_too(backend, generator):
+    """Addresses that no 16-byte access can read; row lengths that are multiples of 16 bytes, and others."""
+    packing = Packing.build(
+        {"w": (8, 16, 2), "v": (4, 8), "u": (64,)}, {"w": ("a", "b", None), "v": ("c", None)}
+    )
+    indices = {slot: torch.randperm(n, generator=generator) for slot, n in packing.slots.items()}
+    memory = torch.randn(2, 1000, generator=generator)
+    tensors = {"w": memory[0, 1:257].view(8, 16, 2), "v": memory[0, 300:332].view(4, 8), "u": memory[1, 3:67]}
+    moved = permute(tensors, indices, packing, backend=backend)
+    for name, expected in permute_reference(tensors, indices, packing).items():
+        assert torch.equal(moved[name], expected), name
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_prepared_indices_do_the_same_and_are_checked(backend, inverse, generator):
+    packing = Packing.build({"w": (6, 5), "v": (6,)}, {"w": ("a", "b"), "v": ("a",)})
+    tensors = {"w": torch.randn(6, 5, generator=generator), "v": torch.randn(6, generator=generator)}
+    indices = {"a": torch.randperm(6, generator=generator), "b": torch.randperm(5, generator=generator)}
+    prepared = packing.prepare(indices, inverse=inverse, backend=backend)
+    expected = permute(tensors, indices, packing, inverse=inverse, backend=backend)
+    for _ in range(2):
+        for name, tensor in permute(tensors, prepared, packing, backend=backend).items():
+            assert torch.equal(tensor, expected[name])
+    half = packing.prepare({"a": indices["a"]}, backend=backend)
+    stacked = packing.prepare({s: v.expand(2, -1) for s, v in indices.items()}, targets=2, backend=backend)
+    other = Packing.build({"w": (6, 4)}, {"w": ("a", "b")})
+    for call, text in (
+        (lambda: permute(tensors, half, packing, backend=backend), "slot 'b' is missing"),
+        (lambda: permute(tensors, stacked, packing, backend=backend), "indices are for 2 targets"),
+        (
+            lambda: permute(tensors, prepared, packing, inverse=True, backend=backend),
+            "whether they are inverted",
+        ),
+        (lambda: permute({"w": torch.zeros(6, 4)}, prepared, other, backend=backend), "slot 'b' has shape"),
+        (lambda: packing.prepare({"a": torch.zeros(6).long()}, backend=backend), "'a' is not a permutation"),
+        (lambda: packing.prepare({"c": indices["a"]}), "no slot is named c"),
+        (lambda: packing.prepare({}), "there are none"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
 
 
 @pytest.mark.parametrize("block_bytes", [1, 400])

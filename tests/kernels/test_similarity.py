@@ -7,9 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from regraft_kernels import Term, similarity, similarity_many, similarity_update_
 from regraft_kernels.similarity import similarity_reference
+from regraft_kernels.similarity_operator import flatten
+from regraft_kernels.terms import Runs, operands_of
 
 module = sys.modules["regraft_kernels.similarity"]
 torch_path = sys.modules["regraft_kernels.similarity_torch"]
@@ -219,3 +223,117 @@ def test_refuses_what_does_not_fit():
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match="not float64"):
         similarity([Term(t.double(), t.double(), 0)], backend="triton")
+
+
+# ---------------------------------------------------------------- as an operator of PyTorch
+
+
+def two_groups(g, dtype=torch.float64):
+    """Two terms and one: a block of positions, gathers on the other axis and on the units' own."""
+    first = torch.randn(2, 2, 6, 4, generator=g, dtype=dtype)
+    second = torch.randn(2, 2, 3, generator=g, dtype=dtype)
+    third = torch.randn(2, 1, 2, 5, generator=g, dtype=dtype)
+    positions = torch.randperm(6, generator=g).view(3, 2)
+    gathers = (torch.randperm(6, generator=g), torch.randperm(4, generator=g))
+    return [[Term(*first, 0, positions, gathers), Term(*second, 0)], [Term(*third, 1, None, (None, None))]]
+
+
+def with_tensors(groups, tensors):
+    left = iter(tensors)
+    return [[replace(term, target=next(left), source=next(left)) for term in terms] for terms in groups]
+
+
+def tensors_of(groups):
+    return [tensor for terms in groups for term in terms for tensor in (term.target, term.source)]
+
+
+def test_gradients_are_two_products(generator):
+    groups = two_groups(generator)
+    tensors = [tensor.clone().requires_grad_() for tensor in tensors_of(groups)]
+
+    def run(*tensors):
+        return tuple(similarity_many(with_tensors(groups, tensors)))
+
+    assert torch.autograd.gradcheck(run, tensors)
+    assert torch.autograd.gradgradcheck(run, tensors)
+    few = [tensors[0], *(tensor.detach() for tensor in tensors[1:])]
+    run(*few)[0].sum().backward()
+    assert tensors[0].grad is not None
+
+
+def test_is_an_operator_by_all_of_pytorchs_checks(generator):
+    groups = two_groups(generator, torch.float32)
+    tensors = [tensor.clone().requires_grad_() for tensor in tensors_of(groups)]
+    arguments = (*flatten(with_tensors(groups, tensors)), "tf32x3", "auto")
+    torch.library.opcheck(torch.ops.regraft.similarity.default, arguments)
+
+
+def test_compiles_exports_and_runs_without_data(generator):
+    groups = two_groups(generator, torch.float32)
+    tensors = tensors_of(groups)
+
+    def run(*tensors):
+        return [2 * S for S in similarity_many(with_tensors(groups, tensors))]
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return run(*tensors)
+
+    expected = run(*tensors)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(Module(), tuple(tensors)).module()
+    for found in (compiled(*tensors), exported(*tensors)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with FakeTensorMode() as mode:
+        fake = similarity([Term(*(mode.from_tensor(t) for t in tensors[-2:]), 1)])
+    meta = similarity([Term(*(t.to("meta") for t in tensors[-2:]), 1)])
+    assert fake.shape == meta.shape == expected[-1].shape
+    assert fake.dtype == meta.dtype == torch.float32
+
+
+def test_vmap_is_one_call_for_each(generator):
+    stacks = torch.randn(4, 2, 3, 5, generator=generator)
+    other = torch.randn(2, 3, 5, generator=generator)
+    found = torch.func.vmap(lambda stack: similarity([Term(stack, other, 1)]))(stacks)
+    expected = [similarity([Term(stack, other, 1)]) for stack in stacks]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=0)
+
+
+def test_negated_views_count_as_what_they_show(backend, generator):
+    target, source = torch.randn(2, 3, 5, 4, generator=generator)
+    negated = torch._neg_view(target)
+    assert negated.is_neg()
+    found = similarity([Term(negated, source, 0)], precision="ieee", backend=backend)
+    torch.testing.assert_close(
+        found, -similarity([Term(target, source, 0)], precision="ieee", backend=backend)
+    )
+
+
+def test_refuses_wrapper_subclasses_by_name():
+    wrapped = TwoTensor(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="term 0: the source is a TwoTensor"):
+        similarity([Term(torch.zeros(2, 3), wrapped, 0)])
+
+
+# ---------------------------------------------------------------- what the kernel reads in place
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "gathers", "order", "copied"),
+    [
+        ((2, 6, 8), 0, (None, None), (0, 1, 2), "neither"),
+        ((2, 6, 8), 0, (torch.arange(6), None), (0, 1, 2), "neither"),
+        ((2, 6, 8), 0, (None, torch.arange(8).flip(0)), (0, 1, 2), "source"),
+        ((2, 6, 7), 0, (None, None), (0, 1, 2), "both"),
+        ((2, 6, 8), 1, (None, None), (0, 1, 2), "both"),
+        ((2, 6, 4, 3), 0, (None, None, None), (0, 1, 3, 2), "neither"),
+    ],
+)
+def test_only_what_is_not_in_aligned_runs_is_copied_first(shape, axis, gathers, order, copied, generator):
+    target, source = (layout(torch.randn(shape, generator=generator), list(order)) for _ in range(2))
+    term = Term(target, source, axis, None, gathers)
+    runs = Runs.of(*operands_of(term), axis + 1)
+    given = [runs.stack is stack for runs, stack in zip(runs, (target, source), strict=True)]
+    assert given == {"neither": [True, True], "source": [True, False], "both": [False, False]}[copied]
+    assert runs[0].count * runs[0].length == runs[1].count * runs[1].length
+    check(similarity([term], precision="ieee", backend="triton"), [term], torch.float32)

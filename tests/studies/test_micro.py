@@ -6,13 +6,14 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from regraft.clock import Cost
 from regraft.data import MissingData
-from regraft.studies.micro import STUDY, assignment, gpu, library, matching
+from regraft.studies.micro import STUDY, assignment, gpu, library, matching, timing
 from regraft.studies.micro.contests import BY_HAND, OURS, TIME, Contest, Timed, timed_methods
 from regraft.studies.micro.pages import SUMMARY
 from regraft.studies.micro.timing import Contender, alternate
@@ -45,22 +46,24 @@ def test_contenders_take_turns():
     assert all(len(timing.rounds) == 3 and timing.seconds >= 2e-3 for timing in found.values())
 
 
-def test_short_calls_are_repeated_and_long_ones_end_early():
-    calls = {"short": 0, "long": 0}
+def test_short_calls_are_repeated_and_long_ones_end_early(monkeypatch):
+    calls, now = {"short": 0, "long": 0}, [0.0]
+    clock = SimpleNamespace(**dict.fromkeys(("perf_counter", "thread_time", "process_time"), lambda: now[0]))
+    monkeypatch.setattr(timing, "time", clock)
 
-    def count(name, seconds):
+    def take(name, seconds):
         calls[name] += 1
-        time.sleep(seconds)
+        now[0] += seconds
 
     contenders = {
-        "short": Contender(lambda: count("short", 0)),
-        "long": Contender(lambda: count("long", 0.05)),
+        "short": Contender(lambda: take("short", 1e-5)),
+        "long": Contender(lambda: take("long", 0.05)),
     }
     found = alternate(contenders, rounds=5, budget=0.01, clock="wall")
     assert calls["long"] == 1
     assert len(found["long"].rounds) == 1
-    assert calls["short"] > 5
-    assert found["short"].seconds < 1e-3
+    assert calls["short"] == 1 + 5 * 100
+    assert found["short"].seconds == pytest.approx(1e-5)
 
 
 def test_cpu_time_is_that_of_the_work_and_a_result_may_know_better():

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 
 from regraft.studies.figures import svg
-from regraft.studies.render import filled, markdown, page, report, stored, summary
+from regraft.studies.page import page
+from regraft.studies.render import filled, markdown, report, stored, summary
 from regraft.studies.run import run
 from regraft.studies.study import TUNING_SEED, Scenario
 from regraft.studies.tables import compare, current, spread
@@ -100,7 +101,7 @@ def test_failures_are_told_with_the_table(toy, results):
 
 def test_the_figure_draws_every_method_from_step_0(toy, results):
     drawing = svg(toy.figures[0], stored(results, toy))
-    assert drawing.startswith("<?xml")
+    assert drawing.startswith("<svg")
     for word in ("plain", "cheap", "step", "validation accuracy"):
         assert word in drawing
     lines = toy.figures[0].panels[0].lines(current(stored(results, toy)))

@@ -92,7 +92,9 @@ class Place:
             how = "The download failed." if self.download else "Fetch it with download=True."
         try:
             return getattr(datasets, cls)(*args, **options)
-        except (RuntimeError, OSError, ValueError) as cause:  # torchvision uses all three for "not there"
+        except (
+            Exception
+        ) as cause:  # torchvision raises whatever its parsers do where a file is not what it should be
             raise self.missing(looked_for, how, cause) from cause
 
 

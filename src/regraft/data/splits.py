@@ -43,10 +43,16 @@ class ImageFiles:
         return replace(self, numbers=self.numbers[indices])
 
     def __getitem__(self, index: int) -> Tensor:
-        """The image at an index, decoded: uint8 [C, S, S]."""
+        """The image at an index, decoded: uint8 [C, S, S]. Raises OSError, naming it, where it cannot be."""
         from torchvision.transforms.v2 import functional as transforms
 
-        image = self.source[int(self.numbers[index])][0].convert("L" if self.channels == 1 else "RGB")
+        number = int(self.numbers[index])
+        try:
+            image = self.source[number][0].convert("L" if self.channels == 1 else "RGB")
+        except Exception as cause:  # decoders raise anything, and do not say which file it was
+            files = getattr(self.source, "samples", None) or {}
+            where = files[number][0] if number < len(files) else f"number {number}"
+            raise OSError(f"image {where} cannot be read: {cause}") from cause
         image = transforms.resize(image, [self.size], antialias=True)
         return transforms.pil_to_tensor(transforms.center_crop(image, [self.size, self.size]))
 

@@ -1,11 +1,10 @@
-"""Figures as functions of rows: rows -> lines and grids -> SVG (matplotlib) and the HTML page (plotly).
+"""Figures as functions of rows: rows -> lines and grids -> Vega-Lite -> SVG files, and the page that one can point at.
 
 Figure("curves", "Along the path", ("digits-mlp",), (Panel("digits", "step", "accuracy", curves("accuracy")),))
 """
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -14,16 +13,18 @@ from typing import Any
 
 from regraft.studies.tables import Rows, current, groups
 
+VEGA_LITE = "6.4"
+
 COLOURS = (
     "#1f6fb4",
     "#c2273f",
     "#2a7f62",
     "#b0651d",
     "#8a63b5",
-    "#444444",
+    "#6b7280",
     "#17a2b8",
     "#d4a017",
-    "#999999",
+    "#9c7a5b",
     "#e377c2",
 )
 
@@ -128,71 +129,133 @@ def band(name: str, tables: Sequence[dict[Any, float]], first: int = 0) -> Line:
     return Line(name, tuple(at), tuple(means), low, high)
 
 
-# ---------------------------------------------------------------- SVG
+# ---------------------------------------------------------------- drawing
+
+
+def spec(figure: Figure, rows: Rows) -> dict[str, Any] | None:
+    """The figure in Vega-Lite, for the page and for files; None where no row has anything to draw."""
+    drawn = figure.drawn(rows)
+    if not drawn:
+        return None
+    # by the whole study's methods: one has the same colour in every figure
+    methods = dict.fromkeys(row.method for row in rows)
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(methods)}
+    panels = [
+        _lines(panel, data, colours, number) if isinstance(panel, Panel) else _cells(panel, data)
+        for number, (panel, data) in enumerate(drawn)
+    ]
+    columns = 3 if any(isinstance(panel, Heatmap) for panel, _ in drawn) else 2
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "title": {"text": figure.title, "anchor": "start", "fontSize": 14},
+        "concat": panels,
+        "columns": min(len(panels), columns),
+        "resolve": {"scale": {"color": "independent"}},
+        "config": {"view": {"continuousWidth": 330, "continuousHeight": 210}, "legend": {"labelLimit": 220}},
+    }
 
 
 def svg(figure: Figure, rows: Rows) -> str | None:
     """The figure as SVG text, the same for the same rows; None where no row has anything to draw."""
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
+    import vl_convert
 
-    drawn = figure.drawn(rows)
-    if not drawn:
+    found = spec(figure, rows)
+    if found is None:
         return None
-    columns = min(len(drawn), 3 if any(isinstance(p, Heatmap) for p, _ in drawn) else 2)
-    lines = math.ceil(len(drawn) / columns)
-    # fixed names and no date: a figure changes only when its rows do
-    with matplotlib.rc_context({"svg.hashsalt": figure.name, "svg.fonttype": "none", "font.size": 9}):
-        canvas = Canvas(figsize=(5.2 * columns, 3.4 * lines + 0.5), layout="constrained")
-        canvas.suptitle(figure.title)
-        axes = canvas.subplots(lines, columns, squeeze=False).flatten()
-        # by the whole study's methods: one has the same colour in every figure
-        methods = dict.fromkeys(row.method for row in rows)
-        colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(methods)}
-        for place, (panel, data) in zip(axes, drawn, strict=False):
-            (_draw_lines if isinstance(panel, Panel) else _draw_cells)(place, panel, data, colours)
-        for place in axes[len(drawn) :]:
-            place.set_axis_off()
-        out = io.StringIO()
-        canvas.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    return vl_convert.vegalite_to_svg({**found, "background": "white"}, vl_version=VEGA_LITE) + "\n"
 
 
-def _draw_lines(place: Any, panel: Panel, lines: Sequence[Line], colours: dict[str, str]) -> None:
-    named: set[str] = set()
-    for line in lines:
-        colour = colours.setdefault(line.name, COLOURS[len(colours) % len(COLOURS)])
-        label = (
-            f"_{line.name}" if line.name in named else line.name
-        )  # the legend leaves out what starts with _
-        named.add(line.name)
-        style = {
-            "linestyle": "--" if line.dashed else "-",
-            "marker": "o" if panel.markers else None,
-            "markersize": 3,
-        }
-        place.plot(line.x, line.y, color=colour, label=label, linewidth=1.4, **style)
-        if line.low:
-            place.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-    place.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
-    if panel.x_log:
-        place.set_xscale("log")
-    if panel.y_log:
-        place.set_yscale("log")
-    place.grid(alpha=0.3)
-    place.legend(fontsize=7, framealpha=0.7)
-
-
-def _draw_cells(place: Any, panel: Heatmap, cells: Cells, colours: dict[str, str]) -> None:
-    values = [[math.nan if v is None else v for v in line] for line in cells.values]
-    style = {
-        "cmap": "RdBu" if panel.low < 0 else "viridis",
-        "vmin": panel.low,
-        "vmax": panel.high,
-        "aspect": "auto",
+def _lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number: int) -> dict[str, Any]:
+    """A band and a line for each; pointing at a line tells its values, a click on the legend picks it out."""
+    names = list(dict.fromkeys(line.name for line in lines))
+    for name in names:
+        colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
+    values = [point for line in lines for point in _points(line)]
+    words = any(isinstance(point["x"], str) for point in values)
+    axis = {"field": "x", "title": panel.x, "type": "ordinal" if words else "quantitative"}
+    axis |= (
+        {"sort": None}
+        if words
+        else {"scale": {"type": "log" if panel.x_log else "linear", "zero": False, "nice": False}}
+    )
+    height = {"type": "quantitative", "title": panel.y}
+    height["scale"] = {"type": "log" if panel.y_log else "linear", "zero": False}
+    colour = {
+        "field": "n",
+        "type": "nominal",
+        "title": None,
+        "sort": names,
+        "legend": {"symbolOpacity": 1},
     }
-    image = place.imshow(values, **style)
-    place.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
-    place.set_xticks(range(len(cells.columns)), cells.columns, rotation=60, fontsize=7)
-    place.set_yticks(range(len(cells.rows)), cells.rows, fontsize=7)
-    place.figure.colorbar(image, ax=place)
+    colour["scale"] = {"domain": names, "range": [colours[name] for name in names]}
+    picked = f"picked_{number}"
+    dash = {"condition": {"test": "datum.d", "value": [4, 3]}, "value": [1, 0]}
+    base = {"x": axis, "color": colour, "detail": {"field": "d"}}
+    fields = {"n": "method", "x": panel.x, "y": panel.y, "l": "- deviation", "h": "+ deviation"}
+    told = [{"field": field, "title": title, "type": "nominal"} for field, title in fields.items()]
+    return {
+        "title": panel.title,
+        "data": {"values": values},
+        "layer": [
+            {
+                "transform": [{"filter": "isValid(datum.l)"}],
+                "mark": {"type": "area", "opacity": 0.15},
+                "encoding": {**base, "y": {**height, "field": "l"}, "y2": {"field": "h"}},
+            },
+            {
+                "params": [{"name": picked, "select": {"type": "point", "fields": ["n"]}, "bind": "legend"}],
+                "mark": {
+                    "type": "line",
+                    "strokeWidth": 1.6,
+                    "point": {"size": 18, "opacity": float(panel.markers)},
+                },
+                "encoding": {
+                    **base,
+                    "y": {**height, "field": "y"},
+                    "strokeDash": dash,
+                    "opacity": {"condition": {"param": picked, "value": 1}, "value": 0.12},
+                    "tooltip": told,
+                },
+            },
+        ],
+    }
+
+
+def _points(line: Line) -> list[dict[str, Any]]:
+    """Name, x, y, and only where there are any low (l), high (h) and that it is dashed (d): a page has many."""
+    bands = zip(line.low, line.high, strict=True) if line.low else [None] * len(line.x)
+    same = {"n": line.name, **({"d": 1} if line.dashed else {})}
+    return [
+        {**same, "x": x, "y": _short(y), **({"l": _short(band[0]), "h": _short(band[1])} if band else {})}
+        for x, y, band in zip(line.x, line.y, bands, strict=True)
+    ]
+
+
+def _short(number: float | None) -> float | None:
+    """Four digits: a figure shows no more, and a page is read by machines of all sizes."""
+    return None if number is None or not math.isfinite(number) else float(f"{number:.4g}")
+
+
+def _cells(panel: Heatmap, cells: Cells) -> dict[str, Any]:
+    values = [
+        {"r": row, "c": column, "v": _short(value)}
+        for row, line in zip(cells.rows, cells.values, strict=True)
+        for column, value in zip(cells.columns, line, strict=True)
+    ]
+    scale = {"domain": [panel.low, panel.high], "scheme": "redblue" if panel.low < 0 else "viridis"}
+    return {
+        "title": panel.title,
+        "data": {"values": values},
+        "mark": "rect",
+        "width": 230,
+        "height": 190,
+        "encoding": {
+            "x": {"field": "c", "type": "ordinal", "sort": None, "title": panel.x},
+            "y": {"field": "r", "type": "ordinal", "sort": None, "title": panel.y},
+            "color": {"field": "v", "type": "quantitative", "title": None, "scale": scale},
+            "tooltip": [
+                {"field": field, "title": title, "type": "nominal"}
+                for field, title in (("r", panel.y), ("c", panel.x), ("v", "value"))
+            ],
+        },
+    }

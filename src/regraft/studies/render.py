@@ -1,4 +1,4 @@
-"""The only page maker: rows -> Markdown, SVG, the terminal's summary, and one HTML page.
+"""The only page maker: rows -> Markdown, SVG, and the terminal's summary (`regraft.studies.page`: the HTML page).
 
     report(Path("results"))     # every table and figure of every study, from results/<study>/rows.jsonl
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
 from pathlib import Path
 
 from regraft.files import write_text
@@ -23,7 +22,7 @@ from regraft.studies.rows import Row, read
 from regraft.studies.study import Study
 from regraft.studies.tables import COMMON, Column, Sheet, Table, by_method, current
 
-__all__ = ["Column", "Figure", "Sheet", "Table", "page", "report", "stored", "summary"]
+__all__ = ["Column", "Figure", "Sheet", "Table", "report", "stored", "summary"]
 
 ROWS = "rows.jsonl"
 MARK = re.compile(r"(<!-- table (\S+)/(\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -98,37 +97,3 @@ def summary(study: Study, rows: Iterable[Row]) -> Iterator[Sheet]:
     """What the bench says of a study at its end: each scenario's methods in the study's own few columns."""
     for sheet in by_method(study.summary or COMMON)(current(list(rows))):
         yield Sheet(f"{study.title}: {sheet.title}", sheet.heading, sheet.lines)
-
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; } 
-th, td { padding: .3rem .8rem; text-align: right; }
-th { border-bottom: 2px solid #444; } th:first-child, td:first-child { text-align: left; }
-svg { max-width: 100%; height: auto; }
-"""
-
-
-def page(folder: Path, studies: Sequence[Study]) -> str:
-    """One HTML page that needs nothing else: every study's tables and figures."""
-    body = []
-    for study in studies:
-        rows = stored(folder, study)
-        if not rows:
-            continue
-        body.append(f"<h2>{escape(study.title)}</h2>")
-        for table in study.tables:
-            for sheet in table.made(rows):
-                body.append(_html(sheet))
-        body += [drawing for figure in study.figures if (drawing := svg(figure, rows)) is not None]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>regraft: results</title>'
-        f"<style>{STYLE}</style></head><body><h1>regraft: results</h1>" + "\n".join(body) + "</body></html>\n"
-    )
-
-
-def _html(sheet: Sheet) -> str:
-    heads = "".join(f"<th>{escape(text)}</th>" for text in sheet.heading)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(t)}</td>" for t in line) + "</tr>" for line in sheet.lines)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in sheet.notes)
-    return f"<h3>{escape(sheet.title)}</h3><table><tr>{heads}</tr>{lines}</table><ul>{notes}</ul>"

@@ -59,13 +59,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Environment:
-    """What a run ran on. device: "cpu", "cuda:0"; threads: torch's; versions: of python and packages."""
+    """What a run ran on. device: "cpu", "cuda:0"; threads: torch's; versions: of python and packages.
+
+    deterministic: whether torch took only algorithms that give the same bits in every run.
+    """
 
     device: str
     machine: str
     threads: int
     versions: dict[str, str]
     command: str
+    deterministic: bool = False
 
     @property
     def kind(self) -> str:
@@ -216,7 +220,7 @@ _HEAD = f'{{"schema":{SCHEMA},"study":'.encode()
 def _parse(line: bytes, where: str) -> Row | None:
     try:
         record = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as problem:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
         if line.startswith(_HEAD) or _HEAD.startswith(line):
             warnings.warn(
                 f"{where}: an unfinished row, left by a writer that was killed, is skipped", stacklevel=3
@@ -253,6 +257,7 @@ def environment(device: str = "cpu") -> Environment:
         threads=torch.get_num_threads(),
         versions={"python": platform.python_version(), **_versions()},
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 

@@ -10,11 +10,12 @@ that what they all need (data, a trained source, a traced specification) is made
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from regraft.clock import charged
 from regraft.data import MissingData
-from regraft.studies.rows import Row, append, code, identity, latest, read
+from regraft.studies.rows import Row, Series, append, code, identity, latest, read
 from regraft.studies.study import TUNING_SEED, Measured, Method, Place, Scenario, Setting, Study
 
 
@@ -45,38 +46,49 @@ def run(
     seeds: Sequence[int] | None = None,
     resume: bool = False,
     keep_older: bool = False,
+    rounds: int = 1,
 ) -> Iterator[Row]:
     """Measure what is asked for, append each row to the file, and yield it; rows that are kept are yielded, too.
 
     Args:
         seeds: instead of each scenario's own.
         resume: rows of the same identity and the same code are taken as they are; keep_older: of any code.
+        rounds: with more than one, cheap methods are run so often after a first time, and the row holds what each round
+            cost: one round proves nothing.
 
     Raises MissingData before any work of a scenario whose data are not there. A run that fails or diverges is a
     row that says how.
     """
     code()  # read before anything that runs could change the files
-    earlier = Earlier.of(rows, resume=resume, keep_older=keep_older)
+    how = _How(study, place, rows, Earlier.of(rows, resume=resume, keep_older=keep_older), rounds)
     for scenario in scenarios:
         chosen: dict[str, Method] = {}
         for method in scenario.methods:
             if method.candidates:
-                tried = list(_tune(study, scenario, method, place, rows, earlier))
+                tried = list(_tune(how, scenario, method))
                 yield from (row for _, row in tried)
                 chosen[method.name] = best(tried, method.tuned_by)
             else:
                 chosen[method.name] = method
         for seed in range(scenario.seeds) if seeds is None else seeds:
-            yield from _run_all(study, scenario, seed, list(chosen.values()), place, rows, earlier)
+            yield from _run_all(how, scenario, seed, list(chosen.values()))
 
 
-def _tune(
-    study: Study, scenario: Scenario, method: Method, place: Place, rows: Path, earlier: Earlier
-) -> Iterator[tuple[Method, Row]]:
+@dataclass(frozen=True)
+class _How:
+    """What all runs of one call share."""
+
+    study: Study
+    place: Place
+    path: Path
+    earlier: Earlier
+    rounds: int
+
+
+def _tune(how: _How, scenario: Scenario, method: Method) -> Iterator[tuple[Method, Row]]:
     """Every candidate on the tuning seed, each under the method's own name."""
     variants = [Method(method.name, variant.run, variant.config) for variant in method.candidates]
-    measured = _run_all(study, scenario, TUNING_SEED, variants, place, rows, earlier)
-    yield from zip(variants, measured, strict=True)
+    yield from zip(variants, _run_all(how, scenario, TUNING_SEED, variants), strict=True)
 
 
 def best(tried: Sequence[tuple[Method, Row]], value: str) -> Method:
@@ -93,33 +105,25 @@ def best(tried: Sequence[tuple[Method, Row]], value: str) -> Method:
     return max(known, key=lambda pair: pair[0])[1]
 
 
-def _run_all(
-    study: Study,
-    scenario: Scenario,
-    seed: int,
-    methods: Sequence[Method],
-    place: Place,
-    path: Path,
-    earlier: Earlier,
-) -> Iterator[Row]:
-    setting = study.setting(scenario, seed, place)
-    kind = place.device.partition(":")[0]
+def _run_all(how: _How, scenario: Scenario, seed: int, methods: Sequence[Method]) -> Iterator[Row]:
+    setting = how.study.setting(scenario, seed, how.place)
+    kind = how.place.device.partition(":")[0]
     for number, method in enumerate(methods):
-        key = identity(study.name, scenario.name, method.name, seed, scenario.config(method), kind)
-        row = earlier.rows.get(key)
+        key = identity(how.study.name, scenario.name, method.name, seed, scenario.config(method), kind)
+        row = how.earlier.rows.get(key)
         if row is None:
-            place.tell(f"{scenario.name}, seed {seed}: {method.name}", number, len(methods))
+            how.place.tell(f"{scenario.name}, seed {seed}: {method.name}", number, len(methods))
             setting.method = method
-            row = execute(study, setting, method)
-            append(path, row)
+            row = execute(how.study, setting, method, 1 if setting.tuning else how.rounds)
+            append(how.path, row)
         yield row
 
 
-def execute(study: Study, setting: Setting, method: Method) -> Row:
+def execute(study: Study, setting: Setting, method: Method, rounds: int = 1) -> Row:
     """Run one method and make its row. MissingData and interruptions are raised; other failures are in the row."""
     failure = None
     try:
-        measured = method.run(setting)
+        measured = _in_rounds(method, setting, rounds)
     except MissingData:
         raise
     except FloatingPointError as problem:
@@ -141,6 +145,27 @@ def execute(study: Study, setting: Setting, method: Method) -> Row:
         environment=setting.environment(),
         code=code(),
     )
+
+
+WORTH_REPEATING = 5.0
+"""Seconds: what has taken longer in all is not run once more."""
+
+
+def _in_rounds(method: Method, setting: Setting, rounds: int) -> Measured:
+    """What the method measures; with its charge in each of several rounds after the first, which only warms up.
+
+    A method that times its own rounds (a contest) is left to that.
+    """
+    measured = method.run(setting)
+    clock = "cpu" if setting.device == "cpu" else "wall"
+    taken = [getattr(charged(measured.cost), clock)]
+    own = any("by round" in name for name in measured.series)
+    while not own and len(taken) <= rounds > 1 and sum(taken) < WORTH_REPEATING:
+        taken.append(getattr(charged(method.run(setting).cost), clock))
+    if len(taken) < 3:
+        return measured
+    by_round = Series.over("round", range(1, len(taken)), taken[1:])
+    return replace(measured, series={**measured.series, "cost by round [s]": by_round})
 
 
 def crashed(row: Row) -> bool:

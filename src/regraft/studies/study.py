@@ -90,6 +90,7 @@ class Method:
     run: does it, with what the setting has. config: what sets this method apart from others of the same name (part of
     a row's identity). candidates: variants (rates, strengths) of which the one with the largest `tuned_by` on
     `TUNING_SEED` is run and reported under this method's name; what was tried is kept as rows, and nothing else is.
+    about: what it does, in a sentence for the page.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Method:
     config: Mapping[str, Any] = field(default_factory=dict)
     candidates: tuple[Method, ...] = ()
     tuned_by: str = "validation"
+    about: str = ""
 
 
 @dataclass(frozen=True)

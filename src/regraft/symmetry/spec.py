@@ -39,12 +39,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
+from msgspec import Meta, Struct
 from torch import Tensor, nn
 
-from regraft.files import write_text
+from regraft.files import parse_json, read_json, write_text
 from regraft.tensors import Perm, Tensors
 from regraft_kernels import Packing, permute
 
@@ -72,6 +73,18 @@ Axis = tuple[Segment, ...]
 
 SHOWN = 12
 """How many weights of which an axis stays are named in print."""
+
+Units = Annotated[int, Meta(ge=0, le=1 << 24)]
+"""A number of units: far beyond any layer, and still one that fits in memory."""
+
+
+class _Written(Struct, forbid_unknown_fields=True):
+    """The JSON form; an axis is a length, a group, or segments."""
+
+    groups: dict[str, Units]
+    axes: dict[str, list[int | str | list[Segment]]]
+    optional: list[str] = []
+    proven: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,22 +162,9 @@ class PermutationSpec:
     @classmethod
     def from_json(cls, text: str) -> PermutationSpec:
         """Reads what :meth:`to_json` or a person wrote. Raises ValueError saying what is wrong, and where."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not a permutation specification: the JSON is broken ({error})") from error
-        if not isinstance(data, dict) or not all(
-            isinstance(data.get(key), dict) for key in ("groups", "axes")
-        ):
-            raise ValueError('not a permutation specification: expected an object with "groups" and "axes"')
-        for name, row in data["axes"].items():
-            if not isinstance(row, list):
-                raise ValueError(f"tensor {name!r}: expected a list with one entry per axis, found {row!r}")
-        optional = data.get("optional", [])
-        if not isinstance(optional, list):
-            raise ValueError(f'"optional": expected a list of names, found {optional!r}')
-        spec = cls.build(data["groups"], data["axes"], map(str, optional))
-        spec.mark(proven=data.get("proven") == spec._digest)
+        data = parse_json(text, _Written, "not a permutation specification")
+        spec = cls.build(data.groups, data.axes, data.optional)
+        spec.mark(proven=data.proven == spec._digest)
         return spec
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -173,10 +173,11 @@ class PermutationSpec:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
-        """Reads :meth:`save`'s file. Raises FileNotFoundError, or ValueError naming the path."""
+        """Reads :meth:`save`'s file. Raises OSError or ValueError naming the path."""
+        data = read_json(Path(path), _Written, "a permutation specification")
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, TypeError) as error:
+            return cls.build(data.groups, data.axes)
+        except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     # ---- permutations of this specification
@@ -372,6 +373,7 @@ class PermutationSpec:
 # ---- permutations
 
 
+@torch.no_grad()
 def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> Tensors:
     """pi(theta): every tensor gathered along the axes that the specification ties to a group.
 

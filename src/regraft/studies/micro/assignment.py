@@ -30,6 +30,11 @@ def near_rank_one(n: int, g: Draw) -> np.ndarray:
     return np.outer(g.random(n), g.random(n)) + 1e-3 * g.standard_normal((n, n))
 
 
+def rank_one(n: int, g: Draw) -> np.ndarray:
+    """To a millionth: every row prefers the same columns, and bids for them rise by crumbs."""
+    return np.outer(g.random(n), g.random(n)) + 1e-6 * g.standard_normal((n, n))
+
+
 def heavy_tails(n: int, g: Draw) -> np.ndarray:
     """Student's t with two degrees of freedom, cubed; a fifth of the rows and of the columns are dead."""
     matrix = g.standard_t(2, (n, n)) ** 3
@@ -68,6 +73,7 @@ KINDS = {
     "Gaussian": gaussian,
     "ReLU Gram": relu_gram,
     "near rank one": near_rank_one,
+    "rank one to 1e-6": rank_one,
     "heavy tails, dead rows": heavy_tails,
     "real gradients": real_gradients,
     "integer ties": integer_ties,
@@ -127,3 +133,24 @@ def _make_many(setting: MicroSetting) -> dict[str, Contender]:
 
 MANY = Contest("eight matrices", (BY_HAND, "assign_many, two threads"), _make_many)
 """ReLU Gram matrices, n = 1024; by hand is one after the other. By the wall clock: wants two free cores."""
+
+TOGETHER = "assign_many"
+
+
+def _make_small(n: int, setting: MicroSetting) -> dict[str, Contender]:
+    """By hand is a loop over scipy's solver, without any check."""
+    g = np.random.default_rng(setting.seed)
+    stack = torch.from_numpy(g.standard_normal((200, n, n)).astype(np.float32))
+    many = list(stack)
+    return {
+        BY_HAND: Contender(lambda: [linear_sum_assignment(m.numpy(), maximize=True) for m in many]),
+        "assign, one by one": Contender(lambda: [rk.assign(m) for m in many]),
+        TOGETHER: Contender(lambda: rk.assign_many(many, threads=1)),
+    }
+
+
+SMALL = tuple(
+    Contest(f"200 of n = {n}", (BY_HAND, "assign, one by one", TOGETHER), partial(_make_small, n))
+    for n in (8, 16, 64)
+)
+"""Gaussian matrices of one size."""

@@ -26,6 +26,16 @@ def beside_by_hand(group: Group) -> str:
     return mean([own / hand for own, hand in pairs if own is not None and hand], "{:.3g}")
 
 
+def lapjv_beside_lapx(group: Group) -> str:
+    """A cell of lapjv's lines: its time over lapx's in the same contest; below 1 it is the faster."""
+    prefix, _, name = group.rows[0].method.rpartition(": ")
+    if name != "lapjv":
+        return ""
+    beside = f"{prefix}: lapx" if prefix else "lapx"
+    pairs = [(own.values.get(TIME), lapx.values.get(TIME)) for own, lapx in group.beside(beside)]
+    return mean([own / lapx for own, lapx in pairs if own is not None and lapx], "{:.3g}")
+
+
 def milliseconds(group: Group) -> str:
     """A cell: the time, with four digits."""
     found = group.values(TIME)
@@ -47,9 +57,27 @@ MODELS = (
     Column("error", value("error", "{:.1e}")),
     Column("s", lambda group: mean([row.total.wall for row in group.rows if not row.failure], "{:.1f}")),
 )
-COMPILED = tuple(
-    Column(heading, value(heading, "{:.0f}"))
-    for heading in ("registers", "spilled [bytes]", "shared memory [bytes]", "instructions", "16-byte moves")
+COMPILED = (
+    *(
+        Column(heading, value(heading, "{:.0f}"))
+        for heading in (
+            "registers",
+            "spilled [bytes]",
+            "shared memory [bytes]",
+            "instructions",
+            "loop instructions",
+            "16-byte stores",
+            "narrower stores",
+            "divisions",
+            "matrix instructions",
+            "copies in flight",
+        )
+    ),
+    Column("instructions per 16 bytes", value("instructions per 16 bytes", "{:.1f}")),
+    *(
+        Column(f"predicted share, {name}", value(f"predicted share, {name}", "{:.0%}"))
+        for name in ("H100", "H200")
+    ),
 )
 MATCHING = (*SUMMARY, Column("objective", value("objective", "{:.4f}")))
 KERNELS = (
@@ -57,7 +85,11 @@ KERNELS = (
     Column("GB/s", value("rate [GB/s]", "{:.1f}")),
     Column("Gflop/s", value("rate [Gflop/s]", "{:.1f}")),
 )
-ASSIGNMENT = (*SUMMARY, Column("relative error", value("relative error", "{:.1e}")))
+ASSIGNMENT = (
+    *SUMMARY,
+    Column("lapjv over lapx", lapjv_beside_lapx),
+    Column("relative error", value("relative error", "{:.1e}")),
+)
 GPU = (
     Column("ms", milliseconds),
     Column("by hand, ms", value("by hand [ms]", "{:.3f}")),
@@ -86,8 +118,18 @@ def of_models(rows: Rows) -> Iterator[Sheet]:
         )
 
 
+RELIABILITY = tuple(
+    Column(name, value(name, "{:.0f}")) for name in ("tried", "clear", "silent", "raw", "hang")
+)
+
+
 ON_KERNELS = ("kernels", "kernels-more", "kernels-resnet18", "kernels-resnet18-new-pages")
-ASSIGNMENTS = ("assignment", *(f"assignment-{n}" for n in (128, 512, 1024)), "assignment-many")
+ASSIGNMENTS = (
+    "assignment",
+    *(f"assignment-{n}" for n in (128, 512, 1024)),
+    "assignment-small",
+    "assignment-many",
+)
 TABLES = (
     Table("kernels", "Kernels", ON_KERNELS, by_method(KERNELS)),
     Table("assignment", "Assignment", ASSIGNMENTS, by_method(ASSIGNMENT)),
@@ -97,5 +139,11 @@ TABLES = (
     Table("library", "Grids, and the recorder", ("grids", "recorder"), by_method(SUMMARY)),
     Table("compiled", "The kernels, compiled ahead of time", ("compiled",), by_method(COMPILED)),
     Table("gpu", "Kernels on a GPU", ("gpu",), by_method(GPU)),
+    Table(
+        "reliability",
+        "Nothing lost, nothing silently wrong: what came of what must be refused",
+        ("reliability",),
+        by_method(RELIABILITY),
+    ),
     Table("symmetry", "torchvision's classification models", ("symmetry-torchvision",), of_models),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regraft.studies.micro import assignment, compiled, gpu, library, matching, proofs
+from regraft.studies.micro import assignment, compiled, gpu, library, matching, proofs, reliability
 from regraft.studies.micro.contests import Contest, Timed, of_case, timed_methods
 from regraft.studies.study import Scenario
 from regraft_kernels.cases import kernels
@@ -28,6 +28,7 @@ SCENARIOS = (
         timed(f"assignment-{n}", *(assignment.contest(kind, n) for kind in assignment.KINDS))
         for n in assignment.SIZES
     ),
+    timed("assignment-small", *assignment.SMALL, how=Timed(budget=1.0)),
     timed("assignment-many", assignment.MANY, how=Timed(rounds=5, clock="wall")),
     timed("matching-mlp", matching.mlp_contest(2048), how=Timed(rounds=3, budget=20.0)),
     timed("matching-resnet18", matching.RESNET18, how=Timed(rounds=3, budget=20.0)),
@@ -36,6 +37,7 @@ SCENARIOS = (
     timed("recorder", library.RECORDER),
     Scenario("compiled", compiled.methods(), None, seeds=1),
     Scenario("gpu", gpu.methods(), None, seeds=1),
+    Scenario("reliability", reliability.methods(), reliability.Campaign(), seeds=1),
     Scenario("symmetry-torchvision", proofs.methods(), proofs.Proof(), seeds=1),
 )
 QUICK = ("kernels", "assignment")

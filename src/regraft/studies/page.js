@@ -1,0 +1,82 @@
+const packed = Uint8Array.from(atob(document.getElementById("data").textContent), letter => letter.charCodeAt(0));
+const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+const data = await new Response(unpacked).json();
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+/* A figure as wide as its place: one column and the legend below on a narrow screen. */
+function fitted(spec, width) {
+  const copy = structuredClone(spec), narrow = width < 760;
+  const panels = copy.concat ?? [copy];
+  const columns = narrow ? 1 : Math.min(copy.columns ?? 1, panels.length);
+  const legend = narrow ? 75 : 190;
+  const inner = Math.max(160, Math.min(panels.length > 1 ? 420 : 760, Math.floor(width / columns) - legend));
+  copy.columns = columns;
+  copy.config = { ...copy.config, background: null, view: { continuousWidth: inner, continuousHeight: 210 } };
+  if (narrow) copy.config.legend = { orient: "bottom", columns: 2, labelLimit: 140 };
+  copy.config.axis = { gridOpacity: dark.matches ? 0.25 : 1 };
+  for (const panel of panels) if (panel.width) panel.width = narrow ? inner : Math.min(panel.width, inner);
+  return copy;
+}
+
+function draw(place) {
+  const width = place.clientWidth;
+  place.dataset.width = width;
+  const options = { actions: false, theme: dark.matches ? "dark" : undefined, renderer: "svg" };
+  embed(place, fitted(place.spec ?? data.figures[place.dataset.figure], width), options);
+}
+
+const seen = new IntersectionObserver(entries => {
+  for (const entry of entries) if (entry.isIntersecting) { seen.unobserve(entry.target); draw(entry.target); }
+}, { rootMargin: "300px" });
+
+function redraw() {
+  for (const place of document.querySelectorAll(".plot[data-width]")) draw(place);
+}
+
+/* The leaderboard: accuracy against cost of every method of one scenario; the line joins those that nothing beats. */
+function leaderboard() {
+  const place = document.getElementById("leaders"), choice = document.getElementById("scenario");
+  if (!place) return;
+  const values = data.leaders.filter(point => point.scenario === choice.value);
+  const x = { field: "seconds", type: "quantitative", title: data.clock, scale: { type: "log", nice: false } };
+  const y = { field: "accuracy", type: "quantitative", title: "accuracy", scale: { zero: false } };
+  const told = ["method", "about", "accuracy", "deviation", "seconds", "share", "seeds", "commit", "configuration"];
+  place.spec = {
+    data: { values },
+    layer: [
+      { transform: [{ filter: "datum.method === 'plain'" }], mark: { type: "rule", strokeDash: [4, 3], color: "#888" }, encoding: { y } },
+      { transform: [{ filter: "datum.best" }], mark: { type: "line", color: "#888", interpolate: "step-after" }, encoding: { x, y } },
+      { mark: { type: "rule", opacity: 0.6 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color: { field: "method", type: "nominal" } } },
+      {
+        mark: { type: "point", filled: true, size: 90, opacity: 1 },
+        encoding: { x, y, color: { field: "method", type: "nominal", title: null, legend: { symbolLimit: 60 } },
+                    tooltip: told.map(field => ({ field, type: "nominal" })) },
+      },
+    ],
+    height: 320, config: {},
+  };
+  draw(place);
+}
+
+function filter(words) {
+  const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
+  for (const card of document.querySelectorAll("[data-words]")) {
+    const text = card.dataset.words;
+    let any = false;
+    for (const row of card.querySelectorAll("tbody tr")) {
+      row.hidden = !wanted.every(word => (text + " " + row.textContent.toLowerCase()).includes(word));
+      any ||= !row.hidden;
+    }
+    card.hidden = !any && !wanted.every(word => text.includes(word));
+  }
+}
+
+for (const place of document.querySelectorAll(".plot[data-figure]")) seen.observe(place);
+document.getElementById("filter").addEventListener("input", event => filter(event.target.value));
+document.getElementById("scenario")?.addEventListener("change", leaderboard);
+dark.addEventListener("change", redraw);
+let waiting;
+addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(redraw, 200); });
+addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; });
+leaderboard();
+document.body.dataset.ready = "yes";

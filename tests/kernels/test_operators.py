@@ -1,0 +1,187 @@
+"""permute, graft and combine as operators of PyTorch: traced, compiled, differentiated, and refused by name."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from regraft_kernels import Packing, combine, graft, permute
+
+PACKING = Packing.build({"w": (4, 3, 2), "v": (4,), "n": ()}, {"w": ("a", "b", None), "v": ("a",)})
+
+
+def draw(generator, *lead, dtype=torch.float64):
+    shapes = {name: shape for name, shape in PACKING.shapes.items() if name != "n"}
+    return {name: torch.randn(*lead, *s, generator=generator, dtype=dtype) for name, s in shapes.items()}
+
+
+def vectors(generator, *lead):
+    def one(n):
+        found = [torch.randperm(n, generator=generator) for _ in range(lead[0] if lead else 1)]
+        return torch.stack(found) if lead else found[0]
+
+    return {slot: one(n) for slot, n in PACKING.slots.items()}
+
+
+def everything(base, start, end, indices):
+    """A function that permutes, grafts and sums."""
+    moved = permute(base, indices, PACKING)
+    grafted = graft(moved, start, end, [0.5, 2.0], indices, PACKING)
+    return combine(
+        [{n: t[0] for n, t in grafted.items()}, {n: t[1] for n, t in grafted.items()}], [[1.0, -3.0]]
+    )
+
+
+@pytest.fixture
+def inputs(generator):
+    return *(draw(generator) for _ in range(3)), vectors(generator)
+
+
+def test_compiles_whole_and_matches(inputs):
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    for name, tensor in everything(*inputs).items():
+        torch.testing.assert_close(compiled(*inputs)[name], tensor)
+    wanted = [{n: t.requires_grad_() for n, t in inputs[0].items()}, *inputs[1:]]
+    assert compiled(*wanted)["w"].requires_grad
+
+
+def test_exports_and_runs_without_values(inputs):
+    class Model(torch.nn.Module):
+        def forward(self, base, start, end, indices):
+            return everything(base, start, end, indices)
+
+    expected = everything(*inputs)
+    program = torch.export.export(Model(), inputs)
+    for name, tensor in program.module()(*inputs).items():
+        torch.testing.assert_close(tensor, expected[name])
+    meta = [{n: t.to("meta") for n, t in tensors.items()} for tensors in inputs]
+    assert {n: t.shape for n, t in everything(*meta).items()} == {n: t.shape for n, t in expected.items()}
+    with FakeTensorMode() as mode:
+        fake = [{n: mode.from_tensor(t) for n, t in tensors.items()} for tensors in inputs]
+        assert everything(*fake)["w"].shape == expected["w"].shape
+
+
+@pytest.mark.parametrize("targets", [(), (2,)])
+def test_gradients_are_those_of_the_formulas(generator, targets):
+    base, start, end = draw(generator, *targets), draw(generator), draw(generator)
+    scales = torch.tensor([0.5, -1.5], dtype=torch.float64)
+    indices = vectors(generator, *targets)
+
+    def run(scales, *flat):
+        groups = [dict(zip(base, flat[k : k + 2], strict=True)) for k in (0, 2, 4)]
+        grafted = graft(*groups, scales, indices, PACKING)
+        if targets:
+            return tuple(grafted.values())
+        moved = permute(groups[0], indices, PACKING, inverse=True)
+        table = torch.stack([scales, scales**2])
+        summed = combine([moved, groups[1]], table)
+        return *grafted.values(), *summed.values()
+
+    flat = [t.requires_grad_() for group in (base, start, end) for t in group.values()]
+    assert torch.autograd.gradcheck(run, (scales.requires_grad_(), *flat), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (scales, *flat), fast_mode=True)
+
+
+def test_gradients_run_where_the_operation_ran(generator, backend):
+    base, start, end = ({n: t.requires_grad_() for n, t in draw(generator).items()} for _ in range(3))
+    indices = vectors(generator)
+    grafted = graft(
+        permute(base, indices, PACKING, backend=backend), start, end, [2.0], indices, PACKING, backend=backend
+    )
+    combine([grafted, grafted], [[1.0, 0.5]], backend=backend)["w"].square().sum().backward()
+    found = [t.grad for group in (base, start, end) for t in group.values()]
+    for tensor in (t for group in (base, start, end) for t in group.values()):
+        tensor.grad = None
+    moved = {n: t[indices["a"]] for n, t in base.items()}
+    moved["w"] = moved["w"][:, indices["b"]]
+    change = (end["w"] - start["w"])[indices["a"]][:, indices["b"]]
+    (1.5 * (moved["w"] + 2 * change)).square().sum().backward()
+    torch.testing.assert_close(found[0], base["w"].grad)
+    torch.testing.assert_close(found[2], start["w"].grad)
+    torch.testing.assert_close(found[4], end["w"].grad)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_operators_keep_their_contracts(generator, gradients):
+    tensors = [t.requires_grad_(gradients) for t in draw(generator, dtype=torch.float32).values()]
+    indices, axes = list(vectors(generator).values()), [0, 1, -1, 0]
+    scales = torch.tensor([0.5, 2.0])
+    for operator, arguments in (
+        (torch.ops.regraft.permute, (tensors, indices, axes, False, False, "auto")),
+        (torch.ops.regraft.graft, (tensors, tensors, tensors, scales, indices, axes, False, "auto")),
+        (torch.ops.regraft.combine, ([*tensors, *tensors], torch.eye(2), "auto")),
+    ):
+        torch.library.opcheck(operator.default, arguments)
+
+
+def test_vmap_is_one_after_the_other(generator):
+    base, start, end, indices = draw(generator, 3), draw(generator), draw(generator), vectors(generator)
+    found = torch.func.vmap(everything, in_dims=(0, None, None, None))(base, start, end, indices)
+    for number in range(3):
+        expected = everything({n: t[number] for n, t in base.items()}, start, end, indices)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name][number], tensor)
+
+
+def test_prepared_indices_serve_traced_calls_too(inputs):
+    prepared = PACKING.prepare(inputs[3])
+    compiled = torch.compile(lambda w: permute(w, prepared, PACKING), fullgraph=True, backend="aot_eager")
+    expected = permute(inputs[0], inputs[3], PACKING)
+    for name, tensor in compiled(inputs[0]).items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_negative_and_conjugate_views_keep_their_values(backend, generator):
+    z = torch.randn(4, 3, 2, generator=generator, dtype=torch.complex64)
+    negative = z.conj().imag
+    assert negative.is_neg()
+    indices = vectors(generator)
+    for tensor in (negative, z.conj()):
+        moved = permute({"w": tensor}, indices, PACKING, backend=backend)["w"]
+        assert torch.equal(moved, tensor.resolve_conj().resolve_neg()[indices["a"]][:, indices["b"]])
+    w = {"w": negative}
+    grafted = graft(w, w, {"w": torch.zeros(4, 3, 2)}, [1.0], indices, PACKING, backend=backend)["w"]
+    torch.testing.assert_close(grafted[0], negative - negative[indices["a"]][:, indices["b"]])
+    torch.testing.assert_close(combine([w, w], [[1.0, 2.0]], backend=backend)["w"][0], 3 * negative)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, as DTensor is."""
+
+    @staticmethod
+    def __new__(cls, shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError("it was computed with")
+
+
+def test_what_has_no_memory_is_refused_by_name(backend, generator):
+    strange, indices = {"w": Wrapper((4, 3, 2))}, vectors(generator)
+    for call in (
+        lambda: permute(strange, indices, PACKING, backend=backend),
+        lambda: graft(strange, strange, strange, [1.0], indices, PACKING, backend=backend),
+        lambda: combine([strange], [[1.0]], backend=backend),
+    ):
+        with pytest.raises(ValueError, match="'w' is a Wrapper, which has no memory of its own"):
+            call()
+
+
+def test_float8_moves_and_is_not_added(backend, generator):
+    small = {"w": torch.randn(4, 3, 2, generator=generator).to(torch.float8_e4m3fn)}
+    indices = vectors(generator)
+    moved = permute(small, indices, PACKING, backend=backend)["w"]
+    assert torch.equal(moved.float(), small["w"].float()[indices["a"]][:, indices["b"]])
+    with pytest.raises(ValueError, match=r"'w' is torch\.float8_e4m3fn; only"):
+        graft(small, small, small, [1.0], indices, PACKING, backend=backend)
+    with pytest.raises(ValueError, match=r"'w' is torch\.float8_e4m3fn; only"):
+        combine([small], [[1.0]], backend=backend)
+
+
+def test_out_is_refused_where_it_would_lose_gradients(generator):
+    base = {n: t.requires_grad_() for n, t in draw(generator).items()}
+    out = {n: torch.empty_like(t).detach() for n, t in base.items()}
+    with pytest.raises(ValueError, match="out cannot be given"):
+        permute(base, vectors(generator), PACKING, out=out)
+    with torch.no_grad():
+        assert permute(base, vectors(generator), PACKING, out=out)["w"] is out["w"]
