@@ -34,6 +34,7 @@ import hashlib
 import json
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -382,6 +383,7 @@ def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> T
     passed on. ``perm``: group -> int64 index vector, on any device. Raises ValueError naming the tensor or group
     that does not fit.
     """
+    given = tensors
     passed = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
     tensors = {name: x for name, x in tensors.items() if name not in passed}
     spec.validate(tensors)
@@ -390,7 +392,17 @@ def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> T
     if len(devices) > 1:
         raise ValueError(f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}")
     placed = {group: index.to(device) for device in devices for group, index in perm.items()}
-    return permute(tensors, spec.indices(placed), spec.packing()) | passed
+    return like_state(permute(tensors, spec.indices(placed), spec.packing()) | passed, given)
+
+
+def like_state(tensors: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """With the versions of modules that a state dictionary carries: some modules load nothing without theirs."""
+    versions = getattr(state, "_metadata", None)
+    if versions is None:
+        return dict(tensors)
+    held = OrderedDict(tensors)
+    held._metadata = versions
+    return held
 
 
 def inverse(perm: Perm) -> Perm:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, double, ready
-from regraft.symmetry.spec import PermutationSpec, Segment, apply, groups_of
+from regraft.symmetry.spec import PermutationSpec, Segment, apply, groups_of, like_state
 from regraft.tensors import Perm, check_finite, live_state, seeded
 from regraft_kernels import permute
 
@@ -97,13 +97,13 @@ class _Proof:
                 _run(self.call, copied, heads, self.generator)
             outputs, read = _run(self.call, copied, heads, self.generator)
             names = {name for name, tensor in live_state(copied).items() if id(tensor) in read}
-            return outputs, dict(copied.state_dict()), names
+            return outputs, copied.state_dict(), names
 
     def outputs(self, state: Mapping[str, Any], heads: bool) -> list[Tensor]:
         """Those of a copy of the model as it is, into which ``state`` was loaded."""
         with _exactly():
             fresh = double(self.model)
-            fresh.load_state_dict(dict(state))
+            fresh.load_state_dict(state)
             return _run(self.call, fresh, heads, self.generator)[0]
 
     def repeats(self, heads: bool) -> bool:
@@ -179,7 +179,7 @@ def _apply_(spec: PermutationSpec, perm: Perm, state: dict[str, Any]) -> dict[st
     for name in list(state):
         x = state.pop(name)
         moved |= permute({name: x}, indices, spec.packing()) if isinstance(x, Tensor) else {name: x}
-    return moved
+    return like_state(moved, state)
 
 
 def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
