@@ -125,3 +125,13 @@ def test_what_cannot_be_traced_says_so_in_one_line(capfd):
             trace(model, torch.rand(2, 4))
         assert "\n" not in str(caught.value)
     assert "graph" not in capfd.readouterr().out
+
+
+def test_versions_of_a_state_dictionary_are_kept():
+    class Versioned(nn.Linear):
+        def _load_from_state_dict(self, state: object, prefix: str, metadata: dict, *rest: object) -> None:
+            assert metadata.get("version") == 1
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    model = nn.Sequential(Versioned(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    loaded(trace(model, torch.rand(2, 4), verify=True), model)

@@ -314,10 +314,8 @@ class Flow:
 def _in_order(value: Value) -> bool:
     if value.positions is None:
         return True
-    shape = value.base.shape
-    return value.positions.numel() == math.prod(shape) and torch.equal(
-        value.positions.flatten(), places((math.prod(shape),))
-    )
+    count = math.prod(value.base.shape)
+    return value.positions.numel() == count and torch.equal(value.positions.flatten(), places((count,)))
 
 
 def line(tensor: Tensor, dim: int) -> Tensor:

@@ -92,7 +92,7 @@ class _Written(Struct, forbid_unknown_fields=True):
     axes: dict[str, list[int | str | list[Segment]]]
     blocks: dict[str, list[str]] = {}
     optional: list[str] = []
-    proven: str = ""
+    proven: str | None = None
 
 
 @dataclass(frozen=True)
@@ -429,7 +429,7 @@ def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> T
     passed on. ``perm``: group -> int64 index vector, on any device. Raises ValueError naming the tensor or group
     that does not fit.
     """
-    version = getattr(tensors, "_metadata", None)  # some modules load no state dictionary without it
+    given = tensors
     passed = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
     tensors = {name: x for name, x in tensors.items() if name not in passed}
     spec.validate(tensors)
@@ -438,10 +438,17 @@ def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> T
     if len(devices) > 1:
         raise ValueError(f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}")
     placed = {group: index.to(device) for device in devices for group, index in perm.items()}
-    moved = OrderedDict(permute(tensors, spec.indices(placed), spec.packing()) | passed)
-    if version is not None:
-        moved._metadata = version
-    return moved
+    return like_state(permute(tensors, spec.indices(placed), spec.packing()) | passed, given)
+
+
+def like_state(tensors: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """With the versions of modules that a state dictionary carries: some modules load nothing without theirs."""
+    versions = getattr(state, "_metadata", None)
+    if versions is None:
+        return dict(tensors)
+    held = OrderedDict(tensors)
+    held._metadata = versions
+    return held
 
 
 def inverse(perm: Perm) -> Perm:

@@ -7,6 +7,7 @@ The labels are those of :mod:`regraft.symmetry.labels`; what an operator does to
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import operator
 import warnings
@@ -138,11 +139,12 @@ def _export(model: nn.Module, call: Call, *, heads: bool = False) -> Exported:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What fails inside is reported by an exception, not by logs."""
+    """What fails inside is reported by an exception, not by logs, nor by graphs that torch prints."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 

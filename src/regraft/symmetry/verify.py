@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, double, ready
-from regraft.symmetry.spec import PermutationSpec, Segment, apply, groups_of
-from regraft.tensors import Perm, check_finite, live_state
+from regraft.symmetry.spec import PermutationSpec, Segment, apply, groups_of, like_state
+from regraft.tensors import Perm, check_finite, live_state, seeded
 from regraft_kernels import permute
 
 MAX_CANDIDATES = 256
@@ -95,8 +94,8 @@ class _Proof:
             copied = double(self.model)
             _perturb_(copied, self.generator)
             with _Statistics(self.generator):
-                _run(self.call, copied, heads)
-            outputs, read = _run(self.call, copied, heads)
+                _run(self.call, copied, heads, self.generator)
+            outputs, read = _run(self.call, copied, heads, self.generator)
             names = {name for name, tensor in live_state(copied).items() if id(tensor) in read}
             return outputs, copied.state_dict(), names
 
@@ -105,7 +104,7 @@ class _Proof:
         with _exactly():
             fresh = double(self.model)
             fresh.load_state_dict(state)
-            return _run(self.call, fresh, heads)[0]
+            return _run(self.call, fresh, heads, self.generator)[0]
 
     def repeats(self, heads: bool) -> bool:
         """Whether the model gives the same for the same, and can be run so at all."""
@@ -136,9 +135,13 @@ class _Proof:
         return _culprit(self.spec, error, changes)
 
 
-def _run(call: Call, model: nn.Module, heads: bool) -> tuple[list[Tensor], set[int]]:
-    """The outputs that count, and the ids of all tensors that were read."""
-    with ready(model, heads=heads), _Exact() as exact:
+def _run(
+    call: Call, model: nn.Module, heads: bool, generator: torch.Generator
+) -> tuple[list[Tensor], set[int]]:
+    """The outputs that count, and the ids of all tensors that were read. What is random is other each time: a model
+    that draws numbers must not pass for one that does not."""
+    device = next((tensor.device for tensor in live_state(model).values()), "cpu")
+    with ready(model, heads=heads), seeded(generator, device), _Exact() as exact:
         try:
             return call.run(model, heads=heads)[0], exact.read
         except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -172,13 +175,11 @@ def _apply_(spec: PermutationSpec, perm: Perm, state: dict[str, Any]) -> dict[st
     spec.validate({name: x for name, x in state.items() if isinstance(x, Tensor)})
     device = next((x.device for x in state.values() if isinstance(x, Tensor)), torch.device("cpu"))
     indices = spec.indices({group: index.to(device) for group, index in perm.items()})
-    moved: OrderedDict[str, Any] = OrderedDict()
-    if hasattr(state, "_metadata"):  # some modules load no state dictionary without it
-        moved._metadata = state._metadata
+    moved: dict[str, Any] = {}
     for name in list(state):
         x = state.pop(name)
         moved |= permute({name: x}, indices, spec.packing()) if isinstance(x, Tensor) else {name: x}
-    return moved
+    return like_state(moved, state)
 
 
 def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
