@@ -255,8 +255,7 @@ class Recorder:
 
     Deployed states are kept as copies. Between its calls the recorder does nothing at all; a call at which nothing is
     due is one comparison. Raises ValueError for checkpoints that are not increasing from 1 on, for ``hold`` below 1,
-    for validation images of one class alone,
-    and as `regraft.heads.find_head`.
+    for validation images of one class alone, and as `regraft.heads.find_head`.
     """
 
     def __init__(
@@ -276,7 +275,8 @@ class Recorder:
             raise ValueError(f"hold: at least one state must be held, not {hold}")
         self.model, self.validation, self.test, self.source = model, validation, test, source
         self.head = find_head(model) if head is None else check_head(model, head)
-        _check_classes(validation, model.get_submodule(self.head).out_features)
+        with same_streams():  # a shuffled loader draws from the global state
+            _check_classes(validation, model.get_submodule(self.head).out_features)
         self.checkpoints = None if checkpoints is None else _increasing(checkpoints)
         self.step = 0
         self._hold = hold
