@@ -154,6 +154,10 @@ def test_adopt_refuses_a_shared_weight_and_no_classes():
     model.twin.weight = model.answer.weight
     with pytest.raises(ValueError, match=r"shared with twin\.weight"):
         fast.adopt(model, 3)
+    model = Own(8)
+    model.twin = model.answer
+    with pytest.raises(ValueError, match=r"(twin|answer)\.weight is shared with (answer|twin)\.weight"):
+        fast.adopt(model, 3)
     with pytest.raises(ValueError, match="at least 1"):
         fast.adopt(Own(), 0)
 

@@ -120,6 +120,12 @@ def test_what_cannot_be_summed_is_refused_by_name(cnn, break_it, message):
         fuse(*break_it(*networks(cnn, 2)))
 
 
+def test_another_architecture_is_named_by_the_first_tensor_that_differs():
+    wide, narrow = (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, n)).state_dict() for n in (5, 2))
+    with pytest.raises(ValueError, match=r"'1.weight': shape \(5, 3\) .*\(2, 3\) in model 1"):
+        fuse([wide, narrow], [1, 1])
+
+
 # ---------------------------------------------------------------- activations
 
 

@@ -208,6 +208,14 @@ def test_at_least_one_state_is_held():
         Recorder(network(), validation=batches(1), test=batches(2), hold=0)
 
 
+def test_validation_images_of_one_class_are_refused():
+    images = torch.randn(4, 6)
+    one = [(images, torch.full((4,), 2))]
+    with pytest.raises(ValueError, match="all validation images are of class 2"):
+        Recorder(network(), validation=one, test=one)
+    Recorder(network(), validation=[*one, (images[:1], torch.tensor([0]))], test=one)
+
+
 def test_a_model_that_is_not_finite_is_always_wrong():
     model = network()
     with torch.no_grad():

@@ -71,7 +71,8 @@ def assign(
     (`linear_sum_assignment`), "lapx" (`lapjvr`), "lapjv", or "auto": lapx where it is installed, scipy
     otherwise. lapjv can be the faster and the much slower one (results/micro/tables.md), hence by name only.
     `warm`: the duals of a similar problem, which save time and leave the optimum as it is; those that cannot be
-    of a similar one, because they reach further than S itself, are not used. `name` stands in error messages.
+    of a similar one, because they reach further than S itself, are not used, and lapjv uses none. `name`
+    stands in error messages.
 
     Raises ValueError for a matrix that is not square, real, floating and finite, or duals that do not fit;
     ImportError for a backend that was asked for by name and is not installed; RuntimeError where a solver
@@ -218,7 +219,9 @@ def _check_reach(reach: float, name: str) -> None:
 def _solve(matrix: np.ndarray, name: str, maximize: bool, backend: str, warm: Duals | None) -> Assignment:
     n = len(matrix)
     _check_duals(warm, n, name)
-    problem = _Problem.build(matrix, 1.0 if maximize else -1.0, None if warm is None else warm.v, name)
+    # lapjv's price war has no bound: from duals of another problem it was seen not to end
+    start = None if warm is None or backend == "lapjv" else warm.v
+    problem = _Problem.build(matrix, 1.0 if maximize else -1.0, start, name)
     perm = np.arange(n) if n < 2 else np.asarray(SOLVERS[backend](problem.cost), dtype=np.int64)
     if perm.shape != (n,) or not np.array_equal(np.sort(perm), np.arange(n)):
         raise RuntimeError(f"{name}: backend {backend} returned no permutation")
@@ -251,7 +254,7 @@ class _Problem:
         reach = max(-low, high)
         _check_reach(reach, name)
         kept = matrix.copy()
-        if reach > np.finfo(np.float32).max / 8:
+        if reach > float(np.finfo(np.float32).max) / 8:
             matrix = matrix.astype(np.float64)
         column = _possible(column, sign, high - low)
         shift = None if column is None else column.astype(matrix.dtype)

@@ -292,15 +292,15 @@ def _check_sources(sources: Sequence[Tensors]) -> None:
             different = ", ".join(sorted(source.keys() ^ first.keys()))
             raise ValueError(f"source {number} and source 0 differ in {different}")
         for name, tensor in source.items():
+            wanted = first[name]
             if tensor.device != device:
                 raise ValueError(f"{name!r} of source {number} is on {tensor.device}, not on {device}")
-            if tensor.shape != first[name].shape:
-                shapes = f"{tuple(tensor.shape)} in source {number}, {tuple(first[name].shape)} in source 0"
-                raise ValueError(f"{name!r}: shape is {shapes}")
-            if tensor.dtype != first[name].dtype:
-                raise ValueError(
-                    f"{name!r}: dtype is {tensor.dtype} in source {number}, {first[name].dtype} in source 0"
-                )
+            for kind in (
+                ("shape", "dtype") if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype else ()
+            ):
+                ours, theirs = (str(getattr(t, kind)).removeprefix("torch.Size") for t in (tensor, wanted))
+                if ours != theirs:
+                    raise ValueError(f"{name!r}: {kind} is {ours} in source {number}, {theirs} in source 0")
 
 
 # ---------------------------------------------------------------- the operator

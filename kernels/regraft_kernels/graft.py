@@ -391,18 +391,18 @@ def _check_scales(scales: Sequence[float] | Tensor) -> list[float]:
 
 def _check_move(tensors: Tensors, base: Tensors, packing: Packing, what: str) -> dict[str, Tensor]:
     """The tensors of `start` or `end` that `base` needs."""
-    missing = sorted(base.keys() - tensors.keys())
-    if missing:
-        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    if not base.keys() <= tensors.keys():
+        raise ValueError(f"{what} lacks {', '.join(sorted(base.keys() - tensors.keys()))}")
     needed = {name: tensors[name] for name in base}
     if packing.check(needed, what):
         raise ValueError(f"{what} must have no batch dimension")
     for name, tensor in needed.items():
-        for kind in ("dtype", "device"):
-            if getattr(tensor, kind) != getattr(base[name], kind):
-                raise ValueError(
-                    f"{what}: {kind} of {name!r} is {getattr(tensor, kind)}, in base {getattr(base[name], kind)}"
-                )
+        wanted = base[name]
+        if tensor.dtype != wanted.dtype or tensor.device != wanted.device:
+            kind = "dtype" if tensor.dtype != wanted.dtype else "device"
+            raise ValueError(
+                f"{what}: {kind} of {name!r} is {getattr(tensor, kind)}, in base {getattr(wanted, kind)}"
+            )
     return needed
 
 

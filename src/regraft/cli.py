@@ -176,8 +176,9 @@ def symmetry(model: Positional[str], /, *, shape: tuple[int, ...] | None = None)
     """Print a model's permutation groups, and prove them by random permutations.
 
     Args:
-        model: a classification model of torchvision, or module:factory, something importable without arguments.
-        shape: of one input, batch first; torchvision's usual one if not given.
+        model: a classification model of torchvision, timm/NAME, hf/FOLDER (with a config.json of transformers), or
+            module:factory, something importable without arguments.
+        shape: of one input, batch first; the model's usual one if not given.
     """
     from regraft.symmetry.describe import describe
 

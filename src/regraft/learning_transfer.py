@@ -27,7 +27,8 @@ from torch.nn.functional import cross_entropy
 
 from regraft.clock import EVALUATION, Clock, Cost, charged
 from regraft.evaluation import NotFinite, accuracy, batch_norms, gradients, reset_batchnorm
-from regraft.matching import Descent, Match, append_, clear_, descend_, match, restart_
+from regraft.matching import Descent, Match, clear_, descend_, match, restart_
+from regraft.stacks import Stacks
 from regraft.symmetry import PermutationSpec, trace
 from regraft.tensors import Batch, Loss, Perm, Tensors, check_alike, check_finite
 from regraft.trajectory import Trajectory
@@ -163,13 +164,9 @@ class Work:
     def descent(self) -> Descent:
         """An empty descent, from the identity, with room for a pair of gradients a step."""
         problem = self.problem
-        return Descent.allocate(
-            problem.spec,
-            problem.parameters(problem.target_start),
-            problem.path.steps,
-            generator=problem.generator,
-            backend=problem.backend,
-        )
+        like = problem.parameters(problem.target_start)
+        stacks = Stacks.allocate(problem.spec, like, problem.path.steps)
+        return Descent.over(stacks, generator=problem.generator, backend=problem.backend)
 
     def append_(self, descent: Descent, perm: Perm, t: int) -> None:
         """Lines 3 to 5 of Algorithm 1: the gradients at theta_1^t and theta_2^t (under pi) on one sample."""
@@ -179,7 +176,7 @@ class Work:
                 source, target = self.sample.gradients(self.problem.path[t], theta)
             except NotFinite as problem:
                 raise NotFinite(f"step {t} of the path: {problem}") from None
-            append_(descent, target, source)
+            descent.stacks.append_(target, source)
 
     def descend_(self, descent: Descent) -> Perm:
         """Line 7 of Algorithm 1: pi of all pairs in the descent."""

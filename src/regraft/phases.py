@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -126,12 +125,12 @@ def fine_tune(
 
 
 def _checked(batches: Iterable[Batch], num_classes: int) -> Iterator[Batch]:
-    """The batches; the first one is looked at (each look waits for the device)."""
-    stream = iter(batches)
-    for batch in stream:
-        check_labels(batch[1], num_classes, "batch 0")
-        check_finite({"images": batch[0]}, "batch 0")
-        yield from chain([batch], stream)
+    """The batches, looked at; elsewhere than on a CPU the first one alone (each look waits for the device)."""
+    for number, (images, labels) in enumerate(batches):
+        if number == 0 or images.device.type == "cpu":
+            check_labels(labels, num_classes, f"batch {number}")
+            check_finite({"images": images}, f"batch {number}")
+        yield images, labels
 
 
 @contextmanager

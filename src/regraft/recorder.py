@@ -167,6 +167,19 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found)
 
 
+def _check_classes(validation: Iterable[Batch], num_classes: int) -> None:
+    """Raise ValueError for images of one class alone; as a rule the first batch answers."""
+    seen: set[int] = set()
+    for _, labels in validation:
+        seen.update(labels.tolist())
+        if len(seen) > 1:
+            return
+    if seen and num_classes > 1:
+        raise ValueError(
+            f"all validation images are of class {seen.pop()}: whoever names it always is right, and no state is best"
+        )
+
+
 def scores(
     model: nn.Module, states: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch]
 ) -> list[Scores]:
@@ -242,6 +255,7 @@ class Recorder:
 
     Deployed states are kept as copies. Between its calls the recorder does nothing at all; a call at which nothing is
     due is one comparison. Raises ValueError for checkpoints that are not increasing from 1 on, for ``hold`` below 1,
+    for validation images of one class alone,
     and as `regraft.heads.find_head`.
     """
 
@@ -262,6 +276,7 @@ class Recorder:
             raise ValueError(f"hold: at least one state must be held, not {hold}")
         self.model, self.validation, self.test, self.source = model, validation, test, source
         self.head = find_head(model) if head is None else check_head(model, head)
+        _check_classes(validation, model.get_submodule(self.head).out_features)
         self.checkpoints = None if checkpoints is None else _increasing(checkpoints)
         self.step = 0
         self._hold = hold

@@ -32,8 +32,15 @@ def state(model: nn.Module) -> Tensors:
 
 
 def live_state(model: nn.Module) -> Tensors:
-    """The model's own parameters and buffers by name: not copies."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """The model's own parameters and buffers by name: not copies. What its state dictionary does not hold
+    (buffers that are not persistent) is part of the function, not of the state."""
+    passing = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in passing}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def fill_(model: nn.Module, values: Mapping[str, Tensor]) -> None:

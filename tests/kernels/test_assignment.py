@@ -307,3 +307,14 @@ def test_the_problem_is_reduced_by_rows(sign):
     assert (problem.cost.min(axis=1) == 0).all()
     expected = problem.row[:, None] + problem.column - sign * matrix
     np.testing.assert_allclose(problem.cost, expected, atol=1e-5)
+
+
+@pytest.mark.skipif("lapjv" not in module.backends(), reason="lapjv is not installed")
+def test_lapjv_takes_no_duals_because_its_price_war_may_not_end():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-30, 30, 40, dtype=torch.float64)[:, None]
+    S = torch.randn(40, 40, generator=generator, dtype=torch.float64) * scales
+    foreign = assign(torch.randn(40, 40, generator=generator, dtype=torch.float64) * scales.flip(0)).duals
+    cold = assign(S, backend="lapjv")
+    warm = assign(S, backend="lapjv", warm=foreign)
+    assert torch.equal(warm.perm, cold.perm)

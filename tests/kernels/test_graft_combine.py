@@ -141,7 +141,7 @@ def test_parameters_that_want_gradients_are_read_like_any_tensor(backend):
         moved = permute(own, indices, packing, backend=backend)
         grafted = graft(own, own, own, [1.0], indices, packing, backend=backend)
         combined = combine([own, own], [[1.0, 0.0]], backend=backend)
-    S = similarity([Term(own["weight"][None], own["weight"][None], 0)], backend=backend)
+        S = similarity([Term(own["weight"][None], own["weight"][None], 0)], backend=backend)
     assert torch.equal(moved["bias"], own["bias"].detach()[indices["a"]])
     assert torch.equal(grafted["bias"][0], own["bias"].detach())
     assert torch.equal(combined["weight"][0], own["weight"].detach())

@@ -233,10 +233,10 @@ def test_the_guard_restores_what_was_added_taken_and_replaced():
         model.extra = nn.Linear(2, 2)
         model.hook = model.fc.register_forward_hook(lambda *_: None)
         del model.norm
+        model.zero_grad()
         model.fc.weight = nn.Parameter(torch.zeros(3, 8))
         model.train()
         model.requires_grad_(True)
-        model.zero_grad()
     assert list(dict(model.named_children())) == ["conv", "norm", "drop", "hidden", "fc"]
     assert not hasattr(model, "hook") and len(model.fc._forward_hooks) == 1
     assert not model.norm.training and not model.conv.bias.requires_grad

@@ -11,7 +11,17 @@ import torch
 from regraft.fast import adopt, find_head, zero
 from regraft.phases import nesterov
 from regraft.studies.fast import STUDY, methods, networks
-from regraft.studies.fast.methods import FAN_IN, MAIN, Draw, FineTuning, at, tuned
+from regraft.studies.fast.methods import (
+    FAN_IN,
+    MAIN,
+    Draw,
+    FineTuning,
+    LayerDecay,
+    OneBlock,
+    TowardsStart,
+    at,
+    tuned,
+)
 from regraft.studies.fast.pages import COLUMNS, FIGURES, LONGEST, TABLE_1, at_edge, steps_cell
 from regraft.studies.fast.scenarios import DIGITS_CONV, HIGH
 from regraft.studies.fast.setting import FastSetting, Settings
@@ -143,6 +153,70 @@ def test_methods_differ_in_what_they_prepare(every):
     source = {name: row.values["source_start"] for name, row in every.items()}
     assert source["plain"] < 0.5 < source["fast"]
     assert (source["plain"] + source["fast"]) / 2 < source["fast, transferred start"] != source["fast"]
+
+
+def test_one_block_learns_one_layer(place):
+    setting = FastSetting(tiny(), 0, place)
+    for which in (0.0, 1.0):
+        model, adopted = setting.adopted()
+        OneBlock(which)(model, adopted, setting)
+        body = [p for name, p in model.named_parameters() if not name.startswith(f"{adopted.name}.")]
+        learns = [parameter.requires_grad for parameter in body]
+        assert learns == [
+            k in ((0, 1) if which == 0 else (len(body) - 2, len(body) - 1)) for k in range(len(body))
+        ]
+        assert adopted.head.weight.requires_grad
+
+
+def test_l2_sp_pulls_towards_the_source():
+    far, near = (TowardsStart(strength) for strength in (1e-6, 10.0))
+    moved = []
+    for make in (far, near):
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        optimiser = make([{"params": [weight], "lr": 0.05, "name": "body"}])
+        for _ in range(50):
+            weight.grad = torch.ones(2, 2)
+            optimiser.step()
+        moved.append(float((weight.detach() - 1).norm()))
+    assert moved[1] < 0.1 * moved[0]
+
+
+def test_rates_fall_with_the_distance_from_the_head():
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), (2, 2), (2, 2), (2,))]
+    head = torch.nn.Parameter(torch.ones(2, 2))
+    groups = [
+        {"params": parameters, "lr": 0.1, "name": "body"},
+        {"params": [head], "lr": 0.3, "name": "head"},
+    ]
+    rates = {id(p): g["lr"] for g in LayerDecay(0.5)(groups).param_groups for p in g["params"]}
+    assert [rates[id(p)] for p in (*parameters, head)] == pytest.approx([0.025, 0.025, 0.05, 0.1, 0.1, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "verdicts"),
+    [
+        (0.1, 0.1, ["holds", "holds"]),
+        (-0.1, 0.1, ["holds not", "holds"]),
+        (0.0, -0.1, ["not refuted", "holds not"]),
+    ],
+)
+def test_a_claim_is_judged_as_it_stands(early, late, verdicts):
+    """Figure 8: beta alone scaled down loses nothing early, and gains late."""
+    scenario = SCENARIOS["rates-resnet"]
+    noise = (0.001, -0.001, 0.002, -0.002)
+    rows = []
+    for seed, jitter in enumerate(noise):
+        for name, first, last in (("c, c", 0.5, 0.7), ("c, c/10", 0.5 + early + jitter, 0.7 + late + jitter)):
+            row = row_of(scenario, name, seed, accuracy=last)
+            rows.append(
+                replace(row, series={"deployed": Series.over("step", (0, 1, 200), (0.1, first, last))})
+            )
+    table = next(table for table in STUDY.tables if table.name == "claims")
+    found = {line[0]: line[-1] for line in table.made(rows)[0].lines if line[1] == "6.5, figure 8"}
+    assert [
+        found["beta alone scaled down loses nothing in the first steps"],
+        found["and gains at the end"],
+    ] == verdicts
 
 
 def test_a_run_repeats_with_its_seed(every, place, tmp_path):

@@ -156,6 +156,22 @@ def test_scaling_a_network_with_batch_statistics_changes_nothing(pair):
     assert grid[0][1] == pytest.approx(grid[0][2], abs=0.051)
 
 
+def test_ties_keeps_the_largest_values_and_the_elected_sign():
+    first = {"w": torch.tensor([4.0, -3.0, 0.1, 2.0]), "statistic": torch.tensor([9.0])}
+    second = {"w": torch.tensor([2.0, 1.0, 0.2, -5.0]), "statistic": torch.tensor([1.0])}
+    kept = [two_tasks.trimmed(g, ["w"], 0.75) for g in (first, second)]
+    assert kept[0]["w"].tolist() == [4.0, -3.0, 0.0, 2.0] and kept[1]["w"].tolist() == [2.0, 1.0, 0.0, -5.0]
+    found = two_tasks.ties_merged(kept)
+    assert found["w"].tolist() == [3.0, -3.0, 0.0, -5.0]
+    assert found["statistic"].tolist() == [5.0]
+
+
+def test_the_middle_of_the_line_is_the_average(pair):
+    line, average = pair["line"].series["accuracy_a"], pair["average"].series["accuracy_a"]
+    assert line.values[line.at[0].index(0.5)] == average.values[0]
+    assert pair["Fisher merging"].cost["fisher"].cpu > 0
+
+
 def test_what_is_missing_is_replaced_and_said_so(onto):
     assert onto["sum"].series["accuracy"].at[1] == ("low digits",)
     assert onto["sum"].notes["stands in for"] == {"low digits": "missing"}
@@ -251,7 +267,7 @@ def shifted(number: str, points: float) -> Row:
 def test_the_overview_counts_cells():
     (sheet,) = overview([shifted("6", 5.0), shifted("A1", 11.0)])
     assert [line[0] for line in sheet.lines] == ["6", "A1", "all"]
-    assert sheet.lines[0][2:] == ("100", "5.0", "5.0", "0%", "1.00")
+    assert sheet.lines[0][2:] == ("100", "5.0", "5.0", "0%", "1.00", "–")
     assert sheet.lines[1][5] == "100%"
     assert sheet.lines[2][2:6] == ("200", "8.0", "11.0", "50%")
 
@@ -283,3 +299,21 @@ def test_retained_accuracy_is_drawn_over_how_far_training_moved():
     figure = next(figure for figure in STUDY.figures if figure.name == "recipes")
     ((_, lines),) = figure.drawn(rows)
     assert [(line.x, line.y) for line in lines] == [((0.1, 0.5), (0.9, 0.4)), ((0.2, 1.0), (0.45, 0.2))]
+
+
+def test_a_claim_is_judged_by_its_margin_and_stands_beside_its_control():
+    rows = [
+        row("table-6", values={"accuracy": 0.4}),
+        row("table-6", "ensemble", {"accuracy": 0.5}),
+        row("table-5", "A then B", {"accuracy": 0.2, "accuracy_a": 0.12, "accuracy_b": 0.8}),
+    ]
+    table = next(table for table in STUDY.tables if table.name == "claims")
+
+    def line(rows: list[Row], where: str) -> tuple[str, ...]:
+        return next(line for line in table.made(rows)[0].lines if line[1] == where)
+
+    found = line(rows, "5.2, table 6")
+    assert found[3:] == ("40.0 against 20.0", "both networks' logits: 50.0", "holds")
+    assert line(rows, "5.2, table 5")[-1] == "holds"
+    assert line([row("table-6", values={"accuracy": 0.21}), *rows[1:]], "5.2, table 6")[-1] == "holds not"
+    assert line(rows, "3.2, table 1")[-1] == "not measured"

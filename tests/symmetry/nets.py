@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.symmetry import PermutationSpec, trace, verify
@@ -50,3 +51,30 @@ class Net(nn.Module):
 
 def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape) * 0.3)
+
+
+def attention(heads: int, shared: int = 1, *, width: int = 4, rotary: bool = False) -> Net:
+    """Attention in which ``shared`` heads of queries look at one of keys and values."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        split = [layer(x).unflatten(-1, (-1, width)).transpose(1, 2) for layer in (m.q, m.k, m.v)]
+        if rotary:
+            angles = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.1]).repeat(2)
+            turned = [torch.cat([-t[..., 2:], t[..., :2]], -1) for t in split[:2]]
+            split[:2] = [t * angles.cos() + u * angles.sin() for t, u in zip(split, turned, strict=False)]
+        q, *others = split
+        k, v = (t[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for t in others)
+        return m.out(m.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+    few = heads // shared * width
+    layers = {"q": nn.Linear(6, heads * width), "k": nn.Linear(6, few), "v": nn.Linear(6, few)}
+    ends = {"stem": nn.Linear(3, 6), "proj": nn.Linear(heads * width, 6), "out": nn.Linear(6, 2)}
+    return Net(forward, **ends, **layers)
+
+
+def grouped(groups: int, *, transposed: bool = False) -> nn.Module:
+    """A convolution in groups, between two that are whole: 2 channels -> 3."""
+    layer = nn.ConvTranspose2d if transposed else nn.Conv2d
+    middle = [nn.BatchNorm2d(12), layer(12, 24, 3, groups=groups), nn.ReLU()]
+    return nn.Sequential(nn.Conv2d(2, 12, 1), *middle, nn.Conv2d(24, 3, 1))

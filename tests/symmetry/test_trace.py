@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nets import Net, parameter, proved
 from torch import Tensor, nn
 
-from regraft.symmetry import PermutationSpec, Segment, trace, verify
+from regraft.symmetry import PermutationSpec, Segment, apply, trace, verify
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_a_layer_used_twice_is_one_group():
     assert proved(net, 3, 4).groups == {"stem": 6}
 
 
-def test_tied_weights_have_one_name():
+def test_tied_weights_are_named_twice_and_count_once():
     embedding, head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
     head.weight = embedding.weight
     net = Net(
@@ -56,14 +56,14 @@ def test_tied_weights_have_one_name():
     tokens = torch.tensor([[0, 3, 6]])
     spec = trace(net, tokens)
     assert verify(spec, net, tokens) < 1e-12
-    assert list(spec.axes) == ["embedding.weight", "fc.weight", "fc.bias"]
+    assert list(spec.axes) == ["embedding.weight", "fc.weight", "fc.bias", "head.weight"]
     assert spec.groups == {"embedding": 6}  # the head reads what the embedding writes
-    assert spec.tensors_of("embedding") == (
-        ("embedding.weight", 1),
-        ("fc.weight", 0),
-        ("fc.weight", 1),
-        ("fc.bias", 0),
-    )
+    assert spec.axes["head.weight"] == spec.axes["embedding.weight"]
+    assert spec.optional == {"head.weight"}
+    perm = spec.random(torch.Generator().manual_seed(1))
+    own, whole = dict(net.named_parameters()), net.state_dict()
+    assert apply(spec, perm, own).keys() == own.keys()
+    assert apply(spec, perm, whole).keys() == whole.keys()
 
 
 def test_rows_that_are_looked_up_stay():
@@ -174,20 +174,30 @@ def test_an_unknown_operator_freezes_what_it_touches_and_nothing_else(name, oper
     assert verify(spec, net, x) < 1e-10
 
 
-def test_a_recurrent_layer_freezes():
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(kind):
     net = Net(
-        lambda m, x: m.out(m.lstm(m.stem(x))[0]),
+        lambda m, x: m.out(m.cell(m.stem(x))[0]),
         stem=nn.Linear(4, 5),
-        lstm=nn.LSTM(5, 6),
-        out=nn.Linear(6, 2),
+        cell=kind(5, 6, num_layers=2, bidirectional=True),
+        out=nn.Linear(12, 2),
     )
-    x = torch.rand(3, 4)
-    with pytest.warns(UserWarning, match="lstm"):
-        spec = trace(net, x)
-    assert verify(spec, net, x) < 1e-10
+    spec = proved(net, 3, 2, 4)
+    assert sorted(spec.groups.values()) == [5, 6, 6, 6, 6]
+    assert spec.shares()[0] > 0.98
 
 
-def test_a_computed_weight_freezes_only_its_layer():
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_cells(kind):
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        state = m.cell(x)
+        state = m.cell(x, state)
+        return m.out(state[0] if isinstance(state, tuple) else state)
+
+    assert list(proved(Net(forward, cell=kind(4, 6), out=nn.Linear(6, 2)), 3, 4).groups.values()) == [6]
+
+
+def test_a_weight_computed_from_weights_has_their_axes():
     net = Net(
         lambda m, x: m.out(F.linear(m.stem(x).relu(), m.weight + m.delta)),
         stem=nn.Linear(4, 6),
@@ -195,7 +205,7 @@ def test_a_computed_weight_freezes_only_its_layer():
         delta=parameter(5, 6),
         out=nn.Linear(5, 2),
     )
-    assert proved(net, 3, 4).groups == {}
+    assert proved(net, 3, 4).groups == {"stem": 6, "weight": 5}
 
 
 def test_a_weight_that_is_read_elsewhere_as_it_stands_is_frozen():

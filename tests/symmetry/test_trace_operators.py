@@ -205,8 +205,9 @@ def test_grouped_depthwise_and_transposed_convolutions():
         out=nn.Conv2d(6, 2, 1),
     )
     spec = proved(net, 1, 2, 5, 5)
-    assert spec.groups["stem"] == 4  # the input axis of the grouped weights has four places
-    assert spec.groups["up"] == 3
+    assert spec.blocks["stem"][0] == spec.blocks["up/0"][0]  # the halves of all layers are exchanged at once
+    assert spec.groups[spec.blocks["stem"][1]] == 4  # the input axis of the grouped weights has four places
+    assert spec.groups[spec.blocks["up/0"][1]] == 3
     assert share(spec, net) > 0.95
 
 
@@ -222,8 +223,8 @@ def test_norms_and_activations_with_parameters():
         out=nn.Conv2d(8, 2, 1),
     )
     spec = proved(net, 2, 2, 4, 4)
-    assert spec.groups == {"stem/0": 4, "stem/1": 4}  # units stay in their half of GroupNorm
-    assert {name for name, _ in spec.tensors_of("stem/0")} >= {
+    assert spec.groups == {"stem/blocks": 2, "stem": 8}  # units stay together in a half of GroupNorm
+    assert {name for name, _ in spec.tensors_of("stem")} >= {
         "plain.running_var",
         "prelu.weight",
         "batch.bias",
@@ -285,8 +286,9 @@ def test_attention_keeps_units_in_their_head(kind):
     if kind == "fused":
         del net.bias
     spec = proved(net, 2, 5, 4)
-    assert spec.groups == {"q/0": 4, "q/1": 4, "v/0": 4, "v/1": 4}
-    assert ("k.weight", 0) in spec.tensors_of("q/0")
+    assert spec.groups == {"q/blocks": 2, "q": 8, "v": 8}
+    assert ("k.weight", 0) in spec.tensors_of("q")
+    assert (("bias", 0) in spec.tensors_of("q/blocks")) == (kind != "fused")
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -299,7 +301,12 @@ def test_multi_head_attention(batch_first):
         out=nn.Linear(8, 2),
     )
     spec = proved(net, 2, 5, 4)
-    assert sorted(spec.groups.values()) == [4, 4, 4, 4, 8]
+    assert sorted(spec.groups.values()) == [
+        2,
+        8,
+        8,
+        8,
+    ]  # heads; stem; queries with keys, and values, in heads
     assert share(spec, net) > 0.95
 
 

@@ -52,7 +52,8 @@ def gmt(
     batches: Sequence[Sequence[Batches]],
     order: Sequence[str],
 ) -> tuple[list[Tensors], list[Perm]]:
-    """Algorithm 1. `batches[s - 1][t - 1]` is the sample of lines 3 to 5; each matching starts from the last pi.
+    """Algorithm 1. `batches[s - 1][t - 1]` is the sample of lines 3 to 5; each matching but the
+    first starts from the last pi.
 
     Returns the transferred path theta_2^0 .. theta_2^T and pi_1 .. pi_T.
     """
@@ -62,7 +63,7 @@ def gmt(
         for t in range(1, s + 1):
             g1.append(gradient(model, path[t - 1], batches[s - 1][t - 1]))
             g2.append(gradient(model, transferred[t - 1], batches[s - 1][t - 1]))
-        perms.append(match(spec, g2, g1, order, start=perms[-1])[0])
+        perms.append(match(spec, g2, g1, order, start=perms[-1] if s > 1 else None)[0])
         transferred = rebuild(spec, path, target_start, perms[-1], s)
     return transferred, perms[1:]
 
@@ -82,6 +83,6 @@ def fgmt(
     for s in range(1, len(path)):
         g1.append(gradient(model, path[s - 1], batches[s - 1]))
         g2.append(gradient(model, transferred[s - 1], batches[s - 1]))
-        perms.append(match(spec, g2, g1, order, start=perms[-1])[0])
+        perms.append(match(spec, g2, g1, order, start=perms[-1] if s > 1 else None)[0])
         transferred = rebuild(spec, path, target_start, perms[-1], s)
     return transferred, perms[1:]

@@ -1,17 +1,19 @@
 """Matching by coordinate descent, literally (Ainsworth et al., Git Re-Basin, Algorithm 1; Chijiwa, eqs. 2 and 3).
 
 One group after the other, one step after the other, one tensor after the other, in float64: every similarity
-is built anew and every assignment solved from scratch. `regraft.match` must find the same objective.
+is built anew and every assignment solved from scratch. `regraft.match` must find the same objective; `place` is what
+it begins with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from regraft.nested import Family, nested_families
 from regraft.symmetry import PermutationSpec
 from regraft.tensors import Perm, Tensors
 
@@ -38,15 +40,21 @@ def unfold(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
 
 
 def similarity(
-    spec: PermutationSpec, group: str, target: Sequence[Tensors], source: Sequence[Tensors], perm: Perm
+    spec: PermutationSpec,
+    group: str,
+    target: Sequence[Tensors],
+    source: Sequence[Tensors],
+    perm: Perm,
+    without: Collection[str] = (),
 ) -> Tensor:
     """S [n, n] of one group, float64: S[i, j] = sum over steps and tensors of <target unit i, source unit j>,
-    the source's other axes permuted by `perm`."""
+    the source's other axes permuted by `perm`; without the tensors of which other axes belong to groups `without`."""
     n = spec.groups[group]
     total = torch.zeros(n, n, dtype=torch.float64)
     for g2, g1 in zip(target, source, strict=True):
         for name, axis in spec.tensors_of(group):
-            if name not in g2:
+            others = [a for g in without for n, a in spec.tensors_of(g) if n == name and a != axis]
+            if name not in g2 or others:
                 continue
             moved = g1[name]
             for other in range(moved.dim()):
@@ -69,6 +77,41 @@ def objective(
     return total
 
 
+def place(spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Tensors]) -> Perm:
+    """A first permutation: group after group in the order of the specification, each by the tensors alone whose other
+    axes are fixed or have been placed before; or the identity, if that is better."""
+    identity = spec.identity()
+    perm, unplaced = (
+        dict(identity),
+        [g for g in spec.groups if any(n in target[0] for n, _ in spec.tensors_of(g))],
+    )
+    for group, *nested in spec.families:
+        if nested:
+            family = (group, *nested)
+            unplaced = [g for g in unplaced if g not in family]
+            scores = {g: similarity(spec, g, target, source, perm, unplaced) for g in family}
+            held = {name for g in unplaced for name, _ in spec.tensors_of(g)}
+            known = [
+                [{n: t for n, t in step.items() if n not in held} for step in side]
+                for side in (target, source)
+            ]
+            for moved in Family(spec, family, scores, "scipy").candidates(perm):
+                perm = max(perm, perm | moved, key=lambda found, known=known: objective(spec, *known, found))
+        if nested or group not in unplaced:
+            continue
+        s = similarity(spec, group, target, source, perm, unplaced)
+        _, columns = linear_sum_assignment(s.numpy(), maximize=True)
+        candidate = torch.from_numpy(columns)
+        if _collected(s, candidate) > _collected(s, perm[group]) * (1 + 1e-12):
+            perm[group] = candidate
+        unplaced.remove(group)
+    return max(perm, identity, key=lambda found: objective(spec, target, source, found))
+
+
+def _collected(s: Tensor, perm: Tensor) -> float:
+    return float(s.gather(1, perm[:, None]).sum())
+
+
 def match(
     spec: PermutationSpec,
     target: Sequence[Tensors],
@@ -81,11 +124,12 @@ def match(
 
     Args:
         target, source: for each step t the gradients (or weights) by name.
+        start: where it begins; where `place` leads when not given.
 
     Returns:
         The permutation, and the objective at the start and after each sweep.
     """
-    perm = dict(start or spec.identity())
+    perm = dict(start or place(spec, target, source))
     objectives = [objective(spec, target, source, perm)]
     for _ in range(max_sweeps):
         best = objectives[-1]
@@ -96,6 +140,13 @@ def match(
             value = objective(spec, target, source, candidate)
             if value > best + 1e-9 * abs(best):
                 perm, best = candidate, value
+        for family in nested_families(spec):
+            scores = {group: similarity(spec, group, target, source, perm) for group in family}
+            for moved in Family(spec, family, scores, "scipy").candidates(perm):
+                candidate = perm | moved
+                value = objective(spec, target, source, candidate)
+                if value > best + 1e-9 * abs(best):
+                    perm, best = candidate, value
         objectives.append(best)
         if best == objectives[-2]:
             break

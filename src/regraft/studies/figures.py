@@ -193,15 +193,17 @@ def _lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number:
     base = {"x": axis, "color": colour, "detail": {"field": "d"}}
     fields = {"n": "method", "x": panel.x, "y": panel.y, "l": "- deviation", "h": "+ deviation"}
     told = [{"field": field, "title": title, "type": "nominal"} for field, title in fields.items()]
+    band = {
+        "transform": [{"filter": "isValid(datum.l)"}],
+        "mark": {"type": "area", "opacity": 0.15},
+        "encoding": {**base, "y": {**height, "field": "l"}, "y2": {"field": "h"}},
+    }
+    bands = [band] if any(line.low for line in lines) else []
     return {
         "title": panel.title,
         "data": {"values": values},
         "layer": [
-            {
-                "transform": [{"filter": "isValid(datum.l)"}],
-                "mark": {"type": "area", "opacity": 0.15},
-                "encoding": {**base, "y": {**height, "field": "l"}, "y2": {"field": "h"}},
-            },
+            *bands,
             {
                 "params": [{"name": picked, "select": {"type": "point", "fields": ["n"]}, "bind": "legend"}],
                 "mark": {

@@ -181,8 +181,8 @@ class Setting:
         are to see the same one. Scenarios share a training of the same purpose, start, data and recipe.
         """
         asked = [purpose, order, self.seed, recipe, repr(model), tensors.digest(start), _described(data)]
-        penalty = how.get("penalty")
-        name = digest([*asked, None if penalty is None else penalty.identity])
+        penalty, looks = how.get("penalty"), sorted(how.get("evaluate_at", ()))
+        name = digest([*asked, None if penalty is None else penalty.identity, *([looks] if looks else [])])
         tell = self.place.tell
         return train(
             model,

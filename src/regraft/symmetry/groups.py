@@ -8,7 +8,6 @@ does not move.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -17,13 +16,15 @@ import torch
 from torch import Tensor
 
 from regraft.symmetry.labels import Flow, Leaf, Value, line, varying
+from regraft.symmetry.nesting import arrange, nest
 from regraft.symmetry.spec import Axis, PermutationSpec, Segment
 
 
 def specify(flow: Flow, leaves: Sequence[Leaf]) -> PermutationSpec:
     """The specification that a finished pass of labels amounts to."""
-    settle(flow, leaves)
-    groups = _groups(flow, signatures(flow, leaves))
+    every = [*leaves, *flow.derived]
+    settle(flow, every)
+    groups, blocks = arrange(flow, nest(flow, lambda: signatures(flow, every)))
     group = np.full(
         flow.units.count, -1
     )  # of every root: the number of its group (-1: fixed), and of its unit
@@ -38,7 +39,7 @@ def specify(flow: Flow, leaves: Sequence[Leaf]) -> PermutationSpec:
         return _segments(names, group[roots], unit[roots])
 
     axes = {leaf.name: tuple(map(axis, leaf.axes, leaf.shape)) for leaf in leaves}
-    return PermutationSpec({name: len(units) for name, units in groups.items()}, axes)
+    return PermutationSpec({name: len(units) for name, units in groups.items()}, axes, blocks=blocks)
 
 
 def settle(flow: Flow, leaves: Iterable[Leaf]) -> None:
@@ -128,31 +129,7 @@ def _ranks(line: Tensor) -> Tensor:
     return ranks
 
 
-# ---- groups and segments
-
-
-def _groups(flow: Flow, signature: np.ndarray) -> dict[str, list[int]]:
-    """name -> roots of the units of equal signature: named after the parameter that first makes them, in its order.
-
-    Where a parameter makes several groups, they are numbered.
-    """
-    stems: dict[int, str] = {}
-    members: dict[int, dict[int, None]] = {}
-    for leaf, labels in flow.made:
-        for root in dict.fromkeys(flow.units.roots(labels).flatten().tolist()):
-            if root:
-                key = int(signature[root])
-                stems.setdefault(key, leaf.name.removesuffix(".weight").removesuffix(".bias"))
-                members.setdefault(key, {}).setdefault(root)
-    kept = {key: list(units) for key, units in members.items() if len(units) > 1}
-    made = Counter(stems[key] for key in kept)
-    seen: Counter[str] = Counter()
-    groups = {}
-    for key, units in kept.items():
-        stem = stems[key]
-        groups[stem if made[stem] == 1 else f"{stem}/{seen[stem]}"] = units
-        seen[stem] += 1
-    return groups
+# ---- segments
 
 
 def _segments(names: Sequence[str], group: np.ndarray, unit: np.ndarray) -> Axis:

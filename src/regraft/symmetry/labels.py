@@ -7,7 +7,9 @@ alone cannot say, which occurrence of a unit goes with which, is recorded as a *
 A permutation sigma of units acts on a tensor by taking the k-th occurrence of u (in row-major order) to the k-th
 occurrence of sigma(u). A tie through ``positions`` demands that this action on one tensor and on another agree:
 the k-th occurrence of u must sit at the same occurrence of the other tensor for every unit that u may trade
-places with (:mod:`regraft.symmetry.groups` turns that into groups).
+places with (:mod:`regraft.symmetry.groups` turns that into groups). The other tensor may have other units there:
+then u is *within* one of them, a block such as an attention head, and goes where that goes; or it is the *twin* of
+one: units of one twin, in different blocks, move alike (:mod:`regraft.symmetry.nesting`).
 """
 
 from __future__ import annotations
@@ -15,18 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 # ---- units: disjoint sets of labels
 
 
 class Units:
-    """Disjoint sets over labels 0..n-1, all in arrays. Label 0 is fixed, and so is what is joined with it."""
+    """Disjoint sets over labels 0..n-1, all in arrays. Label 0 is fixed, and so is what is joined with it.
+
+    A label's entry is a smaller label of its set, or itself where it is the smallest.
+    """
 
     def __init__(self) -> None:
         self._root = torch.zeros(1 << 16, dtype=torch.int32)
@@ -46,24 +49,29 @@ class Units:
     def roots(self, labels: Tensor) -> Tensor:
         """The smallest label of each label's set."""
         (distinct,) = _compact(labels)
-        return self._root[distinct].expand(labels.shape)
+        return self._find(distinct).expand(labels.shape)
+
+    def _find(self, labels: Tensor) -> Tensor:
+        root = self._root[labels]
+        above = self._root[root]
+        if torch.equal(root, above):
+            return root
+        while not torch.equal(root, above):
+            root, above = above, self._root[above]
+        self._root[labels] = root  # the next look is a short one
+        return root
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Makes one unit of ``a`` and ``b``, element by element, after broadcasting."""
         a, b = _compact(*torch.broadcast_tensors(a, b))
-        a, b = self._root[a].flatten(), self._root[b].flatten()
-        differ = a != b
-        if not differ.any():
-            return
-        pairs = torch.stack([a[differ], b[differ]]).numpy()
-        nodes, edges = np.unique(pairs, return_inverse=True)
-        left, right = edges.reshape(2, -1)
-        graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(nodes),) * 2)
-        _, part = connected_components(graph, directed=False)
-        _, first = np.unique(part, return_index=True)  # nodes are sorted: the first of a part is its smallest
-        became = torch.arange(self.count, dtype=torch.int32)
-        became[torch.from_numpy(nodes)] = torch.from_numpy(nodes[first][part])
-        self._root[: self.count] = became[self._root[: self.count]]
+        a, b = self._find(a).flatten(), self._find(b).flatten()
+        while (differ := a != b).any():
+            a, b = a[differ], b[differ]
+            high, low = torch.maximum(a, b), torch.minimum(a, b)
+            self._root[high] = (
+                low  # one of several, where a root meets several: the others are left for another round
+            )
+            a, b = self._find(high), self._find(low)
 
 
 def _compact(*tensors: Tensor) -> list[Tensor]:
@@ -118,11 +126,13 @@ def places(shape: Sequence[int]) -> Tensor:
 @dataclass(frozen=True)
 class Tie:
     """The action on ``labels`` must agree, through ``positions``, with that on ``sources``, read one after the
-    other. No source: a position is a key of its own. Position -1 is a constant."""
+    other. No source: a position is a key of its own. Position -1 is a constant. ``kind``: how the units of the labels
+    stand to those of the source, "same", "within" or "twin"."""
 
     labels: Tensor
     positions: Tensor
     sources: tuple[Tensor, ...]
+    kind: str = "same"
 
 
 class Flow:
@@ -132,7 +142,14 @@ class Flow:
         self.units = Units()
         self.ties: list[Tie] = []
         self.made: list[tuple[Leaf, Tensor]] = []  # labels in the order in which parameters produce them
-        self.unknown: dict[str, None] = {}
+        self.related: dict[str, list[tuple[Tensor, Tensor]]] = {
+            "within": [],
+            "twin": [],
+        }  # labels, and theirs
+        self.derived: list[Leaf] = []  # functions of parameters that have axes as these have
+        self.frozen: dict[str, str] = {}  # operator -> why it froze what it touches, and where first
+        self.operator = self.module = ""  # what is being passed through
+        self.wanted: set[Any] = set()  # which of its several results are used
 
     # -- labels of values
 
@@ -146,6 +163,17 @@ class Flow:
 
     def is_fixed(self, labels: Tensor) -> bool:
         return not self.units.roots(labels).any()
+
+    def stays(self, value: Value) -> bool:
+        """Whether nothing of what a value is a view of moves."""
+        if not isinstance(value.base, Leaf):
+            return self.is_fixed(value.base)
+        return all(n == 1 or self.is_fixed(self.axis(value.base, a)) for a, n in enumerate(value.base.shape))
+
+    def passes(self, value: Value, dim: int) -> bool:
+        """Whether every line along ``dim`` is a single unit, or fixed."""
+        roots = self.units.roots(self.labels(value))
+        return bool((roots == roots.narrow(dim, 0, 1)).all()) if roots.ndim else True
 
     def axis(self, leaf: Leaf, axis: int) -> Tensor:
         """int32 [length]: labels of one axis of a leaf."""
@@ -218,10 +246,44 @@ class Flow:
         if not self.is_fixed(labels):
             self.ties.append(Tie(labels, positions.expand(labels.shape), sources))
 
+    def relate(self, labels: Tensor, others: Tensor, kind: str, positions: Tensor | None = None) -> None:
+        """Every unit of ``labels`` is "within" the unit that ``others`` has at its places, or its "twin"; those that it
+        has at several places become one. ``positions``: in ``others``; its own after broadcasting where not given."""
+        if self.is_fixed(labels):
+            self.freeze(others)
+            return
+        if positions is None:
+            positions = places(others.shape).expand(labels.shape)
+        self.ties.append(Tie(labels, positions, (others,), kind))
+        mine, at = _compact(*torch.broadcast_tensors(labels, positions))
+        mine, theirs = self.units.roots(mine).flatten(), others.reshape(-1)[at.flatten()]
+        order = mine.argsort(stable=True)
+        mine, theirs = mine[order], theirs[order]
+        again = mine[1:] == mine[:-1]
+        self.join(theirs[1:][again], theirs[:-1][again])
+        first = torch.cat([torch.ones(1, dtype=torch.bool), ~again])
+        self.related[kind].append((mine[first], theirs[first]))
+
+    def blocks(self, labels: Tensor, dims: Sequence[int]) -> Tensor:
+        """int32, of length 1 along ``dims``: a new unit for every slice along them, within which the slice's units are;
+        slices that share a unit are one block. One block alone is fixed."""
+        dims = [d % labels.ndim for d in dims]
+        blocks = self.units.fresh(*(1 if d in dims else n for d, n in enumerate(labels.shape)))
+        self.relate(labels, blocks, "within")
+        roots = self.units.roots(blocks)
+        if bool((roots == roots.flatten()[0]).all()):
+            self.freeze(blocks)
+        return blocks
+
     def produce(self, leaf: Leaf, labels: Tensor) -> None:
         """These units owe their order to this parameter (an input or a buffer alone gives nobody an order)."""
         if leaf.learned:
             self.made.append((leaf, labels))
+
+    def is_matrix(self, value: Value) -> bool:
+        """Whether it is all of a parameter of two axes or more, in order, whatever its shape."""
+        leaf = value.base
+        return isinstance(leaf, Leaf) and sum(n > 1 for n in leaf.shape) > 1 and _in_order(value)
 
     def plane(self, value: Value, dim: int) -> Tensor | None:
         """int32 [value.shape[dim]]: the labels of one dimension of a weight; None where the value is no leaf, or
@@ -229,7 +291,7 @@ class Flow:
         if not isinstance(value.base, Leaf):
             return None
         leaf = value.base
-        if value.positions is None:
+        if value.shape == leaf.shape and _in_order(value):
             return self.axis(leaf, dim)
         if (value.positions < 0).any():
             return None
@@ -247,6 +309,13 @@ class Flow:
         if len(along[dim]) == 1:
             return self.axis(leaf, along[dim][0])[line(coordinates[along[dim][0]], dim)]
         return self.units.fresh(1) if value.shape[dim] == 1 else None
+
+
+def _in_order(value: Value) -> bool:
+    if value.positions is None:
+        return True
+    count = math.prod(value.base.shape)
+    return value.positions.numel() == count and torch.equal(value.positions.flatten(), places((count,)))
 
 
 def line(tensor: Tensor, dim: int) -> Tensor:

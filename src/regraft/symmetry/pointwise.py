@@ -51,15 +51,22 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
     """Scalars that meet become one unit. A fixed operand that is broadcast only keeps units where they see the
     same of it: dividing by a norm moves nothing."""
     values = [x for x in operands if isinstance(x, Value)]
+    if len(values) == len(operands) and _are_weights(flow, out, values):
+        for other in values[1:]:  # a weight that is computed from weights has their axes
+            for a in range(len(out)):
+                flow.join(flow.axis(values[0].base, a), flow.axis(other.base, a))
+        return changed(flow, values[0])
     fixed = [v for v in values if flow.is_fixed(flow.base(v))]
     moving = [v for v in values if not any(v is f for f in fixed)]
     if not moving:
         return flow.fixed(out)
     constants = [x for x in operands if isinstance(x, Tensor) and bool((x != x.reshape(-1)[:1]).any())]
-    moving += [Value(flow.constant(x), tuple(x.shape)) for x in constants]
     result, *others = [_broadcast(flow, value, out) for value in moving]
     for other in others:
         flow.join(result, other)
+    for x in constants:
+        _, keys = torch.unique(x.detach(), return_inverse=True)
+        flow.tie(result, keys.expand(out))
     for v in fixed:
         seen = v.places().expand(out)
         if _are_distinct(seen):
@@ -67,6 +74,21 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
         else:
             flow.tie(result, seen)
     return flow.new(result)
+
+
+def _are_weights(flow: Flow, out: torch.Size, values: Sequence[Value]) -> bool:
+    return all(v.positions is None and v.shape == tuple(out) and flow.is_matrix(v) for v in values)
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def _weight_norm(flow: Flow, op: Operation, v: Any, g: Any, *_: Any) -> Any:
+    """v times g / |v|, a norm for each place along some axes, those in which g is long."""
+    if not all(isinstance(x, Value) and isinstance(x.base, Leaf) and x.positions is None for x in (v, g)):
+        return NotImplemented
+    for a, length in enumerate(g.shape):
+        if length > 1:
+            flow.join(flow.axis(v.base, a), flow.axis(g.base, a))
+    return first_of(flow, op.out, changed(flow, v))
 
 
 def _broadcast(flow: Flow, value: Value, shape: torch.Size) -> Tensor:
@@ -92,7 +114,38 @@ def _prelu(flow: Flow, op: Operation, x: Any, slope: Any) -> Value:
     return flow.new(flow.labels(x))
 
 
+@rule("where")
+def _where(flow: Flow, op: Operation, *operands: Any) -> Any:
+    """torch tags only some of its overloads."""
+    if len(operands) != 3:
+        return NotImplemented
+    return combine(flow, op.out, [x for x in operands if isinstance(x, Value | Tensor)])
+
+
 # ---- slices
+
+
+@rule(
+    "argmax", "argmin", "topk", "sort", "argsort", "cumsum", "cummax", "cummin", "kthvalue", "median", "mode"
+)
+def _ordered(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
+    """The result tells places along ``dim`` apart: what is fixed there, and nothing else, can come out."""
+    if isinstance(x, Value) and flow.is_fixed(flow.labels(x)):
+        return each_size(flow.fixed, op.out)
+    return NotImplemented
+
+
+@rule("max", "min")
+def _extreme(flow: Flow, op: Operation, x: Any, *rest: Any) -> Any:
+    """Over ``dim`` with its places, over everything, or of two tensors."""
+    if not isinstance(x, Value) or isinstance(op.arguments.get("other"), Value | Tensor):
+        return NotImplemented
+    if "dim" not in op.arguments:
+        return reduce(flow, op.out, x, ())
+    values = reduce(flow, op.out[0], x, [op.arguments["dim"]])
+    if 1 in flow.wanted and not flow.passes(x, op.arguments["dim"]):
+        return NotImplemented  # the winner's place tells units apart
+    return [values, values]
 
 
 @rule(
@@ -155,6 +208,14 @@ def channel_units(flow: Flow, x: Value, spatial: int) -> Tensor:
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "instance_norm")
 def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
+    if flow.is_matrix(x):  # standardised weights: each row by its own mean and deviation
+        if x.shape[:2] != (1, x.base.shape[0]) or any(isinstance(t, Tensor) for t in options[:4]):
+            return NotImplemented
+        units = flow.axis(x.base, 0)
+        for tensor in options[:4]:
+            if isinstance(tensor, Value):
+                flow.join(flow.labels(tensor), units)
+        return first_of(flow, op.out, changed(flow, x))
     _join_channels(flow, x, options[:4])
     return first_of(flow, op.out, flow.new(flow.labels(x)))
 
@@ -162,7 +223,7 @@ def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
 @rule("group_norm")
 def _group_norm(flow: Flow, op: Operation, x: Any, groups: int, *options: Any) -> Value:
     units = _join_channels(flow, x, options[:2])
-    flow.tie(units, torch.arange(groups).repeat_interleave(len(units) // groups))
+    flow.blocks(units.view(groups, -1), (1,))
     return flow.new(flow.labels(x))
 
 
@@ -180,6 +241,21 @@ def _pool(flow: Flow, op: Operation, x: Value, *_: Any, spatial: int) -> Any:
     plane = labels[(..., *(slice(0, 1),) * spatial)]
     flow.join(labels, plane)
     return each_size(lambda size: Value(plane.expand(size), tuple(size)), op.out)
+
+
+@rule("im2col")
+def _im2col(flow: Flow, op: Operation, x: Value, kernel: Sequence[int], *_: Any) -> Value:
+    """x [..., C, H, W] gives [..., C K, L]: the K places of a window of each channel."""
+    units = channel_units(flow, x, 2).repeat_interleave(math.prod(kernel))
+    return Value(units.view(-1, 1).expand(op.out), tuple(op.out))
+
+
+@rule("col2im")
+def _col2im(flow: Flow, op: Operation, x: Value, size: Any, kernel: Sequence[int], *_: Any) -> Value:
+    """x [..., C K, L] gives [..., C, H, W]: what stands at the K places of a window is added."""
+    rows = channel_units(flow, x, 1).view(-1, math.prod(kernel))
+    flow.join(rows, rows[:, :1])
+    return Value(rows[:, 0].reshape(-1, 1, 1).expand(op.out), tuple(op.out))
 
 
 for _n in (1, 2, 3):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from regraft.symmetry.labels import Flow, Leaf, Value, places
-from regraft.symmetry.pointwise import channel_units
-from regraft.symmetry.rules import Operation, freeze, rule
+from regraft.symmetry.pointwise import channel_units, combine
+from regraft.symmetry.rules import Operation, each_size, freeze, rule
 from regraft.symmetry.views import view
 
 # ---- an activation with a weight
@@ -32,11 +32,13 @@ def contract(
 ) -> Value:
     """x [..., I] and a weight whose ``dims`` are (input, output) give [..., O]: the last axis is contracted."""
     inward, outward = planes(flow, weight, *dims)
-    if inward is None or outward is None or not isinstance(x, Value):
-        return freeze(flow, out, [x, weight, bias])
-    labels = flow.labels(x)
+    if inward is None or outward is None:
+        return freeze(flow, out, [x, weight, bias], " with such a weight")
+    labels = flow.labels(x) if isinstance(x, Value) else flow.constant(x)
     if uniform(flow, labels, -1):  # it mixes places of one unit, such as tokens: the unit passes
-        freeze(flow, out, [weight, bias])
+        for tensor in (weight, bias):
+            if isinstance(tensor, Value):
+                flow.freeze(tensor)
         return Value(labels.narrow(-1, 0, 1).expand(out), tuple(out))
     flow.join(labels, inward)
     flow.produce(weight.base, outward)
@@ -82,16 +84,18 @@ def _convolution(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *_: 
 def convolve(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *, transposed: bool = False) -> Value:
     """x [B, I, ...] or [I, ...] and a weight [O, I / groups, ...], or [I, O / groups, ...] if transposed.
 
-    Units stay inside their group of channels. Where the groups share an axis of the weight (its input axis, or
-    the output axis of a transposed convolution), a unit moves in all of them alike.
+    Units stay inside their group of channels, and groups may be exchanged whole. Where the groups share an axis of
+    the weight (its input axis, or the output axis of a transposed convolution), units move in all of them alike.
     """
     groups = op.arguments["groups"]
     inward, outward = planes(flow, weight, *((0, 1) if transposed else (1, 0)))
-    if inward is None or outward is None or not isinstance(x, Value):
-        return freeze(flow, op.out, [x, weight, bias])
+    if inward is None or outward is None:
+        return freeze(flow, op.out, [x, weight, bias], " with such a weight")
+    x = x if isinstance(x, Value) else flow.new(flow.constant(x))
     spatial = len(weight.shape) - 2
     before = channel_units(flow, x, spatial)
-    after = outward.repeat(op.out[-spatial - 1] // len(outward))
+    channels = op.out[-spatial - 1]
+    after = outward.repeat(channels // len(outward))
     if groups == len(before) > 1 and not flow.is_fixed(before):  # depth-wise: a channel goes through
         through = before.repeat_interleave(len(after) // groups)
         if len(outward) == len(after):
@@ -100,11 +104,19 @@ def convolve(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *, trans
             flow.join(inward, before)
             flow.freeze(outward)
         after = through
+    elif groups > 1:
+        blocks = flow.blocks(before.view(groups, -1), (1,))
+        if transposed:
+            flow.join(before, inward)
+            after = flow.units.fresh(channels)
+            flow.relate(after.view(groups, -1), outward, "twin")
+            flow.produce(weight.base, after)
+        else:
+            flow.relate(before.view(groups, -1), inward, "twin")
+            flow.produce(weight.base, inward)
+        flow.relate(after.view(groups, -1), blocks, "within")
     else:
-        flow.join(before, inward.repeat(len(before) // len(inward)))
-        if groups > 1:
-            for units in (before, after):
-                flow.tie(units, torch.arange(groups).repeat_interleave(len(units) // groups))
+        flow.join(before, inward)
     for kernel in planes(flow, weight, *range(2, 2 + spatial)):
         flow.freeze(weight if kernel is None else kernel)
     flow.produce(weight.base, outward)
@@ -115,12 +127,83 @@ def convolve(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *, trans
 def _embedding(flow: Flow, op: Operation, weight: Any, tokens: Any, *_: Any) -> Value:
     rows, columns = planes(flow, weight, 0, 1)
     if rows is None or columns is None:
-        return freeze(flow, op.out, [weight, tokens])
+        return freeze(flow, op.out, [weight, tokens], " with such a weight")
     flow.freeze(rows)
     if isinstance(tokens, Value):
         flow.freeze(tokens)
     flow.produce(weight.base, columns)
     return spread(flow, op.out, columns)
+
+
+# ---- recurrent layers
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent(flow: Flow, op: Operation, x: Any, hidden: Any, weights: Any, *_: Any) -> Any:
+    """x [..., I]; each layer and direction has [G H, I], [G H, H] and biases [G H], gate after gate. The units of
+    a state are the same at every time; those of a cell are those of its output."""
+    arguments = op.arguments
+    packed = "batch_sizes" in arguments
+    if packed:
+        x, hidden, weights = arguments["data"], arguments["hx"], arguments["params"]
+    states = list(hidden) if isinstance(hidden, list | tuple) else [hidden]
+    layers, directions = arguments["num_layers"], 1 + arguments["bidirectional"]
+    each = 4 if arguments["has_biases"] else 2
+    if len(weights) != layers * directions * each:  # such as projections
+        return freeze(flow, op.out, [x, *states, *weights])
+    states = [s if isinstance(s, Value) else flow.new(flow.constant(s)) for s in states]
+    for state in states:
+        labels = flow.labels(state)  # [layers, B, H]: the units of one layer are the same for all samples
+        flow.join(labels, labels[:, :1])
+    ends: list[Tensor] = []
+    for layer in range(layers):
+        made = []
+        for direction in range(directions):
+            k = layer * directions + direction
+            initial = [flow.labels(s)[k] for s in states]
+            units = _cell(flow, GATES[op.name], x, weights[each * k : each * (k + 1)], initial)
+            if units is None:
+                return freeze(flow, op.out, [x, *states, *weights])
+            made.append(units)
+        ends += made
+        channels = torch.cat(made)
+        x = Value(channels.expand((*x.shape[:-1], len(channels))), (*x.shape[:-1], len(channels)))
+    last = [torch.stack([u.expand(size[-2:]) for u in ends]) for size in op.out[1:]]
+    return [x, *map(flow.new, last)]
+
+
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def _recurrent_cell(flow: Flow, op: Operation, x: Any, hidden: Any, *weights: Any) -> Any:
+    """One step of the above: x [B, I], states [B, H]."""
+    given = [w for w in weights if w is not None]
+    states = list(hidden) if isinstance(hidden, list | tuple) else [hidden]
+    states = [s if isinstance(s, Value) else flow.new(flow.constant(s)) for s in states]
+    gates = GATES[op.name.removesuffix("_cell")]
+    units = _cell(flow, gates, x, given, [flow.labels(s) for s in states])
+    if units is None:
+        return freeze(flow, op.out, [x, *states, *given])
+    return each_size(lambda size: Value(units.expand(size), tuple(size)), op.out)
+
+
+def _cell(flow: Flow, gates: int, x: Any, weights: Sequence[Any], initial: Sequence[Tensor]) -> Tensor | None:
+    """int32 [H]: the units of one layer in one direction; None where the weights are no leaves."""
+    size = weights[1].shape[1] if isinstance(weights[1], Value) else 0
+    outward, inward = planes(flow, weights[0], 0, 1)
+    again, units = planes(flow, weights[1], 0, 1)
+    if outward is None or inward is None or again is None or units is None:
+        return None
+    labels = flow.labels(x) if isinstance(x, Value) else flow.constant(x)
+    flow.join(labels, inward)
+    for rows in (outward, again):
+        flow.join(rows.view(gates, size), units)
+    for bias in weights[2:]:
+        flow.join(flow.labels(bias).view(gates, size), units)
+    for state in initial:
+        flow.join(state, units)
+    flow.produce(weights[0].base, units)
+    return units
 
 
 # ---- one activation with another
@@ -132,7 +215,8 @@ def _matmul(flow: Flow, op: Operation, a: Any, b: Any, *_: Any) -> Value:
 
 
 def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
-    """a [..., N, K] and b [..., K, M] give [..., N, M], of which one may be a weight."""
+    """a [..., N, K] and b [..., K, M] give [..., N, M], of which one may be a weight, and one a constant."""
+    a, b = (flow.fixed(x.shape) if isinstance(x, Tensor) else x for x in (a, b))
     if _is_weight(b):
         return contract(flow, out, a, b, dims=(0, 1))
     if _is_weight(a) and isinstance(b, Value) and len(b.shape) > 1:
@@ -144,16 +228,38 @@ def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     if batch != left.shape[:-2] or batch != right.shape[:-2]:
         return freeze(flow, out, [a, b])
-    if flow.is_fixed(left) and uniform(flow, right, -2):
-        return _mixed(flow, out, right, right.narrow(-2, 0, 1))
-    if flow.is_fixed(right) and uniform(flow, left, -1):
-        return _mixed(flow, out, left, left.narrow(-1, 0, 1))
+    if _is_one_block(flow, left) and uniform(flow, right, -2):
+        return _mixed(flow, out, _unshared(flow, b, right, -1), by=left, dim=-2)
+    if _is_one_block(flow, right) and uniform(flow, left, -1):
+        return _mixed(flow, out, _unshared(flow, a, left, -2), by=right, dim=-1)
     # Units are contracted with units: those of one side are those of the other, and stay inside their matrix.
+    left, right = _unshared(flow, a, left, -1), _unshared(flow, b, right, -2)
     flow.join(left, right.transpose(-2, -1).narrow(-2, 0, 1))
     flow.join(right, left.transpose(-2, -1).narrow(-1, 0, 1))
-    flow.tie(left, places((*batch, left.shape[-2], 1)))
-    flow.tie(right, places((*batch, 1, right.shape[-1])))
-    return flow.fixed(out)
+    blocks = flow.blocks(left[..., :1, :], (-2, -1))
+    flow.relate(left, blocks.expand(*batch, left.shape[-2], 1), "within")
+    flow.relate(right, blocks.expand(*batch, 1, right.shape[-1]), "within")
+    return Value(blocks.expand(out), tuple(out))
+
+
+def _unshared(flow: Flow, x: Value, labels: Tensor, dim: int) -> Tensor:
+    """Labels of matrices x [..., N, M] with units along ``dim``: where some matrices are copies (the keys of several
+    query heads), each gets units of its own, whose twins the copied ones are."""
+    if x.positions is None or bool((x.positions < 0).any()) or not _are_copies(x.positions):
+        return labels
+    batch, one = labels.shape[:-2], {-1: (1, labels.shape[-1]), -2: (labels.shape[-2], 1)}[dim]
+    own = flow.units.fresh(*batch, *one)
+    flow.relate(own.expand(labels.shape), flow.base(x), "twin", x.positions)
+    around, which = flow.units.roots(flow.blocks(labels, (-2, -1))).unique(return_inverse=True)
+    flow.relate(labels, around, "within", which.int().expand(labels.shape))
+    flow.relate(flow.blocks(own, (-2, -1)), around, "within", which.int())
+    return own.expand(labels.shape)
+
+
+def _are_copies(positions: Tensor) -> bool:
+    """Whether two matrices show the same."""
+    first = positions[..., 0, 0].flatten()
+    return len(first.unique()) < len(first)
 
 
 def _is_weight(x: Any) -> bool:
@@ -164,20 +270,34 @@ def _flip(matrix: Tensor) -> Tensor:
     return matrix.transpose(-2, -1)
 
 
-def _mixed(flow: Flow, out: torch.Size, labels: Tensor, passed: Tensor) -> Value:
-    """Weights that no unit moves mix the places of each unit, matrix by matrix: the units pass."""
-    flow.tie(labels, places((*labels.shape[:-2], 1, 1)))
-    return Value(passed.expand(out), tuple(out))
+def _is_one_block(flow: Flow, matrices: Tensor) -> bool:
+    """Whether each matrix has one unit at all of its places, or none that moves: attention's weights in a head."""
+    roots = flow.units.roots(matrices)
+    return bool((roots == roots[..., :1, :1]).all())
+
+
+def _mixed(flow: Flow, out: torch.Size, labels: Tensor, by: Tensor, dim: int) -> Value:
+    """Weights that move as whole matrices mix the places of each unit, matrix by matrix: the units pass."""
+    if flow.is_fixed(by):
+        flow.tie(labels, places((*labels.shape[:-2], 1, 1)))
+    else:
+        flow.relate(labels, by[..., :1, :1], "within")
+    return Value(labels.narrow(dim, 0, 1).expand(out), tuple(out))
 
 
 @rule("scaled_dot_product_attention")
 def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = None, *_: Any) -> Value:
-    shapes = {x.shape[:-2] for x in (q, k, v) if isinstance(x, Value)}
-    if len(shapes) > 1 or not all(isinstance(x, Value) for x in (q, k, v)):
+    if not all(isinstance(x, Value) for x in (q, k, v)):
         return freeze(flow, op.out, [q, k, v, mask])
-    freeze(flow, op.out, [mask])
-    scores = torch.Size((*q.shape[:-1], k.shape[-2]))
-    return multiply(flow, op.out, multiply(flow, scores, q, view(_flip, k)), v)
+    if op.arguments.get("enable_gqa"):  # a head of keys and values serves its share of those of queries
+        k, v = (view(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3), x) for x in (k, v))
+    if len({x.shape[:-2] for x in (q, k, v)}) > 1:
+        return freeze(flow, op.out, [q, k, v, mask])
+    size = torch.Size((*q.shape[:-1], k.shape[-2]))
+    scores = multiply(flow, size, q, view(_flip, k))
+    if mask is not None:
+        scores = combine(flow, size, [scores, mask])
+    return multiply(flow, op.out, scores, v)
 
 
 @rule("einsum")

@@ -106,9 +106,14 @@ def _is_size(x: Any) -> bool:
     return isinstance(x, torch.Size)
 
 
-def freeze(flow: Flow, out: Any, values: Iterable[Value | Tensor | Any]) -> Any:
-    """Always correct: nothing that goes in moves, and nothing that comes out."""
-    for value in values:
-        if isinstance(value, Value):
-            flow.freeze(value)
+def freeze(
+    flow: Flow, out: Any, values: Iterable[Value | Tensor | Any], why: str = " with such operands"
+) -> Any:
+    """Always correct: nothing that goes in moves, and nothing that comes out. The user is told ``why``."""
+    moving = [value for value in values if isinstance(value, Value) and not flow.stays(value)]
+    if moving:
+        where = f" (in {flow.module})" if flow.module else ""
+        flow.frozen.setdefault(flow.operator, f"{why} is not known to the tracer{where}")
+    for value in moving:
+        flow.freeze(value)
     return each_size(flow.fixed, out)

@@ -24,16 +24,24 @@ An axis is one of
 - a list of segments ``[group, start, count, repeat]`` that cover the axis in order: ``count`` consecutive units
   from ``start``, each standing ``repeat`` times in a row; group ``null`` (``[null, 0, count, 1]``) stays fixed.
 
-A group that occurs in an axis must occur with all its units, and with each equally often.
+A group that occurs in an axis must occur with all its units, and with each equally often. Names in a list
+``"optional"`` (buffers, and second names of shared tensors) may be absent from what is permuted.
+
+Equal blocks of units (heads, groups of channels) may be exchanged whole. The blocks are a group of their own, and
+``"blocks": {"values": ["heads"]}`` says that the group "values" consists of as many blocks as there are "heads", each
+of consecutive units: block b of the permuted order holds units of block ``perm["heads"][b]``, in any order.
+``"blocks": {"channels": ["groups", "inner"]}``: in all blocks in the order of one permutation, that of "inner".
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +52,7 @@ from msgspec import Meta, Struct
 from torch import Tensor, nn
 
 from regraft.files import parse_json, read_json, write_text
+from regraft.symmetry.blocks import check_blocks, check_inside, families, outermost_first, random_inside
 from regraft.tensors import Perm, Tensors
 from regraft_kernels import Packing, permute
 
@@ -69,6 +78,9 @@ class Segment(NamedTuple):
 
 Axis = tuple[Segment, ...]
 
+SHOWN = 12
+"""How many weights of which an axis stays are named in print."""
+
 Units = Annotated[int, Meta(ge=0, le=1 << 24)]
 """A number of units: far beyond any layer, and still one that fits in memory."""
 
@@ -78,6 +90,9 @@ class _Written(Struct, forbid_unknown_fields=True):
 
     groups: dict[str, Units]
     axes: dict[str, list[int | str | list[Segment]]]
+    blocks: dict[str, list[str]] = {}
+    optional: list[str] = []
+    proven: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +100,24 @@ class PermutationSpec:
     """Which axes of which tensors are permuted together.
 
     ``groups``: name -> number of units. ``axes``: the name of every parameter and buffer -> one :data:`Axis` per
-    dimension, whose segments cover it in order. Raises ValueError, naming the tensor, where these do not fit.
+    dimension, whose segments cover it in order. ``blocks``: a group -> that of the blocks that it consists of; and,
+    where the blocks' units move alike, that of one block's units. ``optional``: names that tensors may lack: buffers,
+    and second names of shared tensors. ``proven``: whether :func:`regraft.symmetry.verify` proved it; it and a file
+    that was not edited keep the mark, a changed specification has none.
+
+    Raises ValueError, naming the tensor or the group, where these do not fit.
     """
 
     groups: dict[str, int]
     axes: dict[str, tuple[Axis, ...]]
+    optional: frozenset[str] = frozenset()
+    blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    proven: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_blocks(self.groups, self.blocks)
+        if unknown := self.optional - self.axes.keys():
+            raise ValueError(f"the optional tensor {min(unknown)!r} is not in the specification")
         for name, axes in self.axes.items():
             for a, axis in enumerate(axes):
                 _check_axis(self.groups, f"axis {a} of tensor {name!r}", axis)
@@ -99,7 +125,13 @@ class PermutationSpec:
     # ---- construction and storage
 
     @classmethod
-    def build(cls, groups: Mapping[str, int], axes: Mapping[str, Sequence[Any]]) -> PermutationSpec:
+    def build(
+        cls,
+        groups: Mapping[str, int],
+        axes: Mapping[str, Sequence[Any]],
+        optional: Iterable[str] = (),
+        blocks: Mapping[str, Sequence[str]] | None = None,
+    ) -> PermutationSpec:
         """A specification written by hand, in the format of this module's docstring."""
         sizes = {str(name): int(size) for name, size in groups.items()}
         return cls(
@@ -110,13 +142,19 @@ class PermutationSpec:
                 )
                 for name, row in axes.items()
             },
+            frozenset(optional),
+            {name: tuple(around) for name, around in (blocks or {}).items()},
         )
 
     def with_axis(self, name: str, axis: int, segments: Axis) -> PermutationSpec:
         """This specification, but for one axis of one tensor."""
         axes = list(self.axes[name])
         axes[axis] = segments
-        return PermutationSpec(self.groups, {**self.axes, name: tuple(axes)})
+        return replace(self, axes={**self.axes, name: tuple(axes)}, proven=False)
+
+    def mark(self, *, proven: bool) -> None:
+        """What :func:`regraft.symmetry.verify` found; nothing else changes."""
+        object.__setattr__(self, "proven", proven)
 
     def to_json(self) -> str:
         """One line per tensor; :meth:`from_json` gives an equal specification back."""
@@ -124,13 +162,31 @@ class PermutationSpec:
             f"    {json.dumps(name)}: {json.dumps([_plain_axis(self.groups, axis) for axis in axes])}"
             for name, axes in self.axes.items()
         )
-        return f'{{\n  "groups": {json.dumps(self.groups)},\n  "axes": {{\n{rows}\n  }}\n}}\n'
+        body = f'"groups": {json.dumps(self.groups)},\n  "axes": {{\n{rows}\n  }}'
+        if self.blocks:
+            body += f',\n  "blocks": {json.dumps(self.blocks)}'
+        if self.optional:
+            body += f',\n  "optional": {json.dumps(sorted(self.optional))}'
+        if self.proven:
+            body += f',\n  "proven": "{self._digest}"'
+        return f"{{\n  {body}\n}}\n"
+
+    @property
+    def _digest(self) -> str:
+        """Of all that it says: the mark of a proof is void where a file was edited."""
+        text = json.dumps([self.groups, self.axes, sorted(self.optional), self.blocks])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> PermutationSpec:
         """Reads what :meth:`to_json` or a person wrote. Raises ValueError saying what is wrong, and where."""
-        data = parse_json(text, _Written, "not a permutation specification")
-        return cls.build(data.groups, data.axes)
+        return cls._of(parse_json(text, _Written, "not a permutation specification"))
+
+    @classmethod
+    def _of(cls, data: _Written) -> PermutationSpec:
+        spec = cls.build(data.groups, data.axes, data.optional, data.blocks)
+        spec.mark(proven=data.proven == spec._digest)
+        return spec
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON; a kill at any moment leaves the earlier file."""
@@ -141,7 +197,7 @@ class PermutationSpec:
         """Reads :meth:`save`'s file. Raises OSError or ValueError naming the path."""
         data = read_json(Path(path), _Written, "a permutation specification")
         try:
-            return cls.build(data.groups, data.axes)
+            return cls._of(data)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
@@ -152,8 +208,23 @@ class PermutationSpec:
         return {group: torch.arange(size) for group, size in self.groups.items()}
 
     def random(self, generator: torch.Generator) -> Perm:
-        """A uniformly random permutation of every group, on the CPU, from the given CPU generator."""
-        return {group: torch.randperm(size, generator=generator) for group, size in self.groups.items()}
+        """A uniformly random permutation of every group, on the CPU, from the given CPU generator: of blocks, and of
+        the units in each."""
+        perm: Perm = {}
+        for group in outermost_first(self.groups, self.blocks):
+            around = [perm[name] for name in self.blocks.get(group, ())]
+            perm[group] = random_inside(self.groups[group], around, generator)
+        return {group: perm[group] for group in self.groups}
+
+    @cached_property
+    def families(self) -> tuple[tuple[str, ...], ...]:
+        """The groups, those together that permute together: blocks, and what is in them; the outermost first."""
+        return families(self.groups, self.blocks)
+
+    def moves_freely(self, group: str) -> bool:
+        """Whether a group's permutation is more than what the groups around it make of it."""
+        outer, *inner = self.blocks.get(group, (None,))
+        return outer is None or (not inner and self.groups[outer] < self.groups[group])
 
     def check(self, perm: Perm) -> None:
         """Raises ValueError, naming the group, unless ``perm`` has one permutation per group and nothing else."""
@@ -171,6 +242,8 @@ class PermutationSpec:
                 )
             if not torch.equal(index.sort().values, torch.arange(size, device=index.device)):
                 raise ValueError(f"group {group!r}: the index vector is not a permutation of 0..{size - 1}")
+        for group, around in self.blocks.items():
+            check_inside(group, perm[group], [perm[name] for name in around])
 
     # ---- what an axis holds
 
@@ -249,17 +322,21 @@ class PermutationSpec:
     def validate(self, tensors: Mapping[str, Tensor]) -> bool:
         """Checks names and shapes against the specification; True where the tensors are stacks [T, *shape].
 
-        Raises ValueError naming the tensor that is missing, unknown or of another shape, or where some tensors
-        have a leading stack dimension and others have not.
+        Raises ValueError naming the tensor that is missing (and not optional), unknown or of another shape, or
+        where some tensors have a leading stack dimension and others have not.
         """
         for name in self.axes:
-            if name not in tensors:
+            if name not in tensors and name not in self.optional:
                 raise ValueError(f"tensor {name!r} of the specification is missing")
         for name in tensors:
             if name not in self.axes:
-                raise ValueError(f"the specification lacks tensor {name!r}; trace the model again, or add it")
-        stacked = _stack_size(self.shapes, tensors)
-        for name, shape in self.shapes.items():
+                raise ValueError(
+                    f"the specification lacks tensor {name!r}; trace the model again, or add it (buffers that a "
+                    "state dictionary does not hold never move: leave them out)"
+                )
+        shapes = {name: shape for name, shape in self.shapes.items() if name in tensors}
+        stacked = _stack_size(shapes, tensors)
+        for name, shape in shapes.items():
             expected = shape if stacked is None else (stacked, *shape)
             if tuple(tensors[name].shape) != expected:
                 raise ValueError(
@@ -275,25 +352,69 @@ class PermutationSpec:
             moved[name] = math.prod(shape) - math.prod(map(_staying, indices, shape))
         return moved
 
+    def shares(self) -> tuple[float, float]:
+        """The share of the entries that may move, and of the weights (tensors of two axes or more) those, by
+        entries, of which the first two axes both may; what is optional is not counted."""
+        counted = [name for name in self.axes if name not in self.optional]
+        sizes = {name: math.prod(self.shapes[name]) for name in counted}
+        fixed = {name: math.prod(map(_fixed_length, self.axes[name])) for name in counted}
+        weights = [name for name in counted if len(self.axes[name]) > 1]
+        both = sum(sizes[name] for name in weights if not self.staying_axes(name))
+        return (
+            1 - sum(fixed.values()) / max(sum(sizes.values()), 1),
+            both / max(sum(sizes[name] for name in weights), 1),
+        )
+
+    def staying_axes(self, name: str) -> list[int]:
+        """Of the first two axes of a weight, those longer than one along which nothing moves."""
+        axes = self.axes[name][:2]
+        return [a for a, axis in enumerate(axes) if self.shapes[name][a] > 1 and not groups_of(axis)]
+
+    @property
+    def _title(self) -> str:
+        moved, both = self.shares()
+        return (
+            f"{len(self.groups)} groups, {sum(self.groups.values())} units; {moved:.1%} of the entries may move, "
+            f"{both:.1%} of the weights along both axes"
+        )
+
+    @property
+    def _lacking(self) -> str:
+        """The weights of which an axis stays, the largest first."""
+        weights = [n for n in self.axes if n not in self.optional and len(self.axes[n]) > 1]
+        lacking = [(n, a) for n in weights for a in self.staying_axes(n)]
+        lacking.sort(key=lambda pair: -math.prod(self.shapes[pair[0]]))
+        more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
+        return ", ".join(f"{name}:{axis}" for name, axis in lacking[:SHOWN]) + more
+
     def table(self) -> Table:
         """A rich table: one row per group."""
         from rich.table import Table
 
-        table = Table(title=f"{len(self.groups)} groups, {sum(self.groups.values())} units")
+        table = Table(title=self._title, caption=f"stay along an axis: {self._lacking or 'none'}")
         table.add_column("group", overflow="fold")
         table.add_column("units", justify="right")
         table.add_column("tensors (axis)", overflow="fold")
         for group, size in self.groups.items():
             members = ", ".join(f"{name} ({axis})" for name, axis in self._members[group])
+            members += self._nested(group)
             table.add_row(group, str(size), members)
         return table
 
     def __str__(self) -> str:
-        lines = [f"{len(self.groups)} groups, {sum(self.groups.values())} units"]
+        lines = [self._title]
         for group, size in self.groups.items():
             members = ", ".join(f"{name}:{axis}" for name, axis in self._members[group])
-            lines.append(f"{group} [{size}]: {members}")
-        return "\n".join(lines)
+            lines.append(f"{group} [{size}]: {members}{self._nested(group)}")
+        return "\n".join([*lines, f"stay along an axis: {self._lacking or 'none'}"])
+
+    def _nested(self, group: str) -> str:
+        """In words, where a group is nested in others."""
+        outer, *inner = self.blocks.get(group, ("",))
+        if not outer:
+            return ""
+        alike = f", all in the order of {inner[0]}" if inner else ""
+        return f" (in blocks that move as {outer}{alike})"
 
 
 # ---- permutations
@@ -303,17 +424,31 @@ class PermutationSpec:
 def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> Tensors:
     """pi(theta): every tensor gathered along the axes that the specification ties to a group.
 
-    ``tensors``: parameters and buffers by name, any dtypes, all single or all stacks [T, *shape]; not changed.
-    ``perm``: group -> int64 index vector, on any device. Raises ValueError naming the tensor or group that does
-    not fit.
+    ``tensors``: parameters and buffers by name, such as a model's state dictionary or its parameters alone; any
+    dtypes, all single or all stacks [T, *shape]; not changed. Anything else that a state dictionary holds is
+    passed on. ``perm``: group -> int64 index vector, on any device. Raises ValueError naming the tensor or group
+    that does not fit.
     """
+    given = tensors
+    passed = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
+    tensors = {name: x for name, x in tensors.items() if name not in passed}
     spec.validate(tensors)
     spec.check(perm)
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}")
     placed = {group: index.to(device) for device in devices for group, index in perm.items()}
-    return permute(dict(tensors), spec.indices(placed), spec.packing())
+    return like_state(permute(tensors, spec.indices(placed), spec.packing()) | passed, given)
+
+
+def like_state(tensors: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """With the versions of modules that a state dictionary carries: some modules load nothing without theirs."""
+    versions = getattr(state, "_metadata", None)
+    if versions is None:
+        return dict(tensors)
+    held = OrderedDict(tensors)
+    held._metadata = versions
+    return held
 
 
 def inverse(perm: Perm) -> Perm:
@@ -357,6 +492,10 @@ def _positions(axis: Axis) -> dict[str, Tensor]:
         size = int(unit.max()) + 1
         result[group] = torch.cat(places[group])[unit.argsort(stable=True)].view(size, -1)
     return result
+
+
+def _fixed_length(axis: Axis) -> int:
+    return sum(segment.length for segment in axis if segment.group is None)
 
 
 def _staying(index: Tensor | None, length: int) -> int:

@@ -7,51 +7,76 @@ The labels are those of :mod:`regraft.symmetry.labels`; what an operator does to
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from regraft.evaluation import evaluating
 from regraft.symmetry import products  # noqa: F401 (its rules register themselves)
+from regraft.symmetry.calls import Call, Caller, Forward, Output, cause, check_placed, ready, shadow
 from regraft.symmetry.groups import specify
 from regraft.symmetry.labels import Flow, Leaf, Value
 from regraft.symmetry.pointwise import UNARY, pointwise
 from regraft.symmetry.rules import RULES, Operation, freeze, operator_name
-from regraft.symmetry.spec import PermutationSpec
+from regraft.symmetry.spec import PermutationSpec, Segment
+from regraft.symmetry.verify import verify as prove
 from regraft.symmetry.views import ALIASES, VIEWS
+from regraft.tensors import live_state
 
 
-def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> PermutationSpec:
+def trace(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    forward: Forward = None,
+    output: Output = None,
+    verify: bool = False,
+) -> PermutationSpec:
     """Finds which axes of a model's parameters and buffers share a permutation.
 
     The model is exported in evaluation mode (its own mode is left as it is) with ``example_inputs``: one tensor,
-    or the tuple of positional arguments; small images and a small batch make it fast. Operators that the tracer
-    does not know freeze what they touch, with one warning for each kind of operator.
+    the tuple of positional arguments, or a mapping of keyword arguments (``kwargs`` adds to them); small images and
+    a small batch make it fast. ``forward``: what is called instead of the model, one of its methods by name or a
+    function ``forward(model, *args, **kwargs)``. ``output``: the key or place of the output that must not change
+    (or several); ``logits`` if not given, else the first tensor. By-products may be permuted. Caches are switched
+    off. Operators that the tracer does not know freeze what they touch, with one warning for each kind of operator.
 
-    Raises ValueError, naming the model's class and the cause, where ``torch.export`` cannot trace the model.
+    The specification names everything in the model's state dictionary, shared tensors under all of their names;
+    what ``load_state_dict`` does not restore is a constant. ``verify``: also prove it
+    (:func:`regraft.symmetry.verify`), and mark it as proven.
+
+    Raises ValueError, naming the model's class, the module and the cause, where ``torch.export`` cannot trace the
+    model, or where its tensors are without values or on several devices.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    programs = export(model, inputs)
+    call = Call.of(example_inputs, kwargs, forward, output)
+    check_placed(model, call)
+    shadowed = shadow(model)
+    programs = export(shadowed, call)
     try:
-        flow, leaves = run(programs, model)
+        flow, leaves = run(programs, shadowed)
     except Entangled:  # the functional form is slower to make: only where writing in place matters
-        flow, leaves = run([program.run_decompositions({}) for program in programs], model)
-    spec = specify(flow, leaves)
-    for name in flow.unknown:
-        _warn(f"operator {name} is not known to the tracer: what it touches stays fixed")
-    if idle := _unused(programs, model):
+        flow, leaves = run([p._replace(program=p.program.run_decompositions({})) for p in programs], shadowed)
+    spec = _named(specify(flow, list(leaves.values())), model, leaves)
+    for name, why in flow.frozen.items():
+        _warn(f"operator {name}{why}: what it touches stays fixed")
+    if idle := _unused(programs, shadowed):
         name = type(model).__name__
         _warn(f"{len(idle)} parameters of {name} are not used and stay fixed, such as {idle[0]!r}")
+    if verify:
+        prove(spec, model, example_inputs, kwargs, forward=forward, output=output)
     return spec
 
 
@@ -60,52 +85,93 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
+def _named(spec: PermutationSpec, model: nn.Module, leaves: Mapping[int, Leaf]) -> PermutationSpec:
+    """With all that the state dictionary holds: other names of shared tensors, and what the graph has not."""
+    axes = dict(spec.axes)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or name in axes:
+            continue
+        leaf = leaves.get(id(tensor))
+        fixed = tuple((Segment(None, 0, length),) for length in tensor.shape)
+        axes[name] = fixed if leaf is None else spec.axes[leaf.name]
+    own = {name for name, _ in model.named_parameters()}
+    return replace(spec, axes=axes, optional=frozenset(axes.keys() - own))
+
+
 # ---- export
 
 
-def export(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[ExportedProgram]:
+class Exported(NamedTuple):
+    """A graph, and how many of its first outputs must not change."""
+
+    program: ExportedProgram
+    counts: int
+
+
+def export(model: nn.Module, call: Call) -> list[Exported]:
     """The model's graph in evaluation mode; and, where that leaves parameters unused, the one with its auxiliary
     heads. Raises ValueError where torch.export cannot trace the model."""
     try:
-        programs = [_export(model, example_inputs, heads=False)]
+        programs = [_export(model, call)]
     except Exception as error:
-        cause = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}: {cause}); trace it "
-            "without data-dependent control flow, or write its specification by hand (PermutationSpec.build)"
-        ) from error
-    if _unused(programs, model):
+            f"torch.export cannot trace {type(model).__name__} ({cause(error, model)}); trace it without "
+            "data-dependent control flow, or write its specification by hand (PermutationSpec.build)"
+        ) from None
+    if idle := _unused(programs, model):
         with contextlib.suppress(Exception):  # heads may need larger inputs
-            programs.append(_export(model, example_inputs, heads=True))
+            more = _export(model, call, heads=True)
+            if not any(map(_is_random, more.program.graph.nodes)) and len(_unused([more], model)) < len(idle):
+                programs.append(more)
     return programs
 
 
-def _export(model: nn.Module, example_inputs: tuple[Any, ...], *, heads: bool) -> ExportedProgram:
-    with evaluating(model, heads=heads), _quiet("torch._subclasses.fake_tensor"):
-        return torch.export.export(model, example_inputs, strict=False)
+def _export(model: nn.Module, call: Call, *, heads: bool = False) -> Exported:
+    with ready(model, heads=heads), _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own, about what it does to the model
+        caller = Caller(model, call, heads)
+        program = torch.export.export(caller, call.args, call.kwargs, strict=False)
+    program.graph.eliminate_dead_code()
+    spec = program.call_spec.out_spec
+    counts, _ = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    return Exported(program, len(counts))
 
 
 @contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """What fails inside is reported by an exception, not by a log."""
-    log = logging.getLogger(logger)
-    before, log.disabled = log.disabled, True
+def _quiet() -> Iterator[None]:
+    """What fails inside is reported by an exception, not by logs, nor by graphs that torch prints."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        log.disabled = before
+        logging.disable(before)
 
 
-def _unused(programs: Sequence[ExportedProgram], model: nn.Module) -> list[str]:
+def _is_random(node: Node) -> bool:
+    """Whether it draws random numbers; a dropout that is off does not."""
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    return False not in node.args
+
+
+def _unused(programs: Sequence[Exported], model: nn.Module) -> list[str]:
     """The parameters that occur in no graph."""
-    every = dict(model.named_parameters(remove_duplicate=False))
+    every = _held(model)
     used = {
         id(every[spec.target])
-        for program in programs
+        for program, _ in programs
         for spec, node in _inputs(program)
         if spec.target in every and node.users
     }
     return [name for name, parameter in model.named_parameters() if id(parameter) not in used]
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by the names that they have in a graph of :class:`Caller`."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {f"model.{name}": tensor for name, tensor in named}
 
 
 def _inputs(program: ExportedProgram) -> Iterable[tuple[Any, Node]]:
@@ -116,34 +182,42 @@ def _inputs(program: ExportedProgram) -> Iterable[tuple[Any, Node]]:
 # ---- the walk
 
 
-def run(programs: Sequence[ExportedProgram], model: nn.Module) -> tuple[Flow, list[Leaf]]:
-    """One pass of labels; every parameter and buffer is a leaf that the graphs share."""
+def run(programs: Sequence[Exported], model: nn.Module) -> tuple[Flow, dict[int, Leaf]]:
+    """One pass of labels; every parameter and buffer that is saved is a leaf (by id), which the graphs share."""
     flow = Flow()
+    learned = {id(parameter) for parameter in model.parameters()}
+    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     leaves = {
-        id(tensor): Leaf(name, tuple(tensor.shape), learned=learned)
-        for pairs, learned in ((model.named_parameters(), True), (model.named_buffers(), False))
-        for name, tensor in pairs
+        id(tensor): Leaf(name, tuple(tensor.shape), learned=id(tensor) in learned)
+        for name, tensor in live_state(model).items()
+        if id(tensor) in saved
     }
-    for program in programs:
-        held = {
-            **program.constants,
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
+    for program, counts in programs:
+        held = {**program.constants, **_held(model)}
         values = _placed(flow, program, leaves, held)
         for node in program.graph.nodes:
             if node.op == "call_function":
-                values[node] = call(flow, node, values)
+                flow.module = _module(node)
+                flow.wanted = {user.args[1] for user in node.users if user.target is operator.getitem}
+                values[node] = pass_through(flow, node, values)
             elif node.op == "get_attr":
                 values[node] = getattr(program.graph_module, node.target)
             elif node.op == "output":
                 results = map_arg(node.args[0], values.__getitem__)
-                _finish(flow, program, results, leaves, held)
-    return flow, list(leaves.values())
+                _finish(flow, program, results, counts, lambda name: leaves.get(id(held.get(name))))  # noqa: B023
+    return flow, leaves
+
+
+def _module(node: Node) -> str:
+    """The innermost module in which a node was made, and its class."""
+    path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", "")}).values()))
+    path = path.rpartition("model.")[2] if path.endswith("model") else path.partition("model.")[2]
+    kind = kind if isinstance(kind, str) else kind.__name__
+    return f"{path!r} ({kind.rpartition('.')[2]})" if path else ""
 
 
 def _placed(
-    flow: Flow, program: ExportedProgram, leaves: dict[int, Leaf], held: dict[str, Any]
+    flow: Flow, program: ExportedProgram, leaves: Mapping[int, Leaf], held: Mapping[str, Any]
 ) -> dict[Node, Any]:
     """The value of every placeholder: a leaf, a constant, or an input of the model, which is fixed."""
     values: dict[Node, Any] = {}
@@ -163,13 +237,16 @@ def _finish(
     flow: Flow,
     program: ExportedProgram,
     results: Sequence[Any],
-    leaves: dict[int, Leaf],
-    held: dict[str, Any],
+    counts: int,
+    leaf_of: Callable[[Any], Leaf | None],
 ) -> None:
-    """Results never move; what is written to a buffer has the buffer's units."""
+    """The first ``counts`` outputs never move; what is written to a buffer has the buffer's units."""
+    outputs = 0
     for spec, result in zip(program.graph_signature.output_specs, results, strict=True):
-        leaf = leaves.get(id(held.get(spec.target)))
-        if not isinstance(result, Value):
+        is_output = spec.kind is OutputKind.USER_OUTPUT
+        outputs += is_output
+        leaf = leaf_of(spec.target)
+        if not isinstance(result, Value) or (is_output and outputs > counts):
             continue
         if leaf is None or tuple(leaf.shape) != result.shape:
             flow.freeze(result)
@@ -177,7 +254,7 @@ def _finish(
             flow.join(flow.labels(result), flow.scalars(leaf))
 
 
-def call(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
+def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     """What one operator does to labels; to constants it does what it always does."""
     target = node.target
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
@@ -206,20 +283,21 @@ def call(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
 
 def operate(flow: Flow, operation: Operation) -> Any:
     """By the operator's own rule, else as torch tags it."""
+    flow.operator = str(operation.target)
     result = NotImplemented
     if operation.name in RULES:
         result = RULES[operation.name](flow, operation, *operation.arguments.values())
     if result is NotImplemented and operation.is_pointwise:
         result = pointwise(flow, operation)
     if result is NotImplemented:
-        result = unknown(flow, str(operation.target), operation.values, operation.out)
+        result = unknown(flow, flow.operator, operation.values, operation.out)
     return result
 
 
 def unknown(flow: Flow, name: str, given: Iterable[Value], out: Any) -> Any:
     """Freezes what an operator touches, and remembers to say so."""
-    flow.unknown[name] = None
-    return freeze(flow, out, given)
+    flow.operator = name
+    return freeze(flow, out, given, "")
 
 
 # ---- writing in place

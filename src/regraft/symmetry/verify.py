@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from regraft.evaluation import evaluating
-from regraft.symmetry.spec import PermutationSpec, Segment, apply, groups_of
-from regraft.tensors import Perm, Tensors, check_finite, live_state
+from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, double, ready
+from regraft.symmetry.spec import PermutationSpec, Segment, apply, groups_of, like_state
+from regraft.tensors import Perm, check_finite, live_state, seeded
 from regraft_kernels import permute
 
 MAX_CANDIDATES = 256
@@ -24,54 +26,128 @@ MAX_CANDIDATES = 256
 def verify(
     spec: PermutationSpec,
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
     *,
+    forward: Forward = None,
+    output: Output = None,
     generator: torch.Generator | None = None,
     draws: int = 2,
     tolerance: float = 1e-9,
 ) -> float:
     """Proves by computing that f(x; pi theta) = f(x; theta): the largest relative error of all draws, in float64.
 
-    Each of ``draws`` (more where groups of two or three units need it to be told apart) takes a random
-    permutation of every group, and random parameters and buffers near the model's own:
-    zero-initialised heads and constant norms are given random values, or the comparison would say nothing, and
-    BatchNorm statistics are near what the layer sees. The model is evaluated in evaluation mode and left as it
-    is; where that does not read everything that moves, its auxiliary heads are proved as well. The error is
-    max |f(x; pi theta) - f(x; theta)| / max |f(x; theta)|, the largest of all output tensors. ``generator``: a
-    CPU generator (seed 0 if not given).
+    Inputs, ``forward`` and ``output`` are those of :func:`regraft.symmetry.trace`. Each of ``draws`` (more where
+    groups of two or three units need it to be told apart) takes a random permutation of every group, and random
+    parameters and buffers near the model's own: zero-initialised heads and constant norms are given random values,
+    or the comparison would say nothing, and BatchNorm statistics are near what the layer sees. What is compared is
+    what will be done with the result: the permuted state dictionary is loaded into a copy of the model as it was.
+    The copies compute in evaluation mode and in float64, also where the model casts to less; where that does not
+    read everything that moves, auxiliary heads are proved as well. The error is max |f(x; pi theta) - f(x; theta)| /
+    max |f(x; theta)|, the largest of all outputs that count. The specification is then marked as proven.
+    ``generator``: a CPU generator (seed 0 if not given).
 
     Raises ValueError naming the tensor where the specification does not fit the model or an error is not below
     ``tolerance``.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    inputs = pytree.tree_map(lambda x: x.double() if _is_floating(x) else x, inputs)
-    generator = generator or torch.Generator().manual_seed(0)
+    call = Call.of(example_inputs, kwargs, forward, output)
+    check_placed(model, call)
     own = live_state(model)
     spec.validate(own)
-    check_finite(own, "the model")
-    unread = {name for name, axes in spec.axes.items() if any(map(groups_of, axes))}
+    check_finite(dict(model.named_parameters()), "the model")
+    spec.mark(proven=False)
+    proof = _Proof(spec, model, call.double(), generator or torch.Generator().manual_seed(0))
+    unread = {name for name in own if any(map(groups_of, spec.axes[name]))}
     worst = 0.0
     for heads in (False, True):
-        with evaluating(model, heads=heads), torch.no_grad():
-            for perm in _distinguishing(spec, draws, generator):
-                error, read = _compare(spec, perm, model, inputs, generator)
-                unread -= read
-                if not error < tolerance:
-                    raise ValueError(_explain(spec, model, inputs, generator, error))
-                worst = max(worst, error)
+        if heads and not proof.repeats(heads):  # as in training: they drop out, and nothing can be compared
+            break
+        for perm in _distinguishing(spec, draws, proof.generator):
+            error, read = proof.compare(perm, heads)
+            unread -= read
+            if not error < tolerance:
+                raise ValueError(proof.explain(error, heads))
+            worst = max(worst, error)
         if not unread:  # else auxiliary heads are still to be proved
             break
+    spec.mark(proven=True)
     return worst
 
 
-def _compare(
-    spec: PermutationSpec, perm: Perm, model: nn.Module, inputs: Any, generator: torch.Generator
-) -> tuple[float, set[str]]:
-    """The error of one draw, and the names of the tensors that the model reads."""
-    tensors, read = _random_values(model, inputs, generator)
-    before = functional_call(model, tensors, inputs)
-    after = functional_call(model, _apply_(spec, perm, tensors), inputs)
-    return _difference(before, after), read
+@dataclass(frozen=True)
+class _Proof:
+    """What is computed to prove a specification: permuted states, loaded into copies of the model."""
+
+    spec: PermutationSpec
+    model: nn.Module
+    call: Call
+    generator: torch.Generator
+
+    def compare(self, perm: Perm, heads: bool) -> tuple[float, set[str]]:
+        """The error of one draw, and the names of the tensors that the model reads."""
+        before, state, read = self.draw(heads)
+        return _difference(before, self.outputs(_apply_(self.spec, perm, state), heads)), read
+
+    def draw(self, heads: bool) -> tuple[list[Tensor], dict[str, Any], set[str]]:
+        """Outputs and state dictionary for random values, and the names of what was read."""
+        with _exactly():
+            copied = double(self.model)
+            _perturb_(copied, self.generator)
+            with _Statistics(self.generator):
+                _run(self.call, copied, heads, self.generator)
+            outputs, read = _run(self.call, copied, heads, self.generator)
+            names = {name for name, tensor in live_state(copied).items() if id(tensor) in read}
+            return outputs, copied.state_dict(), names
+
+    def outputs(self, state: Mapping[str, Any], heads: bool) -> list[Tensor]:
+        """Those of a copy of the model as it is, into which ``state`` was loaded."""
+        with _exactly():
+            fresh = double(self.model)
+            fresh.load_state_dict(state)
+            return _run(self.call, fresh, heads, self.generator)[0]
+
+    def repeats(self, heads: bool) -> bool:
+        """Whether the model gives the same for the same, and can be run so at all."""
+        try:
+            state = self.draw(heads)[1]
+            return _difference(self.outputs(state, heads), self.outputs(state, heads)) == 0
+        except Exception:
+            if not heads:
+                raise
+            return False  # heads may need larger inputs
+
+    def explain(self, error: float, heads: bool) -> str:
+        """Says which group changes the function, and which of its axes, where one axis alone explains it."""
+        name = type(self.model).__name__
+        _, state, _ = self.draw(heads)
+        before = self.outputs(state, heads)
+        if not all(x.isfinite().all() for x in before if _is_floating(x)):
+            return f"cannot verify: the output of {name} is not finite with random parameters"
+        if _difference(before, self.outputs(state, heads)) > 0:
+            return f"cannot verify: {name} gives two results for the same input"
+        perm = self.spec.random(self.generator)
+
+        def changes(candidate: PermutationSpec, families: Sequence[Sequence[str]]) -> bool:
+            moves = {**candidate.identity(), **{g: perm[g] for groups in families for g in groups}}
+            after = self.outputs(apply(candidate, moves, state), heads)
+            return not _difference(before, after) < 1e-9
+
+        return _culprit(self.spec, error, changes)
+
+
+def _run(
+    call: Call, model: nn.Module, heads: bool, generator: torch.Generator
+) -> tuple[list[Tensor], set[int]]:
+    """The outputs that count, and the ids of all tensors that were read. What is random is other each time: a model
+    that draws numbers must not pass for one that does not."""
+    device = next((tensor.device for tensor in live_state(model).values()), "cpu")
+    with ready(model, heads=heads), seeded(generator, device), _Exact() as exact:
+        try:
+            return call.run(model, heads=heads)[0], exact.read
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"cannot verify: {type(model).__name__} does not run in float64 ({cause(error, model)})"
+            ) from None
 
 
 def _distinguishing(spec: PermutationSpec, draws: int, generator: torch.Generator) -> list[Perm]:
@@ -84,7 +160,7 @@ def _distinguishing(spec: PermutationSpec, draws: int, generator: torch.Generato
 
 
 def _told_apart(spec: PermutationSpec, perms: Sequence[Perm]) -> bool:
-    sizes = {group: size for group, size in spec.groups.items() if size > 1}
+    sizes = {group: size for group, size in spec.groups.items() if size > 1 and spec.moves_freely(group)}
     moves = [tuple(i for perm in perms for i in perm[group].tolist()) for group in sizes]
     still = [tuple(range(size)) * len(perms) for size in set(sizes.values())]
     return len({*moves, *still}) == len(moves) + len(still)
@@ -94,36 +170,77 @@ def _is_floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _apply_(spec: PermutationSpec, perm: Perm, tensors: Tensors) -> Tensors:
+def _apply_(spec: PermutationSpec, perm: Perm, state: dict[str, Any]) -> dict[str, Any]:
     """Like :func:`apply`, but empties what it is given: a big model fits once, not twice."""
-    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    spec.validate({name: x for name, x in state.items() if isinstance(x, Tensor)})
+    device = next((x.device for x in state.values() if isinstance(x, Tensor)), torch.device("cpu"))
     indices = spec.indices({group: index.to(device) for group, index in perm.items()})
-    moved = {}
-    for name in list(tensors):
-        moved |= permute({name: tensors.pop(name)}, indices, spec.packing())
-    return moved
+    moved: dict[str, Any] = {}
+    for name in list(state):
+        x = state.pop(name)
+        moved |= permute({name: x}, indices, spec.packing()) if isinstance(x, Tensor) else {name: x}
+    return like_state(moved, state)
 
 
-def _difference(before: Any, after: Any) -> float:
+def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The largest relative difference of the tensors of two results; NaN where one is not finite."""
     errors = [
         float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-300))
-        for a, b in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True)
-        if isinstance(a, Tensor) and a.numel()
+        for a, b in zip(before, after, strict=True)
+        if a.numel()
     ]
     return math.nan if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
+
+
+# ---- exact computing
+
+LOW = {torch.float32, torch.float16, torch.bfloat16}
+
+
+class _Exact(TorchDispatchMode):
+    """Lifts what a model casts to less than float64; and remembers what tensors were read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.read |= set(map(id, tensors))
+        if kwargs.get("dtype") in LOW:
+            kwargs["dtype"] = torch.float64
+        elif kwargs.get("dtype") is torch.complex64:
+            kwargs["dtype"] = torch.complex128
+        low = [x for x in tensors if x.dtype in LOW]
+        if low and len(low) < len(tensors) and not function._schema.is_mutable:
+            args, kwargs = pytree.tree_map(lambda x: _lifted(x), (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def _lifted(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.dtype in LOW else x
+
+
+@contextlib.contextmanager
+def _exactly() -> Iterator[None]:
+    """Inside, new tensors are float64, and no gradient is tracked."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 # ---- random parameters and statistics
 
 
-def _random_values(model: nn.Module, inputs: Any, generator: torch.Generator) -> tuple[Tensors, set[str]]:
-    """Random float64 parameters and buffers near the model's own, none of them constant or zero; and the names of
-    those that the model reads."""
-    tensors = {name: _perturb(tensor.detach(), generator) for name, tensor in live_state(model).items()}
-    with _Statistics(generator) as statistics:
-        functional_call(model, tensors, inputs)
-    return tensors, {name for name, tensor in tensors.items() if id(tensor) in statistics.read}
+def _perturb_(model: nn.Module, generator: torch.Generator) -> None:
+    """Random float64 parameters and buffers near the model's own, none of them constant or zero."""
+    for tensor in live_state(model).values():
+        tensor.copy_(_perturb(tensor, generator))
 
 
 def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -145,8 +262,7 @@ def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class _Statistics(TorchFunctionMode):
-    """Sets the running statistics of every BatchNorm that runs inside near what it sees, times 0.5 to 1.5; and
-    remembers what tensors were read.
+    """Sets the running statistics of every BatchNorm that runs inside near what it sees, times 0.5 to 1.5.
 
     Without it the activations of a deep network with random statistics overflow or saturate, and a proof through
     a saturated gate is none. One level serves all channels: normalising each by its own statistics makes a deep
@@ -156,11 +272,9 @@ class _Statistics(TorchFunctionMode):
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
         self.generator = generator
-        self.read: set[int] = set()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.read |= {id(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         if function is torch.nn.functional.batch_norm:
             x, mean, var = args[:3]
             if mean is not None and var is not None:
@@ -175,48 +289,39 @@ class _Statistics(TorchFunctionMode):
 # ---- why a proof failed
 
 
-def _explain(
-    spec: PermutationSpec, model: nn.Module, inputs: Any, generator: torch.Generator, error: float
+def _culprit(
+    spec: PermutationSpec, error: float, changes: Callable[[PermutationSpec, Sequence[Sequence[str]]], bool]
 ) -> str:
-    """Says which group changes the function, and which of its axes, where one axis alone explains it."""
-    tensors, _ = _random_values(model, inputs, generator)
-    before = functional_call(model, tensors, inputs)
-    if not all(x.isfinite().all() for x in pytree.tree_leaves(before) if _is_floating(x)):
-        return f"cannot verify: the output of {type(model).__name__} is not finite with random parameters"
-    if _difference(before, functional_call(model, tensors, inputs)) > 0:
-        return f"cannot verify: {type(model).__name__} gives two results for the same input"
-    perm = spec.random(generator)
-
-    def changes(candidate: PermutationSpec, groups: Sequence[str]) -> bool:
-        moves = {**candidate.identity(), **{group: perm[group] for group in groups}}
-        after = functional_call(model, apply(candidate, moves, tensors), inputs)
-        return not _difference(before, after) < 1e-9
-
-    suspects = list(spec.groups)
+    suspects = list(spec.families)
     while len(suspects) > 1:
         half = suspects[: len(suspects) // 2]
         suspects = half if changes(spec, half) else suspects[len(half) :]
     if not suspects:
         return f"the function changes by {error:.1e} although nothing moves"
-    (group,) = suspects
-    members = ", ".join(f"{name!r} (axis {axis})" for name, axis in spec.tensors_of(group))
+    (family,) = suspects
+    group = family[-1]
+    members = ", ".join(f"{name!r} (axis {axis})" for g in family for name, axis in spec.tensors_of(g))
     return (
         f"permuting group {group!r} changes the function (relative error {error:.1e})"
-        f"{_wrong_axis(spec, group, changes)}; it ties {members}"
+        f"{_wrong_axis(spec, family, changes)}; it ties {members}"
     )
 
 
 def _wrong_axis(
-    spec: PermutationSpec, group: str, changes: Callable[[PermutationSpec, Sequence[str]], bool]
+    spec: PermutationSpec,
+    family: Sequence[str],
+    changes: Callable[[PermutationSpec, Sequence[Sequence[str]]], bool],
 ) -> str:
-    """The axis that the group has too much, or that it lacks; empty where it takes more than one."""
-    for name, axis in spec.tensors_of(group):
-        fixed = (Segment(None, 0, spec.shapes[name][axis]),)
-        if not changes(spec.with_axis(name, axis, fixed), [group]):
-            return f": axis {axis} of tensor {name!r} does not belong to it"
-    size = spec.groups[group]
-    fitting = [(name, a) for name, shape in spec.shapes.items() for a, n in enumerate(shape) if n == size]
-    for name, axis in fitting[:MAX_CANDIDATES]:
-        if not changes(spec.with_axis(name, axis, (Segment(group, 0, size),)), [group]):
-            return f": it lacks axis {axis} of tensor {name!r}"
+    """The axis that the groups have too much, or that they lack; empty where it takes more than one."""
+    for group in family:
+        for name, axis in spec.tensors_of(group):
+            fixed = (Segment(None, 0, spec.shapes[name][axis]),)
+            if not changes(spec.with_axis(name, axis, fixed), [family]):
+                return f": axis {axis} of tensor {name!r} does not belong to it"
+    for group in family:
+        size = spec.groups[group]
+        fitting = [(name, a) for name, shape in spec.shapes.items() for a, n in enumerate(shape) if n == size]
+        for name, axis in fitting[:MAX_CANDIDATES]:
+            if not changes(spec.with_axis(name, axis, (Segment(group, 0, size),)), [family]):
+                return f": it lacks axis {axis} of tensor {name!r}"
     return ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from regraft.symmetry.labels import Flow, Value
+from regraft.symmetry.labels import Flow, Value, places
 from regraft.symmetry.rules import Operation, rule, words
 
 ALIASES = words("alias clone contiguous detach lift lift_fresh lift_fresh_copy positive")
@@ -45,17 +45,38 @@ def _alias(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
 
 @rule(*VIEWS)
 def _view(flow: Flow, op: Operation, x: Any, *rest: Any) -> Any:
+    if op.name == "index" and isinstance(x, Value) and len(op.values) > 1:
+        return _looked_up(flow, op, x, rest[0])
     if not isinstance(x, Value) or (len(op.values) > 1 and op.name not in LIKE):
         return NotImplemented
 
-    def on_places(places: Tensor) -> Any:
+    def on_places(held: Tensor) -> Any:
         if op.name in ("view", "_unsafe_view"):  # strides differ from the real tensor's
-            return places.reshape(*rest)
-        return op.run([places, *map(_blank, rest)])
+            return held.reshape(*rest)
+        return op.run([held, *map(_blank, rest)])
 
     with contextlib.suppress(RuntimeError, TypeError):  # such as a view as another type
         return view(on_places, x)
     return NotImplemented
+
+
+def _looked_up(flow: Flow, op: Operation, x: Value, indices: Any) -> Any:
+    """What is read depends on data: units must stand along the whole of every dimension that is looked up."""
+    if not all(flow.is_fixed(flow.labels(i)) for i in indices if isinstance(i, Value)):
+        return NotImplemented
+    if any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices):
+        return NotImplemented
+    labels = flow.labels(x)
+    if flow.is_fixed(labels):
+        return flow.fixed(op.out)
+    dims = [d for d, i in enumerate(indices) if i is not None]
+    if not all(flow.passes(x, d) for d in dims):
+        return NotImplemented
+    first = labels[tuple(slice(0, 1) if d in dims else slice(None) for d in range(labels.ndim))]
+    flow.tie(labels, places(first.shape).expand(labels.shape), first)
+    blank = [torch.zeros(i.shape, dtype=torch.int64) if isinstance(i, Value) else i for i in indices]
+    positions = op.run([places(first.shape).expand(labels.shape), blank])
+    return Value(first, tuple(positions.shape), positions) if positions.shape == op.out else NotImplemented
 
 
 @rule(
@@ -73,7 +94,7 @@ def _blank(x: Any) -> Any:
 @rule("copy")
 def _copy(flow: Flow, op: Operation, x: Any, source: Any, *_: Any) -> Any:
     if isinstance(source, Value):
-        return view(lambda places: places.expand(op.out), source)
+        return view(lambda held: held.expand(op.out), source)
     return source.expand(op.out)
 
 

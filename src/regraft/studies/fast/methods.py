@@ -19,7 +19,7 @@ from regraft.clock import Clock
 from regraft.fast import Adoption, Initialiser, NoGain, Normal
 from regraft.learning_transfer import transfer
 from regraft.networks import initialise
-from regraft.phases import Optimiser, Outcome, Phase, fine_tune, sgd, sgd_as_in_the_paper
+from regraft.phases import Groups, Optimiser, Outcome, Phase, fine_tune, sgd, sgd_as_in_the_paper
 from regraft.recorder import Record
 from regraft.studies.fast.setting import FastSetting
 from regraft.studies.rows import plain_data
@@ -99,6 +99,34 @@ class Imprint:
             fast.ClassMeans(means)(adopted.head.weight)
 
 
+@dataclass(frozen=True)
+class OneBlock:
+    """Surgical fine-tuning (Lee et al., 2023): beside the head one layer learns, with what normalises it.
+
+    place: 0, the first layer of the features, to 1, the last one.
+    """
+
+    place: float
+
+    def __call__(self, model: nn.Module, adopted: Adoption, setting: FastSetting) -> None:
+        head = {id(parameter) for parameter in adopted.head.parameters()}
+        layers = by_layer([p for p in model.parameters() if id(p) not in head])
+        kept = layers[round(self.place * (len(layers) - 1))]
+        for layer in layers:
+            for parameter in layer:
+                parameter.requires_grad_(layer is kept)
+
+
+def by_layer(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """In order, in lists that each begin with a matrix or a kernel; what normalises or shifts it follows."""
+    found: list[list[Tensor]] = []
+    for parameter in parameters:
+        if parameter.dim() > 1 or not found:
+            found.append([])
+        found[-1].append(parameter)
+    return found
+
+
 def from_scratch(model: nn.Module, adopted: Adoption, setting: FastSetting) -> None:
     """Nothing is kept of the source."""
     fill_(model, initialise(model, setting.generator("values")))
@@ -139,6 +167,44 @@ def xavier_fan_out(weight: Tensor, generator: torch.Generator | None = None) -> 
 def _uniform_(weight: Tensor, fan: int, generator: torch.Generator | None) -> None:
     bound = 1 / math.sqrt(2 * fan)
     nn.init.uniform_(weight, -bound, bound, generator=generator)
+
+
+# ---------------------------------------------------------------- optimisers of peers
+
+
+@dataclass(frozen=True)
+class LayerDecay:
+    """Momentum 0.9; each layer between it and the head multiplies a rate by ``decay`` (Howard and Ruder, 2018)."""
+
+    decay: float
+
+    def __call__(self, groups: Groups) -> torch.optim.Optimizer:
+        split = [group for group in groups if group["name"] != "body"]
+        for group in (group for group in groups if group["name"] == "body"):
+            layers = by_layer(group["params"])
+            rates = [group["lr"] * self.decay ** (len(layers) - 1 - k) for k in range(len(layers))]
+            split += [{**group, "params": own, "lr": rate} for own, rate in zip(layers, rates, strict=True)]
+        return sgd(split)
+
+
+@dataclass(frozen=True)
+class TowardsStart:
+    """Momentum 0.9, and ``strength / 2 * ||features - source's features||^2`` in the loss (L2-SP, Li et al., 2018)."""
+
+    strength: float
+
+    def __call__(self, groups: Groups) -> torch.optim.Optimizer:
+        optimiser = sgd(groups)
+        body = [p for group in groups if group["name"] == "body" for p in group["params"]]
+        anchors = [parameter.detach().clone() for parameter in body]
+
+        def pull(_optimiser: Any, _args: Any, _kwargs: Any) -> None:
+            for parameter, anchor in zip(body, anchors, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - anchor, alpha=self.strength)
+
+        optimiser.register_step_pre_hook(pull)
+        return optimiser
 
 
 # ---------------------------------------------------------------- a run
@@ -247,7 +313,11 @@ def _short(value: float | None) -> float | None:
 
 def tuned(name: str, rates: Iterable[Rates], **how: Any) -> Method:
     """A method at the best of several rates (head, body); at the only ones, where there is one pair."""
-    runs = [FineTuning(pair, **how) for pair in rates]
+    return best_of(name, [FineTuning(pair, **how) for pair in rates])
+
+
+def best_of(name: str, runs: Iterable[FineTuning]) -> Method:
+    """A method at the best of several ways to run it."""
     each = tuple(Method(name, run, plain_data(run)) for run in runs)
     return each[0] if len(each) == 1 else replace(each[0], candidates=each)
 
@@ -268,6 +338,7 @@ UNEQUAL: tuple[Rates, ...] = (
 )  # fmt: skip
 UNEQUAL_TENFOLD = tuple((10 * alpha, 10 * beta) for alpha, beta in UNEQUAL)
 HEAD_ONLY = tuple((rate, None) for rate in (0.03, 0.06, 0.1, 0.2, 0.3, 0.6, 1.0, 2.0, 3.0))
+THREE: tuple[Rates, ...] = ((0.1, 0.01), (0.3, 0.03), (1.0, 0.1))
 BODY_ONLY = tuple((None, rate) for rate in (0.03, 0.06, 0.1, 0.3, 0.6, 1.0, 2.0, 3.0, 10.0))
 
 # Rates of torch's form of momentum; the paper's own, ``(1 - M) step``, moves a tenth as far at the same rate.
@@ -289,6 +360,11 @@ MAIN = (
     tuned("warm-up, statistics", EQUAL, plan=warm_up_with_statistics, prepare=FAN_IN),
     tuned("lp-ft", UNEQUAL, plan=probe_first),
     tuned("feature extraction", HEAD_ONLY),
+    best_of("one block", [FineTuning(r, prepare=OneBlock(p)) for r in THREE for p in (0.0, 0.5, 1.0)]),
+    best_of(
+        "layer-wise decay", [FineTuning(r, optimiser=LayerDecay(d)) for r in THREE for d in (0.3, 0.5, 0.8)]
+    ),
+    best_of("l2-sp", [FineTuning(r, optimiser=TowardsStart(s)) for r in THREE for s in (0.001, 0.01, 0.1)]),
     tuned("frozen head", BODY_ONLY, prepare=Draw(Normal(0.01))),
     tuned("class means, two rates", UNEQUAL, prepare=Imprint(4)),
     tuned("class means of one batch", EQUAL, prepare=Imprint(1)),

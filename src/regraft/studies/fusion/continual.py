@@ -10,12 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from regraft.clock import EVALUATION, Clock, Cost
-from regraft.evaluation import reset_batchnorm
 from regraft.fusion import gradient
 from regraft.grids import lattice
-from regraft.studies.fusion.sequential import Consolidation, cancellation, fisher, together
+from regraft.studies.fusion.sequential import Consolidation, cancellation, together
 from regraft.studies.fusion.setting import SEARCH, TRAIN, FusionSetting, Regime
-from regraft.studies.fusion.two_tasks import ALONE, assigned, average, both_tasks, ensemble, fused, searched
+from regraft.studies.fusion.two_tasks import (
+    ALONE,
+    PEERS,
+    assigned,
+    average,
+    both_tasks,
+    ensemble,
+    fused,
+    importance,
+    searched,
+)
 from regraft.studies.study import Measured, Method, Series, Task
 from regraft.tensors import Tensors
 
@@ -68,14 +77,7 @@ def b_then_a(setting: FusionSetting) -> Measured:
 def consolidated(setting: FusionSetting) -> Measured:
     """Task B from theta_A under elastic weight consolidation, of a strength that the method's config names."""
     settings, clock, strength = setting.settings, Clock(), setting.method.config["strength"]
-    with clock.phase("fisher", setting.device):
-        # The Fisher information is taken image by image, so BatchNorm must not look at a batch.
-        batches = setting.calibration([settings.a], settings.scale)
-        settled = reset_batchnorm(setting.model, setting.theta_a, batches)
-        images, _ = setting.images(settings.a, "training", settings.scale)
-        importance = fisher(
-            setting.model, settled, images, generator=setting.generator("fisher"), batch_size=50
-        )
+    needed = importance(setting, settings.a, setting.theta_a, clock)
     recipe = settings.regime.recipe(settings.scale)
     run = setting.continued(
         f"{settings.b.data} consolidated",
@@ -83,7 +85,7 @@ def consolidated(setting: FusionSetting) -> Measured:
         settings.b,
         settings.scale,
         replace(recipe, lr=GENTLY * recipe.lr),
-        penalty=Consolidation(setting.theta_a, importance, strength),
+        penalty=Consolidation(setting.theta_a, needed, strength),
     )
     clock.add({TRAIN: run.cost})
     return _network(setting, run.tensors, clock.seconds)
@@ -115,6 +117,7 @@ METHODS = (
     Method("assignment", assigned),
     Method("average", average),
     Method("ensemble", ensemble),
+    *PEERS,
     Method(
         "EWC", consolidated, candidates=tuple(Method("EWC", consolidated, {"strength": s}) for s in STRENGTHS)
     ),

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import chain
 
 from regraft.studies.figures import Cells, Figure, Heatmap, Line, Panel
+from regraft.studies.fusion.claims import claims
 from regraft.studies.fusion.paper import Published, published
 from regraft.studies.fusion.scenarios import DIGITS, FIGURE_SCENARIOS, FIGURES, RECIPES
 from regraft.studies.fusion.setting import A, B
@@ -26,6 +27,7 @@ from regraft.studies.tables import (
     mean,
     provenance,
     seconds,
+    seeds,
 )
 
 Grid = tuple[tuple[float, ...], ...]
@@ -125,15 +127,25 @@ def overview(rows: Rows) -> Iterator[Sheet]:
         own = [entry for entry in found if entry[0].endswith("-paper") == wanted]
         if not own:
             continue
-        lines = [(paper.table, paper.what, *_numbers([(grid, paper.values)])) for _, paper, grid in own]
+        lines = [
+            (paper.table, paper.what, *_numbers([(grid, paper.values)]), _recipe(rows, scenario))
+            for scenario, paper, grid in own
+        ]
         lines.append(
-            ("all", f"{len(own)} tables", *_numbers([(grid, paper.values) for _, paper, grid in own]))
+            ("all", f"{len(own)} tables", *_numbers([(grid, paper.values) for _, paper, grid in own]), "")
         )
         heading = (
             "table", "what", "cells", "median difference [points]", "largest [points]",
-            "share off by more than 10 points", "rank correlation",
+            "share off by more than 10 points", "rank correlation", "recipe",
         )  # fmt: skip
         yield Sheet(size, heading, tuple(lines))
+
+
+def _recipe(rows: Rows, scenario: str) -> str:
+    """Optimiser, highest rate and epochs of the table's networks; what its rows say, not what would be run today."""
+    settings = next(row.config.get("settings", {}) for row in rows if row.scenario == scenario)
+    recipe = settings.get("regime", {}).get(settings.get("scale", "large"))
+    return "–" if recipe is None else f"{recipe['optimizer']} {recipe['lr']:g}, {recipe['epochs']} epochs"
 
 
 def _numbers(pairs: Sequence[tuple[Grid, Grid]]) -> tuple[str, ...]:
@@ -272,7 +284,10 @@ def recipes(rows: Rows) -> Iterator[Sheet]:
         Column("retained, task B [%]", percent(B)),
         Column("own accuracy, A [%]", percent("own_a")),
         Column("own accuracy, B [%]", percent("own_b")),
-        Column("|g| / |theta_0|", _number("delta_ratio", "{:.3f}")),
+        Column("theta_B on A [%]", percent("other_a")),
+        Column("theta_A on B [%]", percent("other_b")),
+        Column("seeds", seeds),
+        Column("‖g‖ / ‖theta_0‖", _number("delta_ratio", "{:.3f}")),
     )
     lines = [
         (scenario.removeprefix("recipe-"), *(c.cell(groups(own)["diagonal"]) for c in columns))
@@ -319,6 +334,7 @@ TABLES = (
         (DIGITS.name,),
         by_method((*COMMON, *BOTH_TASKS[:2], *CHOSEN)),
     ),
+    Table("claims", "What the paper says", tuple(f"table-{number}" for number in published()), claims),
     Table("recipes", "Which recipe", tuple(s.name for s in RECIPES), recipes),
     *(
         Table(f"table-{number}", f"Table {number}: {paper.title}", _scenarios(number), side_by_side)
@@ -417,7 +433,7 @@ FIGURE_PAGES = (
         "recipes",
         "What theta_A + theta_B retains",
         tuple(s.name for s in RECIPES),
-        (Panel("", "|g| / |theta_0|", "accuracy", _retained, x_log=True, markers=True),),
+        (Panel("", "‖g‖ / ‖theta_0‖", "accuracy", _retained, x_log=True, markers=True),),
     ),
     *(_heatmaps(paper) for paper in published().values() if paper.column_name == "alpha"),
 )

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +55,15 @@ Made = TypeVar("Made")
 class Regime:
     """How a scenario's networks are trained, the same for every task: all that a search for the recipe may vary.
 
-    small, medium, large: the recipe of each scale. width: factor of the channels.
+    small, medium, large: the recipe of each scale. width: factor of the channels. precision: of a training step's
+    activations; "bfloat16" takes half the CPU time where the processor knows it. Values and evaluation are float32.
     """
 
     small: Recipe
     medium: Recipe
     large: Recipe
     width: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def recipe(self, scale: str) -> Recipe:
         return {"small": self.small, "medium": self.medium, "large": self.large}[scale]
@@ -161,7 +163,9 @@ class FusionSetting(Setting):
     @cached_property
     def model(self) -> nn.Module:
         """The architecture, in evaluation mode; its own values mean nothing."""
-        return NETWORKS[self.settings.network](self.settings.regime.width).to(self.device).eval()
+        made = NETWORKS[self.settings.network](self.settings.regime.width).eval()
+        # Channels last: the same accuracies in 0.7 of the CPU time.
+        return made.to(self.device, memory_format=torch.channels_last)
 
     @cached_property
     def normalised(self) -> nn.Module:
@@ -190,6 +194,16 @@ class FusionSetting(Setting):
     ) -> Training:
         """Train on a task at a scale from any values."""
         return self.train(purpose, self.model, start, self.at_scale(task, scale), recipe, **how)
+
+    def train(self, purpose: str, *what: Any, **how: Any) -> Training:
+        """As every study's, in the regime's precision."""
+        precision = self.settings.regime.precision
+        if precision == "float32":
+            return super().train(purpose, *what, **how)
+        kind = torch.device(self.device).type
+        # Without its cache: autocast would keep the first step's rounded weights until the training ends.
+        with torch.autocast(kind, getattr(torch, precision), cache_enabled=False):
+            return super().train(f"{purpose}, {precision}", *what, **how)
 
     @cached_property
     def theta_a(self) -> Tensors:
@@ -257,7 +271,6 @@ class FusionSetting(Setting):
             images = images.subset(torch.linspace(0, len(images) - 1, limit).round().long())
         order = torch.randperm(len(images), generator=self.generator("shuffle", task.data, task.classes))
         batches = list(images.subset(order).batches(1000, device=self.device))
-        # Channels last: the same accuracies in 0.65 of the CPU time.
         stacked = torch.cat([x for x, _ in batches]).contiguous(memory_format=torch.channels_last)
         return stacked, torch.cat([y for _, y in batches])
 

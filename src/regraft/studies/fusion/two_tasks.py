@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from regraft.activations import repair_on, reset_on
 from regraft.clock import EVALUATION, Clock
-from regraft.fusion import Finish
+from regraft.evaluation import reset_batchnorm
+from regraft.fusion import Finish, fuse
 from regraft.grids import harmonic_mean, lattice
+from regraft.studies.fusion.sequential import fisher
 from regraft.studies.fusion.setting import (
     SEARCH,
     TRAIN,
@@ -28,8 +30,12 @@ from regraft.studies.fusion.setting import (
     FusionSetting,
     grid_series,
 )
-from regraft.studies.study import Measured, Method, Series
+from regraft.studies.study import Measured, Method, Series, Task
 from regraft.tensors import Tensors
+
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of theta_A, along the line from theta_B
+KEPT = 0.2  # of a gradient, by TIES
+TINY = 1e-12  # importance of a parameter that nothing depends on
 
 
 def searched(
@@ -151,6 +157,71 @@ def average(setting: FusionSetting) -> Measured:
     return searched(setting, sources, [[0.5, 0.5]], {"alpha": (0.5,)}, Clock())
 
 
+def along_the_line(setting: FusionSetting) -> Measured:
+    """alpha theta_A + (1 - alpha) theta_B."""
+    rows = [[share, 1 - share] for share in SHARES]
+    return searched(setting, [setting.theta_a, setting.theta_b], rows, {"alpha": SHARES}, Clock())
+
+
+def importance(setting: FusionSetting, task: Task, tensors: Tensors, clock: Clock) -> Tensors:
+    """The diagonal of the Fisher information on the task's training images, by parameter."""
+    scale = setting.settings.scale
+    with clock.phase("fisher", setting.device):
+        # It is taken image by image, so BatchNorm must not look at a batch.
+        settled = reset_batchnorm(setting.model, tensors, setting.calibration([task], scale))
+        images, _ = setting.images(task, "training", scale)
+        drawn = setting.generator("fisher", task.data, task.classes)
+        return fisher(setting.model, settled, images, generator=drawn, batch_size=50)
+
+
+def fisher_merged(setting: FusionSetting) -> Measured:
+    """Parameters averaged by their importance (Matena and Raffel, 2022): alpha F_A and (1 - alpha) F_B are the weights.
+
+    A parameter that neither network needs is averaged by alpha alone; buffers are.
+    """
+    clock, pair = Clock(), (setting.theta_a, setting.theta_b)
+    weights = [importance(setting, t, own, clock) for t, own in zip(setting.tasks, pair, strict=True)]
+
+    def merged(share: float) -> Tensors:
+        found = fuse(pair, (share, 1 - share))
+        for name in weights[0]:
+            a, b = share * (weights[0][name] + TINY), (1 - share) * (weights[1][name] + TINY)
+            found[name] = (a * pair[0][name] + b * pair[1][name]) / (a + b)
+        return found
+
+    sources = [merged(share) for share in SHARES]
+    return searched(setting, sources, torch.eye(len(SHARES)).tolist(), {"alpha": SHARES}, clock)
+
+
+def ties(setting: FusionSetting) -> Measured:
+    """theta_0 + alpha TIES(g_1, g_2) (Yadav et al., 2023): of each gradient the largest fifth, signs elected."""
+    clock = Clock()
+    with clock.phase("merge", setting.device):
+        names = [name for name, _ in setting.model.named_parameters()]
+        together = ties_merged([trimmed(g, names, KEPT) for g in setting.gradients])
+    alphas = setting.settings.controls
+    rows = [[1.0, alpha] for alpha in alphas]
+    return searched(setting, [setting.start(), together], rows, {"alpha": alphas}, clock)
+
+
+def trimmed(g: Tensors, names: Sequence[str], kept: float) -> Tensors:
+    """`g`, with zeros but for the share `kept` of the named tensors' values that are largest by magnitude."""
+    sizes = torch.cat([g[name].abs().flatten() for name in names])
+    least = sizes.sort().values[-max(1, round(kept * len(sizes)))]
+    return g | {name: torch.where(g[name].abs() >= least, g[name], 0) for name in names}
+
+
+def ties_merged(parts: Sequence[Tensors]) -> Tensors:
+    """Value by value the mean of those parts that are not zero and have the sign of the parts' sum."""
+    found = {}
+    for name, first in parts[0].items():
+        stack = torch.stack([part[name] for part in parts])
+        agree = (stack.sign() == stack.sum(0).sign()) & (stack != 0)
+        total = torch.where(agree, stack, 0).sum(0)
+        found[name] = (total / agree.sum(0).clamp_min(1)).to(first.dtype)
+    return found
+
+
 def ensemble(setting: FusionSetting) -> Measured:
     """The mean of both networks' logits: twice the inference."""
     settings, clock = setting.settings, Clock()
@@ -233,6 +304,7 @@ def diagonal(setting: FusionSetting) -> Measured:
     ratios = [_norm(setting.model, moved) / _norm(setting.model, start) for moved in g]
     values = both_tasks(float(on_a[2]), float(on_b[2]))
     values |= {"own_a": float(on_a[0]), "own_b": float(on_b[1])}
+    values |= {"other_a": float(on_a[1]), "other_b": float(on_b[0])}  # of the network that never saw the task
     values |= {"delta_ratio_a": ratios[0], "delta_ratio_b": ratios[1], "delta_ratio": fmean(ratios)}
     costs = [setting.trained(task, settings.scale).cost for task in setting.tasks]
     return Measured(values, {}, {TRAIN: sum(costs[1:], costs[0]), **clock.seconds})
@@ -259,7 +331,14 @@ CONTROLS = (
     Method("reset statistics", reset_statistics),
 )
 
+PEERS = (
+    Method("line", along_the_line),
+    Method("Fisher merging", fisher_merged),
+    Method("TIES", ties),
+)
+
 OF_NETWORKS = (
+    *PEERS,
     Method("REPAIR", repaired),
     Method("aligned", aligned),
     Method("other start", other_start),

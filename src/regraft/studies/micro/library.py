@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from regraft.fusion import fuse_many
 from regraft.grids import Grid, evaluate, lattice
-from regraft.networks import initialise, small_cnn
+from regraft.networks import initialise, residual8, small_cnn
 from regraft.recorder import Recorder
 from regraft.studies.micro.contests import BY_HAND, OURS, Contest, MicroSetting
 from regraft.studies.micro.timing import Contender, alternate
@@ -35,9 +35,9 @@ def _loop(
     return right
 
 
-def _make_grid(images: int, setting: MicroSetting) -> dict[str, Contender]:
-    """121 sums of two small CNNs; the loop has the batch size that is best for it of three."""
-    model = small_cnn().to(setting.device).eval()
+def _make_grid(images: int, network: Callable[[], nn.Module], setting: MicroSetting) -> dict[str, Contender]:
+    """121 sums of two networks; the loop has the batch size that is best for it of three."""
+    model = network().to(setting.device).eval()
     g = setting.generator("grid")
     sources = [{n: t.to(setting.device) for n, t in initialise(model, g).items()} for _ in range(2)]
     x = torch.randn(images, 3, 32, 32, generator=g).to(setting.device)
@@ -61,9 +61,14 @@ def _right(found: Grid) -> dict[str, float]:
     return {"right answers": int(found.correct.sum())}
 
 
-def grid(images: int) -> Contest:
+def residual() -> nn.Module:
+    """The fusion study's network, at the width that it has there."""
+    return residual8(width=0.25)
+
+
+def grid(images: int, network: Callable[[], nn.Module] = small_cnn) -> Contest:
     """121 points on so many images."""
-    return Contest("121 points", (BY_HAND, OURS), partial(_make_grid, images))
+    return Contest("121 points", (BY_HAND, OURS), partial(_make_grid, images, network))
 
 
 AFTER_STEP, COPY_OF_STATE = "after_step, nothing due", "a copy of the state"

@@ -23,16 +23,21 @@ from regraft.symmetry import PermutationSpec, trace
 from regraft.tensors import Perm, Tensors
 from regraft.trajectory import Trajectory
 
-LITERAL = "literal"
 
-
-def straightforward(spec: PermutationSpec, target: Tensors, source: Tensors) -> Perm:
-    """What one would write first: at every step the whole similarity by torch in float32, scipy, no memory."""
+def straightforward(
+    spec: PermutationSpec, target: Tensors, source: Tensors, generator: torch.Generator | None = None
+) -> Perm:
+    """What one would write first, and what is published: from the identity, at every step the whole similarity by
+    torch in float32, scipy, no memory. The order of the groups is the specification's, or drawn anew in every sweep.
+    """
     perm = spec.identity()
+    groups = _order(spec, target)
     improved = True
     while improved:
         improved = False
-        for group in _order(spec, target):
+        if generator is not None:
+            groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+        for group in groups:
             score = _similarity(spec, group, target, source, perm).double().numpy()
             _, columns = linear_sum_assignment(score, maximize=True)
             before = score[range(len(score)), perm[group].numpy()].sum()
@@ -68,7 +73,8 @@ def _similarity(
 def _make(
     factory: Callable[[], nn.Module], shape: tuple[int, ...], setting: MicroSetting
 ) -> dict[str, Contender]:
-    """Two independent initialisations' parameters."""
+    """Two independent initialisations' parameters. By hand draws other orders in every call; its objective is the best
+    of them all."""
     model = factory()
     spec = trace(model, (torch.zeros(shape),))
     names = [name for name, _ in model.named_parameters()]
@@ -78,13 +84,20 @@ def _make(
     def objective(perm: Perm) -> dict[str, float]:
         return {"objective": literal.objective(spec, [target], [source], perm)}
 
-    def by_the_book() -> Perm:
-        return literal.match(spec, [target], [source], _order(spec, target))[0]
+    orders = setting.generator("orders")
+    found: list[Perm] = []
+
+    def by_hand() -> Perm:
+        found.append(straightforward(spec, target, source, orders))
+        return found[-1]
+
+    def best(_: Perm) -> dict[str, float]:
+        """Of all the orders that were drawn while it was timed."""
+        return max((objective(perm) for perm in found), key=lambda values: values["objective"])
 
     return {
-        BY_HAND: Contender(lambda: straightforward(spec, target, source), objective),
+        BY_HAND: Contender(by_hand, best),
         OURS: Contender(lambda: match(spec, target, source).perm, objective),
-        LITERAL: Contender(by_the_book, objective),
     }
 
 
@@ -101,10 +114,10 @@ def _mlp(width: int) -> nn.Module:
 def mlp_contest(width: int) -> Contest:
     """An MLP of three hidden layers of this width."""
     make = partial(_make, partial(_mlp, width), (2, 1, 28, 28))
-    return Contest(f"MLP 784-{width}-{width}-{width}-10", (BY_HAND, OURS, LITERAL), make)
+    return Contest(f"MLP 784-{width}-{width}-{width}-10", (BY_HAND, OURS), make)
 
 
-RESNET18 = Contest("resnet18", (BY_HAND, OURS, LITERAL), partial(_make, _resnet18, (2, 3, 64, 64)))
+RESNET18 = Contest("resnet18", (BY_HAND, OURS), partial(_make, _resnet18, (2, 3, 64, 64)))
 
 
 # ---------------------------------------------------------------- within a transfer

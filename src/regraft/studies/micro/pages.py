@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from regraft.studies.micro.contests import TIME
 from regraft.studies.tables import (
@@ -48,14 +48,20 @@ SUMMARY = (
 )
 
 
+def phase(name: str) -> Callable[[Group], str]:
+    """A cell: the wall seconds of one phase."""
+    return lambda group: mean([row.cost[name].wall for row in group.rows if name in row.cost], "{:.1f}")
+
+
 MODELS = (
-    Column("groups", value("groups", "{:.0f}")),
-    Column("units", value("units", "{:.0f}")),
-    Column("parameters", value("parameters", "{:.0f}")),
+    Column("error", value("error", "{:.1e}")),
     Column("moved", value("moved", "{:.2%}")),
     Column("weights moved on both axes", value("weights moved on both axes", "{:.2%}")),
-    Column("error", value("error", "{:.1e}")),
-    Column("s", lambda group: mean([row.total.wall for row in group.rows if not row.failure], "{:.1f}")),
+    Column("groups", value("groups", "{:.0f}")),
+    Column("blocks", value("blocks", "{:.0f}")),
+    Column("parameters", value("parameters", "{:.0f}")),
+    Column("trace, s", phase("trace")),
+    Column("verify, s", phase("verify")),
 )
 COMPILED = (
     *(
@@ -102,16 +108,15 @@ GPU = (
 
 
 def of_models(rows: Rows) -> Iterator[Sheet]:
-    """What was proved of each model, and of all in one line."""
+    """What was proved of each model, and of all in one line; what was frozen, and why."""
     for sheet in by_method(MODELS)(rows):
-        proved = [row for row in rows if not row.failure]
+        rows_here = [row for row in rows if row.scenario == sheet.title]
+        proved = [row for row in rows_here if not row.failure]
         worst = max((row.values["error"] or 0.0 for row in proved), default=0.0)
         spent = sum(row.total.wall for row in proved)
         memory = max((row.values.get("peak_memory [bytes]") or 0.0 for row in proved), default=0.0)
-        told = [f"{row.method}: {text}" for row in rows for text in row.notes.get("warnings", [])]
-        line = (
-            f"{len(proved)} of {len(rows)} models proved, largest error {worst:.1e}, {spent:.0f} s in all, "
-        )
+        told = [f"{row.method}: {text}" for row in rows_here for text in row.notes.get("warnings", [])]
+        line = f"{len(proved)} of {len(rows_here)} models proved, largest error {worst:.1e}, {spent:.0f} s in all, "
         yield Sheet(
             sheet.title,
             sheet.heading,
@@ -154,7 +159,7 @@ TABLES = (
     Table(
         "matching", "Matching", ("matching-mlp", "matching-resnet18", "matching-fgmt"), by_method(MATCHING)
     ),
-    Table("library", "Grids, and the recorder", ("grids", "recorder"), by_method(SUMMARY)),
+    Table("library", "Grids, and the recorder", ("grids", "grids-residual", "recorder"), by_method(SUMMARY)),
     Table("compiled", "The kernels, compiled ahead of time", ("compiled",), of_compiled),
     Table("gpu", "Kernels on a GPU", ("gpu",), by_method(GPU)),
     Table(
@@ -163,5 +168,10 @@ TABLES = (
         ("reliability",),
         by_method(RELIABILITY),
     ),
-    Table("symmetry", "torchvision's classification models", ("symmetry-torchvision",), of_models),
+    Table(
+        "symmetry",
+        "Symmetry of the models that people have",
+        ("symmetry-models", "symmetry-torchvision"),
+        of_models,
+    ),
 )

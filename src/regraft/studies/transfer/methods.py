@@ -10,160 +10,22 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regraft import learning_transfer
-from regraft.clock import Clock, Cost, charged
-from regraft.data import Dataset
-from regraft.heads import adopt
+from regraft.clock import Cost, charged
+from regraft.evaluation import accuracy
 from regraft.learning_transfer import Transfer
-from regraft.networks import build
-from regraft.studies.study import Measured, Method, Series, Setting, Task
-from regraft.symmetry import PermutationSpec, trace
-from regraft.tensors import Batch, Tensors, fill_, seeded, state
-from regraft.training import Recipe, Training
-from regraft.trajectory import Trajectory
-
-EVALUATION_BATCH = 500
-
-
-@dataclass(frozen=True)
-class Pretraining:
-    """What both networks learn, each from its own seed, before the trajectory that is transferred begins."""
-
-    task: Task
-    recipe: Recipe
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all methods of a scenario have in common.
-
-    model, arguments: ``model(**arguments)`` is the network; after pre-training it gets a new head for the task.
-    recipe: plain training, of the source and of the target. subsequent: the training that follows a transfer.
-    steps, schedule: T of the linear path and its spacing. gradient_batches: averaged in one gradient. bn_batches:
-    re-estimate BatchNorm statistics. from_identity: every matching starts there, not from the last permutation.
-    """
-
-    task: Task
-    model: Callable[..., nn.Module]
-    recipe: Recipe
-    subsequent: Recipe
-    steps: int
-    schedule: Literal["uniform", "cosine"]
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    gradient_batches: int = 1
-    bn_batches: int = 0
-    pretraining: Pretraining | None = None
-    from_identity: bool = False
-
-
-class TransferSetting(Setting):
-    """Source and target of one scenario and seed; everything is made when it is first asked for, and once."""
-
-    settings: Settings
-
-    @cached_property
-    def data(self) -> Dataset:
-        return self.dataset(self.settings.task, self.seed)
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The network, with the target's values before the training that is transferred."""
-        return self._network("target")
-
-    @cached_property
-    def target_start(self) -> Tensors:
-        """theta_2^0, after pre-training where there is any."""
-        return state(self.model)
-
-    @cached_property
-    def source_start(self) -> Tensors:
-        """theta_1^0, alike."""
-        return state(self._network("source"))
-
-    def _network(self, role: str) -> nn.Module:
-        settings, data = self.settings, self.data
-        model = build(lambda: settings.model(**settings.arguments), self.generator("values", role))
-        model = model.to(self.device)
-        if settings.pretraining is not None:
-            earlier = self.dataset(settings.pretraining.task, self.seed)
-            purpose = f"{role} pretraining"
-            learned = self.train(purpose, model, state(model), earlier, settings.pretraining.recipe)
-            fill_(model, learned.tensors)
-            with seeded(self.generator("head", role), self.device):
-                adopt(model, data.num_classes).head.reset_parameters()
-        return model
-
-    def learn(self, purpose: str, start: Tensors, recipe: Recipe, order: str | None = None) -> Training:
-        """Train on the scenario's own task, and follow test accuracy unless the run is a tuning one."""
-        return self.train(purpose, self.model, start, self.data, recipe, order=order, test=not self.tuning)
-
-    @cached_property
-    def source(self) -> Training:
-        return self.learn("source", self.source_start, self.settings.recipe)
-
-    @cached_property
-    def plain(self) -> Training:
-        return self.learn("target", self.target_start, self.settings.recipe)
-
-    @cached_property
-    def path(self) -> Trajectory:
-        """theta_1^0 .. theta_1^T."""
-        settings = self.settings
-        return Trajectory.linear(self.source_start, self.source.tensors, settings.steps, settings.schedule)
-
-    @cached_property
-    def traced(self) -> tuple[PermutationSpec, Cost]:
-        """The network's permutation groups, and what finding them took: once for all methods, so charged to none."""
-        clock = Clock()
-        images, _ = next(iter(self.validation(2)))
-        with clock.phase("trace"):
-            spec = trace(self.model, (images,))
-        return spec, clock.cost
-
-    def validation(self, size: int = EVALUATION_BATCH) -> Iterable[Batch]:
-        """Batches of the validation split."""
-        return self.data.validation.batches(size, device=self.device)
-
-    def stream(self) -> Iterable[Batch]:
-        """Batches for gradients, drawn and augmented as training's are; the same ones for every method."""
-        recipe = self.settings.recipe
-        return self.data.train.batches(
-            recipe.batch_size,
-            generator=self.generator("gradients"),
-            augment=recipe.augment,
-            device=self.device,
-            drop_last=True,
-        )
-
-    def transfer(
-        self, method: str, *, path: Trajectory | None = None, target_end: Tensors | None = None
-    ) -> Transfer:
-        """By a method of the library: the source's path, or another one of as many steps."""
-        settings = self.settings
-        forget_peak_memory(self.device)
-        return learning_transfer.transfer(
-            self.model,
-            self.path if path is None else path,
-            self.target_start,
-            self.stream(),
-            method,
-            spec=self.traced[0],
-            target_end=target_end,
-            validation=self.validation(),
-            gradient_batches=settings.gradient_batches,
-            bn_batches=settings.bn_batches,
-            from_identity=settings.from_identity,
-            generator=self.generator("sweeps"),
-        )
-
+from regraft.studies.study import Measured, Method, Series
+from regraft.studies.transfer.setting import TransferSetting, forget_peak_memory
+from regraft.symmetry import apply
+from regraft.tensors import Tensors
+from regraft.training import Training
 
 # ---------------------------------------------------------------- methods
 
@@ -171,21 +33,24 @@ class TransferSetting(Setting):
 def plain(setting: TransferSetting) -> Measured:
     """Train the target's own start: what a transfer is to save."""
     forget_peak_memory(setting.device)
-    trained = setting.plain
-    end = trained.history[-1]
+    trained, recipe = setting.plain, setting.settings.recipe
+    end, images = trained.history[-1], len(setting.data.train)
+    updates = recipe.epochs * math.ceil(images / recipe.batch_size)
     return Measured(
         values={
             "accuracy": end.test_accuracy,
             "validation": end.validation_accuracy,
             "final": end.test_accuracy,
             "delta_ratio": delta_ratio(setting.model, setting.target_start, trained.tensors),
+            "gradients": updates,
+            "gradient work [FLOP]": updates * setting.gradient_flop,
             "peak_memory [bytes]": peak_memory(setting.device),
         },
         series=curve(trained),
         cost={"training": trained.cost},
         notes={
             "parameters": sum(p.numel() for p in setting.model.parameters()),
-            "images": len(setting.data.train),
+            "images": images,
         },
     )
 
@@ -214,30 +79,79 @@ METHODS = (
 
 
 def measured(setting: TransferSetting, found: Transfer, before: Mapping[str, Cost] | None = None) -> Measured:
-    """What a transfer came to, and the training that follows it (a tuning run has none, and sees no test data).
+    """What a transfer came to, and the training that follows it.
 
     before: what else the method took, by phase.
     """
-    peak = peak_memory(setting.device)
     trace_cost = setting.traced[1]
     values = {
         "validation": found.best_accuracy,
         "best_step": found.best_step,
-        "delta_ratio": delta_ratio(setting.model, setting.source_start, setting.source.tensors),
         "gradients": found.gradients,
+        "gradient work [FLOP]": found.gradients * setting.gradient_flop,
         "objective": found.objectives[-1] if found.objectives else None,
-        "peak_memory [bytes]": peak,
         "trace [CPU s]": trace_cost.cpu,
         "trace [wall s]": trace_cost.wall,
     }
     series = {"validation": Series.over("step", range(len(found.accuracies)), found.accuracies)}
-    cost = {**found.seconds, **(before or {})}
-    if not setting.tuning:
+    if len({id(perm) for perm in found.perms[1:]}) > 1:
+        series["unsettled"] = unsettled(setting, found)
+    images, chance = len(setting.data.validation), chance_level(setting)
+    margin = 3 * math.sqrt(chance * (1 - chance) / images)
+    notes = {"at chance": max(found.accuracies[1:]) <= chance + margin}
+    return judged(setting, found.params, {**found.seconds, **(before or {})}, values, series, notes)
+
+
+def judged(
+    setting: TransferSetting,
+    params: Tensors,
+    cost: Mapping[str, Cost],
+    values: Mapping[str, float | None],
+    series: Mapping[str, Series] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> Measured:
+    """What a start is worth: test accuracy as it is, and the training that follows, where the scenario has one.
+
+    A tuning run has none, and sees no test data.
+    """
+    values = {
+        "delta_ratio": delta_ratio(setting.model, setting.source_start, setting.source.tensors),
+        "source": setting.source.history[-1].test_accuracy,
+        "peak_memory [bytes]": peak_memory(setting.device),
+        **values,
+    }
+    series = dict(series or {})
+    if setting.tuning:
+        pass
+    elif setting.settings.subsequent is None:
+        values["accuracy"] = accuracy(setting.model, params, setting.tests())
+    else:
         purpose = f"after {setting.method.name}"
-        after = setting.learn(purpose, found.params, setting.settings.subsequent, "subsequent")
+        after = setting.learn(purpose, params, setting.settings.subsequent, "subsequent")
         values |= {"accuracy": after.history[0].test_accuracy, "final": after.history[-1].test_accuracy}
         series |= curve(after, charged(cost))
-    return Measured(values, series, cost)
+    return Measured(values, series, cost, notes or {})
+
+
+def chance_level(setting: TransferSetting) -> float:
+    """Validation accuracy of naming the most frequent class."""
+    labels = setting.data.validation.labels
+    return float(labels.bincount().max()) / len(labels)
+
+
+def unsettled(setting: TransferSetting, found: Transfer) -> Series:
+    """|pi_t Delta - pi_T Delta| / |Delta| over t = 1 .. T: lemma 3.2 wants it to become small."""
+    delta = {
+        name: setting.source.tensors[name] - setting.source_start[name]
+        for name, _ in setting.model.named_parameters()
+    }
+    spec = setting.traced[0]
+    last = apply(spec, found.perms[-1], delta)
+    apart = [
+        norm(tensor - last[name] for name, tensor in apply(spec, perm, delta).items())
+        for perm in found.perms[1:]
+    ]
+    return Series.over("step", range(1, len(found.perms)), [value / norm(delta.values()) for value in apart])
 
 
 def curve(trained: Training, before: Cost | None = None) -> dict[str, Series]:
@@ -260,12 +174,6 @@ def delta_ratio(model: nn.Module, start: Tensors, end: Tensors) -> float:
 def norm(tensors: Iterable[Tensor]) -> float:
     """Of all of them together."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
-
-
-def forget_peak_memory(device: str) -> None:
-    """Start a new peak on a GPU; that of a CPU is the process's own, and only rises."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: str) -> int:

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import chain
 
 from regraft.studies.micro.reliability import assignments, files, inputs, writers
-from regraft.studies.micro.reliability.attempt import OUTCOMES, Case, attempt
+from regraft.studies.micro.reliability.attempt import OUTCOMES, Case, attempt, tally
 from regraft.studies.micro.reliability.writers import WRITERS, Found
 from regraft.studies.study import Measured, Method, Setting
 
@@ -82,7 +82,10 @@ def methods() -> tuple[Method, ...]:
 
 
 def _measure(name: str, setting: Setting) -> Measured:
-    return held([name], setting.settings)[name]
+    campaign: Campaign = setting.settings
+    if name in CAMPAIGNS:
+        return held([name], campaign)[name]
+    return tally(campaigns(campaign.assignments)[name](campaign))  # these need no process of their own
 
 
 def held(names: Sequence[str], campaign: Campaign) -> dict[str, Measured]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -86,10 +87,10 @@ def judged(matrix: np.ndarray, solve: Callable[[], rk.Assignment]) -> tuple[str,
 
 
 def everything(count: int) -> Iterator[tuple[str, str, Iterator[Found]]]:
-    """(kind, backend, what was found): ``count`` in all, one in five of them warm."""
+    """(kind, backend, what was found): ``count`` in all at least, one in five of them warm."""
     names = [name for name in backends() if name != "auto"]
-    cold = count * 4 // 5 // (len(ALL_KINDS) * len(names))
+    cold = math.ceil(count * 4 / 5 / (len(ALL_KINDS) * len(names)))
     for backend in names:
         for kind in ALL_KINDS:
             yield kind, backend, solved(kind, backend, cold)
-        yield "warm, from wrong duals", backend, warm(backend, count // 5 // len(names))
+        yield "warm, from wrong duals", backend, warm(backend, math.ceil(count / 5 / len(names)))

@@ -1,0 +1,226 @@
+"""What is traced and proved: a model, what it is called with, and which of its outputs counts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import linecache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from regraft.evaluation import evaluating
+
+Forward = str | Callable[..., Any] | None
+"""A method of the model by name, or a function ``forward(model, *args, **kwargs)``; None: the model itself."""
+
+Output = str | int | Sequence[str | int] | None
+"""The key, attribute or place of the output that counts, or several; None: ``logits``, else the first tensor."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model: positional and keyword inputs, what is called, and the output that counts."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    forward: Forward = None
+    output: Output = None
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Any,
+        kwargs: Mapping[str, Any] | None = None,
+        forward: Forward = None,
+        output: Output = None,
+    ) -> Call:
+        """``inputs``: one tensor, a tuple of positional inputs, or a mapping of keyword inputs."""
+        if isinstance(inputs, Mapping):
+            return cls((), {**inputs, **(kwargs or {})}, forward, output)
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        return cls(args, dict(kwargs or {}), forward, output)
+
+    def double(self) -> Call:
+        """With floating inputs in float64."""
+        args, kwargs = pytree.tree_map(
+            lambda x: _double(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs)
+        )
+        return replace(self, args=args, kwargs=kwargs)
+
+    def run(self, model: nn.Module, *, heads: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs that count, and by-products. With auxiliary ``heads`` every output counts."""
+        return Caller(model, self, heads)(*self.args, **self.kwargs)
+
+
+class Caller(nn.Module):
+    """The call as a module: its result is what counts and by-products, in two lists."""
+
+    def __init__(self, model: nn.Module, call: Call, heads: bool = False) -> None:
+        super().__init__()
+        self.model, self.call, self.heads = model, call, heads
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+        forward = self.call.forward
+        if forward is None:
+            result = self.model(*args, **kwargs)
+        elif isinstance(forward, str):
+            result = getattr(self.model, forward)(*args, **kwargs)
+        elif getattr(forward, "__self__", None) is not None:  # bound: of a copy it is the copy's own method
+            result = getattr(self.model, forward.__name__)(*args, **kwargs)
+        else:
+            result = forward(self.model, *args, **kwargs)
+        tensors = _tensors(result)
+        chosen = tensors if self.heads else _chosen(result, self.call.output, type(self.model).__name__)
+        counts = {id(tensor) for tensor in chosen}
+        return chosen, [tensor for tensor in tensors if id(tensor) not in counts]
+
+
+@contextlib.contextmanager
+def ready(model: nn.Module, *, heads: bool = False) -> Iterator[None]:
+    """Inside, the model is in evaluation mode (see :func:`regraft.evaluation.evaluating`) and keeps no caches."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    for config in caching:
+        config.use_cache = False
+    try:
+        with evaluating(model, heads=heads):
+            yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def check_placed(model: nn.Module, call: Call) -> None:
+    """Raises ValueError for a model without values, on several devices, or elsewhere than its inputs."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    inputs = [x for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
+    name = type(model).__name__
+    for tensor_name, tensor in named.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"tensor {tensor_name!r} of {name} is on the meta device, without values: "
+                "give it some first (model.to_empty and its initialisation, or a checkpoint)"
+            )
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(f"tensor {tensor_name!r} of {name} has no shape yet: call the model once first")
+    devices = {t.device: f"tensor {n!r}" for n, t in reversed(named.items())}
+    devices |= {t.device: "an input" for t in inputs if t.device not in devices}
+    if len(devices) > 1:
+        held = ", ".join(f"{what} on {device}" for device, what in devices.items())
+        raise ValueError(f"{name} is on several devices ({held}): move model and inputs to one")
+
+
+# ---- outputs
+
+
+def _chosen(result: Any, output: Output, name: str) -> list[Tensor]:
+    if isinstance(output, Sequence) and not isinstance(output, str):
+        return [tensor for one in output for tensor in _chosen(result, one, name)]
+    if output is None:
+        logits = _part(result, "logits")
+        chosen = logits if isinstance(logits, Tensor) else next(iter(_tensors(result)), None)
+        if chosen is None:
+            raise ValueError(
+                f"the output of {name} is no tensor and holds none (it is of type {type(result).__name__}); "
+                "choose a forward that gives one"
+            )
+        return [chosen]
+    chosen = _part(result, output)
+    if not isinstance(chosen, Tensor):
+        kind = "there is none" if chosen is None else f"it is of type {type(chosen).__name__}"
+        raise ValueError(f"output {output!r} of {name} is no tensor: {kind}")
+    return [chosen]
+
+
+def _part(result: Any, key: str | int) -> Any:
+    """result[key] or result.key, None where there is neither."""
+    if isinstance(result, Tensor):
+        return result if key == 0 else None
+    if isinstance(key, str) and not isinstance(result, Mapping):
+        return getattr(result, key, None)
+    try:
+        return result[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    """The tensors of a result, in order, those of caches left out."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, Mapping):
+        parts = [part for key, part in result.items() if key != "past_key_values"]
+    elif isinstance(result, list | tuple):
+        parts = list(result)
+    elif is_dataclass(result):
+        parts = [getattr(result, f.name) for f in fields(result)]
+    else:
+        parts = []
+    return list(
+        {id(t): t for part in parts if "Cache" not in type(part).__name__ for t in _tensors(part)}.values()
+    )
+
+
+# ---- copies
+
+
+def double(model: nn.Module) -> nn.Module:
+    """A deep copy in float64: also of buffers that are not saved, and of tensors that are plain attributes."""
+    copied = _copy(model, lambda tensor: _double(tensor.detach()).clone()).double()
+    for module in copied.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _double(buffer)
+    return copied.requires_grad_(False)
+
+
+def shadow(model: nn.Module) -> nn.Module:
+    """A copy of the modules alone, which share their tensors with the model: what they cache stays theirs."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return _copy(model, lambda tensor: tensor, {id(tensor): tensor for tensor in tensors})
+
+
+def _copy(
+    model: nn.Module, held: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None
+) -> nn.Module:
+    """A deep copy; plain attributes that are tensors (torch copies none with a history) become ``held`` of them."""
+    memo = memo or {}
+    for module in model.modules():
+        memo |= {id(x): held(x) for x in vars(module).values() if isinstance(x, Tensor)}
+    return copy.deepcopy(model, memo)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+# ---- errors
+
+
+def cause(error: BaseException, model: nn.Module) -> str:
+    """One line: the module in which an error came up, the line of its source, and what the error says."""
+    names = {id(module): name for name, module in model.named_modules()}
+    where = ""
+    trail = error.__traceback__
+    while trail is not None:
+        module = trail.tb_frame.f_locals.get("self")
+        if (
+            isinstance(module, nn.Module)
+            and id(module) in names
+            and trail.tb_frame.f_code.co_name != "_call_impl"
+        ):
+            code = trail.tb_frame.f_code
+            source = linecache.getline(code.co_filename, trail.tb_lineno).strip()
+            if "torch/nn/modules/module.py" not in code.co_filename:
+                named = f"module {names[id(module)]!r}" if names[id(module)] else "its own forward"
+                where = f" in {named} ({type(module).__name__}) at `{source[:120]}`"
+        trail = trail.tb_next
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}{where}: {said[:200]}"
