@@ -24,9 +24,12 @@ _PUBLIC = {
     "Transfer": "learning_transfer",
     "fuse": "fusion",
     "assign_gradient": "fusion",
+    "port": "porting",
+    "match_checkpoints": "porting",
+    "fuse_checkpoints": "porting",
 }
 
-_MODULES = ("activations", "fast", "fusion", "grids")
+_MODULES = ("activations", "fast", "fusion", "grids", "porting")
 
 __all__ = [
     "Match",
@@ -39,20 +42,25 @@ __all__ = [
     "assign_gradient",
     "fast",
     "fuse",
+    "fuse_checkpoints",
     "fusion",
     "grids",
     "inverse",
     "match",
+    "match_checkpoints",
+    "port",
+    "porting",
     "trace",
     "transfer",
     "verify",
 ]
 
 if TYPE_CHECKING:
-    from regraft import activations, fast, fusion, grids
+    from regraft import activations, fast, fusion, grids, porting
     from regraft.fusion import assign_gradient, fuse
     from regraft.learning_transfer import Transfer, transfer
     from regraft.matching import Match, match
+    from regraft.porting import fuse_checkpoints, match_checkpoints, port
     from regraft.symmetry import PermutationSpec, apply, inverse, trace, verify
     from regraft.trajectory import Trajectory
 

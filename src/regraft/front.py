@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -249,4 +250,77 @@ def over_time(rows: Sequence[Row], *, as_json: bool = False) -> int:
         print(json.dumps([asdict(track) for track in tracks], indent=1))
     else:
         Console().print(history.sheet(tracks).rich())
+    return 0
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def planned(files: Sequence[Path], out: Path, asked: Mapping[str, Any], *, as_json: bool = False) -> int:
+    """Check a port of (base, fine-tune, new base), and print what would be done."""
+    from regraft import porting
+
+    made = porting.plan(*files, out, **_in_bytes(asked))
+    if as_json:
+        print(json.dumps(made.told(), indent=1))
+        return 0
+    print("\n".join(made.lines()))
+    Console().print(made.subject.spec.table())
+    return 0
+
+
+def ported(
+    files: Sequence[Path], out: Path, asked: Mapping[str, Any], *, resume: bool, as_json: bool = False
+) -> int:
+    """Port (base, fine-tune, new base), and print what came of it."""
+    from regraft import porting
+
+    return _finished(porting.port(*files, out, resume=resume, **_in_bytes(asked)), as_json)
+
+
+def aligned(
+    a: Path, b: Path, out: Path, known: Mapping[str, Any], *, resume: bool, as_json: bool = False
+) -> int:
+    """Align one checkpoint to another, and print what came of it."""
+    from regraft import porting
+
+    return _finished(porting.match_checkpoints(a, b, out, resume=resume, **_in_bytes(known)), as_json)
+
+
+def fused(
+    networks: Sequence[Path],
+    weights: Sequence[float],
+    out: Path,
+    known: Mapping[str, Any],
+    *,
+    align: bool,
+    resume: bool,
+    as_json: bool = False,
+) -> int:
+    """Sum checkpoints, and print what came of it."""
+    from regraft import porting
+
+    asked = {"align": align, "resume": resume, **_in_bytes(known)}
+    return _finished(porting.fuse_checkpoints(networks, weights, out, **asked), as_json)
+
+
+def _in_bytes(asked: Mapping[str, Any]) -> dict[str, Any]:
+    from regraft.checkpoint_files import parse_size
+
+    limit = asked["max_memory"]
+    return {**asked, "max_memory": None if limit is None else parse_size(limit)}
+
+
+def _finished(done: Any, as_json: bool) -> int:
+    """done: what `regraft.porting` returns."""
+    if as_json:
+        print(json.dumps(done.told(), indent=1))
+        return 0
+    print("\n".join(done.plan.lines()))
+    for name, value in done.found.items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        for part, one in parts:
+            said = f"{one:.4g}" if isinstance(one, float) else one
+            print(f"{name.replace('_', ' ')}{part and ', '}{part}: {said}")
+    print(f"written: {done.out}")
     return 0
