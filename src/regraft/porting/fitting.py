@@ -213,12 +213,12 @@ def check_base(found: Distances, base: str, new_base: str) -> None:
     """Raises BadFile where the fine-tune has nothing to do with its base, or nothing was learned."""
     if not found.tensors:
         return
-    if found.base > UNRELATED:
+    exchanged = found.new_base < found.base / 2
+    if found.base > UNRELATED or exchanged:
         far = ", ".join(f"{name} {distance:.2f}" for name, distance in found.farthest())
-        nearer = found.new_base < UNRELATED
         raise BadFile(
             f"the fine-tune does not come from {base}: relative distance {found.base:.2f} (1: unrelated), such as {far}"
-            + (f"; it is nearer to {new_base} ({found.new_base:.2f})" if nearer else "")
+            + (f"; it is nearer to {new_base} ({found.new_base:.2f})" if exchanged else "")
         )
     if found.base == 0:
         raise BadFile(f"the fine-tune equals {base}: there is nothing to port")
