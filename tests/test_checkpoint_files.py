@@ -33,7 +33,10 @@ DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.in
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(DTYPES, st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=6), st.integers(1, 99))
+@given(
+    st.lists(st.tuples(DTYPES, st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=6),
+    st.integers(1, 99),
+)
 def test_what_is_written_is_read_to_the_bit_whatever_the_size_of_a_file(kinds, limit):
     tensors = {f"t{i}": torch.randn(shape).mul(3).to(dtype) for i, (dtype, shape) in enumerate(kinds)}
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +61,9 @@ def test_a_prefix_of_the_models_own_stays_or_is_put_back(tmp_path):
     save_file(own, tmp_path / "a.safetensors")
     assert same(Checkpoint.open(tmp_path / "a.safetensors").named_as(own), own)
     save_file(WEIGHTS, tmp_path / "b.safetensors")
-    put_back = Checkpoint.open(tmp_path / "b.safetensors").named_as({f"bert.{name}" for name in WEIGHTS}, "bert.")
+    put_back = Checkpoint.open(tmp_path / "b.safetensors").named_as(
+        {f"bert.{name}" for name in WEIGHTS}, "bert."
+    )
     assert set(put_back) == {f"bert.{name}" for name in WEIGHTS}
     assert "put 'bert.'" in put_back.notes[-1]
 
@@ -165,7 +170,10 @@ def test_an_interrupted_one_goes_on_for_the_same_inputs_alone(tmp_path):
         write_shards(part, layout(WEIGHTS), WEIGHTS)
         raise KeyboardInterrupt
     assert not out.exists()
-    with pytest.raises(ValueError, match="begun with another inputs"), beside(out, {"inputs": 2}, resume=True):
+    with (
+        pytest.raises(ValueError, match="begun with another inputs"),
+        beside(out, {"inputs": 2}, resume=True),
+    ):
         pass
     with beside(out, {"inputs": 1}, resume=True) as part:
         assert same(Checkpoint.open(part), WEIGHTS)
@@ -194,7 +202,9 @@ def test_of_two_writers_one_is_told_and_what_is_there_stays(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("1.5 MiB", 3 * 2**19), ("1000", 1000), ("2k", 2000)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("1.5 MiB", 3 * 2**19), ("1000", 1000), ("2k", 2000)]
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 

@@ -26,7 +26,13 @@ CLASSES = 5
 
 def mlp(classes: int = CLASSES) -> nn.Module:
     return nn.Sequential(
-        nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, classes)
+        nn.Linear(6, 12),
+        nn.ReLU(),
+        nn.Linear(12, 9),
+        nn.ReLU(),
+        nn.Linear(9, 8),
+        nn.ReLU(),
+        nn.Linear(8, classes),
     )
 
 
@@ -148,8 +154,45 @@ def test_a_head_of_other_classes_is_carried_over_permuted_on_its_input(tmp_path)
     paths = saved(tmp_path, base=base, tuned=tuned, new=regraft.apply(spec, perm, base))
     out = regraft.port(*paths, tmp_path / "out", method="weights", **KNOWN).out
     found = result(out)
-    close({"w": found["6.weight"], "b": found["6.bias"]}, {"w": tuned["6.weight"][:, perm["4"]], "b": tuned["6.bias"]})
+    close(
+        {"w": found["6.weight"], "b": found["6.bias"]},
+        {"w": tuned["6.weight"][:, perm["4"]], "b": tuned["6.bias"]},
+    )
     assert "its head is carried over" in (out / "README.md").read_text()
+
+
+class Pooled(nn.Module):
+    """A body, and a head of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.pre, self.out = (
+            nn.Sequential(nn.Linear(6, 8), nn.ReLU()),
+            nn.Linear(8, 7),
+            nn.Linear(7, 3),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.pre(self.body(x))))
+
+
+def test_parts_that_no_base_has_are_carried_over(tmp_path):
+    model = Pooled()
+    tuned = near(state(model, 0))
+    base = {n: t for n, t in near(tuned).items() if n.startswith("body")}
+    spec = regraft.trace(model, torch.randn(1, 6))
+    perm = spec.random(torch.Generator().manual_seed(2))
+    new = {n: t for n, t in regraft.apply(spec, perm, tuned | base).items() if n in base}
+    paths = saved(tmp_path, base=base, tuned=tuned, new=new | {"other.weight": torch.ones(2)})
+    done = regraft.port(*paths, tmp_path / "out", model=model, inputs=torch.randn(1, 6), method="weights")
+    x = torch.randn(4, 6)
+    close(
+        {"y": torch.func.functional_call(model, result(done.out), x)},
+        {"y": torch.func.functional_call(model, tuned, x)},
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    assert any("other.weight" in note for note in done.plan.notes)
 
 
 def test_a_proven_specification_stands_for_the_model(three, tmp_path):
@@ -179,12 +222,16 @@ def test_matching_from_files_is_matching(make):
     pair = [{n: t.detach() for n, t in make().named_parameters()} for _ in range(2)]
     whole, streamed = match(spec, *pair), match_streamed(spec, *pair)
     assert streamed.objective == pytest.approx(whole.objective, rel=0.02)
-    assert streamed.objective == pytest.approx(match(spec, *pair, start=streamed.perm, max_sweeps=1).objective, rel=1e-5)
+    assert streamed.objective == pytest.approx(
+        match(spec, *pair, start=streamed.perm, max_sweeps=1).objective, rel=1e-5
+    )
 
 
 def test_fgmt_is_the_transfer_along_the_straight_line(three, tmp_path):
     data = [(torch.randn(16, 6), torch.randint(CLASSES, (16,))) for _ in range(3)]
-    done = regraft.port(*three, tmp_path / "out", method="fgmt", data={"train": data, "test": data}, steps=3, **KNOWN)
+    done = regraft.port(
+        *three, tmp_path / "out", method="fgmt", data={"train": data, "test": data}, steps=3, **KNOWN
+    )
     base, tuned, new = (load_file(path) for path in three)
     path = regraft.Trajectory.linear(base, tuned, steps=3)
     close(result(done.out), regraft.transfer(mlp(), path, new, data, "fgmt").params, rtol=1e-5, atol=1e-5)
@@ -276,6 +323,11 @@ def without(name: str):
     return lambda tensors: {n: t for n, t in tensors.items() if n != name}
 
 
+def shallower(tensors: Tensors) -> Tensors:
+    kept = {n: t for n, t in tensors.items() if n[0] in "02"}
+    return kept | {"4.weight": torch.ones(CLASSES, 9), "4.bias": torch.ones(CLASSES)}
+
+
 def images(paths: list[Path], count: int) -> Path:
     from PIL import Image
 
@@ -289,11 +341,28 @@ def images(paths: list[Path], count: int) -> Path:
 
 
 BAD = {
-    "architecture": (broken("base", without("2.weight")), [], "has no tensor '2.weight'.*another architecture"),
-    "shape": (broken("new", lambda t: t | {"2.weight": torch.ones(3, 3)}), [], r"new.*'2\.weight' has shape \(3, 3\)"),
+    "architecture": (
+        broken("base", without("2.weight")),
+        [],
+        "has no tensor '2.weight'.*another architecture",
+    ),
+    "shape": (
+        broken("new", lambda t: t | {"2.weight": torch.ones(3, 3)}),
+        [],
+        r"new.*'2\.weight' has shape \(3, 3\)",
+    ),
+    "shallower": (broken("new", shallower), [], r"new.*'4\.weight' has shape \(5, 9\).*no classifier's"),
     "extra": (broken("tuned", lambda t: t | {"0.scale": torch.ones(3)}), [], "tuned.*has tensor '0.scale'"),
-    "nan": (broken("tuned", lambda t: t | {"0.bias": t["0.bias"] * torch.nan}), [], "'0.bias' of .*tuned.*not finite"),
-    "other base": (broken("base", lambda t: {n: torch.randn(x.shape) for n, x in t.items()}), [], "does not come from"),
+    "nan": (
+        broken("tuned", lambda t: t | {"0.bias": t["0.bias"] * torch.nan}),
+        [],
+        "'0.bias' of .*tuned.*not finite",
+    ),
+    "other base": (
+        broken("base", lambda t: {n: torch.randn(x.shape) for n, x in t.items()}),
+        [],
+        "does not come from",
+    ),
     "exchanged": (lambda p: [p[2], p[1], p[0]], [], r"does not come from .*new.*nearer to .*base"),
     "equal": (lambda p: [p[1], p[1], p[2]], [], "there is nothing to port"),
     "absent": (lambda p: [p[0].with_name("none.pt"), *p[1:]], [], "none.pt"),
@@ -308,7 +377,17 @@ def test_bad_files_are_one_line_and_status_1(case, three, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     paths = change(three)
     before = sorted(tmp_path.iterdir())
-    words = ["port", *map(str, paths), "--model", f"{__name__}:mlp", "--shape", "2", "6", "--method", "weights"]
+    words = [
+        "port",
+        *map(str, paths),
+        "--model",
+        f"{__name__}:mlp",
+        "--shape",
+        "2",
+        "6",
+        "--method",
+        "weights",
+    ]
     assert main([*words, "--out", "out", *more]) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
@@ -328,7 +407,17 @@ def test_bad_files_are_one_line_and_status_1(case, three, tmp_path, monkeypatch,
     ],
 )
 def test_what_is_asked_wrongly_is_one_line_and_status_2(more, said, three, tmp_path, capsys):
-    words = ["port", *map(str, three), "--shape", "2", "6", "--out", str(tmp_path / "out"), "--method", "weights"]
+    words = [
+        "port",
+        *map(str, three),
+        "--shape",
+        "2",
+        "6",
+        "--out",
+        str(tmp_path / "out"),
+        "--method",
+        "weights",
+    ]
     assert main([*words, *more]) == 2
     captured = capsys.readouterr()
     assert said in captured.err
@@ -358,7 +447,17 @@ def test_too_little_disk_is_said_before_any_work(three, tmp_path, monkeypatch):
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(three, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
-    words = ["port", *map(str, three), "--model", f"{__name__}:mlp", "--shape", "2", "6", "--method", "weights"]
+    words = [
+        "port",
+        *map(str, three),
+        "--model",
+        f"{__name__}:mlp",
+        "--shape",
+        "2",
+        "6",
+        "--method",
+        "weights",
+    ]
     assert main([*words, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "relative distance of the fine-tune" in printed
@@ -420,7 +519,9 @@ def resnet() -> nn.Module:
 
 def vit() -> nn.Module:
     timm = pytest.importorskip("timm")
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3
+    )
 
 
 @pytest.mark.parametrize("make", [resnet, vit])
@@ -433,7 +534,17 @@ def test_models_of_torchvision_and_timm(make, tmp_path):
     paths = saved(tmp_path, base=base, new=new)
     torch.save({"state_dict": {f"model.{n}": t for n, t in tuned.items()}}, tmp_path / "tuned.ckpt")
     words = ["port", str(paths[0]), str(tmp_path / "tuned.ckpt"), str(paths[1]), "--method", "weights"]
-    words += ["--model", f"{__name__}:{make.__name__}", "--shape", "1", "3", "32", "32", "--out", str(tmp_path / "out")]
+    words += [
+        "--model",
+        f"{__name__}:{make.__name__}",
+        "--shape",
+        "1",
+        "3",
+        "32",
+        "32",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(words) == 0
     model = make()
     regraft.fast.adopt(model, 4, head=head)
@@ -443,7 +554,12 @@ def test_models_of_torchvision_and_timm(make, tmp_path):
 def test_a_classifier_of_transformers_in_shards(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=32, num_labels=3
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=32,
+        num_labels=3,
     )
     torch.manual_seed(0)
     base, new = transformers.BertModel(config), transformers.BertForPreTraining(config)
@@ -459,7 +575,9 @@ def test_a_classifier_of_transformers_in_shards(tmp_path):
         data=[(tokens, torch.randint(3, (8,)))],
         steps=2,
     )
-    loaded, told = transformers.BertForSequenceClassification.from_pretrained(done.out, output_loading_info=True)
+    loaded, told = transformers.BertForSequenceClassification.from_pretrained(
+        done.out, output_loading_info=True
+    )
     assert not any(told.values())
     assert any("cls.predictions" in note for note in done.plan.notes)
     assert set(Checkpoint.open(done.out)) == set(loaded.state_dict())

@@ -109,6 +109,17 @@ def unfit(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
     ]
 
 
+def new_parts(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
+    """The tensors of the model's last parts, of which the checkpoint has none: what a task puts behind a body."""
+    parts = {name.partition(".")[0] for name in checkpoint.entries}
+    found: list[str] = []
+    for name in reversed(anatomy.shapes):
+        if name.partition(".")[0] in parts:
+            break
+        found.append(name)
+    return found
+
+
 def check_head(checkpoint: Checkpoint, anatomy: Anatomy, names: list[str]) -> str:
     """The module that holds the tensors ``names``, if it alone, and only in its number of outputs, is other.
 
@@ -133,16 +144,22 @@ def check_head(checkpoint: Checkpoint, anatomy: Anatomy, names: list[str]) -> st
     )
 
 
-def with_outputs(spec: PermutationSpec, entries: Mapping[str, Entry], module: str) -> PermutationSpec:
-    """The specification for a head of another number of outputs, which no permutation moves.
+def with_outputs(
+    spec: PermutationSpec, entries: Mapping[str, Entry], names: Sequence[str]
+) -> PermutationSpec:
+    """The specification for a head, ``names``, of another number of outputs, which no permutation moves.
 
-    Raises BadFile where the tensors of ``module`` are no head: its outputs are units.
+    Raises BadFile, naming file and tensor, where they are no head's: the outputs are units.
     """
     proven = spec.proven
-    for name in [name for name in spec.axes if name.rpartition(".")[0] == module]:
+    for name in [name for name in names if name in entries]:
+        entry = entries[name]
         if groups_of(spec.axes[name][0]):
-            raise BadFile(f"tensor {name!r} has shape {entries[name].shape}, and is no classifier's")
-        spec = spec.with_axis(name, 0, (Segment(None, 0, entries[name].shape[0]),))
+            raise BadFile(
+                f"{entry.file}: tensor {name!r} has shape {entry.shape}, the model's is {spec.shapes[name]}, and it is "
+                "no classifier's: is it of another architecture?"
+            )
+        spec = spec.with_axis(name, 0, (Segment(None, 0, entry.shape[0]),))
     spec.mark(proven=proven)  # of what does not move the length says nothing
     return spec
 

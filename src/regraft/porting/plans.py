@@ -119,14 +119,15 @@ def layout_like(result: Checkpoint, dtypes_of: Checkpoint, max_memory: int | Non
 
 def streamed(spec: PermutationSpec | None, layout: Layout) -> int:
     """Bytes at the peak of matching and writing tensor by tensor: similarities of the largest groups with what the
-    assignment makes of them, and a pair of the largest tensors with copies; or one file with its largest tensor."""
+    assignment makes of them, and a pair of the largest tensors with copies; or one file, which is held twice as it is
+    written, with the tensors that its last one is made of."""
     largest = FLOAT * max((math.prod(shape) for _, shape in layout.tensors.values()), default=0)
     families = () if spec is None else spec.families
     matching = max(
         (_similarities([spec.groups[g] for g in family]) for family in families if spec), default=0
     )
     shard = max((sum(_bytes(layout, name) for name in names) for names in layout.shards), default=0)
-    return max(matching + 4 * largest, shard + 4 * largest)
+    return max(matching + 8 * largest, 2 * shard + 8 * largest)
 
 
 def _similarities(sizes: Sequence[int]) -> int:

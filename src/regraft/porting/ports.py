@@ -154,7 +154,7 @@ def plan(
     in_memory = method in IN_MEMORY or data is not None
     copies = 2 * steps + 8 if method in IN_MEMORY else 8
     needed, why = (copies * whole, "with data, the networks in memory") if in_memory else (
-        streamed(found.spec, layout) + (3 * whole if found.model else 0), "streaming"
+        streamed(None if method == "naive" else found.spec, layout) + (3 * whole if found.model else 0), "streaming"
     )  # fmt: skip
     memory = check_memory(needed, f"method {method!r} ({why})", allowed)
     if out is not None:

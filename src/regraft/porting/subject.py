@@ -17,7 +17,7 @@ from regraft.files import BadFile
 from regraft.heads import adopt
 from regraft.models import Named, by_name
 from regraft.porting.data import Data, data_by_name, data_of
-from regraft.porting.fitting import Anatomy, check_head, fit, unfit, with_outputs
+from regraft.porting.fitting import Anatomy, check_head, fit, new_parts, unfit, with_outputs
 from regraft.symmetry import PermutationSpec, apply, trace, verify
 from regraft.symmetry.calls import Call, Caller, ready, shadow
 from regraft.tensors import Perm, Tensors
@@ -67,10 +67,12 @@ class Subject:
         Raises BadFile, naming file and tensor, where anything but a head does not fit.
         """
         found = fit(checkpoint, self.anatomy, is_base=True)
-        if odd := unfit(found, self.anatomy):
+        new = set(new_parts(found, self.anatomy))
+        odd = [name for name in unfit(found, self.anatomy) if name not in new]
+        if odd:
             check_head(found, self.anatomy, odd)
-            found = found.without(found.entries.keys() & set(odd), "its head is of other classes")
-        return found
+            with_outputs(self.spec, found.entries, odd)
+        return found.without(found.entries.keys() & set(odd), "its head is of other classes")
 
     def classifier(self) -> nn.Module:
         """The model as a function of one tensor that gives logits. Raises ValueError where there is no model."""
@@ -170,8 +172,8 @@ def _of_spec(checkpoint: Checkpoint, spec: PermutationSpec) -> tuple[Subject, Ch
     anatomy = Anatomy.of_spec(spec)
     found = fit(checkpoint, anatomy, is_base=False)
     if odd := unfit(found, anatomy):
-        module = check_head(found, anatomy, odd)
-        spec = with_outputs(spec, found.entries, module)
+        check_head(found, anatomy, odd)
+        spec = with_outputs(spec, found.entries, odd)
     return Subject(spec, Anatomy.of_spec(spec)), found
 
 
