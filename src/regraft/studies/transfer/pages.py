@@ -25,7 +25,7 @@ from regraft.studies.tables import (
     spread,
     value,
 )
-from regraft.studies.transfer import scenarios
+from regraft.studies.transfer import ports, scenarios
 
 SHARES = (0.90, 0.95, 0.99)
 """Of plain training's accuracy: what a transferred network is to reach."""
@@ -277,6 +277,45 @@ def _basins(rows: Rows) -> Iterator[Sheet]:
     return by_method(BASINS)([row for row in rows if row.method != "plane"])
 
 
+PORT_QUESTIONS = (
+    ("gradfix", "naive"),
+    ("weights", "naive"),
+    ("fgmt", "weights"),
+    ("fgmt + gradfix", "fgmt"),
+    ("fgmt", "few-shot"),
+    ("fgmt + gradfix", "few-shot"),
+    ("fgmt + gradfix", "probe"),
+)
+
+
+def _seconds_at(images: int) -> Callable[[Group], str]:
+    """A cell: CPU seconds of the port with so many images of each class."""
+    return lambda group: mean(
+        [dict(row.series["cost by images [CPU s]"].points())[images] for row in group.rows if row.series],
+        "{:.2g}",
+    )
+
+
+def ported(rows: Rows) -> Iterator[Sheet]:
+    """One line a method, one column a number of images a class; who is ahead, number by number."""
+    for own in by_scenario(rows).values():
+        series = [row.series["accuracy by images"] for row in own if row.series]
+        counts = [int(count) for found in series[:1] for count, _ in found.points()]
+        columns = (
+            SEEDS,
+            *(Column(str(count), value(ports.at(count))) for count in counts),
+            Column(f"CPU s at {counts[-1]}", _seconds_at(counts[-1])),
+        )
+        (sheet,) = by_method(columns)(own)
+        answers = [
+            f"{a} − {b}, {count} a class: {found}"
+            for a, b in PORT_QUESTIONS
+            for count in counts
+            if (found := compare(own, a, b, ports.at(count))) is not None
+        ]
+        yield replace(sheet, notes=(*answers, *sheet.notes))
+
+
 FIVE = ("naive", "weights", "oracle", "fgmt", "plain")
 _main = names(scenarios.MAIN)
 
@@ -305,4 +344,5 @@ TABLES = (
     Table("basins", "Barriers", names(scenarios.BASINS), _basins),
     Table("ensembles", "Ensembles", names(scenarios.ENSEMBLES), by_method(ENSEMBLES)),
     Table("cost", "Gradients, operations, seconds", names(scenarios.COSTS), by_method(COST)),
+    Table("ports", "A fine-tune on a new base, by images of each class", names(scenarios.PORTS), ported),
 )

@@ -281,7 +281,7 @@ PORT_RECIPE = Recipe(epochs=10, lr=0.02, weight_decay=1e-4)
 port_resnet = PortSettings(
     task=Task("cifar100", CIFAR100_TRANSFER, size=16),
     model=networks.residual8,
-    arguments={"num_classes": 10, "width": 0.25},
+    arguments={"num_classes": 10, "width": 0.125},
     recipe=PORT_RECIPE,
     subsequent=None,
     steps=10,
@@ -295,7 +295,7 @@ port_vit = replace(
     arguments={"num_classes": 10, "size": 16, "depth": 2},
     recipe=Recipe(epochs=10, lr=1e-3, optimizer="adam"),
     bn_batches=0,
-    pretraining=Pretraining(Task("cifar10", size=16), Recipe(epochs=5, lr=1e-3, optimizer="adam")),
+    pretraining=Pretraining(Task("cifar10", size=16), Recipe(epochs=4, lr=1e-3, optimizer="adam")),
 )
 PORTS = (*sweeps.ports("resnet", port_resnet), *sweeps.ports("vit", port_vit))
 
