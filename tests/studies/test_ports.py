@@ -11,7 +11,7 @@ from regraft.data import DIGITS_HIGH, DIGITS_LOW
 from regraft.studies.run import run
 from regraft.studies.study import TUNING_SEED, Place, Scenario, Task
 from regraft.studies.transfer import STUDY, ports
-from regraft.studies.transfer.pages import ported
+from regraft.studies.transfer.pages import PORT_QUESTIONS, port_questions, ported
 from regraft.studies.transfer.setting import Pretraining, TransferSetting
 from regraft.symmetry import apply
 from regraft.training import Recipe
@@ -61,7 +61,9 @@ def test_every_method_says_what_it_comes_to(rows):
     tuning = [row for row in rows if row.seed == TUNING_SEED]
     assert len(tuning) == 2 and all(set(row.values) == {"validation"} for row in tuning)
     (sheet,) = ported(reported)
-    assert len(sheet.lines) == len(SCENARIO.methods) and any("p = " in note for note in sheet.notes)
+    assert len(sheet.lines) == len(SCENARIO.methods)
+    (sheet,) = port_questions(reported)
+    assert len(sheet.lines) == len(PORT_QUESTIONS) and all(line[1] == "2" for line in sheet.lines)
 
 
 @pytest.mark.parametrize("find", [ports.identity, ports.by_weights, ports.by_fgmt])

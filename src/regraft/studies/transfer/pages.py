@@ -11,6 +11,7 @@ from regraft.studies.study import Scenario
 from regraft.studies.tables import (
     COMMON,
     Column,
+    Comparison,
     Group,
     Rows,
     Sheet,
@@ -296,24 +297,41 @@ def _seconds_at(images: int) -> Callable[[Group], str]:
     )
 
 
+def _counts(rows: Rows) -> list[int]:
+    """Images of each class that methods were given."""
+    series = [row.series["accuracy by images"] for row in rows if row.series]
+    return [int(count) for found in series[:1] for count, _ in found.points()]
+
+
 def ported(rows: Rows) -> Iterator[Sheet]:
-    """One line a method, one column a number of images a class; who is ahead, number by number."""
+    """One line a method, one column a number of images of each class."""
     for own in by_scenario(rows).values():
-        series = [row.series["accuracy by images"] for row in own if row.series]
-        counts = [int(count) for found in series[:1] for count, _ in found.points()]
+        counts = _counts(own)
         columns = (
             SEEDS,
             *(Column(str(count), value(ports.at(count))) for count in counts),
-            Column(f"CPU s at {counts[-1]}", _seconds_at(counts[-1])),
+            *(Column(f"CPU s at {count}", _seconds_at(count)) for count in counts[-1:]),
         )
-        (sheet,) = by_method(columns)(own)
-        answers = [
-            f"{a} − {b}, {count} a class: {found}"
-            for a, b in PORT_QUESTIONS
-            for count in counts
-            if (found := compare(own, a, b, ports.at(count))) is not None
-        ]
-        yield replace(sheet, notes=(*answers, *sheet.notes))
+        yield from by_method(columns)(own)
+
+
+def port_questions(rows: Rows) -> Iterator[Sheet]:
+    """Who is ahead of whom, number of images by number: mean difference and p of the paired test."""
+    for scenario, own in by_scenario(rows).items():
+        counts, lines = _counts(own), []
+        for one, other in PORT_QUESTIONS:
+            found = [compare(own, one, other, ports.at(count)) for count in counts]
+            if any(found):
+                pairs = max(each.n for each in found if each)
+                lines.append((f"{one} − {other}", str(pairs), *map(_difference, found)))
+        if lines:
+            yield Sheet(scenario, ("", "n", *map(str, counts)), tuple(lines), tuple(provenance(own)))
+
+
+def _difference(found: Comparison | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found.difference:+.3f}" + ("" if math.isnan(found.p) else f" (p = {found.p:.2g})")
 
 
 FIVE = ("naive", "weights", "oracle", "fgmt", "plain")
