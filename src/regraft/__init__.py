@@ -26,7 +26,7 @@ _PUBLIC = {
     "assign_gradient": "fusion",
 }
 
-_MODULES = ("activations", "fast", "fusion", "grids")
+_MODULES = ("activations", "fast", "fusion", "gradfix", "grids")
 
 __all__ = [
     "Match",
@@ -40,6 +40,7 @@ __all__ = [
     "fast",
     "fuse",
     "fusion",
+    "gradfix",
     "grids",
     "inverse",
     "match",
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from regraft import activations, fast, fusion, grids
+    from regraft import activations, fast, fusion, gradfix, grids
     from regraft.fusion import assign_gradient, fuse
     from regraft.learning_transfer import Transfer, transfer
     from regraft.matching import Match, match
