@@ -239,6 +239,29 @@ def test_fgmt_is_the_transfer_along_the_straight_line(three, tmp_path):
     assert done.found["accuracy"].keys() == {"fine-tune on its own base", "new base", "naive sum", "result"}
 
 
+@pytest.mark.parametrize("method", ["naive", "weights"])
+def test_gradfix_keeps_of_what_is_moved_what_the_new_base_agrees_with(method, three, tmp_path):
+    data = [(torch.randn(8, 6), torch.randint(CLASSES, (8,))) for _ in range(2)]
+    known = {**KNOWN, "data": data}
+    new = load_file(three[2])
+    moved = result(regraft.port(*three, tmp_path / "all", method=method, **known).out)
+    change = {n: moved[n] - new[n] for n in new}
+    name = "gradfix" if method == "naive" else f"{method}+gradfix"
+    found = result(regraft.port(*three, tmp_path / "out", method=name, **known).out)
+    close(found, regraft.gradfix.transport(mlp(), new, change, data), rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(found[n], moved[n]) for n in new)
+
+
+def test_gradfix_lets_images_vote_before_a_head_that_is_carried_over(three, tmp_path):
+    tuned = load_file(three[1]) | {"6.weight": torch.randn(3, 8), "6.bias": torch.randn(3)}
+    save_file(tuned, three[1])
+    data = [(torch.randn(8, 6), torch.randint(3, (8,)))]
+    found = result(regraft.port(*three, tmp_path / "out", method="gradfix", data=data, **KNOWN).out)
+    new = load_file(three[2])
+    assert torch.equal(found["6.weight"], tuned["6.weight"])
+    assert not torch.equal(found["0.weight"], new["0.weight"])
+
+
 def test_batchnorm_statistics_are_those_of_the_data(tmp_path):
     base = state(Residual(), 0)
     paths = saved(tmp_path, base=base, tuned=near(base), new=state(Residual(), 1))
@@ -572,7 +595,9 @@ def test_a_classifier_of_transformers_in_shards(tmp_path):
         *(tmp_path / name for name in ("base", "tuned", "new")),
         tmp_path / "out",
         model=f"hf/{tmp_path / 'tuned'}",
-        data=[(tokens, torch.randint(3, (8,)))],
+        data=[
+            {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.randint(3, (8,))}
+        ],
         steps=2,
     )
     loaded, told = transformers.BertForSequenceClassification.from_pretrained(

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "trace": "symmetry",
+    "with_output": "forward",
     "verify": "symmetry",
     "apply": "symmetry",
     "inverse": "symmetry",
@@ -29,7 +30,7 @@ _PUBLIC = {
     "fuse_checkpoints": "porting",
 }
 
-_MODULES = ("activations", "fast", "fusion", "grids", "porting")
+_MODULES = ("activations", "fast", "fusion", "gradfix", "grids", "porting")
 
 __all__ = [
     "Match",
@@ -44,6 +45,7 @@ __all__ = [
     "fuse",
     "fuse_checkpoints",
     "fusion",
+    "gradfix",
     "grids",
     "inverse",
     "match",
@@ -53,10 +55,12 @@ __all__ = [
     "trace",
     "transfer",
     "verify",
+    "with_output",
 ]
 
 if TYPE_CHECKING:
-    from regraft import activations, fast, fusion, grids, porting
+    from regraft import activations, fast, fusion, gradfix, grids, porting
+    from regraft.forward import with_output
     from regraft.fusion import assign_gradient, fuse
     from regraft.learning_transfer import Transfer, transfer
     from regraft.matching import Match, match

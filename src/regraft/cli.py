@@ -221,8 +221,8 @@ def port(
         model: as `regraft symmetry` takes it.
         shape: of one input, batch first; the model's usual one if not given.
         spec: proven groups (`regraft symmetry MODEL --save FILE`), so that what streams needs no model.
-        data: a folder {train,test or val}/CLASS/IMAGE, or module:function that gives batches (tensor, labels).
-        method: fgmt (takes gradients: needs data, and the model in memory), weights, naive, ...
+        data: a folder {train,test or val}/CLASS/IMAGE, or module:function that gives batches.
+        method: weights, naive; or fgmt, gradfix, fgmt+gradfix, weights+gradfix, which need data and memory.
         steps: of the path of fgmt.
         max_memory: such as 8GB; what the machine has if not given.
         device: where to compute, such as cpu or cuda.

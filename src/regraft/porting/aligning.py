@@ -19,7 +19,7 @@ from regraft.matching import match_streamed
 from regraft.porting.card import told_seconds, write_card
 from regraft.porting.methods import Weights, learned
 from regraft.porting.plans import FLOAT, PROOF, Plan, check_disk, check_memory, layout_like, streamed
-from regraft.porting.subject import Inputs, Model, Spec, lazy, numel, subject
+from regraft.porting.subject import Example, Model, Spec, lazy, numel, subject
 from regraft.symmetry import PermutationSpec
 from regraft.tensors import Perm, check_finite
 from regraft_kernels import permute
@@ -32,7 +32,7 @@ class Known(TypedDict, total=False):
     """What may be said about the networks; see `regraft.porting.ports.Asked`."""
 
     model: Model | None
-    inputs: Inputs
+    inputs: Example
     spec: Spec | None
     data: object
     max_memory: int | None

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from regraft.data import load
 from regraft.files import BadFile
+from regraft.forward import split
 from regraft.models import Named, from_module
 from regraft.tensors import Batch
 
@@ -20,7 +21,7 @@ PARTS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Data:
-    """Batches (inputs, labels), each part iterated over as often as one likes.
+    """Batches, each part iterated over as often as one likes.
 
     Attributes:
         train: for gradients and BatchNorm statistics.
@@ -56,7 +57,7 @@ class _Placed(Iterable[Batch]):
     device: str
 
     def __iter__(self) -> Iterator[Batch]:
-        return ((inputs.to(self.device), labels.to(self.device)) for inputs, labels in self.batches)
+        return (tree_map(lambda x: x.to(self.device), batch) for batch in self.batches)
 
 
 def data_by_name(name: str, named: Named) -> Data:
@@ -94,7 +95,7 @@ def data_by_name(name: str, named: Named) -> Data:
 
 def data_of(given: object) -> Data:
     """Data of what a user has: `Data`, an iterable of batches, or a dictionary with "train", and perhaps "validation"
-    and "test". A batch is (tensor, labels [B]). Raises ValueError for anything else."""
+    and "test". Batches are those of `regraft.forward`. Raises ValueError for anything else."""
     if isinstance(given, Data):
         return given
     if isinstance(given, Mapping):
@@ -112,8 +113,7 @@ def _again(batches: Iterable[Batch]) -> Iterable[Batch]:
     """Batches that can be iterated over again; those of an iterator are kept."""
     kept = batches if iter(batches) is not batches else list(batches)
     first = next(iter(kept), None)
-    if first is None or not (
-        isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[0], Tensor)
-    ):
-        raise ValueError("a batch is a pair (tensor, labels), and there must be one")
+    if first is None:
+        raise ValueError("there is no batch")
+    split(first)
     return kept

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from regraft.checkpoint_files import Lazy
 from regraft.clock import Clock
+from regraft.forward import split
+from regraft.gradfix import transport
 from regraft.learning_transfer import transfer
 from regraft.matching import match_streamed
 from regraft.symmetry import PermutationSpec
@@ -100,10 +103,49 @@ def fgmt(spec: PermutationSpec, base: Weights, tuned: Weights, new_base: Weights
     return moved(spec, base, tuned, new_base, perm, float(found["scale"]))
 
 
-METHODS: dict[str, Method] = {"fgmt": fgmt, "weights": weights, "naive": naive}
+def masked(method: Method) -> Method:
+    """What another method moves, of it the entries that point down the new base's loss: `regraft.gradfix.transport`.
 
-IN_MEMORY = frozenset({"fgmt"})
+    By majority over the images of the first `FEW` batches. A head that is carried over is no part of the task vector:
+    it is put on the new base before.
+    """
+
+    def gradfix(
+        spec: PermutationSpec, base: Weights, tuned: Weights, new_base: Weights, work: Work
+    ) -> Ported:
+        if work.model is None or work.train is None:
+            raise ValueError("GradFix takes gradients: it needs a model and data")
+        ported = method(spec, base, tuned, new_base, work)
+        few = [split(batch, number) for number, batch in enumerate(islice(work.train, FEW))]
+        if not all(isinstance(inputs, Tensor) for inputs, _ in few):
+            raise ValueError("GradFix lets each image vote: it needs batches (images, labels)")
+        with work.clock.phase("gradients"):
+            start, change = {}, {}
+            parameters = dict(work.model.named_parameters())
+            for name, own in new_base.items():
+                carried = name in parameters and not bool(own.any()) and not bool(base[name].any())
+                start[name] = ported.tensors[name] if carried else own
+                if name in parameters and not carried:
+                    change[name] = ported.tensors[name] - own
+            return Ported(transport(work.model, start, change, few), ported.perm)
+
+    return gradfix
+
+
+METHODS: dict[str, Method] = {
+    "fgmt": fgmt,
+    "weights": weights,
+    "naive": naive,
+    "gradfix": masked(naive),
+    "weights+gradfix": masked(weights),
+    "fgmt+gradfix": masked(fgmt),
+}
+
+IN_MEMORY = frozenset(METHODS.keys() - {"weights", "naive"})
 """Those that need data, and the model in memory; the others read one group of tensors after the other."""
+
+FEW = 4
+"""Batches of whose images GradFix asks each."""
 
 
 def moved(

@@ -26,7 +26,7 @@ from regraft.porting.plans import (
     layout_like,
     streamed,
 )
-from regraft.porting.subject import Inputs, Model, Spec, lazy, numel, subject
+from regraft.porting.subject import Example, Model, Spec, lazy, numel, subject
 from regraft.tensors import Perm, Tensors
 
 BASE, TUNED, NEW_BASE = ROLES = "base", "fine-tune", "new base"
@@ -50,7 +50,7 @@ class Asked(TypedDict, total=False):
     """
 
     model: Model | None
-    inputs: Inputs
+    inputs: Example
     spec: Spec | None
     data: object
     method: str

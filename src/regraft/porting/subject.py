@@ -7,19 +7,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regraft.checkpoint_files import Checkpoint, Lazy
 from regraft.files import BadFile
+from regraft.forward import mapped
 from regraft.heads import adopt
 from regraft.models import Named, by_name
 from regraft.porting.data import Data, data_by_name, data_of
 from regraft.porting.fitting import Anatomy, check_head, fit, new_parts, unfit, with_outputs
 from regraft.symmetry import PermutationSpec, apply, trace, verify
-from regraft.symmetry.calls import Call, Caller, ready, shadow
+from regraft.symmetry.calls import Call, Caller, ready
 from regraft.tensors import Perm, Tensors
 
 SAME_FUNCTION = 1e-3
@@ -27,19 +27,8 @@ SAME_FUNCTION = 1e-3
 
 Model = str | nn.Module
 Spec = PermutationSpec | Path | str
-Inputs = Tensor | Mapping[str, Tensor] | Sequence[int] | None
+Example = Tensor | Mapping[str, Tensor] | Sequence[int] | None
 """Example inputs, or the shape of a named model's, or its usual ones."""
-
-
-class _TensorToLogits:
-    """Mixed into a model of transformers: one tensor in (tokens, whose padding is masked, or pixels), logits out."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        given: dict[str, Any] = {self.main_input_name: inputs}  # type: ignore[attr-defined]
-        padding = getattr(self.config, "pad_token_id", None)  # type: ignore[attr-defined]
-        if self.main_input_name == "input_ids" and padding is not None:  # type: ignore[attr-defined]
-            given["attention_mask"] = (inputs != padding).long()
-        return super().forward(**given).logits  # type: ignore[misc]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +64,10 @@ class Subject:
         return found.without(found.entries.keys() & set(odd), "its head is of other classes")
 
     def classifier(self) -> nn.Module:
-        """The model as a function of one tensor that gives logits. Raises ValueError where there is no model."""
+        """The model, for data. Raises ValueError where there is none."""
         if self.model is None:
             raise ValueError("data are given, but no model to run on them")
-        if not hasattr(self.model, "main_input_name"):
-            return self.model
-        model = shadow(self.model)
-        model.__class__ = type(type(model).__name__, (_TensorToLogits, type(model)), {})
-        return model
+        return self.model
 
     def data(self, given: object, device: str) -> Data | None:
         """Data as `data_by_name` or `data_of` take them. Raises BadFile where their classes are not the head's."""
@@ -100,7 +85,7 @@ class Subject:
         """Of the model with these values, on its example inputs. Needs a model."""
         assert self.named is not None
         device = next(iter(theta.values())).device
-        call = Call.of(_to(self.named.inputs, device))
+        call = Call.of(mapped(lambda x: x.to(device), self.named.inputs))
         caller = Caller(self.named.model, call)
         with torch.inference_mode(), ready(caller):
             values = {f"model.{name}": tensor for name, tensor in theta.items()}
@@ -123,7 +108,7 @@ class Subject:
 def subject(
     checkpoint: Checkpoint,
     model: Model | None,
-    inputs: Inputs = None,
+    inputs: Example = None,
     spec: Spec | None = None,
     device: str = "cpu",
 ) -> tuple[Subject, Checkpoint]:
@@ -156,7 +141,7 @@ def subject(
         adopt(named.model, min(outputs), head=head)
         anatomy = Anatomy.of_model(named.model)
     named.model.to(device).requires_grad_(False)
-    at = _to(named.inputs, torch.device(device))
+    at = mapped(lambda x: x.to(device), named.inputs)
     if spec is None:
         spec = trace(named.model, at)
     if not spec.proven:
@@ -177,7 +162,7 @@ def _of_spec(checkpoint: Checkpoint, spec: PermutationSpec) -> tuple[Subject, Ch
     return Subject(spec, Anatomy.of_spec(spec)), found
 
 
-def _named(model: Model, inputs: Inputs) -> Named:
+def _named(model: Model, inputs: Example) -> Named:
     if isinstance(model, str):
         given = isinstance(inputs, Tensor | Mapping)
         named = by_name(model, None if given else inputs)
@@ -185,12 +170,6 @@ def _named(model: Model, inputs: Inputs) -> Named:
     if not isinstance(inputs, Tensor | Mapping):
         raise ValueError("a module needs example inputs: inputs=..., a tensor or keyword inputs")
     return Named(model, inputs)
-
-
-def _to(inputs: Tensor | Mapping[str, Tensor], device: torch.device) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 # ---------------------------------------------------------------- tensors of checkpoints, as methods take them
