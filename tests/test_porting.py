@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import regraft
+import regraft.matching
 from regraft import porting
 from regraft.checkpoint_files import Checkpoint, Entry
 from regraft.cli import main
@@ -309,6 +310,22 @@ def test_tensors_are_read_one_pair_at_a_time(tmp_path, monkeypatch):
     for method in ("weights", "naive"):
         regraft.port(*paths, tmp_path / method, spec=tmp_path / "spec.json", method=method)
     assert 0 < peak[0] <= 5 * 16 * 16 * 4  # a tensor of each network, the next one's, and biases; of 36
+
+
+def test_no_similarity_is_kept_but_the_last(monkeypatch):
+    model = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(70, 70), nn.ReLU())])
+    pair = [{n: torch.randn(t.shape) for n, t in model.named_parameters()} for _ in range(2)]
+    made, alive, solve = [], [], regraft.matching.assign_many
+
+    def counted(*args, **kwargs):
+        alive.append(sum(one() is not None for one in made))
+        found = solve(*args, **kwargs)
+        made.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr("regraft.matching.assign_many", counted)
+    match_streamed(regraft.trace(model, torch.randn(1, 70)), *pair)
+    assert max(alive) <= 2 < len(made)
 
 
 def test_an_interrupted_port_goes_on_where_it_was(three, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def match_streamed(
     """
     descent = Descent.over(Streamed.reading(spec, target, source))
     descent.colours = tuple((group,) for colour in descent.colours for group in colour)
-    descent.cached = _Newest()
+    descent.cached, descent.solutions = _Newest(), _Newest()  # which hold a similarity each
     return descend_(descent)
 
 
@@ -138,12 +139,12 @@ class _Cached:
     corrections: int = 0
 
 
-class _Newest(dict[str, _Cached]):
-    """Holds the similarity of one group, the last."""
+class _Newest(dict[str, Any]):
+    """What there is of one group, the last."""
 
-    def __setitem__(self, group: str, cached: _Cached) -> None:
+    def __setitem__(self, group: str, held: Any) -> None:
         self.clear()
-        super().__setitem__(group, cached)
+        super().__setitem__(group, held)
 
 
 @dataclass
