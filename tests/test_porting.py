@@ -213,6 +213,9 @@ def test_a_wrong_specification_is_proven_wrong_before_it_is_used(three, tmp_path
     )
     with pytest.raises(ValueError, match=r"0\.weight"):
         regraft.port(*three, tmp_path / "out", spec=wrong, method="weights", **KNOWN)
+    wrong.mark(proven=True)
+    with pytest.raises(BadFile, match="does not compute what the network computes"):
+        regraft.port(*three, tmp_path / "out", spec=wrong, method="weights", **KNOWN)
     assert not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,7 @@ from regraft.files import BadFile
 from regraft.matching import match_streamed
 from regraft.porting.card import told_seconds, write_card
 from regraft.porting.methods import Weights, learned
-from regraft.porting.plans import FLOAT, PROOF, Plan, check_disk, check_memory, layout_like, streamed
+from regraft.porting.plans import FLOAT, PROOF, PROVING, Plan, check_disk, check_memory, layout_like, streamed
 from regraft.porting.subject import Example, Model, Spec, lazy, numel, subject
 from regraft.symmetry import PermutationSpec
 from regraft.tensors import Perm, check_finite
@@ -174,9 +174,7 @@ def _planned(
     whole, found = FLOAT * numel(opened[first]), None
     if wants_model or known.get("model") is not None or known.get("data") is not None:
         if known.get("spec") is None:
-            check_memory(
-                PROOF * whole, "proving the symmetry of the model (or give a proven one with spec)", allowed
-            )
+            check_memory(PROOF * whole, PROVING, allowed)
         found, opened[first] = subject(
             opened[first], known.get("model"), known.get("inputs"), known.get("spec"), device
         )

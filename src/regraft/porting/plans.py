@@ -24,6 +24,8 @@ FLOAT = 4
 PROOF = 5
 """Float32 copies of the model that a proof holds: its own, and two in float64."""
 
+PROVING = "proving the symmetry of the model (or give a proven one with spec)"
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:

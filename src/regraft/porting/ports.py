@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from regraft.checkpoint_files import Checkpoint, Lazy, beside, check_free, keep_tensors, write_shards
+from regraft.checkpoint_files import Checkpoint, Layout, Lazy, beside, check_free, keep_tensors, write_shards
 from regraft.clock import EVALUATION, Clock, Cost
 from regraft.evaluation import accuracy, batch_norms, reset_batchnorm
 from regraft.porting.card import told_seconds, write_card
@@ -20,13 +21,14 @@ from regraft.porting.methods import IN_MEMORY, METHODS, Ported, Weights, Work
 from regraft.porting.plans import (
     FLOAT,
     PROOF,
+    PROVING,
     Plan,
     check_disk,
     check_memory,
     layout_like,
     streamed,
 )
-from regraft.porting.subject import Example, Model, Spec, lazy, numel, subject
+from regraft.porting.subject import Example, Model, Spec, Subject, lazy, numel, subject
 from regraft.tensors import Perm, Tensors
 
 BASE, TUNED, NEW_BASE = ROLES = "base", "fine-tune", "new base"
@@ -57,6 +59,18 @@ class Asked(TypedDict, total=False):
     steps: int
     max_memory: int | None
     device: str
+
+
+DEFAULTS: Asked = {
+    "model": None,
+    "inputs": None,
+    "spec": None,
+    "data": None,
+    "method": "fgmt",
+    "steps": 30,
+    "max_memory": None,
+    "device": "cpu",
+}
 
 
 @dataclass(frozen=True)
@@ -129,41 +143,61 @@ def plan(
     **asked: Unpack[Asked],
 ) -> Plan:
     """Everything that is checked before a port, and what it would do. Raises as `port` does."""
+    chosen: Asked = {**DEFAULTS, **asked}
+    _check_asked(chosen)
     if out is not None:
         check_free(Path(out))
-    method, allowed = asked.get("method", "fgmt"), asked.get("max_memory")
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    if method in IN_MEMORY and asked.get("data") is None:
-        raise ValueError(f"method {method!r} takes gradients: it needs data")
-    if (steps := asked.get("steps", 30)) < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    opened = {r: Checkpoint.open(p) for r, p in zip(ROLES, (base, tuned, new_base), strict=True)}
-    whole = FLOAT * numel(opened[TUNED])
-    if asked.get("spec") is None:
-        check_memory(
-            PROOF * whole, "proving the symmetry of the model (or give a proven one with spec)", allowed
-        )
-    found, fitted = subject(
-        opened[TUNED], asked.get("model"), asked.get("inputs"), asked.get("spec"), asked.get("device", "cpu")
+    found, checkpoints = _fitted((base, tuned, new_base), chosen)
+    data = found.data(chosen["data"], chosen["device"])
+    layout = layout_like(checkpoints[TUNED], checkpoints[NEW_BASE], chosen["max_memory"])
+    in_memory = data is not None
+    needed = (
+        _copies(chosen) * FLOAT * numel(checkpoints[TUNED]) if in_memory else _streamed(chosen, found, layout)
     )
-    fitted_to = {TUNED: fitted, **{role: found.fitted(opened[role]) for role in (BASE, NEW_BASE)}}
-    checkpoints = _alike({role: fitted_to[role] for role in ROLES})
-    data = found.data(asked.get("data"), asked.get("device", "cpu"))
-    layout = layout_like(checkpoints[TUNED], checkpoints[NEW_BASE], allowed)
-    in_memory = method in IN_MEMORY or data is not None
-    copies = 2 * steps + 8 if method in IN_MEMORY else 8
-    needed, why = (copies * whole, "with data, the networks in memory") if in_memory else (
-        streamed(None if method == "naive" else found.spec, layout) + (3 * whole if found.model else 0), "streaming"
-    )  # fmt: skip
-    memory = check_memory(needed, f"method {method!r} ({why})", allowed)
+    memory = check_memory(needed, _why(chosen), chosen["max_memory"])
     if out is not None:
         check_disk(Path(out), layout.bytes)
-    config = {"steps": steps} if method in IN_MEMORY else {}
-    config |= {"model": str(asked["model"])} if isinstance(asked.get("model"), str) else {}
-    config |= {"data": str(asked["data"])} if isinstance(asked.get("data"), str | Path) else {}
-    made = Plan(method, checkpoints, found, layout, data, config, None, memory, in_memory)
+    config: dict[str, Any] = {"steps": chosen["steps"]} if chosen["method"] in IN_MEMORY else {}
+    config |= {name: str(chosen[name]) for name in ("model", "data") if isinstance(chosen[name], str | Path)}
+    made = Plan(chosen["method"], checkpoints, found, layout, data, config, None, memory, in_memory)
     return replace(made, distances=_distances(made))
+
+
+def _check_asked(asked: Asked) -> None:
+    method = asked["method"]
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    if method in IN_MEMORY and asked["data"] is None:
+        raise ValueError(f"method {method!r} takes gradients: it needs data")
+    if asked["steps"] < 1:
+        raise ValueError(f"steps must be at least 1, got {asked['steps']}")
+
+
+def _fitted(paths: Sequence[Path | str], asked: Asked) -> tuple[Subject, dict[str, Checkpoint]]:
+    """The network, proven, and the three checkpoints under its names."""
+    opened = {role: Checkpoint.open(path) for role, path in zip(ROLES, paths, strict=True)}
+    if asked["spec"] is None:
+        check_memory(PROOF * FLOAT * numel(opened[TUNED]), PROVING, asked["max_memory"])
+    found, tuned = subject(opened[TUNED], asked["model"], asked["inputs"], asked["spec"], asked["device"])
+    bases = {role: found.fitted(opened[role]) for role in (BASE, NEW_BASE)}
+    return found, _alike({role: {**bases, TUNED: tuned}[role] for role in ROLES})
+
+
+def _copies(asked: Asked) -> int:
+    """Of the model in float32, at the peak of what holds it in memory: FGMT stacks a pair of gradients a step."""
+    return 8 + 2 * asked["steps"] * ("fgmt" in asked["method"])
+
+
+def _streamed(asked: Asked, found: Subject, layout: Layout) -> int:
+    """Bytes, for what reads tensor by tensor; a model that is there is run once, to check its function."""
+    spec = None if asked["method"] == "naive" else found.spec
+    model = 3 * FLOAT * sum(p.numel() for p in found.model.parameters()) if found.model is not None else 0
+    return max(streamed(spec, layout), model)
+
+
+def _why(asked: Asked) -> str:
+    how = "tensor by tensor" if asked["data"] is None else "with data, and so the networks in memory"
+    return f"method {asked['method']!r} ({how})"
 
 
 def _alike(checkpoints: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
