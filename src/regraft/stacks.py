@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,6 +173,7 @@ class Streamed(Stacks):
     def similarities(
         self, places: Sequence[Sequence[Place]], gathers: Sequence[Gathers], backend: str
     ) -> list[Tensor]:
+        _trim()
         return [self._sum(p, g, backend) for p, g in zip(places, gathers, strict=True)]
 
     def _sum(self, places: Sequence[Place], gathers: Gathers, backend: str) -> Tensor:
@@ -179,6 +181,13 @@ class Streamed(Stacks):
         for place in places[1:]:
             total += similarity(self.terms([place], 0, 1, gathers), backend=backend)
         return total
+
+
+def _trim() -> None:
+    """Give freed memory back: among small results that stay, glibc keeps what large temporaries left."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other systems' libraries have none
+    if trim is not None:
+        trim(0)
 
 
 @dataclass(frozen=True, eq=False)
