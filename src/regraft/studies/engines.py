@@ -29,7 +29,7 @@ from regraft.studies.rows import Row, encoded, environment, read
 from regraft.studies.run import Engine, Job, execute, local, row_of
 from regraft.studies.study import Measured
 
-RETRIES = 5
+RETRIES = 3
 """So often a worker that died is replaced for one row. What then has no row failed, and its row says so."""
 
 LONGEST = 7 * 24 * 60
