@@ -27,7 +27,7 @@ _PUBLIC = {
     "assign_gradient": "fusion",
 }
 
-_MODULES = ("activations", "fast", "fusion", "grids")
+_MODULES = ("activations", "fast", "fusion", "gradfix", "grids")
 
 __all__ = [
     "Match",
@@ -41,6 +41,7 @@ __all__ = [
     "fast",
     "fuse",
     "fusion",
+    "gradfix",
     "grids",
     "inverse",
     "match",
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from regraft import activations, fast, fusion, grids
+    from regraft import activations, fast, fusion, gradfix, grids
     from regraft.forward import with_output
     from regraft.fusion import assign_gradient, fuse
     from regraft.learning_transfer import Transfer, transfer

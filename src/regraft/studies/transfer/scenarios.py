@@ -18,6 +18,7 @@ from regraft.data import CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW
 from regraft.studies.study import Scenario, Task
 from regraft.studies.transfer import sweeps
 from regraft.studies.transfer.methods import METHODS
+from regraft.studies.transfer.ports import PortSettings
 from regraft.studies.transfer.setting import Pretraining, Settings
 from regraft.training import Recipe
 
@@ -87,21 +88,26 @@ mnist_pretrained = replace(
     pretraining=Pretraining(Task("mnist", DIGITS_LOW), replace(MNIST_RECIPE, epochs=5)),
     steps=30,
 )
+# The papers do not speak of augmentation; on colour photographs these recipes are used with it.
+CONV6_RECIPE = Recipe(epochs=12, lr=0.1, schedule="cosine", augment=True)
+RESNET_RECIPE = Recipe(epochs=6, lr=0.1, weight_decay=1e-4, schedule="cosine", augment=True)
+CONV8_RECIPE = Recipe(epochs=60, lr=0.05, weight_decay=1e-4, schedule="cosine", augment=True)
 conv6 = Settings(
     task=Task("cifar10", size=16),
     model=networks.conv6,
     arguments={"num_classes": 10, "width": 0.5},
-    recipe=Recipe(epochs=12, lr=0.1, schedule="cosine"),
-    subsequent=Recipe(epochs=2, lr=0.02, schedule="cosine"),
+    recipe=CONV6_RECIPE,
+    subsequent=after(CONV6_RECIPE, epochs=4),
     steps=30,
     schedule="uniform",
+    looks=(20, 50, 100, 200),
 )
 resnet = replace(
     conv6,
     model=networks.cifar_resnet18,
     arguments={"num_classes": 10, "width": 0.25},
-    recipe=Recipe(epochs=6, lr=0.1, weight_decay=1e-4, schedule="cosine"),
-    subsequent=Recipe(epochs=2, lr=0.02, weight_decay=1e-4, schedule="cosine"),
+    recipe=RESNET_RECIPE,
+    subsequent=after(RESNET_RECIPE, epochs=2),
     gradient_batches=2,
     bn_batches=20,
 )
@@ -109,8 +115,8 @@ conv8 = Settings(
     task=Task("cifar10"),
     model=networks.conv8,
     arguments={"num_classes": 10, "width": 0.25},
-    recipe=Recipe(epochs=10, lr=0.05, weight_decay=1e-4, schedule="cosine"),
-    subsequent=Recipe(epochs=2, lr=0.03, weight_decay=1e-4, schedule="cosine"),
+    recipe=replace(CONV8_RECIPE, epochs=10),
+    subsequent=after(CONV8_RECIPE, epochs=2),
     steps=30,
     schedule="uniform",
     gradient_batches=2,
@@ -133,8 +139,6 @@ conv8_pretrained = replace(
 
 # ---------------------------------------------------------------- the paper's own
 
-# The paper does not speak of augmentation; on colour photographs these recipes are used with it.
-CONV8_RECIPE = replace(conv8.recipe, epochs=60, augment=True)
 IMAGENET_RECIPE = Recipe(
     epochs=100, lr=0.1, weight_decay=1e-4, schedule="cosine", warmup_epochs=5, augment=True
 )
@@ -273,6 +277,27 @@ ENSEMBLES = sweeps.ensembles(
 COSTS = sweeps.costs(
     {"digits-mlp": digits, "digits-conv": digits_conv, "mnist-mlp-512": mnist, "cifar10-conv6": conv6}
 )
+PORT_RECIPE = Recipe(epochs=10, lr=0.02, weight_decay=1e-4)
+port_resnet = PortSettings(
+    task=Task("cifar100", CIFAR100_TRANSFER, size=16),
+    model=networks.residual8,
+    arguments={"num_classes": 10, "width": 0.125},
+    recipe=PORT_RECIPE,
+    subsequent=None,
+    steps=10,
+    schedule="uniform",
+    bn_batches=5,
+    pretraining=Pretraining(Task("cifar10", size=16), replace(PORT_RECIPE, epochs=3)),
+)
+port_vit = replace(
+    port_resnet,
+    model=networks.vit,
+    arguments={"num_classes": 10, "size": 16, "depth": 2},
+    recipe=Recipe(epochs=10, lr=1e-3, optimizer="adam"),
+    bn_batches=0,
+    pretraining=Pretraining(Task("cifar10", size=16), Recipe(epochs=4, lr=1e-3, optimizer="adam")),
+)
+PORTS = (*sweeps.ports("resnet", port_resnet), *sweeps.ports("vit", port_vit))
 
 SCENARIOS = (
     *MAIN,
@@ -287,4 +312,5 @@ SCENARIOS = (
     *BASINS,
     *ENSEMBLES,
     *COSTS,
+    *PORTS,
 )
