@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
 Names = UseAppendAction[tuple[str, ...]]
+Engine = Literal["local", "ray", "slurm"]
 
 
 def bench(
@@ -26,6 +28,7 @@ def bench(
     keep_older: bool = False,
     deterministic: bool = False,
     rounds: int = 1,
+    engine: Engine = "local",
 ) -> int:
     """Measure every method beside plain training, and the kernels beside what one would write by hand.
 
@@ -42,6 +45,7 @@ def bench(
         keep_older: the same, and take rows of any code.
         deterministic: only algorithms that give the same bits in every run.
         rounds: time cheap methods so often, so that `regraft compare` can tell a slow-down from chance.
+        engine: who measures the rows: this process, the workers of a Ray cluster, or jobs of SLURM.
     """
     from rich.console import Console
 
@@ -54,7 +58,8 @@ def bench(
     if deterministic:
         front.deterministic()
     place = Place(data, device=device) if cache is None else Place(data, cache, device)
-    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older, "rounds": rounds}
+    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older}
+    asked |= {"rounds": rounds, "engine": engine}
     rows: dict[str, list] = {}
     for chosen in front.choose(study, scenario, method):
         try:
@@ -85,6 +90,7 @@ def reproduce(
     cache: Path = Path(".cache/regraft"),
     keep_older: bool = False,
     deterministic: bool = False,
+    engine: Engine = "local",
 ) -> int:
     """Run a paper's tables and figures again, ours beside the paper's; what has its rows already is not run again.
 
@@ -100,6 +106,7 @@ def reproduce(
         cache: folder in which trainings are kept, so that an interrupted one goes on.
         keep_older: take rows of any code, not of this one alone.
         deterministic: only algorithms that give the same bits in every run.
+        engine: who measures the rows: this process, the workers of a Ray cluster, or jobs of SLURM.
     """
     from regraft import front
     from regraft.studies.study import Place
@@ -115,6 +122,7 @@ def reproduce(
         results=results,
         seeds=seeds,
         keep_older=keep_older,
+        engine=engine,
     )
 
 

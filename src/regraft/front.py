@@ -14,6 +14,8 @@ from rich.console import Console
 from regraft.data import MissingData
 from regraft.files import write_text
 from regraft.studies import STUDIES, compare, history, nearest, study
+from regraft.studies.engines import ENGINES
+from regraft.studies.engines import deterministic as deterministic
 from regraft.studies.page import page
 from regraft.studies.render import ROWS, Figure, Table, report, stored, summary
 from regraft.studies.rows import Row, read
@@ -21,20 +23,6 @@ from regraft.studies.run import run
 from regraft.studies.study import Place, Scenario, Study
 
 Chosen = tuple[Study, Scenario]
-
-
-def deterministic() -> None:
-    """Let this process take only algorithms that give the same bits in every run; rows say so.
-
-    The number of threads still matters, on a CPU, and is in the row too.
-    """
-    import os
-
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def choose(
@@ -78,8 +66,12 @@ def measure(
     resume: bool = False,
     keep_older: bool = False,
     rounds: int = 1,
+    engine: str = "local",
 ) -> list[Row]:
-    """Run one scenario, its rows in ``results/<study>/rows.jsonl``. Raises MissingData where its data are not there."""
+    """Run one scenario, its rows in ``results/<study>/rows.jsonl``, measured by one of `ENGINES`.
+
+    Raises MissingData where its data are not there, ValueError for an engine that is not installed.
+    """
     one, scenario = chosen
     return list(
         run(
@@ -91,6 +83,7 @@ def measure(
             resume=resume,
             keep_older=keep_older,
             rounds=rounds,
+            engine=ENGINES[engine],
         )
     )
 
@@ -141,6 +134,7 @@ def reproduced(
     results: Path,
     seeds: int | None = None,
     keep_older: bool = False,
+    engine: str = "local",
 ) -> int:
     """Run the scenarios of a study's tables and figures, all of them if none is named, and print the tables.
 
@@ -160,6 +154,7 @@ def reproduced(
                     seeds=seeds,
                     resume=True,
                     keep_older=keep_older,
+                    engine=engine,
                 )
         except MissingData as problem:
             console.print(f"{scenario.name} is skipped: {problem}")
