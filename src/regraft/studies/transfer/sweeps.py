@@ -197,7 +197,7 @@ def ports(name: str, base: PortSettings) -> Scenarios:
         "mnist": {"task": Task("mnist", size=task.size, channels=3, per_class=450)},
         "cifar100-half": {"pretraining": half},
     }
-    rates = tuple(share * base.recipe.lr for share in (0.1, 0.3, 1.0, 3.0))
+    rates = tuple(share * base.recipe.lr for share in (0.3, 1.0, 3.0, 10.0))
     return tuple(
         Scenario(f"port-{name}-{variant}", port_methods(rates), replace(base, **change))
         for variant, change in changes.items()
