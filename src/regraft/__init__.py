@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "trace": "symmetry",
+    "with_output": "forward",
     "verify": "symmetry",
     "apply": "symmetry",
     "inverse": "symmetry",
@@ -47,10 +48,12 @@ __all__ = [
     "trace",
     "transfer",
     "verify",
+    "with_output",
 ]
 
 if TYPE_CHECKING:
     from regraft import activations, fast, fusion, gradfix, grids
+    from regraft.forward import with_output
     from regraft.fusion import assign_gradient, fuse
     from regraft.learning_transfer import Transfer, transfer
     from regraft.matching import Match, match
