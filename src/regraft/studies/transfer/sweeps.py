@@ -187,6 +187,19 @@ def costs(bases: Mapping[str, Settings]) -> Scenarios:
     )
 
 
+def normalised(bases: Mapping[str, Settings]) -> Scenarios:
+    """Our method beside the two that it comes from."""
+    return tuple(
+        Scenario(
+            f"normalised-{name}",
+            _chosen("naive", "fgmt", "gmt", "nfgmt"),
+            replace(base, subsequent=None, looks=()),
+            seeds=5 if name.startswith("mnist") else 10,
+        )
+        for name, base in bases.items()
+    )
+
+
 def ports(name: str, base: PortSettings) -> Scenarios:
     """A fine-tune moved to a new base: ten classes of CIFAR-100, digits in colour, and a base that saw half as much."""
     earlier, task = base.pretraining, base.task
