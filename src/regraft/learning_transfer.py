@@ -8,7 +8,6 @@ Networks, sections 3 and 4.1). The methods differ in how they find pi:
 - ``oracle``: pi matches what a real training of theta_2 learned with ``theta_1^T - theta_1^0``: a bound, no method.
 - ``gmt`` (Algorithm 1): for s = 1..T pi_s matches the gradients along both paths up to s, all computed anew.
 - ``fgmt`` (Algorithm 2): the same, but only the newest pair of gradients is computed and the earlier ones are kept.
-- ``nfgmt`` (ours): as fgmt, with `PAIRS` pairs of gradients a step instead of one, all of length 1.
 
 A method is a function ``method(problem, work)`` that yields (t, pi_t) for t = 1 .. T, in order, and stands in
 `METHODS`; `Problem` is what it is given and `Work` what it may have done. All else (the transferred parameters,
@@ -39,9 +38,6 @@ from regraft_kernels.backend import resolve
 
 OnStep = Callable[[int, float | None], None]
 
-PAIRS = 4
-"""Pairs of gradients that nfgmt takes at every step, each on a sample of its own."""
-
 
 @dataclass(frozen=True)
 class Transfer:
@@ -57,8 +53,7 @@ class Transfer:
             the target's start, untouched but for its BatchNorm statistics, which are estimated as at every step.
         perms: pi_t for t = 0 .. T; pi_0 is the identity (one and the same object where a method has a single one).
         objectives: of each matching, in the order in which they were made.
-        gradients: batch gradients computed (2 T gradient_batches for fgmt, four times that for nfgmt,
-            T (T + 1) gradient_batches for gmt).
+        gradients: batch gradients computed (2 T gradient_batches for fgmt, T (T + 1) gradient_batches for gmt).
         seconds: by phase: gradients, similarity, assignment, objective, graft, batchnorm; and evaluation, which
             includes all that is spent on step 0.
     """
@@ -167,27 +162,22 @@ class Work:
                 self._last = t, perm, {name: tensor[0] for name, tensor in grafted.items()}
         return self._last[2]
 
-    def descent(self, pairs: int = 1) -> Descent:
-        """An empty descent, from the identity, with room for so many pairs of gradients a step."""
+    def descent(self) -> Descent:
+        """An empty descent, from the identity, with room for a pair of gradients a step."""
         problem = self.problem
         like = problem.parameters(problem.target_start)
-        stacks = Stacks.allocate(problem.spec, like, pairs * problem.path.steps)
+        stacks = Stacks.allocate(problem.spec, like, problem.path.steps)
         return Descent.over(stacks, generator=problem.generator, backend=problem.backend)
 
-    def append_(
-        self, descent: Descent, perm: Perm, t: int, scaled: Callable[[Tensors], Tensors] = lambda g: g
-    ) -> None:
-        """Lines 3 to 5 of Algorithm 1: the gradients at theta_1^t and theta_2^t (under pi) on one sample.
-
-        scaled: what is matched of each gradient.
-        """
+    def append_(self, descent: Descent, perm: Perm, t: int) -> None:
+        """Lines 3 to 5 of Algorithm 1: the gradients at theta_1^t and theta_2^t (under pi) on one sample."""
         theta = self.graft(perm, t)
         with self.clock.phase("gradients", self.problem.device):
             try:
                 source, target = self.sample.gradients(self.problem.path[t], theta)
             except NotFinite as problem:
                 raise NotFinite(f"step {t} of the path: {problem}") from None
-            descent.stacks.append_(scaled(target), scaled(source))
+            descent.stacks.append_(target, source)
 
     def descend_(self, descent: Descent) -> Perm:
         """Line 7 of Algorithm 1: pi of all pairs in the descent."""
@@ -209,6 +199,8 @@ class Work:
 
 
 Steps = Iterator[tuple[int, Perm]]
+
+Method = Callable[[Problem, Work], Steps]
 
 
 def naive(problem: Problem, work: Work) -> Steps:
@@ -246,29 +238,12 @@ def fgmt(problem: Problem, work: Work) -> Steps:
         yield s, perm
 
 
-def nfgmt(problem: Problem, work: Work) -> Steps:
-    descent, perm = work.descent(PAIRS), problem.spec.identity()
-    for s in range(1, problem.path.steps + 1):
-        for _ in range(PAIRS):
-            work.append_(descent, perm, s - 1, unit)
-        perm = work.descend_(descent)
-        yield s, perm
-
-
-def unit(gradient: Tensors) -> Tensors:
-    """All tensors divided by their common norm, so that steps of large gradients do not decide alone; 0 stays 0."""
-    norm = torch.stack(torch._foreach_norm(list(gradient.values()))).norm()
-    length = norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return {name: tensor / length for name, tensor in gradient.items()}
-
-
-METHODS: dict[str, Callable[[Problem, Work], Steps]] = {
+METHODS: dict[str, Method] = {
     "naive": naive,
     "weights": weights,
     "oracle": oracle,
     "fgmt": fgmt,
     "gmt": gmt,
-    "nfgmt": nfgmt,
 }
 
 
@@ -282,7 +257,7 @@ def transfer(
     path: Trajectory,
     target_start: Tensors,
     batches: Iterable[Batch],
-    method: str = "fgmt",
+    method: str | Method = "fgmt",
     *,
     spec: PermutationSpec | None = None,
     target_end: Tensors | None = None,
@@ -304,7 +279,7 @@ def transfer(
         target_start: theta_2^0, alike.
         batches: (images, labels), or any form that `regraft.forward` knows: the sample for gradients and for BatchNorm
             statistics; iterated over again when it ends. Both networks see the same ones.
-        method: a name of `METHODS`: "naive", "weights", "oracle", "fgmt", "gmt" or "nfgmt".
+        method: a name of `METHODS`: "naive", "weights", "oracle", "fgmt" or "gmt"; or a function like those.
         spec: the model's permutation groups; traced on a batch when not given.
         target_end: theta_2^T of a real training, which "oracle" alone wants.
         validation: batches on which every theta_2^t is evaluated; the best one is kept ("early stopping", section 4.1).
@@ -323,7 +298,7 @@ def transfer(
             and spec; a value that is not finite in the path (its step is named), the start or a gradient; no batch;
             "oracle" without `target_end`. The message names the tensor.
     """
-    if method not in METHODS:
+    if not callable(method) and method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     if gradient_batches < 1:
         raise ValueError(f"gradient_batches must be at least 1, got {gradient_batches}")
@@ -341,11 +316,13 @@ def transfer(
     statistics = list(islice(_cycle(batches), bn_batches)) if bn_batches and batch_norms(model) else []
     problem = Problem(model, spec, path, target_start, target_end, from_identity, generator, backend)
     work = Work(problem, Sample(model, chain([first], endless), gradient_batches, loss))
-    return _drive(method, work, statistics, validation, on_step or (lambda t, value: None))
+    name, steps = (method, METHODS[method]) if isinstance(method, str) else (method.__name__, method)
+    return _drive(name, steps, work, statistics, validation, on_step or (lambda t, value: None))
 
 
 def _drive(
-    method: str,
+    name: str,
+    steps: Method,
     work: Work,
     statistics: list[Batch],
     validation: Iterable[Batch] | None,
@@ -365,7 +342,7 @@ def _drive(
     accuracies: list[float] = []
     best_step, params = 0, work.problem.target_start
     start = 0, work.problem.placed(work.problem.spec.identity())
-    for t, perm in chain([start], METHODS[method](work.problem, work)):
+    for t, perm in chain([start], steps(work.problem, work)):
         perms.append(perm)
         if validation is not None:
             theta = made(perm, t)
@@ -377,7 +354,7 @@ def _drive(
     if validation is None:
         best_step, params = t, made(perm, t)
     return Transfer(
-        method,
+        name,
         params,
         perms[best_step],
         best_step,

@@ -20,6 +20,7 @@ from regraft.studies.transfer.assumption import FIRST_GRADIENTS, UPDATES, distan
 from regraft.studies.transfer.cost import COUNTED
 from regraft.studies.transfer.ensembles import ENSEMBLES, ensemble, judged_together, trained
 from regraft.studies.transfer.landscape import LINES, PLANE
+from regraft.studies.transfer.leads import LEADS, PAIRS
 from regraft.studies.transfer.methods import METHODS
 from regraft.studies.transfer.pages import COLUMNS, TABLES, epochs, reach, speed_up
 from regraft.studies.transfer.peers import PEERS
@@ -249,7 +250,7 @@ QUESTIONS = {
     "ensemble-digits-mlp2": ENSEMBLES,
     "cost-digits-mlp": COUNTED,
     "peers-digits-mlp2": METHODS[:1],
-    "normalised-digits-mlp": METHODS[4:],
+    "normalised-digits-mlp": (*METHODS[4:], *LEADS),
 }
 PORT = ports.PortSettings(
     **{**vars(TINY), "subsequent": None, "pretraining": Pretraining(Task("digits"), BRIEF)},
@@ -313,6 +314,8 @@ def test_answers_make_sense(answers):
         and alone["members"] == 1
         and full["total [CPU s]"] > alone["total [CPU s]"]
     )
+    ours = of(answers, "normalised-digits-mlp", "nfgmt")
+    assert ours.values["gradients"] == 2 * PAIRS * TINY.steps
     settled = of(answers, "schedule-mlp2-recorded", "fgmt").series["unsettled"]
     assert settled.values[-1] == 0, "the last permutation is the last one"
 

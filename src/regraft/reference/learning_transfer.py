@@ -86,26 +86,3 @@ def fgmt(
         perms.append(match(spec, g2, g1, order, start=perms[-1] if s > 1 else None)[0])
         transferred = rebuild(spec, path, target_start, perms[-1], s)
     return transferred, perms[1:]
-
-
-def nfgmt(
-    model: nn.Module,
-    spec: PermutationSpec,
-    path: Sequence[Tensors],
-    target_start: Tensors,
-    batches: Sequence[Sequence[Batches]],
-    order: Sequence[str],
-) -> tuple[list[Tensors], list[Perm]]:
-    """Algorithm 2 with several pairs a step, `batches[s - 1][k]` the sample of pair k, all gradients of length 1."""
-    transferred, perms = [target_start], [spec.identity()]
-    g1: list[Tensors] = []
-    g2: list[Tensors] = []
-    for s in range(1, len(path)):
-        for sample in batches[s - 1]:
-            for kept, theta in ((g1, path[s - 1]), (g2, transferred[s - 1])):
-                g = gradient(model, theta, sample)
-                norm = torch.sqrt(sum((tensor**2).sum() for tensor in g.values()))
-                kept.append({name: tensor / norm for name, tensor in g.items()})
-        perms.append(match(spec, g2, g1, order, start=perms[-1] if s > 1 else None)[0])
-        transferred = rebuild(spec, path, target_start, perms[-1], s)
-    return transferred, perms[1:]

@@ -364,7 +364,7 @@ TABLES = (
     Table("cost", "Gradients, operations, seconds", names(scenarios.COSTS), by_method(COST)),
     Table(
         "normalised",
-        "FGMT with normalised gradients, ours",
+        "FGMT with normalised gradients, a lead of ours",
         names(scenarios.NORMALISED),
         by_method(
             (SEEDS, Column("accuracy, no training", untrained), SECONDS),

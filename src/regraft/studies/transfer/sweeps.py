@@ -15,6 +15,7 @@ from regraft.studies.transfer.assumption import FIRST_GRADIENTS, UPDATES
 from regraft.studies.transfer.cost import COUNTED
 from regraft.studies.transfer.ensembles import ENSEMBLES
 from regraft.studies.transfer.landscape import LINES, PLANE
+from regraft.studies.transfer.leads import LEADS
 from regraft.studies.transfer.methods import METHODS
 from regraft.studies.transfer.peers import PEERS
 from regraft.studies.transfer.ports import PortSettings
@@ -188,11 +189,11 @@ def costs(bases: Mapping[str, Settings]) -> Scenarios:
 
 
 def normalised(bases: Mapping[str, Settings]) -> Scenarios:
-    """Our method beside the two that it comes from."""
+    """A lead of ours beside the two methods that it comes from."""
     return tuple(
         Scenario(
             f"normalised-{name}",
-            _chosen("naive", "fgmt", "gmt", "nfgmt"),
+            (*_chosen("naive", "fgmt", "gmt"), *LEADS),
             replace(base, subsequent=None, looks=()),
             seeds=5 if name.startswith("mnist") else 10,
         )
