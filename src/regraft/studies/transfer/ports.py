@@ -21,7 +21,8 @@ from regraft import gradfix, learning_transfer
 from regraft.activations import hooks
 from regraft.clock import Clock, Cost
 from regraft.data import Split, draw_per_class
-from regraft.evaluation import accuracy, call, evaluating, gradients, loss_and_accuracy, reset_batchnorm
+from regraft.evaluation import accuracy, evaluating, gradients, loss_and_accuracy, reset_batchnorm
+from regraft.forward import call
 from regraft.heads import find_head
 from regraft.matching import match
 from regraft.studies.study import Measured, Method, Series

@@ -218,7 +218,10 @@ class TransferSetting(Setting):
         target_end: Tensors | None = None,
         evaluate: bool = True,
     ) -> Transfer:
-        """By a method of the library, or one like those: the source's path, or another one. evaluate: and keep the best step."""
+        """By a method of the library, or one like those: the source's path, or another one.
+
+        evaluate: and keep the best step.
+        """
         settings = self.settings
         forget_peak_memory(self.device)
         return learning_transfer.transfer(
