@@ -25,7 +25,7 @@ def bench(
     resume: bool = False,
     keep_older: bool = False,
     deterministic: bool = False,
-    rounds: int = 1,
+    rows_only: bool = False,
 ) -> int:
     """Measure every method beside plain training, and the kernels beside what one would write by hand.
 
@@ -41,7 +41,7 @@ def bench(
         resume: measure only what has no row of the same settings and the same code.
         keep_older: the same, and take rows of any code.
         deterministic: only algorithms that give the same bits in every run.
-        rounds: time cheap methods so often, so that `regraft compare` can tell a slow-down from chance.
+        rows_only: no summary, no page.
     """
     from rich.console import Console
 
@@ -54,7 +54,7 @@ def bench(
     if deterministic:
         front.deterministic()
     place = Place(data, device=device) if cache is None else Place(data, cache, device)
-    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older, "rounds": rounds}
+    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older}
     rows: dict[str, list] = {}
     for chosen in front.choose(study, scenario, method):
         try:
@@ -64,7 +64,8 @@ def bench(
             console.print(f"{chosen[1].name} is skipped: {missing}")
             continue
         rows.setdefault(chosen[0].name, []).extend(own)
-    front.conclude(rows, results, console)
+    if not rows_only:
+        front.conclude(rows, results, console)
     failures = [row for own in rows.values() for row in own if crashed(row)]
     for row in failures:
         console.print(f"{row.scenario}, {row.method}, seed {row.seed}: {row.failure}")

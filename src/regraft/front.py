@@ -76,7 +76,6 @@ def measure(
     seeds: int | None = None,
     resume: bool = False,
     keep_older: bool = False,
-    rounds: int = 1,
 ) -> list[Row]:
     """Run one scenario, its rows in ``results/<study>/rows.jsonl``. Raises MissingData where its data are not there."""
     one, scenario = chosen
@@ -89,7 +88,6 @@ def measure(
             seeds=None if seeds is None else range(seeds),
             resume=resume,
             keep_older=keep_older,
-            rounds=rounds,
         )
     )
 

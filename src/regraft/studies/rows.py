@@ -76,6 +76,11 @@ class Environment:
         """The kind of device, whichever of several it is."""
         return self.device.partition(":")[0]
 
+    @property
+    def arithmetic(self) -> tuple[object, ...]:
+        """What the same code has to have in common to give the same bits."""
+        return self.device, self.machine, self.threads, tuple(sorted(self.versions.items()))
+
 
 @dataclass(frozen=True)
 class Code:

@@ -10,12 +10,11 @@ that what they all need (data, a trained source, a traced specification) is made
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from regraft.clock import charged
 from regraft.data import MissingData
-from regraft.studies.rows import Row, Series, append, code, identity, latest, read
+from regraft.studies.rows import Row, append, code, identity, latest, read
 from regraft.studies.study import TUNING_SEED, Measured, Method, Place, Scenario, Setting, Study
 
 
@@ -46,21 +45,18 @@ def run(
     seeds: Sequence[int] | None = None,
     resume: bool = False,
     keep_older: bool = False,
-    rounds: int = 1,
 ) -> Iterator[Row]:
     """Measure what is asked for, append each row to the file, and yield it; rows that are kept are yielded, too.
 
     Args:
         seeds: instead of each scenario's own.
         resume: rows of the same identity and the same code are taken as they are; keep_older: of any code.
-        rounds: with more than one, cheap methods are run so often after a first time, and the row holds what each round
-            cost: one round proves nothing.
 
     Raises MissingData before any work of a scenario whose data are not there. A run that fails or diverges is a
     row that says how.
     """
     code()  # read before anything that runs could change the files
-    how = _How(study, place, rows, Earlier.of(rows, resume=resume, keep_older=keep_older), rounds)
+    how = _How(study, place, rows, Earlier.of(rows, resume=resume, keep_older=keep_older))
     for scenario in scenarios:
         chosen: dict[str, Method] = {}
         for method in scenario.methods:
@@ -82,7 +78,6 @@ class _How:
     place: Place
     path: Path
     earlier: Earlier
-    rounds: int
 
 
 def _tune(how: _How, scenario: Scenario, method: Method) -> Iterator[tuple[Method, Row]]:
@@ -114,16 +109,16 @@ def _run_all(how: _How, scenario: Scenario, seed: int, methods: Sequence[Method]
         if row is None:
             how.place.tell(f"{scenario.name}, seed {seed}: {method.name}", number, len(methods))
             setting.method = method
-            row = execute(how.study, setting, method, 1 if setting.tuning else how.rounds)
+            row = execute(how.study, setting, method)
             append(how.path, row)
         yield row
 
 
-def execute(study: Study, setting: Setting, method: Method, rounds: int = 1) -> Row:
+def execute(study: Study, setting: Setting, method: Method) -> Row:
     """Run one method and make its row. MissingData and interruptions are raised; other failures are in the row."""
     failure = None
     try:
-        measured = _in_rounds(method, setting, rounds)
+        measured = method.run(setting)
     except MissingData:
         raise
     except FloatingPointError as problem:
@@ -145,27 +140,6 @@ def execute(study: Study, setting: Setting, method: Method, rounds: int = 1) -> 
         environment=setting.environment(),
         code=code(),
     )
-
-
-WORTH_REPEATING = 5.0
-"""Seconds: what has taken longer in all is not run once more."""
-
-
-def _in_rounds(method: Method, setting: Setting, rounds: int) -> Measured:
-    """What the method measures; with its charge in each of several rounds after the first, which only warms up.
-
-    A method that times its own rounds (a contest) is left to that.
-    """
-    measured = method.run(setting)
-    clock = "cpu" if setting.device == "cpu" else "wall"
-    taken = [getattr(charged(measured.cost), clock)]
-    own = any("by round" in name for name in measured.series)
-    while not own and len(taken) <= rounds > 1 and sum(taken) < WORTH_REPEATING:
-        taken.append(getattr(charged(method.run(setting).cost), clock))
-    if len(taken) < 3:
-        return measured
-    by_round = Series.over("round", range(1, len(taken)), taken[1:])
-    return replace(measured, series={**measured.series, "cost by round [s]": by_round})
 
 
 def crashed(row: Row) -> bool:
