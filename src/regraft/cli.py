@@ -156,9 +156,50 @@ def compare(
         json: print the comparisons as JSON, for machines.
     """
     from regraft import front
+    from regraft.studies.turns import Limits
 
     sides = [front.found(side, results) for side in (before, after)]
-    return front.compared(*sides, max_slowdown, max_error_rise, everything=everything, as_json=json)
+    limits = Limits(max_slowdown, max_error_rise)
+    return front.compared(*sides, limits, everything=everything, as_json=json)
+
+
+def against(
+    commit: Positional[str],
+    /,
+    *,
+    study: Names = (),
+    scenario: Names = (),
+    method: Names = (),
+    data: Path | None = None,
+    turns: int = 12,
+    max_slowdown: float = 0.1,
+    max_error_rise: float = 0.005,
+    everything: bool = False,
+    json: bool = False,
+) -> int:
+    """Measure a commit and the present code by turns on this machine; exit status 1 where it became worse than allowed.
+
+    Args:
+        commit: what to compare with, such as main or HEAD~1.
+        study: the quick scenarios of this study; may be given several times.
+        scenario: may be given several times. Without study and scenario: systems, which is made for this.
+        method: only methods of this name (and their control's); may be given several times.
+        data: folder of the data sets (default: REGRAFT_DATA, else ./data).
+        turns: at most; four prove that nothing is slower, and more are taken where something looks it.
+        max_slowdown: what a cost may rise by, as a share (0.1: ten percent), relative to the control of the same run.
+        max_error_rise: what an error may rise by, in shares of 1.
+        everything: show what did not change, too.
+        json: print the comparisons as JSON, for machines.
+    """
+    from regraft import front
+    from regraft.studies.turns import Limits
+
+    chosen = {"study": study, "scenario": scenario or (() if study else ("systems",)), "method": method}
+    words = [word for name, values in chosen.items() for value in values for word in (f"--{name}", value)]
+    front.choose(*chosen.values())  # a wrong name is said before any work
+    words += [] if data is None else ["--data", str(data.resolve())]
+    limits = Limits(max_slowdown, max_error_rise, min(4, turns), turns)
+    return front.against(commit, words, limits, everything=everything, as_json=json)
 
 
 def history(*, results: Path = Path("results/local"), json: bool = False) -> int:
@@ -192,6 +233,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "reproduce": reproduce,
     "report": report,
     "compare": compare,
+    "against": against,
     "history": history,
     "symmetry": symmetry,
 }

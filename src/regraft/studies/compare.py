@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -152,31 +151,28 @@ def _error(row: Row) -> float | None:
 
 
 def relative_costs(rows: Sequence[Row]) -> list[float | None]:
-    """Of each row what it took over what its control took: the one of the same code and seed that is nearest to it in
-    the list. None without a control, and for a control itself.
+    """Of each row what it took over what its control took: of the same code and seed, its first run over the control's
+    first, and so on. None without a control, and for a control itself.
 
     The control is the method that the row's configuration names as ``beside``, else plain training.
     """
-    at: dict[tuple[str | int, ...], list[int]] = {}
-    for number, row in enumerate(rows):
-        if row.failure is None and row.seconds > 0:
-            at.setdefault(_run_of(row, row.method), []).append(number)
-    return [_relative(rows, number, at) for number in range(len(rows))]
+    runs: dict[tuple[str | int, ...], list[Row]] = {}
+    for row in rows:
+        runs.setdefault(_run_of(row, row.method), []).append(row)
+    taken: dict[tuple[str | int, ...], int] = {}
+    found: list[float | None] = []
+    for row in rows:
+        own, name = _run_of(row, row.method), row.config.get("method", {}).get("beside", "plain")
+        number = taken[own] = taken.get(own, -1) + 1
+        controls = runs.get(_run_of(row, name), [])
+        control = controls[min(number, len(controls) - 1)] if controls and name != row.method else None
+        counts = control is not None and all(r.failure is None and r.seconds > 0 for r in (row, control))
+        found.append(least(row) / least(control) if control is not None and counts else None)
+    return found
 
 
 def _run_of(row: Row, method: str) -> tuple[str | int, ...]:
     return row.study, row.scenario, method, row.seed, row.code.regraft, row.code.kernels
-
-
-def _relative(rows: Sequence[Row], number: int, at: dict[tuple[str | int, ...], list[int]]) -> float | None:
-    row = rows[number]
-    name = row.config.get("method", {}).get("beside", "plain")
-    places = at.get(_run_of(row, name), [])
-    if name == row.method or not places or row.failure is not None or row.seconds <= 0:
-        return None
-    place = bisect(places, number)
-    nearest = min(places[max(0, place - 1) : place + 1], key=lambda other: abs(other - number))
-    return least(row) / least(rows[nearest])
 
 
 ROUNDS = "time by round [ms]"
@@ -238,7 +234,7 @@ def sheet(changes: Sequence[Change], everything: bool = False) -> Sheet:
     notes = [f"{len(changes)} comparisons; {sum(c.verdict == WORSE for c in changes)} worse"]
     if few:
         notes.append(
-            f"{few} rest on one measurement a side, which proves nothing: run more seeds, or by turns (`regraft against`)"
+            f"{few} rest on one measurement a side, which proves nothing: run more seeds, or `regraft against`"
         )
     if any(c.verdict == CHANGED for c in changes):
         notes.append(

