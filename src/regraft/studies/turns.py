@@ -115,7 +115,7 @@ def by_turns(
 
 SERVER = """
 import os, sys
-import torch._dynamo  # what tracing imports when it first runs; nothing is computed before the fork
+import sklearn.datasets, torch._dynamo  # what is imported late; nothing is computed before the fork
 from regraft import cli, front
 for _ in sys.stdin:
     child = os.fork()
