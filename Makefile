@@ -32,7 +32,8 @@ report: .venv/installed
 
 baseline: .venv/installed
 	rm -rf results/baseline
-	.venv/bin/regraft bench --results results/baseline --rows-only
+	OMP_NUM_THREADS=1 .venv/bin/regraft bench --study transfer --study fusion --study fast \
+		--results results/baseline --rows-only
 
 docs: .venv/installed
 	@$(PIP) -c constraints.txt -e '.[docs]'

@@ -31,6 +31,7 @@ class Fault:
     seen: tuple[str, str | None] | None
     words: tuple[str, ...]
     limits: Limits = field(default_factory=Limits)
+    about: str = "The packages beside a copy of themselves: whatever is told is a false alarm."
 
 
 SLOW = """
@@ -71,8 +72,21 @@ SPEED = (
 ACCURACY = ("--scenario", "digits-mlp", "--method", "plain", "--method", "fgmt", "--seeds", "3")
 ONCE = Limits(least=1, most=1)
 FAULTS = {
-    "slower by 15 %": Fault("training.py", SLOW, ("cost", "training: regraft"), SPEED),
-    "less accurate by a point": Fault("evaluation.py", LOSS, ("error", None), ACCURACY, ONCE),
+    "slower by 15 %": Fault(
+        "training.py",
+        SLOW,
+        ("cost", "training: regraft"),
+        SPEED,
+        about="Training waits for 15 % of its time after every call.",
+    ),
+    "less accurate by a point": Fault(
+        "evaluation.py",
+        LOSS,
+        ("error", None),
+        ACCURACY,
+        ONCE,
+        "Every evaluation spoils one answer in a hundred, at random.",
+    ),
     "the same code, speed": Fault("training.py", "", None, SPEED),
     "the same code, accuracy": Fault("evaluation.py", "", None, ACCURACY, ONCE),
 }
@@ -120,6 +134,11 @@ def _is(change: Change, quantity: str, method: str | None) -> bool:
 
 
 METHODS = tuple(
-    Method(name, partial(_measure, name), {"words": fault.words, "limits": asdict(fault.limits)})
+    Method(
+        name,
+        partial(_measure, name),
+        {"words": fault.words, "limits": asdict(fault.limits)},
+        about=fault.about,
+    )
     for name, fault in FAULTS.items()
 )
