@@ -115,8 +115,8 @@ def by_turns(
 
 SERVER = """
 import os, sys
-import sklearn.datasets, torch._dynamo  # what is imported late; nothing is computed before the fork
 from regraft import cli, front
+import sklearn.datasets, torch._dynamo  # what is imported late; nothing is computed before the fork
 for _ in sys.stdin:
     child = os.fork()
     if not child:
