@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "trace": "symmetry",
+    "with_output": "forward",
     "verify": "symmetry",
     "apply": "symmetry",
     "inverse": "symmetry",
@@ -26,7 +27,7 @@ _PUBLIC = {
     "assign_gradient": "fusion",
 }
 
-_MODULES = ("activations", "fast", "fusion", "grids")
+_MODULES = ("activations", "fast", "fusion", "gradfix", "grids")
 
 __all__ = [
     "Match",
@@ -40,16 +41,19 @@ __all__ = [
     "fast",
     "fuse",
     "fusion",
+    "gradfix",
     "grids",
     "inverse",
     "match",
     "trace",
     "transfer",
     "verify",
+    "with_output",
 ]
 
 if TYPE_CHECKING:
-    from regraft import activations, fast, fusion, grids
+    from regraft import activations, fast, fusion, gradfix, grids
+    from regraft.forward import with_output
     from regraft.fusion import assign_gradient, fuse
     from regraft.learning_transfer import Transfer, transfer
     from regraft.matching import Match, match

@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from regraft.clock import EVALUATION, Clock, Cost, charged
 from regraft.evaluation import NotFinite, accuracy, batch_norms, gradients, reset_batchnorm
+from regraft.forward import arguments, mapped, portion, split
 from regraft.matching import Descent, Match, clear_, descend_, match, restart_
 from regraft.stacks import Stacks
 from regraft.symmetry import PermutationSpec, trace
@@ -275,11 +276,12 @@ def transfer(
     """Transfer `path` to the network that starts at `target_start`, without training it.
 
     Args:
-        model: any classifier; its own parameters are neither used nor changed.
+        model: any classifier, whose output is the logits or has them (see `regraft.forward`); its own parameters are
+            neither used nor changed.
         path: theta_1^0 .. theta_1^T, of the model's parameters and buffers, on the device to compute on.
         target_start: theta_2^0, alike.
-        batches: (images, labels) pairs, the sample for gradients and for BatchNorm statistics; iterated over again
-            when it ends. Both networks see the same ones.
+        batches: (images, labels), or any form that `regraft.forward` knows: the sample for gradients and for BatchNorm
+            statistics; iterated over again when it ends. Both networks see the same ones.
         method: a name of `METHODS`: "naive", "weights", "oracle", "fgmt" or "gmt".
         spec: the model's permutation groups; traced on a batch when not given.
         target_end: theta_2^T of a real training, which "oracle" alone wants.
@@ -310,7 +312,9 @@ def transfer(
     endless = _cycle(batches)
     first = next(endless)
     if spec is None:
-        spec = trace(model, (first[0][:2].to(next(model.parameters()).device),))
+        device = next(model.parameters()).device
+        example = mapped(lambda x: x.to(device), portion(split(first)[0], 0, 2))
+        spec = trace(model, *arguments(example))
     spec.validate(target_start)
     statistics = list(islice(_cycle(batches), bn_batches)) if bn_batches and batch_norms(model) else []
     problem = Problem(model, spec, path, target_start, target_end, from_identity, generator, backend)

@@ -104,6 +104,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         "adam-1e-4": {"lr": 1e-4, **_adam},
         "adam-3e-4": {"lr": 3e-4, **_adam},
         "adam-1e-3": {"lr": 1e-3, **_adam},
+        "adam-1e-3-of-16-epochs": {"lr": 1e-3, "epochs": 16, **_adam},
     },
 }
 """Recipes to choose from, on the diagonals of tables A12, A13 and 6 alone: what differs from `RESIDUAL`."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from regraft.clock import Cost, charged
-from regraft.evaluation import call, evaluating
+from regraft.evaluation import evaluating
+from regraft.forward import call
 from regraft.studies.study import Measured, Method
 from regraft.studies.transfer.setting import TransferSetting
 from regraft.tensors import Tensors

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from regraft.activations import hooks
 from regraft.clock import Clock
-from regraft.evaluation import accuracy, call, evaluating
+from regraft.evaluation import accuracy, evaluating
+from regraft.forward import call
 from regraft.matching import match
 from regraft.studies.study import Measured, Method, told_by
 from regraft.studies.transfer.methods import judged, measured
