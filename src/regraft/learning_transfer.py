@@ -204,15 +204,18 @@ Method = Callable[[Problem, Work], Steps]
 
 
 def naive(problem: Problem, work: Work) -> Steps:
+    """The source's path as it is, no unit permuted."""
     return _everywhere(problem, problem.placed(problem.spec.identity()))
 
 
 def weights(problem: Problem, work: Work) -> Steps:
+    """One permutation: that which matches the two starts' weights (Git Re-Basin, Ainsworth et al., 2023)."""
     start = problem.parameters(problem.target_start)
     return _everywhere(problem, work.match(start, problem.parameters(problem.path.start)))
 
 
 def oracle(problem: Problem, work: Work) -> Steps:
+    """A bound, no method: the target is trained after all, and one permutation matches what both have learned."""
     if problem.target_end is None:
         raise ValueError("method 'oracle' needs target_end, the end of a real training from target_start")
     learned = problem.learned(problem.target_end, problem.target_start)
@@ -221,6 +224,7 @@ def oracle(problem: Problem, work: Work) -> Steps:
 
 
 def gmt(problem: Problem, work: Work) -> Steps:
+    """Gradient matching along the transferred path, all gradients anew at every step (Algorithm 1)."""
     descent, perm = work.descent(), problem.spec.identity()
     for s in range(1, problem.path.steps + 1):
         clear_(descent)
@@ -231,6 +235,7 @@ def gmt(problem: Problem, work: Work) -> Steps:
 
 
 def fgmt(problem: Problem, work: Work) -> Steps:
+    """Gradient matching along the transferred path, earlier gradients kept (Algorithm 2): two gradients a step."""
     descent, perm = work.descent(), problem.spec.identity()
     for s in range(1, problem.path.steps + 1):
         work.append_(descent, perm, s - 1)
