@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
 Names = UseAppendAction[tuple[str, ...]]
+Engine = Literal["local", "ray", "slurm"]
 
 
 def bench(
@@ -25,7 +27,8 @@ def bench(
     resume: bool = False,
     keep_older: bool = False,
     deterministic: bool = False,
-    rounds: int = 1,
+    rows_only: bool = False,
+    engine: Engine = "local",
 ) -> int:
     """Measure every method beside plain training, and the kernels beside what one would write by hand.
 
@@ -41,7 +44,8 @@ def bench(
         resume: measure only what has no row of the same settings and the same code.
         keep_older: the same, and take rows of any code.
         deterministic: only algorithms that give the same bits in every run.
-        rounds: time cheap methods so often, so that `regraft compare` can tell a slow-down from chance.
+        rows_only: no summary, no page.
+        engine: who measures the rows: this process, the workers of a Ray cluster, or jobs of SLURM.
     """
     from rich.console import Console
 
@@ -54,7 +58,8 @@ def bench(
     if deterministic:
         front.deterministic()
     place = Place(data, device=device) if cache is None else Place(data, cache, device)
-    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older, "rounds": rounds}
+    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older}
+    asked |= {"engine": engine}
     rows: dict[str, list] = {}
     for chosen in front.choose(study, scenario, method):
         try:
@@ -64,7 +69,8 @@ def bench(
             console.print(f"{chosen[1].name} is skipped: {missing}")
             continue
         rows.setdefault(chosen[0].name, []).extend(own)
-    front.conclude(rows, results, console)
+    if not rows_only:
+        front.conclude(rows, results, console)
     failures = [row for own in rows.values() for row in own if crashed(row)]
     for row in failures:
         console.print(f"{row.scenario}, {row.method}, seed {row.seed}: {row.failure}")
@@ -85,6 +91,7 @@ def reproduce(
     cache: Path = Path(".cache/regraft"),
     keep_older: bool = False,
     deterministic: bool = False,
+    engine: Engine = "local",
 ) -> int:
     """Run a paper's tables and figures again, ours beside the paper's; what has its rows already is not run again.
 
@@ -100,6 +107,7 @@ def reproduce(
         cache: folder in which trainings are kept, so that an interrupted one goes on.
         keep_older: take rows of any code, not of this one alone.
         deterministic: only algorithms that give the same bits in every run.
+        engine: who measures the rows: this process, the workers of a Ray cluster, or jobs of SLURM.
     """
     from regraft import front
     from regraft.studies.study import Place
@@ -115,6 +123,7 @@ def reproduce(
         results=results,
         seeds=seeds,
         keep_older=keep_older,
+        engine=engine,
     )
 
 
@@ -155,9 +164,50 @@ def compare(
         json: print the comparisons as JSON, for machines.
     """
     from regraft import front
+    from regraft.studies.turns import Limits
 
     sides = [front.found(side, results) for side in (before, after)]
-    return front.compared(*sides, max_slowdown, max_error_rise, everything=everything, as_json=json)
+    limits = Limits(max_slowdown, max_error_rise)
+    return front.compared(*sides, limits, everything=everything, as_json=json)
+
+
+def against(
+    commit: Positional[str],
+    /,
+    *,
+    study: Names = (),
+    scenario: Names = (),
+    method: Names = (),
+    data: Path | None = None,
+    turns: int = 12,
+    max_slowdown: float = 0.1,
+    max_error_rise: float = 0.005,
+    everything: bool = False,
+    json: bool = False,
+) -> int:
+    """Measure a commit and the present code by turns on this machine; exit status 1 where it became worse than allowed.
+
+    Args:
+        commit: what to compare with, such as main or HEAD~1.
+        study: the quick scenarios of this study; may be given several times.
+        scenario: may be given several times. Without study and scenario: systems, which is made for this.
+        method: only methods of this name (and their control's); may be given several times.
+        data: folder of the data sets (default: REGRAFT_DATA, else ./data).
+        turns: at most; four prove that nothing is slower, and more are taken where something looks it.
+        max_slowdown: what a cost may rise by, as a share (0.1: ten percent), relative to the control of the same run.
+        max_error_rise: what an error may rise by, in shares of 1.
+        everything: show what did not change, too.
+        json: print the comparisons as JSON, for machines.
+    """
+    from regraft import front
+    from regraft.studies.turns import Limits
+
+    chosen = {"study": study, "scenario": scenario or (() if study else ("systems",)), "method": method}
+    words = [word for name, values in chosen.items() for value in values for word in (f"--{name}", value)]
+    front.choose(*chosen.values())  # a wrong name is said before any work
+    words += [] if data is None else ["--data", str(data.resolve())]
+    limits = Limits(max_slowdown, max_error_rise, min(4, turns), turns)
+    return front.against(commit, words, limits, everything=everything, as_json=json)
 
 
 def history(*, results: Path = Path("results/local"), json: bool = False) -> int:
@@ -332,6 +382,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "reproduce": reproduce,
     "report": report,
     "compare": compare,
+    "against": against,
     "history": history,
     "symmetry": symmetry,
     "port": port,
