@@ -201,6 +201,34 @@ def test_parts_that_no_base_has_are_carried_over(tmp_path):
     assert any("other.weight" in note for note in done.plan.notes)
 
 
+def test_of_a_body_a_named_part_may_be_new_and_a_layer_not(tmp_path):
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
+            self.pooler = nn.Sequential(nn.Linear(8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.pooler(self.layers(x))
+
+    model = nn.Sequential()
+    model.add_module("body", Body())
+    model.add_module("out", nn.Linear(8, 3))
+    base = state(model, 0)
+    known = {"model": model, "inputs": torch.randn(1, 6), "method": "naive"}
+    for lacking, fits in (("body.pooler", True), ("body.layers.1", False)):
+        bases = [
+            {n: t for n, t in x.items() if not n.startswith((lacking, "out"))}
+            for x in (base, state(model, 1))
+        ]
+        paths = saved(tmp_path, base=bases[0], tuned=near(base), new=bases[1])
+        if fits:
+            assert result(regraft.port(*paths, tmp_path / "out", **known).out).keys() == base.keys()
+            continue
+        with pytest.raises(BadFile, match=r"no tensor 'body\.layers\.1"):
+            regraft.port(*paths, tmp_path / "other", **known)
+
+
 def test_a_proven_specification_stands_for_the_model(three, tmp_path):
     spec = regraft.trace(mlp(), INPUTS[mlp], verify=True)
     spec.save(tmp_path / "spec.json")

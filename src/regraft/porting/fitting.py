@@ -110,11 +110,15 @@ def unfit(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
 
 
 def new_parts(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
-    """The tensors of the model's last parts, of which the checkpoint has none: what a task puts behind a body."""
-    parts = {name.partition(".")[0] for name in checkpoint.entries}
+    """The tensors of the model's last parts, of which the checkpoint has none: what a task puts behind a body, such as
+    "classifier" or "bert.pooler". A numbered part ("blocks.11") is a layer that is lacking, and no new one."""
+    outer = {name.partition(".")[0] for name in checkpoint.entries}
+    inner = {".".join(name.split(".")[:2]) for name in checkpoint.entries}
     found: list[str] = []
     for name in reversed(anatomy.shapes):
-        if name.partition(".")[0] in parts:
+        first, *rest = name.split(".")
+        is_part = len(rest) > 1 and not rest[0].isdigit()
+        if first in outer and not (is_part and f"{first}.{rest[0]}" not in inner):
             break
         found.append(name)
     return found
@@ -126,8 +130,10 @@ def check_head(checkpoint: Checkpoint, anatomy: Anatomy, names: list[str]) -> st
     Raises BadFile, naming file and tensor, where it is not so.
     """
     modules = {name.rpartition(".")[0] for name in names}
-    present = [name for name in names if name in checkpoint.entries]
-    if len(modules) == 1 and all(checkpoint.entries[n].shape[1:] == anatomy.shapes[n][1:] for n in present):
+    entries = checkpoint.entries
+    if len(modules) == 1 and all(
+        n in entries and entries[n].shape[1:] == anatomy.shapes[n][1:] for n in names
+    ):
         module = min(modules)
         of_module = [name for name in anatomy.shapes if name.rpartition(".")[0] == module]
         if module and len(names) == len(of_module) and all(anatomy.shapes[name] for name in names):

@@ -135,9 +135,9 @@ def subject(
     found = fit(checkpoint, anatomy, is_base=False)
     if odd := unfit(found, anatomy):
         head = check_head(found, anatomy, odd)
-        outputs = {found.entries[name].shape[0] for name in odd if name in found.entries}
+        outputs = {found.entries[name].shape[0] for name in odd}
         if len(outputs) != 1:
-            raise BadFile(f"{found.path} has no tensor {odd[0]!r}, which the model has")
+            raise BadFile(f"{found.path}: the tensors of {head} have {sorted(outputs)} outputs")
         adopt(named.model, min(outputs), head=head)
         anatomy = Anatomy.of_model(named.model)
     named.model.to(device).requires_grad_(False)
