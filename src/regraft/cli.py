@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -58,13 +59,12 @@ def bench(
     if deterministic:
         front.deterministic()
     place = Place(data, device=device) if cache is None else Place(data, cache, device)
-    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older}
-    asked |= {"rounds": rounds, "engine": engine}
+    measure = partial(front.measure, results=results, seeds=seeds, resume=resume, keep_older=keep_older)
     rows: dict[str, list] = {}
     for chosen in front.choose(study, scenario, method):
         try:
             with front.progress(place, console) as told:
-                own = front.measure(chosen, place=told, **asked)
+                own = measure(chosen, place=told, rounds=rounds, engine=engine)
         except MissingData as missing:
             console.print(f"{chosen[1].name} is skipped: {missing}")
             continue
@@ -164,8 +164,8 @@ def compare(
     """
     from regraft import front
 
-    sides = [front.found(side, results) for side in (before, after)]
-    return front.compared(*sides, max_slowdown, max_error_rise, everything=everything, as_json=json)
+    old, new = (front.found(side, results) for side in (before, after))
+    return front.compared(old, new, max_slowdown, max_error_rise, everything=everything, as_json=json)
 
 
 def history(*, results: Path = Path("results/local"), json: bool = False) -> int:

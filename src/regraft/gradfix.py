@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regraft.evaluation import NotFinite, call, checked, copies, evaluating
+from regraft.evaluation import NotFinite, checked, copies, evaluating
+from regraft.forward import call, loss_of, portion
 from regraft.heads import check_labels
 from regraft.tensors import Batch, Loss, Tensors, check_finite
 
@@ -41,13 +42,16 @@ def majority(
     votes = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     images_seen = 0
     with evaluating(model):
-        for number, (images, labels) in enumerate(checked(batches)):
-            for image, label in zip(images.split(1), labels.split(1), strict=True):
-                logits = call(model, values, image)
+        for number, (inputs, labels) in enumerate(checked(batches)):
+            for place, label in enumerate(labels.split(1)):
+                logits = call(model, values, portion(inputs, place, place + 1))
                 if loss is F.cross_entropy and label.shape != logits.shape:
                     check_labels(label, logits.shape[1], f"batch {number}")
                 found = torch.autograd.grad(
-                    loss(logits, label), list(parameters.values()), allow_unused=True, materialize_grads=True
+                    loss_of(loss, logits, label),
+                    list(parameters.values()),
+                    allow_unused=True,
+                    materialize_grads=True,
                 )
                 _check_gradients(list(parameters), found)  # the sign of NaN would be 0
                 torch._foreach_add_(list(votes.values()), [g.sign() for g in found])
