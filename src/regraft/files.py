@@ -27,6 +27,10 @@ LARGEST_JSON = 1 << 30
 """Bytes: nothing that is read as JSON comes near it."""
 
 
+class BadFile(ValueError):
+    """What a file holds is damaged, or does not fit what is to be done with it."""
+
+
 # ---------------------------------------------------------------- writing
 
 

@@ -32,7 +32,8 @@ def majority(
     """The sum of the signs of each image's own gradient, one for each parameter: who has the majority of images.
 
     In evaluation mode, since a batch of one image has no statistics: BatchNorm uses theta's running ones. Batches may
-    have any size; every image is one vote. A parameter that the loss does not depend on has votes 0.
+    have any size and form (`regraft.forward`); every image is one vote. A parameter that the loss does not depend on
+    has votes 0.
 
     Raises ValueError for no batch, images that are not finite, or labels that the model has no output for (the batch
     is named), `NotFinite` for a gradient that is not finite, naming its tensor.
@@ -43,8 +44,8 @@ def majority(
     images_seen = 0
     with evaluating(model):
         for number, (inputs, labels) in enumerate(checked(batches)):
-            for place, label in enumerate(labels.split(1)):
-                logits = call(model, values, portion(inputs, place, place + 1))
+            for i, label in enumerate(labels.split(1)):
+                logits = call(model, values, portion(inputs, i, i + 1))
                 if loss is F.cross_entropy and label.shape != logits.shape:
                     check_labels(label, logits.shape[1], f"batch {number}")
                 found = torch.autograd.grad(

@@ -108,7 +108,7 @@ Initialiser = Callable[[Tensor, torch.Generator | None], object]
 
 
 def zero(weight: Tensor, generator: torch.Generator | None = None) -> None:
-    """FAST's classifier: every class equally probable whatever the image (section 4.1.2, equation 15)."""
+    """Zero, as FAST has it: every class equally probable whatever the image (section 4.1.2, equation 15)."""
     nn.init.zeros_(weight)
 
 

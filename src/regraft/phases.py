@@ -44,12 +44,12 @@ def nesterov(groups: Groups) -> torch.optim.Optimizer:
 
 
 def adam(groups: Groups) -> torch.optim.Optimizer:
-    """With torch's betas."""
+    """Adam, with torch's betas."""
     return torch.optim.Adam(groups)
 
 
 def radam(groups: Groups) -> torch.optim.Optimizer:
-    """With torch's betas."""
+    """RAdam, with torch's betas."""
     return torch.optim.RAdam(groups)
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -75,6 +75,11 @@ class Environment:
     def kind(self) -> str:
         """The kind of device, whichever of several it is."""
         return self.device.partition(":")[0]
+
+    @property
+    def arithmetic(self) -> tuple[object, ...]:
+        """What the same code has to have in common to give the same bits."""
+        return self.device, self.machine, self.threads, tuple(sorted(self.versions.items()))
 
 
 @dataclass(frozen=True)
@@ -211,12 +216,18 @@ def read(path: Path | str) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no rows at {path}")
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            row = _parse(line, f"{path}, line {number}")
-            found += [row] if row is not None else []
+    found, seen = [], {}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and (row := _parse(line, f"{path}, line {number}")) is not None:
+                found.append(_shared(row, seen))
     return found
+
+
+def _shared(row: Row, seen: dict[str, Any]) -> Row:
+    """The row, with what it has in common with earlier ones held once: most of the memory of many rows."""
+    same = {name: getattr(row, name) for name in ("config", "environment", "code")}
+    return replace(row, **{name: seen.setdefault(repr(value), value) for name, value in same.items()})
 
 
 _HEAD = f'{{"schema":{SCHEMA},"study":'.encode()

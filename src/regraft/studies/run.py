@@ -11,13 +11,12 @@ specification) is made once; it goes when they are done.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from regraft.clock import charged
 from regraft.data import MissingData
-from regraft.studies.rows import Environment, Row, Series, append, code, identity, latest, read
+from regraft.studies.rows import Environment, Row, append, code, identity, latest, read
 from regraft.studies.study import TUNING_SEED, Measured, Method, Place, Scenario, Setting, Study
 
 
@@ -48,7 +47,6 @@ def run(
     seeds: Sequence[int] | None = None,
     resume: bool = False,
     keep_older: bool = False,
-    rounds: int = 1,
     engine: Engine | None = None,
 ) -> Iterator[Row]:
     """Measure what is asked for, append each row to the file, and yield it; rows that are kept are yielded, too.
@@ -56,8 +54,6 @@ def run(
     Args:
         seeds: instead of each scenario's own.
         resume: rows of the same identity and the same code are taken as they are; keep_older: of any code.
-        rounds: with more than one, cheap methods are run so often after a first time, and the row holds what each round
-            cost: one round proves nothing.
         engine: who measures the rows that are not there: this process (`local`) or one of `regraft.studies.engines`.
 
     Raises MissingData before any work of a scenario whose data are not there. A run that fails or diverges is a
@@ -66,8 +62,7 @@ def run(
     code()  # read before anything that runs could change the files
     for scenario in scenarios:
         _collect(parts(rows, scenario), rows)
-    earlier = Earlier.of(rows, resume=resume, keep_older=keep_older)
-    how = _How(study, place, rows, earlier, rounds, engine or local)
+    how = _How(study, place, rows, Earlier.of(rows, resume=resume, keep_older=keep_older), engine or local)
     for scenario in scenarios:
         chosen: dict[str, Method] = {}
         for method in scenario.methods:
@@ -89,7 +84,6 @@ class _How:
     place: Place
     path: Path
     earlier: Earlier
-    rounds: int
     engine: Engine
 
 
@@ -124,11 +118,7 @@ def best(tried: Sequence[tuple[Method, Row]], value: str) -> Method:
 def _run_all(how: _How, scenario: Scenario, seeds: Sequence[int], methods: Sequence[Method]) -> Iterator[Row]:
     """All methods of each seed, in this order, in whatever order the engine brings them."""
     folder = parts(how.path, scenario)
-    jobs = [
-        Job(how.study, scenario, method, seed, how.place, folder, how.rounds)
-        for seed in seeds
-        for method in methods
-    ]
+    jobs = [Job(how.study, scenario, method, seed, how.place, folder) for seed in seeds for method in methods]
     rows = dict(how.earlier.rows)
     come = how.engine([job for job in jobs if job.identity not in rows])
     for job in jobs:
@@ -154,7 +144,6 @@ class Job:
     seed: int
     place: Place
     parts: Path
-    rounds: int = 1
 
     @property
     def identity(self) -> str:
@@ -191,7 +180,7 @@ def execute(job: Job, setting: Setting) -> Row:
     """Run one method and make its row. MissingData and interruptions are raised; other failures are in the row."""
     setting.method, failure = job.method, None
     try:
-        measured = _in_rounds(job.method, setting, 1 if setting.tuning else job.rounds)
+        measured = job.method.run(setting)
     except MissingData:
         raise
     except FloatingPointError as problem:
@@ -217,27 +206,6 @@ def row_of(job: Job, environment: Environment, measured: Measured, failure: str 
         environment=environment,
         code=code(),
     )
-
-
-WORTH_REPEATING = 5.0
-"""Seconds: what has taken longer in all is not run once more."""
-
-
-def _in_rounds(method: Method, setting: Setting, rounds: int) -> Measured:
-    """What the method measures; with its charge in each of several rounds after the first, which only warms up.
-
-    A method that times its own rounds (a contest) is left to that.
-    """
-    measured = method.run(setting)
-    clock = "cpu" if setting.device == "cpu" else "wall"
-    taken = [getattr(charged(measured.cost), clock)]
-    own = any("by round" in name for name in measured.series)
-    while not own and len(taken) <= rounds > 1 and sum(taken) < WORTH_REPEATING:
-        taken.append(getattr(charged(method.run(setting).cost), clock))
-    if len(taken) < 3:
-        return measured
-    by_round = Series.over("round", range(1, len(taken)), taken[1:])
-    return replace(measured, series={**measured.series, "cost by round [s]": by_round})
 
 
 def crashed(row: Row) -> bool:
