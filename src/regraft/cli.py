@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
@@ -285,8 +285,8 @@ def port(
 
     if deterministic:
         front.deterministic()
-    asked = {"inputs": shape, "spec": spec, "data": data, "max_memory": max_memory, "device": device}
-    asked |= {"model": model, "method": method, "steps": steps}
+    asked: dict[str, Any] = {"inputs": shape, "spec": spec, "data": data, "max_memory": max_memory}
+    asked |= {"model": model, "method": method, "steps": steps, "device": device}
     files = (base, tuned, new_base)
     if dry_run:
         return front.planned(files, out, asked, as_json=json)

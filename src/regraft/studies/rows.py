@@ -216,7 +216,8 @@ def read(path: Path | str) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no rows at {path}")
-    found, seen = [], {}
+    found: list[Row] = []
+    seen: dict[str, Any] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip() and (row := _parse(line, f"{path}, line {number}")) is not None:
