@@ -226,8 +226,10 @@ def test_of_a_hundred_rows_ninety_nine_survive_twenty_kills_and_one_has_its_fail
         thread.join()
     assert len(killed) == KILLS
     assert len(read(tmp_path / "ray" / "rows.jsonl")) == len(found) == 100
-    failed = [row for row in found if row.failure]
-    assert [row.method for row in failed] == ["fatal"] and "WorkerCrashedError" in failed[0].failure
+    failures = {(row.method, row.seed): row.failure for row in found if row.failure}
+    assert failures.keys() == {("fatal", 0)}, failures
+    assert "WorkerCrashedError" in failures["fatal", 0]
+    assert not parts(tmp_path / "ray" / "rows.jsonl", scenario).exists()
     assert set(count(tmp_path / "traces", "ended").values()) == {1}, "no finished row ran again"
     begun = count(tmp_path / "traces", "begun")
     assert begun["fatal-0"] == 1 + engines.RETRIES
