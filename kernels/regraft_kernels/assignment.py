@@ -145,7 +145,9 @@ def _alike(similarities: Sequence[Matrix]) -> list[list[int]]:
 
 
 def _stack(matrices: Sequence[Matrix]) -> Matrix:
-    return torch.stack(list(matrices)) if isinstance(matrices[0], Tensor) else np.stack(matrices)
+    if isinstance(matrices[0], Tensor):
+        return torch.stack([matrix for matrix in matrices if isinstance(matrix, Tensor)])
+    return np.stack(matrices)
 
 
 def _solve_alike(
@@ -261,8 +263,8 @@ class _Problem:
         cost, row = np.empty_like(matrix), np.empty(n, np.float64)
         for block in row_blocks(matrix):  # one pass over memory for all steps
             part, best = cost[block], matrix[block].max(axis=1) if sign > 0 else matrix[block].min(axis=1)
-            sides = (best[:, None], matrix[block])
-            np.subtract(*(sides if sign > 0 else sides[::-1]), out=part)
+            above, below = (best[:, None], matrix[block]) if sign > 0 else (matrix[block], best[:, None])
+            np.subtract(above, below, out=part)
             row[block] = sign * best
             if shift is not None:  # after the difference, so that a large mean of S costs no digits
                 part += shift

@@ -21,8 +21,8 @@ except ImportError:  # its kernels stay plain functions, which nothing calls: `r
     def _undecorated(function: Any = None, **options: Any) -> Any:
         return _undecorated if function is None else function
 
-    triton: Any = SimpleNamespace(jit=_undecorated)
-    tl: Any = SimpleNamespace(constexpr=lambda value: value)
+    triton = SimpleNamespace(jit=_undecorated)  # type: ignore[assignment]  # stands in for the package
+    tl = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[assignment]
 
 BACKENDS = ("auto", "torch", "triton")
 HAS_TRITON = not isinstance(triton, SimpleNamespace)

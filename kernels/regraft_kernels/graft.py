@@ -292,7 +292,8 @@ def _graft_now(
     if floating:
         targets = batch[0] if batch else None
         run = _graft_triton if chosen == "triton" else _graft_torch
-        run(floating, *moves, scales, results, indices, packing, targets)
+        start, end = moves
+        run(floating, start, end, scales, results, indices, packing, targets)
     return results
 
 

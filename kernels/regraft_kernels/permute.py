@@ -122,17 +122,17 @@ def _gather_one(
     source: Tensor, out: Tensor, rows: Tensor | None, columns: Tensor | None, scratch: Scratch
 ) -> None:
     """Fill `out` with the gathered rows and columns of `source`, both [rows, columns, tail]."""
-    if columns is None and rows is None:
-        out.copy_(source)
-    elif columns is None:
-        torch.index_select(source, 0, rows, out=out)
-    elif rows is None:
-        torch.index_select(source, 1, columns, out=out)
-    else:
+    if rows is not None and columns is not None:
         for block in row_blocks(source):
             room = scratch.like(source[block], source.dtype)
             torch.index_select(source, 0, rows[block], out=room)
             torch.index_select(room, 1, columns, out=out[block])
+    elif rows is not None:
+        torch.index_select(source, 0, rows, out=out)
+    elif columns is not None:
+        torch.index_select(source, 1, columns, out=out)
+    else:
+        out.copy_(source)
 
 
 LIVE = 1

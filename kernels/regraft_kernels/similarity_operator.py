@@ -42,9 +42,11 @@ def unflatten(
 ) -> list[list[Term]]:
     """The inverse of `flatten`."""
     left, terms = iter(gathers), []
-    for target, *rest in zip(targets, sources, axes, positions, strict=True):
+    for target, source, axis, place in zip(targets, sources, axes, positions, strict=True):
         own = tuple(next(left) for _ in range(target.ndim - 1))
-        terms.append(Term(target, *rest, own if any(index is not None for index in own) else ()))
+        terms.append(
+            Term(target, source, axis, place, own if any(index is not None for index in own) else ())
+        )
     following = iter(terms)
     return [[next(following) for _ in range(count)] for count in counts]
 

@@ -54,7 +54,7 @@ def _accumulate_(total: Tensor, term: Term, *operands: Operand) -> None:
     dim = term.axis + 1
     operands, split = _bring_units_together(operands, dim, term)
     target = operands[0].stack
-    order = sorted(range(target.ndim), key=lambda d: -target.stride(d))
+    order = sorted(range(target.ndim), key=lambda d: -target.stride()[d])
     place = order.index(dim)
     buffers = [Buffer() for _ in operands]
     for block in _blocks(operands, order, dim, total.dtype):
@@ -86,7 +86,7 @@ def _bring_units_together(
         if torch.equal(positions, grid) and all(operand.gathers[dim] is None for operand in operands):
             return tuple(operand.block(dim, start, len(flat)) for operand in operands), split
     gathered = tuple(
-        operand.with_gather(dim, flat if operand.gathers[dim] is None else operand.gathers[dim][flat])
+        operand.with_gather(dim, flat if (index := operand.gathers[dim]) is None else index[flat])
         for operand in operands
     )
     return gathered, _Split((n, repeats), 0)

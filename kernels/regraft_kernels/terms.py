@@ -118,8 +118,8 @@ class Runs:
         """A copy [positions, everything else], gathered, as `count` runs; one run is filled up with zeros."""
         rest = operand.stack.permute(dim, *order)
         for place, d in enumerate(order, 1):
-            if operand.gathers[d] is not None:
-                rest = rest.index_select(place, operand.gathers[d])
+            if (index := operand.gathers[d]) is not None:
+                rest = rest.index_select(place, index)
         entries = math.prod(rest.shape[1:])
         unit = ALIGNMENT // rest.element_size()
         pitch = -(-entries // unit) * unit
@@ -133,7 +133,7 @@ class Runs:
     def of(target: Operand, source: Operand, dim: int) -> tuple[Runs, Runs]:
         """Both stacks in the same runs."""
         order = sorted(
-            (d for d in range(target.stack.ndim) if d != dim), key=lambda d: -target.stack.stride(d)
+            (d for d in range(target.stack.ndim) if d != dim), key=lambda d: -target.stack.stride()[d]
         )
         left, right = (Runs.in_place(operand, dim, order) for operand in (target, source))
         if left is None:

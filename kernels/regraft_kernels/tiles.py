@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -57,7 +58,7 @@ class Family:
     move: MoveTile
     gather: MoveTile
     flat: FlatTile
-    dot: dict[str, tuple[DotTile, ...]]
+    dot: Mapping[str, tuple[DotTile, ...]]
     substitutes: dict[str, str] = field(default_factory=dict)
 
 

@@ -101,11 +101,11 @@ def repair_on(model: nn.Module, sources: Sequence[Tensors], batches: Iterable[Ba
         ValueError: when finishing, if all coefficients are 0; when made, if `batches` is empty or has an image that
             is not finite, or a layer is called twice.
     """
-    batches = list(checked(batches))
-    if not batches:
+    seen = list(checked(batches))
+    if not seen:
         raise ValueError("repair_on: there are no batches to take activations from")
-    layers = _biased_layers(model, sources[0], batches[0][0])
-    moments = [_moments(model, source, batches, layers) for source in sources]
+    layers = _biased_layers(model, sources[0], seen[0][0])
+    moments = [_moments(model, source, seen, layers) for source in sources]
 
     def finish(tensors: Tensors, coefficients: Tensor) -> Tensors:
         total = float(coefficients.abs().sum())
@@ -113,8 +113,8 @@ def repair_on(model: nn.Module, sources: Sequence[Tensors], batches: Iterable[Ba
             raise ValueError("repair_on: all coefficients are 0, there is no activation to aim at")
         shares = (coefficients.abs() / total).tolist()
         goals = {layer: _weighted(shares, [m[layer] for m in moments]) for layer in layers}
-        mended = _rescale(tensors, _corrections(model, tensors, batches, goals), goals)
-        return reset_batchnorm(model, mended, batches)  # a model without BatchNorm gets its tensors back
+        mended = _rescale(tensors, _corrections(model, tensors, seen, goals), goals)
+        return reset_batchnorm(model, mended, seen)  # a model without BatchNorm gets its tensors back
 
     return finish
 

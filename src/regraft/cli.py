@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
@@ -58,13 +59,12 @@ def bench(
     if deterministic:
         front.deterministic()
     place = Place(data, device=device) if cache is None else Place(data, cache, device)
-    asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older}
-    asked |= {"engine": engine}
+    measure = partial(front.measure, results=results, seeds=seeds, resume=resume, keep_older=keep_older)
     rows: dict[str, list] = {}
     for chosen in front.choose(study, scenario, method):
         try:
             with front.progress(place, console) as told:
-                own = front.measure(chosen, place=told, **asked)
+                own = measure(chosen, place=told, engine=engine)
         except MissingData as missing:
             console.print(f"{chosen[1].name} is skipped: {missing}")
             continue
@@ -166,9 +166,9 @@ def compare(
     from regraft import front
     from regraft.studies.turns import Limits
 
-    sides = [front.found(side, results) for side in (before, after)]
+    old, new = (front.found(side, results) for side in (before, after))
     limits = Limits(max_slowdown, max_error_rise)
-    return front.compared(*sides, limits, everything=everything, as_json=json)
+    return front.compared(old, new, limits, everything=everything, as_json=json)
 
 
 def against(
@@ -285,8 +285,8 @@ def port(
 
     if deterministic:
         front.deterministic()
-    asked = {"inputs": shape, "spec": spec, "data": data, "max_memory": max_memory, "device": device}
-    asked |= {"model": model, "method": method, "steps": steps}
+    asked: dict[str, Any] = {"inputs": shape, "spec": spec, "data": data, "max_memory": max_memory}
+    asked |= {"model": model, "method": method, "steps": steps, "device": device}
     files = (base, tuned, new_base)
     if dry_run:
         return front.planned(files, out, asked, as_json=json)

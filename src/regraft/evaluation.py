@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,9 @@ def loss_and_accuracy(
     the loss is then not finite either. Raises ValueError where there is no batch.
     """
     values = copies(model, tensors)
-    count, right, total = 0, 0, 0.0
+    count = 0
+    right: int | Tensor = 0  # on the device
+    total: float | Tensor = 0.0
     with torch.inference_mode(), evaluating(model):
         for number, (inputs, labels) in enumerate(checked(batches)):
             logits = call(model, values, inputs)
@@ -141,7 +144,8 @@ def ensemble_accuracy(
     if not networks:
         raise ValueError("there is no network to evaluate")
     values = [copies(model, tensors) for tensors in networks]
-    count, right = 0, 0
+    count = 0
+    right: int | Tensor = 0  # on the device
     with torch.inference_mode(), evaluating(model):
         for number, (inputs, labels) in enumerate(checked(batches)):
             logits = torch.stack([call(model, tensors, inputs) for tensors in values]).mean(0)
@@ -213,7 +217,7 @@ def _mean_gradients(
     around: Callable[[], AbstractContextManager[None]],
 ) -> Tensors:
     """around: what each forward pass runs in; the batches draw from their own streams, outside of it."""
-    total: list[Tensor] | None = None
+    total: list[Tensor] | tuple[Tensor, ...] | None = None
     count = 0
     for inputs, labels in checked(batches):
         with around():
@@ -403,8 +407,10 @@ def plane(
 def _combine(sources: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
     """Weighted sum of floating tensors; others are the first source's. A variance stays at least 0."""
     first = sources[0]
-    combined = {
-        name: sum(weight * source[name] for weight, source in zip(weights, sources, strict=True))
+    combined: Tensors = {
+        name: cast(
+            Tensor, sum(weight * source[name] for weight, source in zip(weights, sources, strict=True))
+        )
         if value.is_floating_point()
         else value
         for name, value in first.items()

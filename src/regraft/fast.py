@@ -26,7 +26,7 @@ from regraft.data import Split, normalise
 from regraft.evaluation import copies
 from regraft.forward import named, run
 from regraft.guard import same_streams, untouched
-from regraft.heads import Adoption, Initialiser, adopt, check_head, check_labels, find_head, zero
+from regraft.heads import Adoption, Initialiser, adopt, check_head, check_labels, find_head, linear_of, zero
 from regraft.recorder import Record, Recorder, Source
 from regraft.tensors import Inputs, Pair, check_finite, live_state
 
@@ -92,7 +92,7 @@ def param_groups(
             raise ValueError(f"the head must be a linear layer, not a {type(head).__name__}")
         classifier = head
     else:
-        classifier = model.get_submodule(find_head(model) if head is None else check_head(model, head))
+        classifier = linear_of(model, find_head(model) if head is None else check_head(model, head))
     in_head = set(map(id, classifier.parameters()))
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = {

@@ -285,12 +285,14 @@ def planned(files: Sequence[Path], out: Path, asked: Mapping[str, Any], *, as_js
     """Check a port of (base, fine-tune, new base), and print what would be done."""
     from regraft import porting
 
-    made = porting.plan(*files, out, **_in_bytes(asked))
+    base, tuned, new_base = files
+    made = porting.plan(base, tuned, new_base, out, **_in_bytes(asked))
     if as_json:
         print(json.dumps(made.told(), indent=1))
         return 0
     print("\n".join(made.lines()))
-    Console().print(made.subject.spec.table())
+    if made.subject is not None:
+        Console().print(made.subject.spec.table())
     return 0
 
 
@@ -300,7 +302,9 @@ def ported(
     """Port (base, fine-tune, new base), and print what came of it."""
     from regraft import porting
 
-    return _finished(porting.port(*files, out, resume=resume, **_in_bytes(asked)), as_json)
+    base, tuned, new_base = files
+    made = porting.port(base, tuned, new_base, out, resume=resume, **_in_bytes(asked))
+    return _finished(made, as_json)
 
 
 def aligned(

@@ -143,8 +143,8 @@ def evaluate(
             done.add(*points.count(rows[begin : begin + chunk]))
             if progress is not None:
                 progress(len(done.correct), len(rows))
-    counts = (torch.tensor(found, dtype=torch.int64) for found in (done.correct, done.nonfinite))
-    return Grid(rows, *counts, count)
+    right, nonfinite = (torch.tensor(found, dtype=torch.int64) for found in (done.correct, done.nonfinite))
+    return Grid(rows, right, nonfinite, count)
 
 
 def _probe(model: nn.Module, tensors: Tensors, images: Inputs) -> tuple[int, int]:
@@ -197,7 +197,7 @@ class _Points:
             images, labels = (
                 portion(of, begin, begin + self.batch_size) for of in (self.images, self.labels)
             )
-            firsts = None if cut is None else cut.outputs(self.sources, images)
+            firsts = [] if cut is None else cut.outputs(self.sources, images)
             for k, (network, row) in enumerate(zip(networks, rows.tolist(), strict=True)):
                 if cut is None:
                     logits = call(self.model, network, images)

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,12 +30,11 @@ def find_head(model: nn.Module) -> str:
     if not linear:
         raise ValueError(f"{type(model).__name__} has no linear layer that could be its classifier")
     if hasattr(model, "get_classifier"):
-        found = model.get_classifier()
+        found = cast(Any, model).get_classifier()
         last = list(found) if isinstance(found, tuple | list) else [found]
     else:
-        last = _by_tracing(model)
-        if last is None:
-            last = _by_width(list(linear))
+        traced = _by_tracing(model)
+        last = _by_width(list(linear)) if traced is None else traced
     names = [linear.get(module) for module in last]
     if len(names) == 1 and names[0]:
         return names[0]
@@ -60,6 +60,11 @@ def check_head(model: nn.Module, head: str) -> str:
     if not isinstance(modules[head], nn.Linear):
         raise ValueError(f"{head} is not linear but a {type(modules[head]).__name__}")
     return head
+
+
+def linear_of(model: nn.Module, head: str) -> nn.Linear:
+    """The layer of a name that was found or checked."""
+    return cast(nn.Linear, model.get_submodule(head))
 
 
 def _by_tracing(model: nn.Module) -> list[nn.Module] | None:
@@ -149,8 +154,7 @@ def adopt(
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     name = find_head(model) if head is None else check_head(model, head)
-    old = model.get_submodule(name)
-    assert isinstance(old, nn.Linear)
+    old = linear_of(model, name)
     for other, parameter in model.named_parameters(remove_duplicate=False):
         if parameter is old.weight and other != f"{name}.weight":
             raise ValueError(f"{name}.weight is shared with {other}: replacing it would separate the two")
@@ -171,9 +175,11 @@ def adopt(
 
 def _say_classes(model: nn.Module, num_classes: int) -> None:
     """Where timm and transformers keep the number of classes, as their own ways to replace a head do."""
-    if hasattr(model, "get_classifier") and isinstance(getattr(model, "num_classes", None), int):
-        model.num_classes = num_classes
-    for holder in (model, getattr(model, "config", None)):
+    own: Any = model  # plain attributes, which torch does not know
+    if hasattr(own, "get_classifier") and isinstance(getattr(own, "num_classes", None), int):
+        own.num_classes = num_classes
+    holder: Any
+    for holder in (own, getattr(own, "config", None)):
         if isinstance(getattr(holder, "num_labels", None), int):
             holder.num_labels = num_classes
 

@@ -305,7 +305,7 @@ def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, assignment:
     with clock.phase("similarity", device):
         own = _similarities_(descent, stale)
         both = {group: _coupled_similarity(descent, group) for group in stale}
-        scores = {g: own[g] if both[g] is None else own[g] + both[g] for g in stale}
+        scores = {g: own[g] if (more := both[g]) is None else own[g] + more for g in stale}
     with clock.phase("assignment", device):
         solutions = assign_many(
             [scores[g] for g in stale],

@@ -101,7 +101,8 @@ def fine_tune(
     if validation is None and any(phase.until is not None for phase in phases):
         raise ValueError("a phase that ends by validation accuracy needs validation batches")
     stream = _checked(batches, head.out_features)
-    done, ends = 0, []
+    done = 0
+    ends: list[int] = []
     for phase in phases:
         last = steps if phase.share is None else min(steps, done + max(1, round(phase.share * steps)))
         rule = None if phase.until is None else phase.until()
@@ -109,7 +110,7 @@ def fine_tune(
         def after_step(step: int, rule: Callable[[float], bool] | None = rule) -> bool:
             if recorder is not None:
                 recorder.after_step()
-            return rule is not None and rule(accuracy(model, live_state(model), validation))
+            return rule is not None and rule(accuracy(model, live_state(model), validation or ()))
 
         groups = param_groups(model, phase.head_lr, phase.body_lr, head=head)
         try:

@@ -32,7 +32,7 @@ from regraft.clock import EVALUATION, Clock, Cost, charged, synchronise
 from regraft.evaluation import checked, evaluating
 from regraft.forward import call, split
 from regraft.guard import same_streams
-from regraft.heads import check_head, check_labels, find_head
+from regraft.heads import check_head, check_labels, find_head, linear_of
 from regraft.tensors import Batch, Tensors, live_state
 
 # ---------------------------------------------------------------------------------------------------
@@ -144,8 +144,9 @@ class Record:
 
     def source_area(self) -> float:
         """The same of the source task. Raises ValueError where that was not measured."""
-        rows = [row.source for row in self.at_checkpoints()]
-        if None in rows:
+        checkpoints = self.at_checkpoints()
+        rows = [row.source for row in checkpoints if row.source is not None]
+        if len(rows) < len(checkpoints):
             raise ValueError("the source task was not measured: give the recorder a source")
         return _mean(row.top1 for row in rows)
 
@@ -198,7 +199,7 @@ def scores(
 def _scores(model: nn.Module, states: Sequence[Tensors], batches: Iterable[Batch]) -> list[Scores]:
     """`scores` of whole states that nobody else holds."""
     count = 0
-    totals: list[Tensor | float] = [0.0 for _ in states]
+    totals: list[Tensor] = [torch.zeros((), dtype=torch.float64) for _ in states]
     with torch.inference_mode(), evaluating(model):
         for number, (inputs, labels) in enumerate(checked(batches)):
             count += len(labels)
@@ -278,7 +279,7 @@ class Recorder:
         self.model, self.validation, self.test, self.source = model, validation, test, source
         self.head = find_head(model) if head is None else check_head(model, head)
         with same_streams():  # a shuffled loader draws from the global state
-            _check_classes(validation, model.get_submodule(self.head).out_features)
+            _check_classes(validation, linear_of(model, self.head).out_features)
         self.checkpoints = None if checkpoints is None else _increasing(checkpoints)
         self.step = 0
         self._hold = hold

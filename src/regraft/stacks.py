@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -59,13 +60,14 @@ class Stacks:
         whole = _stacked(spec, target), _stacked(spec, source)
         for side, where in zip(whole, ("the target", "the source"), strict=True):
             check_finite(side, where)
-        return cls(spec, *({n: _unfoldable(t) for n, t in side.items()} for side in whole), _steps(whole[0]))
+        left, right = ({n: _unfoldable(t) for n, t in side.items()} for side in whole)
+        return cls(spec, left, right, _steps(whole[0]))
 
     @classmethod
     def allocate(cls, spec: PermutationSpec, like: Tensors, capacity: int) -> Stacks:
         """Empty ones, with room for `capacity` steps of tensors like those of `like`."""
-        sides = ({name: _room(tensor, capacity) for name, tensor in like.items()} for _ in range(2))
-        return cls(spec, *sides, 0)
+        left, right = ({name: _room(tensor, capacity) for name, tensor in like.items()} for _ in range(2))
+        return cls(spec, left, right, 0)
 
     @cached_property
     def device(self) -> torch.device:
@@ -116,7 +118,7 @@ class Stacks:
     def gathers(self, places: Sequence[Place], perm: Perm) -> Gathers:
         """What a permutation means for the other axes of each place's tensor."""
         return {
-            (place.name, other): self.spec.axis_index(place.name, other, perm)
+            (place.name, other): cast(Tensor, self.spec.axis_index(place.name, other, perm))  # it moves
             for place in places
             for other in place.others
         }

@@ -88,7 +88,7 @@ def tensor_digest(tensor: Tensor) -> str:
     # numpy knows no bfloat16, so the bytes are looked at as uint8
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     whole = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    whole.update(data)
+    whole.update(data.data)
     return whole.hexdigest()
 
 

@@ -90,10 +90,11 @@ class Recipe:
 
     def optimiser(self, network: nn.Module) -> torch.optim.Optimizer:
         """Of all parameters; fused: one pass over them instead of one for each operation."""
-        own, shared = list(network.parameters()), {"lr": self.lr, "weight_decay": self.weight_decay}
+        own = list(network.parameters())
+        shared: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": True}
         if self.optimizer == "adam":
-            return torch.optim.Adam(own, **shared, fused=True)
-        return torch.optim.SGD(own, **shared, momentum=self.momentum, nesterov=self.nesterov, fused=True)
+            return torch.optim.Adam(own, **shared)
+        return torch.optim.SGD(own, **shared, momentum=self.momentum, nesterov=self.nesterov)
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def train(
     loop.clock.add({"train": history[-1].cost if history else Cost()})
 
     def pause(step: int, train_loss: float | None) -> None:
-        if step in recorded:
+        if record is not None and step in recorded:
             record(step, state(network))
         if step in rows_at:
             history.append(Epoch(step / len(batches), loop.clock.cost, train_loss=train_loss, **score()))
@@ -256,6 +257,8 @@ def train_one_epoch(loop: Loop, epoch: int, pauses: Container[int] = ()) -> Iter
     batches, device = loop.batches, loop.batches.device
     steps = range((epoch - 1) * len(batches), epoch * len(batches))
     stream, losses = iter(batches), torch.empty(0, device=device)
+    if batches.generator is None:
+        raise ValueError("training draws dropout masks: its batches need a generator")
     with seeded(batches.generator, device):  # dropout draws from the global state
         for stretch in _stretches(steps, pauses):
             with loop.clock.phase("train", device), _named(epoch):
@@ -351,7 +354,7 @@ def _network(model: nn.Module, start: Mapping[str, Tensor], device: torch.device
     """A copy of the model with the values ``start``, in training mode."""
     # channels_last: convolutions run 1.2 to 1.8 times faster with it on a CPU (measured), and nothing slower.
     check_finite(start, "the start")
-    network = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
+    network = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)
     fill_(network, complete(model, start))
     return network.train()
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from regraft import Trajectory
 from regraft.files import (
+    alone,
     clean,
     only_writer,
     parse_json,
@@ -182,3 +184,20 @@ def test_what_is_no_json_is_not_written(tmp_path, content):
 def test_the_reader_names_the_key():
     with pytest.raises(ValueError, match=r"here: .*`\$\.epoch`"):
         parse_json('{"epoch": "x"}', Epoch, "here")
+
+
+def test_who_wants_what_another_is_at_waits_for_it(tmp_path):
+    order = []
+
+    def second():
+        with alone(tmp_path / "training.lock"):
+            order.append("second")
+
+    with alone(tmp_path / "training.lock"):
+        other = threading.Thread(target=second)
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "second"]

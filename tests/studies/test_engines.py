@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -25,7 +24,6 @@ from regraft.studies.study import Measured, Method, Place, Scenario, Setting, St
 
 MANY = 33  # seeds of three methods, and one row that always takes its worker along: 100 rows
 KILLS = 20
-WORKERS = ("ray::IDLE", "ray::work")  # titles of Ray's workers, those of its own agents apart
 
 
 @dataclass(frozen=True)
@@ -194,42 +192,22 @@ def ray(monkeypatch):
     ray.shutdown()
 
 
-def children() -> dict[int, str]:
-    """The processes that this one started, directly or not, by their titles."""
-    parent, title = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            after_name = (folder / "stat").read_text().rpartition(")")[2].split()
-            parent[int(folder.name)] = int(after_name[1])
-            title[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
-        except (OSError, ValueError):  # it is gone
-            continue
-    own, grew = {os.getpid()}, True
-    while grew:
-        more = {pid for pid, above in parent.items() if above in own} - own
-        own, grew = own | more, bool(more)
-    return {pid: title[pid] for pid in own - {os.getpid()} if pid in title}
-
-
 def killer(folder: Path, kills: int, stop: threading.Event, killed: list[int]) -> None:
-    """Kill workers at random: every other one in the middle of a row, the rest wherever they are, but for the moment
-    in which a row that has ended is not yet in its file: it is not finished, and may be measured again."""
+    """Kill workers at random, each in the middle of a row, and no row twice. Not in the moment in which a row has ended
+    and is not in its file yet: it is not finished, and would rightly be measured again."""
     draw = random.Random(0)
     while len(killed) < kills and not stop.is_set():
-        time.sleep(draw.uniform(0, 0.2))
-        pool = sorted(pid for pid, title in children().items() if title.startswith(WORKERS))
-        victim = draw.choice(pool) if pool else None
-        if victim is None or victim in killed:
-            continue
-        with contextlib.suppress(ProcessLookupError):
+        time.sleep(draw.uniform(0, 0.05))
+        begun = {path: path.read_text().split() for path in folder.glob("width-*.begun")}
+        rows = {path: int(pids[0]) for path, pids in begun.items() if len(pids) == 1}
+        busy = sorted(path for path in rows if not path.with_suffix(".ended").exists())
+        pids = {rows[path]: path for path in busy if rows[path] not in killed}
+        if pids:
+            victim = draw.choice(sorted(pids))
             os.kill(victim, signal.SIGSTOP)  # so that what is looked at stays as it is
-            own = [path for path in folder.glob("*.begun") if path.read_text().split()[-1:] == [str(victim)]]
-            busy = any(not path.with_suffix(".ended").exists() for path in own)
-            if busy or (not own and len(killed) % 2 == 0):
-                os.kill(victim, signal.SIGKILL)
-                killed.append(victim)
-            else:
-                os.kill(victim, signal.SIGCONT)
+            ended = pids[victim].with_suffix(".ended").exists()
+            os.kill(victim, signal.SIGCONT if ended else signal.SIGKILL)
+            killed += [] if ended else [victim]
 
 
 def test_of_a_hundred_rows_ninety_nine_survive_twenty_kills_and_one_has_its_failure(ray, tmp_path):
@@ -248,11 +226,13 @@ def test_of_a_hundred_rows_ninety_nine_survive_twenty_kills_and_one_has_its_fail
         thread.join()
     assert len(killed) == KILLS
     assert len(read(tmp_path / "ray" / "rows.jsonl")) == len(found) == 100
-    failed = [row for row in found if row.failure]
-    assert [row.method for row in failed] == ["fatal"] and "WorkerCrashedError" in failed[0].failure
+    failures = {(row.method, row.seed): row.failure for row in found if row.failure}
+    assert failures.keys() == {("fatal", 0)}, failures
+    assert "WorkerCrashedError" in failures["fatal", 0]
+    assert not parts(tmp_path / "ray" / "rows.jsonl", scenario).exists()
     assert set(count(tmp_path / "traces", "ended").values()) == {1}, "no finished row ran again"
     begun = count(tmp_path / "traces", "begun")
     assert begun["fatal-0"] == 1 + engines.RETRIES
-    assert sum(begun.values()) >= 99 + KILLS // 2 + 1 + engines.RETRIES, "half of the kills were amid a row"
+    assert sorted(begun.values())[-1 - KILLS : -1] == [2] * KILLS, "what died in a worker ran once more"
     expected = rows_of(replace(study, scenarios=(scenario,)), tmp_path / "local" / "rows.jsonl", local)
     assert list(map(plain, found[:-1])) == list(map(plain, expected))

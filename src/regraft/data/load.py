@@ -168,13 +168,15 @@ def _statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if isinstance(split.images, ImageFiles):
         step = max(1, len(split) // FILE_SAMPLE)
         split = split.subset(torch.arange(0, len(split), step)[:FILE_SAMPLE]).in_memory()
+    images = split.images
+    assert isinstance(images, Tensor)
     total = torch.zeros(split.shape[0], dtype=torch.float64)
     squares = torch.zeros_like(total)
-    for part in split.images.split(1024):
+    for part in images.split(1024):
         pixels = normalise(part, None, None)
         total += pixels.sum((0, 2, 3), dtype=torch.float64)
         squares += pixels.square_().sum((0, 2, 3), dtype=torch.float64)
-    count = split.images.numel() // split.shape[0]
+    count = images.numel() // split.shape[0]
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     std[std < 1e-6] = 1.0

@@ -126,8 +126,8 @@ class Torchvision:
             place.construct(self.cls, self.folder, self.how, place.root / self.root, **half)
             for half in self.halves
         )
-        splits = [self._split(place, part) for part in (train, test)]
-        return Raw(*splits, tuple(self.classes or train.classes))
+        kept, tests = (self._split(place, part) for part in (train, test))
+        return Raw(kept, tests, tuple(self.classes or train.classes))
 
     def _split(self, place: Place, part: Any) -> Split:
         labels = torch.as_tensor(self.labels(part), dtype=torch.int64)
@@ -189,7 +189,7 @@ def cifar100(place: Place) -> Raw:
         extract = place.root / EXTRACT / "train"
         if not extract.is_dir():
             raise
-        if not all(isinstance(name, str) and (extract / name).is_dir() for name in place.classes or [None]):
+        if not all(isinstance(name, str) and (extract / name).is_dir() for name in place.classes or (None,)):
             there = ", ".join(sorted(folder.name for folder in extract.iterdir()))
             raise MissingData(
                 f"{missing} Choose by name among the classes that are there: {there}."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from regraft.tensors import Pair
 
@@ -58,7 +59,7 @@ class ImageFiles:
 
     def decode(self, order: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         """uint8 images [B, C, S, S] of each index vector of ``order``."""
-        loader = torch.utils.data.DataLoader(
+        loader: DataLoader[Tensor] = DataLoader(
             self,  # type: ignore[arg-type]
             batch_sampler=[indices.tolist() for indices in order],
             num_workers=self.workers,
@@ -103,12 +104,13 @@ class Split:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
-        return tuple(self.images.shape[1:])
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def subset(self, indices: Tensor) -> Split:
         """The images at ``indices`` (int64), in that order."""
-        in_memory = isinstance(self.images, Tensor)
-        images = self.images[indices] if in_memory else self.images.subset(indices)
+        own = self.images
+        images = own[indices] if isinstance(own, Tensor) else own.subset(indices)
         return replace(self, images=images, labels=self.labels[indices])
 
     def per_class(self, count: int, generator: torch.Generator) -> Split:
@@ -195,7 +197,7 @@ class Batches:
         order = torch.randperm(count, generator=self.generator) if shuffled else torch.arange(count)
         mean, std = self.split.mean, self.split.std
         for images, labels in self.split.fetch(order.split(self.size)[: len(self)], self.device):
-            if self.augment:
+            if self.augment and self.generator is not None:
                 images = flip_and_crop(images, self.generator)
             yield normalise(images, mean, std), labels
 

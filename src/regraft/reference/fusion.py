@@ -8,6 +8,7 @@ Interpolation Repair" (Jordan et al., 2022) where it goes beyond the paper.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,10 @@ def grid_logits(
     """The logits [N, C] of every point of a grid: one parameter set and one pass over the images at a time."""
     found = []
     for row in coefficients:
-        point = {name: sum(c * s[name] for c, s in zip(row, sources, strict=True)) for name in sources[0]}
+        point: Tensors = {
+            name: cast(Tensor, sum(c * s[name] for c, s in zip(row, sources, strict=True)))
+            for name in sources[0]
+        }
         with torch.no_grad():
             found.append(functional_call(model, point, (images,)))
     return found

@@ -8,6 +8,7 @@ it begins with.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -96,7 +97,7 @@ def place(spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Ten
                 for side in (target, source)
             ]
             for moved in Family(spec, family, scores, "scipy").candidates(perm):
-                perm = max(perm, perm | moved, key=lambda found, known=known: objective(spec, *known, found))
+                perm = max(perm, perm | moved, key=partial(objective, spec, known[0], known[1]))
         if nested or group not in unplaced:
             continue
         s = similarity(spec, group, target, source, perm, unplaced)

@@ -116,6 +116,7 @@ def on_ray(jobs: Sequence[Job]) -> Iterator[Row]:
     finally:
         for late in waiting:
             ray.cancel(late, force=True)
+    _tidy(jobs)
 
 
 def on_slurm(jobs: Sequence[Job], cluster: str = "slurm", look_every: float = 10) -> Iterator[Row]:
@@ -145,6 +146,7 @@ def on_slurm(jobs: Sequence[Job], cluster: str = "slurm", look_every: float = 10
     finally:
         for late in waiting:
             late.cancel(check=False)
+    _tidy(jobs)
 
 
 ENGINES: dict[str, Engine] = {"local": local, "ray": on_ray, "slurm": on_slurm}
@@ -177,8 +179,12 @@ def _brought(job: Job, result: Callable[[], Any]) -> Iterator[Row]:
         raise row
     yield row
     file.unlink(missing_ok=True)
+
+
+def _tidy(jobs: Sequence[Job]) -> None:
+    """When no worker is left that could want it: the folder goes, unless something (logs) is in it."""
     with contextlib.suppress(OSError):
-        job.parts.rmdir()
+        jobs[0].parts.rmdir()
 
 
 def _needed(package: str, extra: str) -> ModuleType:

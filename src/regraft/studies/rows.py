@@ -216,7 +216,8 @@ def read(path: Path | str) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no rows at {path}")
-    found, seen = [], {}
+    found: list[Row] = []
+    seen: dict[str, Any] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip() and (row := _parse(line, f"{path}, line {number}")) is not None:
@@ -303,11 +304,13 @@ def code() -> Code:
     import regraft
     import regraft_kernels
 
-    packages = [Path(package.__file__).resolve().parent for package in (regraft, regraft_kernels)]
+    packages = [Path(str(package.__file__)).resolve().parent for package in (regraft, regraft_kernels)]
     trees = [tree_hash(folder) for folder in packages]
     commit = _git(packages[0], "rev-parse", "HEAD")
     committed = [_git(folder, "rev-parse", "HEAD:./") for folder in packages]
-    return Code(regraft.__version__, *trees, commit, None if commit is None else committed != trees)
+    return Code(
+        regraft.__version__, trees[0], trees[1], commit, None if commit is None else committed != trees
+    )
 
 
 def tree_hash(folder: Path) -> str:

@@ -63,7 +63,7 @@ def families(groups: Mapping[str, int], blocks: Blocks) -> tuple[tuple[str, ...]
 def random_inside(size: int, around: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """int64 [size]: a uniformly random permutation of a group, given those of the groups that it is nested in."""
     if len(around) == 2:
-        return alike(*around, size)
+        return alike(around[0], around[1], size)
     outer = around[0] if around else torch.zeros(1, dtype=torch.int64)
     inside = size // max(len(outer), 1)
     inner = [torch.randperm(inside, generator=generator) for _ in outer]
@@ -84,5 +84,5 @@ def check_inside(group: str, index: Tensor, around: Sequence[Tensor]) -> None:
     inside = len(index) // len(outer)
     if not torch.equal(index.view(-1, inside) // inside, outer[:, None].expand(-1, inside)):
         raise ValueError(f"group {group!r}: its permutation does not keep blocks of {inside} units together")
-    if len(around) == 2 and not torch.equal(index, alike(*around, len(index))):
+    if len(around) == 2 and not torch.equal(index, alike(around[0], around[1], len(index))):
         raise ValueError(f"group {group!r}: the units in its blocks do not move alike")

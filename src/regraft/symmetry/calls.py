@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from regraft.evaluation import evaluating
@@ -105,7 +106,7 @@ def check_placed(model: nn.Module, call: Call) -> None:
                 f"tensor {tensor_name!r} of {name} is on the meta device, without values: "
                 "give it some first (model.to_empty and its initialisation, or a checkpoint)"
             )
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise ValueError(f"tensor {tensor_name!r} of {name} has no shape yet: call the model once first")
     devices = {t.device: f"tensor {n!r}" for n, t in reversed(named.items())}
     devices |= {t.device: "an input" for t in inputs if t.device not in devices}

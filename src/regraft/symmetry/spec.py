@@ -68,7 +68,7 @@ class Segment(NamedTuple):
 
     group: str | None
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing asks for
     repeat: int = 1
 
     @property
@@ -447,7 +447,7 @@ def like_state(tensors: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str
     if versions is None:
         return dict(tensors)
     held = OrderedDict(tensors)
-    held._metadata = versions
+    held._metadata = versions  # type: ignore[attr-defined]  # where torch looks for it
     return held
 
 
