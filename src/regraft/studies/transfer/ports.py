@@ -189,9 +189,11 @@ def untouched(setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
     return new_base(setting)
 
 
-def few_shot(start: Port, lr: float, setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
-    """Fine-tune on the few images: as many gradients as FGMT takes, the rate falling to 0."""
-    updates, network = 2 * setting.settings.steps, copy.deepcopy(setting.model)
+def few_shot(
+    start: Port, lr: float, times: int, setting: TransferSetting, seen: Few, clock: Clock
+) -> Tensors:
+    """Fine-tune on the few images: ``times`` as many gradients as FGMT takes, the rate falling to 0."""
+    updates, network = times * 2 * setting.settings.steps, copy.deepcopy(setting.model)
     fill_(network, start(setting, seen, clock))
     optimiser = replace(setting.settings.recipe, lr=lr).optimiser(network.train())
     with clock.phase("training"):
@@ -295,10 +297,10 @@ def _vector(name: str, find: Find, keep: Keep) -> Method:
 MAJORITY, MEAN = partial(agreeing, gradfix.majority), partial(agreeing, gradients)
 
 
-def _trained(name: str, start: Port, rates: tuple[float, ...]) -> Method:
+def _trained(name: str, start: Port, rates: tuple[float, ...], times: int = 1) -> Method:
     """At its best rate."""
     tried = tuple(
-        Method(name, partial(over_images, partial(few_shot, start, lr)), {"lr": lr}) for lr in rates
+        Method(name, partial(over_images, partial(few_shot, start, lr, times)), {"lr": lr}) for lr in rates
     )
     return replace(tried[0], config={}, candidates=tried)
 
@@ -322,4 +324,5 @@ def methods(rates: tuple[float, ...]) -> tuple[Method, ...]:
         _vector("fgmt + gradfix", by_fgmt, MAJORITY),
         _vector("fgmt + gradfix, mean", by_fgmt, MEAN),
         _trained("fgmt, then few-shot", partial(task_vector, by_fgmt, all_of_it), rates),
+        _trained("few-shot, twice as long", untouched, rates, times=2),
     )
