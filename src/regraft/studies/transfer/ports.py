@@ -286,21 +286,23 @@ def judges(setting: TransferSetting) -> list[Batch]:
     return list(split.subset(drawn).batches(500, device=setting.device))
 
 
-def _port(name: str, port: Port) -> Method:
-    return Method(name, partial(over_images, port))
+def _port(name: str, port: Port, about: str) -> Method:
+    return Method(name, partial(over_images, port), about=about)
 
 
-def _vector(name: str, find: Find, keep: Keep) -> Method:
-    return _port(name, partial(task_vector, find, keep))
+def _vector(name: str, find: Find, keep: Keep, about: str) -> Method:
+    return _port(name, partial(task_vector, find, keep), about)
 
 
 MAJORITY, MEAN = partial(agreeing, gradfix.majority), partial(agreeing, gradients)
+FGMT = partial(task_vector, by_fgmt, all_of_it)
 
 
-def _trained(name: str, start: Port, rates: tuple[float, ...], times: int = 1) -> Method:
+def _trained(name: str, start: Port, rates: tuple[float, ...], about: str, times: int = 1) -> Method:
     """At its best rate."""
     tried = tuple(
-        Method(name, partial(over_images, partial(few_shot, start, lr, times)), {"lr": lr}) for lr in rates
+        Method(name, partial(over_images, partial(few_shot, start, lr, times)), {"lr": lr}, about=about)
+        for lr in rates
     )
     return replace(tried[0], config={}, candidates=tried)
 
@@ -308,21 +310,25 @@ def _trained(name: str, start: Port, rates: tuple[float, ...], times: int = 1) -
 def methods(rates: tuple[float, ...]) -> tuple[Method, ...]:
     """All of them; ``rates``: of training on the few images."""
     return (
-        Method("own base", partial(whole, "tuned", base)),
-        Method("all images", partial(whole, "plain", new_base)),
-        _port("probe", probe),
-        _trained("few-shot", untouched, rates),
-        _vector("head alone", identity, nothing),
-        _vector("naive", identity, all_of_it),
-        _vector("gradfix", identity, MAJORITY),
-        _vector("gradfix, mean", identity, MEAN),
-        _vector("weights, head alone", by_weights, nothing),
-        _vector("weights", by_weights, all_of_it),
-        _vector("weights + gradfix", by_weights, MAJORITY),
-        _vector("fgmt, head alone", by_fgmt, nothing),
-        _vector("fgmt", by_fgmt, all_of_it),
-        _vector("fgmt + gradfix", by_fgmt, MAJORITY),
-        _vector("fgmt + gradfix, mean", by_fgmt, MEAN),
-        _trained("fgmt, then few-shot", partial(task_vector, by_fgmt, all_of_it), rates),
-        _trained("few-shot, twice as long", untouched, rates, times=2),
+        Method(
+            "own base", partial(whole, "tuned", base), about="The fine-tune on the base where it was made."
+        ),
+        Method(
+            "all images", partial(whole, "plain", new_base), about="The new base fine-tuned on everything."
+        ),
+        _port("probe", probe, "Logistic regression on the new base's features of the few images."),
+        _trained("few-shot", untouched, rates, "The new base trained on the few images: 2 T updates."),
+        _vector("head alone", identity, nothing, "The new base with the fine-tune's head as it is."),
+        _vector("naive", identity, all_of_it, "The task vector added as it is."),
+        _vector("gradfix", identity, MAJORITY, "What of the task vector descends, by majority of images."),
+        _vector("gradfix, mean", identity, MEAN, "What of the task vector descends, by the mean gradient."),
+        _vector("weights, head alone", by_weights, nothing, "The fine-tune's head, permuted as by weights."),
+        _vector("weights", by_weights, all_of_it, "Permuted by matching the bases' weights (TransFusion)."),
+        _vector("weights + gradfix", by_weights, MAJORITY, "Permuted by weights, then masked by majority."),
+        _vector("fgmt, head alone", by_fgmt, nothing, "The fine-tune's head, permuted as by fgmt."),
+        _vector("fgmt", by_fgmt, all_of_it, "Permuted by gradients along the line from base to fine-tune."),
+        _vector("fgmt + gradfix", by_fgmt, MAJORITY, "Permuted by fgmt, then masked by majority."),
+        _vector("fgmt + gradfix, mean", by_fgmt, MEAN, "Permuted by fgmt, then masked by the mean gradient."),
+        _trained("fgmt, then few-shot", FGMT, rates, "Moved by fgmt, then trained on the few images."),
+        _trained("few-shot, twice as long", untouched, rates, "The new base trained for 4 T updates.", 2),
     )
