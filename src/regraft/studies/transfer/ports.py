@@ -60,13 +60,19 @@ class Few:
     order: torch.Generator
 
     @property
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
         return list(self.split.batches(min(BATCH, len(self.split))))
 
     def stream(self) -> Iterator[Batch]:
         """Without end, each time in another order."""
         again = self.split.batches(min(BATCH, len(self.split)), generator=self.order, drop_last=True)
         return chain.from_iterable(repeat(again))
+
+
+def asked(setting: TransferSetting) -> PortSettings:
+    settings = setting.settings
+    assert isinstance(settings, PortSettings)
+    return settings
 
 
 def few(setting: TransferSetting, count: int) -> Few:
@@ -170,7 +176,7 @@ def task_vector(find: Find, keep: Keep, setting: TransferSetting, seen: Few, clo
         kept = keep(setting, start, tau, seen)
     best, chosen = float("inf"), start
     with clock.phase("choice"):
-        for alpha in setting.settings.alphas:
+        for alpha in asked(setting).alphas:
             moved = start | {name: start[name] + alpha * kept[name] for name in kept}
             moved = finished(setting, moved, seen)
             loss, _ = loss_and_accuracy(model, moved, seen.batches)
@@ -235,7 +241,7 @@ def probe(setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
 
 def over_images(port: Port, setting: TransferSetting) -> Measured:
     """One port for each number of images; the cost is that of all of them, and by number in a series."""
-    counts, found, paid, clock = setting.settings.images, [], [], Clock()
+    counts, found, paid, clock = asked(setting).images, [], [], Clock()
     for count in counts:
         own = Clock()
         theta = port(setting, few(setting, count), own)
@@ -247,7 +253,7 @@ def over_images(port: Port, setting: TransferSetting) -> Measured:
 
 def whole(purpose: str, start: Callable[[TransferSetting], Tensors], setting: TransferSetting) -> Measured:
     """A fine-tuning on all images: no port, but what one would like to have."""
-    trained, counts = _fine_tuned(setting, purpose, start(setting)), setting.settings.images
+    trained, counts = _fine_tuned(setting, purpose, start(setting)), asked(setting).images
     own = accuracy(setting.model, trained.tensors, judges(setting))
     paid = [trained.cost] * len(counts)
     found = _measured(setting, [own] * len(counts), paid, {"training": trained.cost})
@@ -258,7 +264,7 @@ def whole(purpose: str, start: Callable[[TransferSetting], Tensors], setting: Tr
 def _measured(
     setting: TransferSetting, found: list[float], paid: list[Cost], seconds: dict[str, Cost]
 ) -> Measured:
-    counts = setting.settings.images
+    counts = asked(setting).images
     mean = sum(found) / len(found)
     if setting.tuning:
         return Measured({"validation": mean}, cost=seconds)
