@@ -60,7 +60,7 @@ def test_every_method_says_what_it_comes_to(rows):
         assert found == {count: row.values[ports.at(count)] for count in TINY.images}
         assert all(0 <= value <= 1 for value in found.values())
     tuning = [row for row in rows if row.seed == TUNING_SEED]
-    assert len(tuning) == 4 and all(set(row.values) == {"validation"} for row in tuning)
+    assert len(tuning) == 6 and all(set(row.values) == {"validation"} for row in tuning)
     (sheet,) = ported(reported)
     assert len(sheet.lines) == len(SCENARIO.methods)
     (sheet,) = port_questions(reported)

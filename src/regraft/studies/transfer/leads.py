@@ -38,4 +38,10 @@ def normalise_(stacks: Stacks) -> None:
         torch._foreach_div_(newest, norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
 
-LEADS = (Method("nfgmt", partial(moved, nfgmt)),)
+LEADS = (
+    Method(
+        "nfgmt",
+        partial(moved, nfgmt),
+        about="FGMT with four pairs of gradients a step, each divided by its norm.",
+    ),
+)

@@ -280,12 +280,15 @@ def _basins(rows: Rows) -> Iterator[Sheet]:
 
 PORT_QUESTIONS = (
     ("gradfix", "naive"),
+    ("gradfix, mean", "gradfix"),
     ("weights", "naive"),
     ("fgmt", "weights"),
+    ("fgmt", "fgmt, head alone"),
     ("fgmt + gradfix", "fgmt"),
+    ("fgmt + gradfix, mean", "fgmt"),
     ("fgmt", "few-shot"),
-    ("fgmt + gradfix", "few-shot"),
-    ("fgmt + gradfix", "probe"),
+    ("fgmt + gradfix, mean", "few-shot"),
+    ("fgmt, then few-shot", "few-shot, twice as long"),
 )
 
 

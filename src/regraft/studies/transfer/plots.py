@@ -142,9 +142,10 @@ PORTED = (
     "few-shot",
     "naive",
     "weights",
-    "gradfix",
+    "gradfix, mean",
     "fgmt",
-    "fgmt + gradfix",
+    "fgmt + gradfix, mean",
+    "fgmt, then few-shot",
 )
 NETWORKS = ("mlp", "conv")
 RATIO = "‖Δ‖ / ‖θ₁⁰‖"

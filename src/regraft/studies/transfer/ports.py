@@ -60,13 +60,19 @@ class Few:
     order: torch.Generator
 
     @property
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
         return list(self.split.batches(min(BATCH, len(self.split))))
 
     def stream(self) -> Iterator[Batch]:
         """Without end, each time in another order."""
         again = self.split.batches(min(BATCH, len(self.split)), generator=self.order, drop_last=True)
         return chain.from_iterable(repeat(again))
+
+
+def asked(setting: TransferSetting) -> PortSettings:
+    settings = setting.settings
+    assert isinstance(settings, PortSettings)
+    return settings
 
 
 def few(setting: TransferSetting, count: int) -> Few:
@@ -170,7 +176,7 @@ def task_vector(find: Find, keep: Keep, setting: TransferSetting, seen: Few, clo
         kept = keep(setting, start, tau, seen)
     best, chosen = float("inf"), start
     with clock.phase("choice"):
-        for alpha in setting.settings.alphas:
+        for alpha in asked(setting).alphas:
             moved = start | {name: start[name] + alpha * kept[name] for name in kept}
             moved = finished(setting, moved, seen)
             loss, _ = loss_and_accuracy(model, moved, seen.batches)
@@ -189,9 +195,11 @@ def untouched(setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
     return new_base(setting)
 
 
-def few_shot(start: Port, lr: float, setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
-    """Fine-tune on the few images: as many gradients as FGMT takes, the rate falling to 0."""
-    updates, network = 2 * setting.settings.steps, copy.deepcopy(setting.model)
+def few_shot(
+    start: Port, lr: float, times: int, setting: TransferSetting, seen: Few, clock: Clock
+) -> Tensors:
+    """Fine-tune on the few images: ``times`` as many gradients as FGMT takes, the rate falling to 0."""
+    updates, network = times * 2 * setting.settings.steps, copy.deepcopy(setting.model)
     fill_(network, start(setting, seen, clock))
     optimiser = replace(setting.settings.recipe, lr=lr).optimiser(network.train())
     with clock.phase("training"):
@@ -233,7 +241,7 @@ def probe(setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
 
 def over_images(port: Port, setting: TransferSetting) -> Measured:
     """One port for each number of images; the cost is that of all of them, and by number in a series."""
-    counts, found, paid, clock = setting.settings.images, [], [], Clock()
+    counts, found, paid, clock = asked(setting).images, [], [], Clock()
     for count in counts:
         own = Clock()
         theta = port(setting, few(setting, count), own)
@@ -245,7 +253,7 @@ def over_images(port: Port, setting: TransferSetting) -> Measured:
 
 def whole(purpose: str, start: Callable[[TransferSetting], Tensors], setting: TransferSetting) -> Measured:
     """A fine-tuning on all images: no port, but what one would like to have."""
-    trained, counts = _fine_tuned(setting, purpose, start(setting)), setting.settings.images
+    trained, counts = _fine_tuned(setting, purpose, start(setting)), asked(setting).images
     own = accuracy(setting.model, trained.tensors, judges(setting))
     paid = [trained.cost] * len(counts)
     found = _measured(setting, [own] * len(counts), paid, {"training": trained.cost})
@@ -256,7 +264,7 @@ def whole(purpose: str, start: Callable[[TransferSetting], Tensors], setting: Tr
 def _measured(
     setting: TransferSetting, found: list[float], paid: list[Cost], seconds: dict[str, Cost]
 ) -> Measured:
-    counts = setting.settings.images
+    counts = asked(setting).images
     mean = sum(found) / len(found)
     if setting.tuning:
         return Measured({"validation": mean}, cost=seconds)
@@ -284,21 +292,23 @@ def judges(setting: TransferSetting) -> list[Batch]:
     return list(split.subset(drawn).batches(500, device=setting.device))
 
 
-def _port(name: str, port: Port) -> Method:
-    return Method(name, partial(over_images, port))
+def _port(name: str, port: Port, about: str) -> Method:
+    return Method(name, partial(over_images, port), about=about)
 
 
-def _vector(name: str, find: Find, keep: Keep) -> Method:
-    return _port(name, partial(task_vector, find, keep))
+def _vector(name: str, find: Find, keep: Keep, about: str) -> Method:
+    return _port(name, partial(task_vector, find, keep), about)
 
 
 MAJORITY, MEAN = partial(agreeing, gradfix.majority), partial(agreeing, gradients)
+FGMT = partial(task_vector, by_fgmt, all_of_it)
 
 
-def _trained(name: str, start: Port, rates: tuple[float, ...]) -> Method:
+def _trained(name: str, start: Port, rates: tuple[float, ...], about: str, times: int = 1) -> Method:
     """At its best rate."""
     tried = tuple(
-        Method(name, partial(over_images, partial(few_shot, start, lr)), {"lr": lr}) for lr in rates
+        Method(name, partial(over_images, partial(few_shot, start, lr, times)), {"lr": lr}, about=about)
+        for lr in rates
     )
     return replace(tried[0], config={}, candidates=tried)
 
@@ -306,20 +316,25 @@ def _trained(name: str, start: Port, rates: tuple[float, ...]) -> Method:
 def methods(rates: tuple[float, ...]) -> tuple[Method, ...]:
     """All of them; ``rates``: of training on the few images."""
     return (
-        Method("own base", partial(whole, "tuned", base)),
-        Method("all images", partial(whole, "plain", new_base)),
-        _port("probe", probe),
-        _trained("few-shot", untouched, rates),
-        _vector("head alone", identity, nothing),
-        _vector("naive", identity, all_of_it),
-        _vector("gradfix", identity, MAJORITY),
-        _vector("gradfix, mean", identity, MEAN),
-        _vector("weights, head alone", by_weights, nothing),
-        _vector("weights", by_weights, all_of_it),
-        _vector("weights + gradfix", by_weights, MAJORITY),
-        _vector("fgmt, head alone", by_fgmt, nothing),
-        _vector("fgmt", by_fgmt, all_of_it),
-        _vector("fgmt + gradfix", by_fgmt, MAJORITY),
-        _vector("fgmt + gradfix, mean", by_fgmt, MEAN),
-        _trained("fgmt, then few-shot", partial(task_vector, by_fgmt, all_of_it), rates),
+        Method(
+            "own base", partial(whole, "tuned", base), about="The fine-tune on the base where it was made."
+        ),
+        Method(
+            "all images", partial(whole, "plain", new_base), about="The new base fine-tuned on everything."
+        ),
+        _port("probe", probe, "Logistic regression on the new base's features of the few images."),
+        _trained("few-shot", untouched, rates, "The new base trained on the few images: 2 T updates."),
+        _vector("head alone", identity, nothing, "The new base with the fine-tune's head as it is."),
+        _vector("naive", identity, all_of_it, "The task vector added as it is."),
+        _vector("gradfix", identity, MAJORITY, "What of the task vector descends, by majority of images."),
+        _vector("gradfix, mean", identity, MEAN, "What of the task vector descends, by the mean gradient."),
+        _vector("weights, head alone", by_weights, nothing, "The fine-tune's head, permuted as by weights."),
+        _vector("weights", by_weights, all_of_it, "Permuted by matching the bases' weights (TransFusion)."),
+        _vector("weights + gradfix", by_weights, MAJORITY, "Permuted by weights, then masked by majority."),
+        _vector("fgmt, head alone", by_fgmt, nothing, "The fine-tune's head, permuted as by fgmt."),
+        _vector("fgmt", by_fgmt, all_of_it, "Permuted by gradients along the line from base to fine-tune."),
+        _vector("fgmt + gradfix", by_fgmt, MAJORITY, "Permuted by fgmt, then masked by majority."),
+        _vector("fgmt + gradfix, mean", by_fgmt, MEAN, "Permuted by fgmt, then masked by the mean gradient."),
+        _trained("fgmt, then few-shot", FGMT, rates, "Moved by fgmt, then trained on the few images."),
+        _trained("few-shot, twice as long", untouched, rates, "The new base trained for 4 T updates.", 2),
     )
