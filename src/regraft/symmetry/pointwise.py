@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Flow, Leaf, Value, line, places
+from regraft.symmetry.labels import Flow, Leaf, Value, first, line, places, thin
 from regraft.symmetry.rules import Operation, each_size, first_of, rule, words
 
 UNARY = words(
@@ -61,8 +61,8 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
     if not moving:
         return flow.fixed(out)
     constants = [x for x in operands if isinstance(x, Tensor) and bool((x != x.reshape(-1)[:1]).any())]
-    result, *others = [_broadcast(flow, value, out) for value in moving]
-    for other in others:
+    result, *others = sorted((_broadcast(flow, value, out) for value in moving), key=lambda x: thin(x).numel())
+    for other in others:  # they become one: the one that is repeated most stands for all
         flow.join(result, other)
     for x in constants:
         _, keys = torch.unique(x.detach(), return_inverse=True)
@@ -167,10 +167,11 @@ def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
     if flow.is_fixed(labels):
         return flow.fixed(out)
     dims = tuple(sorted({d % labels.ndim for d in dims})) or tuple(range(labels.ndim))
-    first = labels[tuple(slice(0, 1) if d in dims else slice(None) for d in range(labels.ndim))]
-    roots = flow.units.roots(labels)
-    single = (roots == flow.units.roots(first)).all(dims, keepdim=True)
-    passed = torch.where(single, first, 0)
+    once = thin(labels)
+    roots = flow.units.roots(once)
+    single = (roots == first(roots, dims)).all(dims, keepdim=True)
+    kept = [1 if d in dims else n for d, n in enumerate(labels.shape)]
+    passed = torch.where(single, first(once, dims), 0).expand(kept)
     flow.tie(labels, places(passed.shape).expand(labels.shape), passed)
     return Value(passed.reshape(out), tuple(out))
 
@@ -191,7 +192,9 @@ def _layer_norm(flow: Flow, op: Operation, x: Any, normalized_shape: list[int], 
     result = normalised(flow, x, range(len(x.shape) - len(normalized_shape), len(x.shape)))
     for tensor in options[:2]:
         if isinstance(tensor, Value):
-            flow.join(flow.labels(result), flow.labels(tensor))
+            units = flow.labels(tensor)
+            flow.join(flow.labels(result), units)
+            result = flow.new(units.expand(x.shape))
     return first_of(flow, op.out, result)
 
 
@@ -206,6 +209,15 @@ def channel_units(flow: Flow, x: Value, spatial: int) -> Tensor:
     return units
 
 
+def spread(flow: Flow, out: torch.Size, channels: Tensor, bias: Any = None, spatial: int = 0) -> Value:
+    """``channels`` [O], to which a bias is added, at every place of ``out`` [..., O, *spatial]."""
+    if isinstance(bias, Value):
+        flow.join(flow.labels(bias), channels)
+    elif isinstance(bias, Tensor):
+        flow.join(flow.constant(bias), channels)
+    return Value(channels.view(-1, *(1,) * spatial).expand(out), tuple(out))
+
+
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "instance_norm")
 def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
     if flow.is_matrix(x):  # standardised weights: each row by its own mean and deviation
@@ -216,15 +228,15 @@ def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
             if isinstance(tensor, Value):
                 flow.join(flow.labels(tensor), units)
         return first_of(flow, op.out, changed(flow, x))
-    _join_channels(flow, x, options[:4])
-    return first_of(flow, op.out, flow.new(flow.labels(x)))
+    units = _join_channels(flow, x, options[:4])
+    return first_of(flow, op.out, spread(flow, x.shape, units, spatial=len(x.shape) - 2))
 
 
 @rule("group_norm")
 def _group_norm(flow: Flow, op: Operation, x: Any, groups: int, *options: Any) -> Value:
     units = _join_channels(flow, x, options[:2])
     flow.blocks(units.view(groups, -1), (1,))
-    return flow.new(flow.labels(x))
+    return spread(flow, x.shape, units, spatial=len(x.shape) - 2)
 
 
 def _join_channels(flow: Flow, x: Value, tensors: Sequence[Any]) -> Tensor:

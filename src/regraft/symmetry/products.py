@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Flow, Leaf, Value, places
-from regraft.symmetry.pointwise import channel_units, combine
+from regraft.symmetry.labels import Flow, Leaf, Value, places, thin
+from regraft.symmetry.pointwise import channel_units, combine, spread
 from regraft.symmetry.rules import Operation, each_size, freeze, rule
 from regraft.symmetry.views import view
 
@@ -51,18 +51,9 @@ def planes(flow: Flow, weight: Any, *dims: int) -> list[Tensor | None]:
     return [flow.plane(weight, d) if usable else None for d in dims]
 
 
-def spread(flow: Flow, out: torch.Size, channels: Tensor, bias: Any = None, spatial: int = 0) -> Value:
-    """``channels`` [O], to which a bias is added, at every place of ``out`` [..., O, *spatial]."""
-    if isinstance(bias, Value):
-        flow.join(flow.labels(bias), channels)
-    elif isinstance(bias, Tensor):
-        flow.join(flow.constant(bias), channels)
-    return Value(channels.view(-1, *(1,) * spatial).expand(out), tuple(out))
-
-
 def uniform(flow: Flow, labels: Tensor, dim: int) -> bool:
     """Whether every line along ``dim`` is a single unit that may move, at more than one place."""
-    roots = flow.units.roots(labels)
+    roots = flow.units.roots(thin(labels))
     return labels.shape[dim] > 1 and bool((roots != 0).all() and (roots == roots.narrow(dim, 0, 1)).all())
 
 
@@ -272,7 +263,7 @@ def _flip(matrix: Tensor) -> Tensor:
 
 def _is_one_block(flow: Flow, matrices: Tensor) -> bool:
     """Whether each matrix has one unit at all of its places, or none that moves: attention's weights in a head."""
-    roots = flow.units.roots(matrices)
+    roots = flow.units.roots(thin(matrices))
     return bool((roots == roots[..., :1, :1]).all())
 
 

@@ -31,11 +31,9 @@ LIKE = words("expand_as view_as reshape_as")
 
 
 def view(function: Callable[[Tensor], Any], value: Value) -> Any:
-    """Runs a shape operator on the positions of a value (where 0 stands for a constant)."""
-    moved = function(value.places() + 1)
-    return pytree.tree_map(
-        lambda p: Value(value.base, tuple(p.shape), p.to(torch.int32) - 1, value.fill), moved
-    )
+    """Runs a shape operator on the positions of a value (where -1 stands for a constant)."""
+    moved = function(value.places())
+    return pytree.tree_map(lambda p: Value(value.base, tuple(p.shape), p, value.fill), moved)
 
 
 @rule(*ALIASES)
@@ -104,7 +102,7 @@ def _pad(flow: Flow, op: Operation, x: Value, pad: list[int], *options: Any) -> 
     fill = float(options[-1] or 0.0) if options else 0.0
     if x.positions is not None and fill != x.fill and (x.positions < 0).any():
         x = flow.new(flow.labels(x))
-    constant = {"value": 0.0} if mode == "constant" else {}
+    constant = {"value": -1.0} if mode == "constant" else {}
     padded = view(lambda p: torch.nn.functional.pad(p, pad, mode=mode, **constant), x)
     return replace(padded, fill=fill)
 
