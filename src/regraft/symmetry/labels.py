@@ -15,13 +15,14 @@ one: units of one twin, in different blocks, move alike (:mod:`regraft.symmetry.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 # ---- units: disjoint sets of labels
 
@@ -127,10 +128,24 @@ class Value:
     fill: float = 0.0
     changed: bool = False  # a function of the leaf's scalars, not these themselves
     labels: Tensor | None = None  # once an operator has read them
+    repeats: tuple[Tensor, Tensor] | None = None  # where the base is expanded: the place in its thin form, and the turn
 
     def places(self) -> Tensor:
         """int32 of this shape: the place of every scalar in the base."""
         return places(self.shape) if self.positions is None else self.positions
+
+    def moved(self, function: Callable[[Tensor], Any]) -> Any:
+        """What an operator makes of it that only moves scalars, by running it on positions (-1: a constant)."""
+        repeats = self.repeats
+        if self.positions is None and isinstance(self.base, Tensor) and _expanded(self.base):
+            repeats = _lines(self.base), _turns(self.base)
+        if repeats is None:
+            made = function(self.places())
+            return tree_map(lambda p: Value(self.base, tuple(p.shape), p, self.fill), made)
+        made = map(function, (self.places(), *repeats))
+        return tree_map(
+            lambda p, line, turn: Value(self.base, tuple(p.shape), p, self.fill, repeats=(line, turn)), *made
+        )
 
 
 def places(shape: Sequence[int], start: int = 0) -> Tensor:
@@ -160,7 +175,7 @@ def thinned(tie: Tie) -> Tie:
         held, at = positions < 0, positions.clamp(min=0)
         sources = tuple(map(thin, tie.sources))
         starts = accumulate((s.numel() for s in sources), initial=0)
-        lines = [places(s.shape, n).expand(full.shape) for s, full, n in zip(sources, tie.sources, starts)]
+        lines = map(_lines, tie.sources, starts)
         seen, turn = (torch.where(held, -1, joined(x)[at]) for x in (lines, map(_turns, tie.sources)))
     else:
         sources, seen, turn = (), positions, positions
@@ -169,6 +184,11 @@ def thinned(tie: Tie) -> Tie:
     if (same_line and same_turn) if sources else (same_line or same_turn):
         return replace(tie, labels=first(labels, again), positions=first(seen, again), sources=sources)
     return replace(tie, labels=labels, positions=positions)
+
+
+def _lines(source: Tensor, start: int = 0) -> Tensor:
+    """int32 of the same shape: the place of each scalar in the thin form."""
+    return places(thin(source).shape, start).expand(source.shape)
 
 
 def _turns(source: Tensor) -> Tensor:
@@ -249,8 +269,20 @@ class Flow:
         """int32 of the value's shape, tied to its base."""
         if value.labels is None:
             base = self.base(value)
-            value.labels = base if value.positions is None else self.gather(value.positions, base)
+            value.labels = base if value.positions is None else self._read(value, base)
         return value.labels
+
+    def _read(self, value: Value, base: Tensor) -> Tensor:
+        if value.repeats is None or bool((thin(value.repeats[0]) < 0).any()):
+            return self.gather(value.positions, base)
+        line, turn = value.repeats
+        once = joined([thin(base)])[thin(line)]
+        labels = once.expand(value.shape)
+        if set(varying(turn)) <= set(_expanded(line)):
+            self.tie(once, thin(line), thin(base))
+        else:
+            self.tie(labels, value.positions, base)
+        return labels
 
     def base(self, value: Value) -> Tensor:
         """The labels that the value's positions point into."""
@@ -303,6 +335,7 @@ class Flow:
             self.freeze(others)
             return
         if positions is None:
+            others = thin(others)
             positions = places(others.shape).expand(labels.shape)
         self.ties.append(thinned(Tie(labels, positions, (others,), kind)))
         mine, at = _compact(*torch.broadcast_tensors(labels, positions))

@@ -12,7 +12,6 @@ from torch import Tensor
 from regraft.symmetry.labels import Flow, Leaf, Value, places, thin
 from regraft.symmetry.pointwise import channel_units, combine, spread
 from regraft.symmetry.rules import Operation, each_size, freeze, rule
-from regraft.symmetry.views import view
 
 # ---- an activation with a weight
 
@@ -212,7 +211,7 @@ def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
         return contract(flow, out, a, b, dims=(0, 1))
     if _is_weight(a) and isinstance(b, Value) and len(b.shape) > 1:
         flipped = torch.Size((*out[:-2], out[-1], out[-2]))
-        return view(_flip, contract(flow, flipped, view(_flip, b), a))
+        return contract(flow, flipped, b.moved(_flip), a).moved(_flip)
     if not (isinstance(a, Value) and isinstance(b, Value)) or len(a.shape) < 2 or len(b.shape) < 2:
         return freeze(flow, out, [a, b])
     left, right = flow.labels(a), flow.labels(b)
@@ -281,11 +280,11 @@ def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = No
     if not all(isinstance(x, Value) for x in (q, k, v)):
         return freeze(flow, op.out, [q, k, v, mask])
     if op.arguments.get("enable_gqa"):  # a head of keys and values serves its share of those of queries
-        k, v = (view(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3), x) for x in (k, v))
+        k, v = (x.moved(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3)) for x in (k, v))
     if len({x.shape[:-2] for x in (q, k, v)}) > 1:
         return freeze(flow, op.out, [q, k, v, mask])
     size = torch.Size((*q.shape[:-1], k.shape[-2]))
-    scores = multiply(flow, size, q, view(_flip, k))
+    scores = multiply(flow, size, q, k.moved(_flip))
     if mask is not None:
         scores = combine(flow, size, [scores, mask])
     return multiply(flow, op.out, scores, v)
@@ -309,13 +308,13 @@ def _einsum(flow: Flow, op: Operation, equation: str, operands: Sequence[Any], *
     def matrix(x: Value, name: str, *parts: list[str]) -> Value:
         shape = [length[i] for i in batch] + [math.prod(length[i] for i in part) for part in parts]
         order = [name.index(i) for part in (batch, *parts) for i in part]
-        return view(lambda t: t.permute(order).reshape(shape), x)
+        return x.moved(lambda t: t.permute(order).reshape(shape))
 
     left, right = matrix(operands[0], a, rows, summed), matrix(operands[1], b, summed, columns)
     product = multiply(flow, torch.Size((*left.shape[:-1], right.shape[-1])), left, right)
     order = [*batch, *rows, *columns]
     lengths, axes = [length[i] for i in order], [order.index(i) for i in result]
-    return view(lambda t: t.reshape(lengths).permute(axes), product)
+    return product.moved(lambda t: t.reshape(lengths).permute(axes))
 
 
 def _is_matrix_product(names: Sequence[str], result: str) -> bool:

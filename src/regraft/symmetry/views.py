@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +29,6 @@ LIKE = words("expand_as view_as reshape_as")
 """Of whose second tensor only the shape matters."""
 
 
-def view(function: Callable[[Tensor], Any], value: Value) -> Any:
-    """Runs a shape operator on the positions of a value (where -1 stands for a constant)."""
-    moved = function(value.places())
-    return pytree.tree_map(lambda p: Value(value.base, tuple(p.shape), p, value.fill), moved)
-
-
 @rule(*ALIASES)
 def _alias(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
     return x
@@ -54,7 +47,7 @@ def _view(flow: Flow, op: Operation, x: Any, *rest: Any) -> Any:
         return op.run([held, *map(_blank, rest)])
 
     with contextlib.suppress(RuntimeError, TypeError):  # such as a view as another type
-        return view(on_places, x)
+        return x.moved(on_places)
     return NotImplemented
 
 
@@ -92,7 +85,7 @@ def _blank(x: Any) -> Any:
 @rule("copy")
 def _copy(flow: Flow, op: Operation, x: Any, source: Any, *_: Any) -> Any:
     if isinstance(source, Value):
-        return view(lambda held: held.expand(op.out), source)
+        return source.moved(lambda held: held.expand(op.out))
     return source.expand(op.out)
 
 
@@ -103,7 +96,7 @@ def _pad(flow: Flow, op: Operation, x: Value, pad: list[int], *options: Any) -> 
     if x.positions is not None and fill != x.fill and (x.positions < 0).any():
         x = flow.new(flow.labels(x))
     constant = {"value": -1.0} if mode == "constant" else {}
-    padded = view(lambda p: torch.nn.functional.pad(p, pad, mode=mode, **constant), x)
+    padded = x.moved(lambda p: torch.nn.functional.pad(p, pad, mode=mode, **constant))
     return replace(padded, fill=fill)
 
 
