@@ -162,16 +162,20 @@ def _reduction(flow: Flow, op: Operation, *_: Any) -> Any:
 
 
 def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
-    """A slice of a single unit passes it on; a slice of several gives what no exchange inside it changes."""
+    """A slice of a single unit passes it on; a slice of several gives what no exchange inside it changes. Where there
+    are more slices than units in one (branches that are added), these become one unit."""
     labels = flow.labels(x)
     if flow.is_fixed(labels):
         return flow.fixed(out)
     dims = tuple(sorted({d % labels.ndim for d in dims})) or tuple(range(labels.ndim))
     once = thin(labels)
+    slices = first(once, dims)
+    if slices.numel() ** 2 > once.numel() == len(flow.units.roots(once).unique()):
+        flow.join(once, slices)
     roots = flow.units.roots(once)
     single = (roots == first(roots, dims)).all(dims, keepdim=True)
     kept = [1 if d in dims else n for d, n in enumerate(labels.shape)]
-    passed = torch.where(single, first(once, dims), 0).expand(kept)
+    passed = torch.where(single, slices, 0).expand(kept)
     flow.tie(labels, places(passed.shape).expand(labels.shape), passed)
     return Value(passed.reshape(out), tuple(out))
 
