@@ -128,7 +128,9 @@ class Value:
     fill: float = 0.0
     changed: bool = False  # a function of the leaf's scalars, not these themselves
     labels: Tensor | None = None  # once an operator has read them
-    repeats: tuple[Tensor, Tensor] | None = None  # where the base is expanded: the place in its thin form, and the turn
+    repeats: tuple[Tensor, Tensor] | None = (
+        None  # where the base is expanded: the place in its thin form, and the turn
+    )
 
     def places(self) -> Tensor:
         """int32 of this shape: the place of every scalar in the base."""
@@ -151,6 +153,15 @@ class Value:
 def places(shape: Sequence[int], start: int = 0) -> Tensor:
     """int32 of this shape: the row-major place of every scalar, counted from ``start``."""
     return torch.arange(start, start + math.prod(shape), dtype=torch.int32).view(tuple(shape))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Places along an axis of units, ``line`` (int32 [n], each unit once), that data chose: an index that moves with
+    them, of this shape. What it looks up there does not move."""
+
+    line: Tensor
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -380,7 +391,7 @@ class Flow:
             return None
         along: dict[int, list[int]] = {d: [] for d in range(len(value.shape))}
         origin = (0,) * len(value.shape)
-        coordinates = torch.unravel_index(value.positions.long(), leaf.shape)
+        coordinates = torch.unravel_index(thin(value.positions).long(), leaf.shape)
         for a, coordinate in enumerate(coordinates):
             dims = varying(coordinate)
             if len(dims) > 1:

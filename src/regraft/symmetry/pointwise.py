@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Flow, Leaf, Value, first, line, places, thin
+from regraft.symmetry.labels import Flow, Leaf, Value, first, line, places, thin, varying
 from regraft.symmetry.rules import Operation, each_size, first_of, rule, words
 
 UNARY = words(
@@ -19,6 +19,10 @@ UNARY = words(
 )
 """Operators that compute every scalar from the one at its place (beside those that torch tags pointwise). A constant
 that is filled in keeps the labels of what it replaces."""
+
+
+BRANCHES = 4
+"""Where so few tensors are added, or weighed against each other, their channels correspond."""
 
 
 # ---- scalars of one place
@@ -61,9 +65,7 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
     if not moving:
         return flow.fixed(out)
     constants = [x for x in operands if isinstance(x, Tensor) and bool((x != x.reshape(-1)[:1]).any())]
-    result, *others = sorted((_broadcast(flow, value, out) for value in moving), key=lambda x: thin(x).numel())
-    for other in others:  # they become one: the one that is repeated most stands for all
-        flow.join(result, other)
+    result = _met(flow, [(value, _broadcast(flow, value, out)) for value in moving])
     for x in constants:
         _, keys = torch.unique(x.detach(), return_inverse=True)
         flow.tie(result, keys.expand(out))
@@ -74,6 +76,35 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
         else:
             flow.tie(result, seen)
     return flow.new(result)
+
+
+def _met(flow: Flow, operands: Sequence[tuple[Value, Tensor]]) -> Tensor:
+    """The labels of what is computed from several labels of one shape. They become one, but for two kinds of
+    broadcasting: what is the same for a block of units (the gate of a head) is what they are within, and a parameter
+    that is the same for several blocks (the scale of every head) holds their twins."""
+    (_, largest), *others = sorted(operands, key=lambda pair: -thin(pair[1]).numel())
+    equal = [largest]
+    for value, labels in others:
+        if kind := _kind_of_broadcast(flow, largest, value, labels):
+            flow.relate(largest, labels, kind)
+        else:
+            flow.join(largest, labels)
+            equal.append(labels)
+    return largest if len(equal) <= len(others) else equal[-1]
+
+
+def _kind_of_broadcast(flow: Flow, largest: Tensor, value: Value, labels: Tensor) -> str:
+    roots = flow.units.roots(thin(largest))
+    along, own = varying(roots), varying(flow.units.roots(thin(labels)))
+    again = [d for d in along if d not in own]
+    stretched = [d for d, n in enumerate(((1,) * labels.ndim + tuple(value.shape))[-labels.ndim :]) if n == 1]
+    if not again or not set(again) <= set(stretched):  # of one unit, but with a value for each place
+        return ""
+    if not set(own) <= set(along) or len(roots.unique()) < roots.numel() or not roots.all():
+        return ""
+    if not isinstance(value.base, Leaf):
+        return "within"
+    return "twin" if own and max(again) < min(own) else ""
 
 
 def _are_weights(flow: Flow, out: torch.Size, values: Sequence[Value]) -> bool:
@@ -125,9 +156,7 @@ def _where(flow: Flow, op: Operation, *operands: Any) -> Any:
 # ---- slices
 
 
-@rule(
-    "argmax", "argmin", "topk", "sort", "argsort", "cumsum", "cummax", "cummin", "kthvalue", "median", "mode"
-)
+@rule("cumsum", "cummax", "cummin", "kthvalue", "median", "mode")
 def _ordered(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
     """The result tells places along ``dim`` apart: what is fixed there, and nothing else, can come out."""
     if isinstance(x, Value) and flow.is_fixed(flow.labels(x)):
@@ -162,15 +191,16 @@ def _reduction(flow: Flow, op: Operation, *_: Any) -> Any:
 
 
 def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
-    """A slice of a single unit passes it on; a slice of several gives what no exchange inside it changes. Where there
-    are more slices than units in one (branches that are added), these become one unit."""
+    """A slice of a single unit passes it on; a slice of several gives what no exchange inside it changes. The units of
+    a few branches that are added become one."""
     labels = flow.labels(x)
     if flow.is_fixed(labels):
         return flow.fixed(out)
     dims = tuple(sorted({d % labels.ndim for d in dims})) or tuple(range(labels.ndim))
     once = thin(labels)
     slices = first(once, dims)
-    if slices.numel() ** 2 > once.numel() == len(flow.units.roots(once).unique()):
+    units = once.numel() // max(slices.numel(), 1)
+    if units <= min(BRANCHES, slices.numel() - 1) and len(flow.units.roots(once).unique()) == once.numel():
         flow.join(once, slices)
     roots = flow.units.roots(once)
     single = (roots == first(roots, dims)).all(dims, keepdim=True)
@@ -196,9 +226,7 @@ def _layer_norm(flow: Flow, op: Operation, x: Any, normalized_shape: list[int], 
     result = normalised(flow, x, range(len(x.shape) - len(normalized_shape), len(x.shape)))
     for tensor in options[:2]:
         if isinstance(tensor, Value):
-            units = flow.labels(tensor)
-            flow.join(flow.labels(result), units)
-            result = flow.new(units.expand(x.shape))
+            result = combine(flow, torch.Size(x.shape), [result, tensor])
     return first_of(flow, op.out, result)
 
 

@@ -204,14 +204,20 @@ def _matmul(flow: Flow, op: Operation, a: Any, b: Any, *_: Any) -> Value:
     return multiply(flow, op.out, a, b)
 
 
+@rule("baddbmm")
+def _baddbmm(flow: Flow, op: Operation, bias: Any, a: Any, b: Any, *_: Any) -> Value:
+    return combine(flow, op.out, [multiply(flow, op.out, a, b), bias])
+
+
 def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
     """a [..., N, K] and b [..., K, M] give [..., N, M], of which one may be a weight, and one a constant."""
     a, b = (flow.fixed(x.shape) if isinstance(x, Tensor) else x for x in (a, b))
     if _is_weight(b):
-        return contract(flow, out, a, b, dims=(0, 1))
+        return contract(flow, out, a, b, dims=(len(b.shape) - 2, len(b.shape) - 1))
     if _is_weight(a) and isinstance(b, Value) and len(b.shape) > 1:
         flipped = torch.Size((*out[:-2], out[-1], out[-2]))
-        return contract(flow, flipped, b.moved(_flip), a).moved(_flip)
+        dims = (len(a.shape) - 1, len(a.shape) - 2)
+        return contract(flow, flipped, b.moved(_flip), a, dims=dims).moved(_flip)
     if not (isinstance(a, Value) and isinstance(b, Value)) or len(a.shape) < 2 or len(b.shape) < 2:
         return freeze(flow, out, [a, b])
     left, right = flow.labels(a), flow.labels(b)
@@ -253,7 +259,10 @@ def _are_copies(positions: Tensor) -> bool:
 
 
 def _is_weight(x: Any) -> bool:
-    return isinstance(x, Value) and isinstance(x.base, Leaf) and len(x.shape) == 2
+    """Whether it is a matrix of a parameter, perhaps the same for a whole batch."""
+    if not (isinstance(x, Value) and isinstance(x.base, Leaf)) or len(x.shape) < 2:
+        return False
+    return len(x.shape) == 2 or (x.positions is not None and math.prod(thin(x.positions).shape[:-2]) == 1)
 
 
 def _flip(matrix: Tensor) -> Tensor:
@@ -281,8 +290,9 @@ def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = No
         return freeze(flow, op.out, [q, k, v, mask])
     if op.arguments.get("enable_gqa"):  # a head of keys and values serves its share of those of queries
         k, v = (x.moved(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3)) for x in (k, v))
-    if len({x.shape[:-2] for x in (q, k, v)}) > 1:
-        return freeze(flow, op.out, [q, k, v, mask])
+    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
+    if any(x.shape[:-2] != batch for x in (q, k, v)):
+        q, k, v = (x.moved(lambda t: t.expand(*batch, *t.shape[-2:])) for x in (q, k, v))
     size = torch.Size((*q.shape[:-1], k.shape[-2]))
     scores = multiply(flow, size, q, k.moved(_flip))
     if mask is not None:

@@ -26,8 +26,9 @@ from torch.utils import _pytree as pytree
 
 from regraft.symmetry import products  # noqa: F401 (its rules register themselves)
 from regraft.symmetry.calls import Call, Caller, Forward, Output, cause, check_placed, ready, shadow
+from regraft.symmetry.choices import chosen
 from regraft.symmetry.groups import specify
-from regraft.symmetry.labels import Flow, Leaf, Value
+from regraft.symmetry.labels import Choice, Flow, Leaf, Value
 from regraft.symmetry.pointwise import UNARY, pointwise
 from regraft.symmetry.rules import RULES, Operation, freeze, operator_name
 from regraft.symmetry.spec import PermutationSpec, Segment
@@ -246,6 +247,8 @@ def _finish(
         is_output = spec.kind is OutputKind.USER_OUTPUT
         outputs += is_output
         leaf = leaf_of(spec.target)
+        if not (is_output and outputs > counts):
+            result = settled(flow, result)
         if not isinstance(result, Value) or (is_output and outputs > counts):
             continue
         if leaf is None or tuple(leaf.shape) != result.shape:
@@ -263,9 +266,17 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
     out = pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else None, node.meta.get("val"))
     if not isinstance(target, OpOverload):
+        for x in pytree.tree_leaves((args, kwargs)):
+            settled(flow, x)
         return unknown(flow, str(target), given, out)
     if "device" in kwargs:
         kwargs = {**kwargs, "device": "cpu"}
+    if any(isinstance(x, Choice) for x in pytree.tree_leaves((args, kwargs))):
+        result = _choices(flow, Operation.bind(target, args, kwargs, out))
+        if result is not NotImplemented:
+            return result
+        args, kwargs = pytree.tree_map(lambda x: settled(flow, x), (args, kwargs))
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
     if not given and torch.Tag.nondeterministic_seeded not in target.tags:
         return target(*args, **kwargs)
     if not target._schema.returns:  # an assertion
@@ -279,6 +290,25 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     for same in _written(node):
         values[same] = result
     return result
+
+
+def _choices(flow: Flow, operation: Operation) -> Any:
+    """What moves with the units that were chosen; else NotImplemented, and those that were may not move."""
+    flow.operator = str(operation.target)
+    mutable = operation.target._schema.is_mutable or not operation.target._schema.returns
+    result = NotImplemented if mutable else chosen(flow, operation)
+    if result is NotImplemented and operation.target._schema.returns:
+        lines = [flow.new(x.line) for x in operation.leaves if isinstance(x, Choice)]
+        freeze(flow, [], lines, " of what was chosen")
+    return result
+
+
+def settled(flow: Flow, x: Any) -> Any:
+    """A choice among units that do not move is a value like any other."""
+    if not isinstance(x, Choice):
+        return x
+    flow.freeze(x.line)
+    return flow.fixed(x.shape)
 
 
 def operate(flow: Flow, operation: Operation) -> Any:
