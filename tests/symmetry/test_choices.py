@@ -121,18 +121,12 @@ def test_gates_of_heads_move_with_them():
 
 
 def test_one_unit_with_a_value_for_each_place_is_no_gate():
-    """A value for each of the places that a learned tensor tells apart."""
-
     def forward(m: nn.Module, x: Tensor) -> Tensor:
-        h = m.stem(x.unsqueeze(1)) + m.places[:, None]  # [B, 4, 5]: each unit at five places
-        return m.out(m.inner(h * m.scale).flatten(1))
+        places = m.places(x.unsqueeze(1))  # [B, 4, 5]: a channel is one unit, at five places
+        return m.out((places * m.stem(x).unflatten(1, (4, 5))).flatten(1))
 
-    net = Net(
-        forward, stem=nn.Conv1d(1, 4, 1), places=parameter(4), scale=parameter(4, 5), inner=nn.Conv1d(4, 6, 1),
-        out=nn.Linear(30, 2),
-    )  # fmt: skip
-    spec = trace(net, torch.rand(2, 5))
-    assert verify(spec, net, torch.rand(2, 5)) < 1e-12
+    net = Net(forward, places=nn.Conv1d(1, 4, 1), stem=nn.Linear(5, 20), out=nn.Linear(20, 2))
+    assert proved(net, 2, 5).groups == {"places": 4}
 
 
 def test_tokens_with_positions_of_their_own_before_the_first_norm():

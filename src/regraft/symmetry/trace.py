@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -195,18 +195,21 @@ def run(programs: Sequence[Exported], model: nn.Module) -> tuple[Flow, dict[int,
     }
     for program, counts in programs:
         held = {**program.constants, **_held(model)}
-        values = _placed(flow, program, leaves, held)
-        for node in program.graph.nodes:
-            if node.op == "call_function":
-                flow.module = _module(node)
-                flow.wanted = {user.args[1] for user in node.users if user.target is operator.getitem}
-                values[node] = pass_through(flow, node, values)
-            elif node.op == "get_attr":
-                values[node] = getattr(program.graph_module, node.target)
-            elif node.op == "output":
-                results = map_arg(node.args[0], values.__getitem__)
-                _finish(flow, program, results, counts, lambda name: leaves.get(id(held.get(name))))  # noqa: B023
+        results = walk(flow, program.graph_module, _placed(flow, program, leaves, held))
+        _finish(flow, program, results, counts, lambda name: leaves.get(id(held.get(name))))  # noqa: B023
     return flow, leaves
+
+
+def walk(flow: Flow, module: GraphModule, values: dict[Node, Any]) -> Any:
+    """What comes out of a graph; ``values``: what goes in, at its placeholders."""
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            flow.module = _module(node)
+            flow.wanted = {user.args[1] for user in node.users if user.target is operator.getitem}
+            values[node] = pass_through(flow, node, values)
+        elif node.op == "get_attr":
+            values[node] = getattr(module, node.target)
+    return map_arg(module.graph.output_node().args[0], values.__getitem__)
 
 
 def _module(node: Node) -> str:
@@ -257,6 +260,10 @@ def _finish(
             flow.join(flow.labels(result), flow.scalars(leaf))
 
 
+REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+"""Parts of a graph that are computed at another precision, or without gradients: they are walked like the rest."""
+
+
 def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     """What one operator does to labels; to constants it does what it always does."""
     target = node.target
@@ -265,6 +272,10 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
         return args[0][args[1]]
     given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
     out = pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else None, node.meta.get("val"))
+    if str(target) in REGIONS:
+        part = next(i for i, x in enumerate(args) if isinstance(x, GraphModule))
+        inputs = args[part].graph.find_nodes(op="placeholder")
+        return walk(flow, args[part], dict(zip(inputs, args[part + 1 :], strict=True)))
     if not isinstance(target, OpOverload):
         for x in pytree.tree_leaves((args, kwargs)):
             settled(flow, x)
