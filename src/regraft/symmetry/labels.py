@@ -400,9 +400,16 @@ class Flow:
                 along[dims[0]].append(a)
             elif leaf.shape[a] > 1:  # one slice of this axis: nothing may take its place
                 self.freeze(self.axis(leaf, a)[coordinate[origin]])
-        if len(along[dim]) == 1:
-            return self.axis(leaf, along[dim][0])[line(coordinates[along[dim][0]], dim)]
-        return self.units.fresh(1) if value.shape[dim] == 1 else None
+        if not along[dim]:
+            return self.units.fresh(1) if value.shape[dim] == 1 else None
+        first_axis, *others = along[dim]
+        labels = self.axis(leaf, first_axis)[line(coordinates[first_axis], dim)]
+        for a in (
+            others
+        ):  # several axes flattened, as a kernel's are: the units of the first, each at several places
+            self.freeze(self.axis(leaf, a))
+            self.tie(labels, line(coordinates[a], dim).int())
+        return labels
 
 
 def _in_order(value: Value) -> bool:

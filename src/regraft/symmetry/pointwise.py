@@ -60,6 +60,8 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
             for a in range(len(out)):
                 flow.join(flow.axis(values[0].base, a), flow.axis(other.base, a))
         return changed(flow, values[0])
+    if scaled := _scaled(flow, out, operands):
+        return scaled
     fixed = [v for v in values if flow.is_fixed(flow.base(v))]
     moving = [v for v in values if not any(v is f for f in fixed)]
     if not moving:
@@ -76,6 +78,23 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
         else:
             flow.tie(result, seen)
     return flow.new(result)
+
+
+def _scaled(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> Value | None:
+    """A weight, less or times something for each place along one of its axes; None for anything else."""
+    whole = [x for x in operands if isinstance(x, Value) and _is_whole(flow, x) and x.shape == tuple(out)]
+    others = [x for x in operands if not any(x is w for w in whole)]
+    if len(whole) != 1 or any(
+        len(x.shape) not in (0, len(out)) or sum(n > 1 for n in x.shape) > 1 for x in others
+    ):
+        return None
+    if any(isinstance(x, Tensor) and x.numel() > 1 for x in others):
+        return None
+    for x in others:
+        for d, n in enumerate(x.shape):
+            if n > 1:
+                flow.join(flow.axis(whole[0].base, d), flow.labels(x).flatten())
+    return changed(flow, whole[0])
 
 
 def _met(flow: Flow, operands: Sequence[tuple[Value, Tensor]]) -> Tensor:
@@ -187,7 +206,26 @@ def _reduction(flow: Flow, op: Operation, *_: Any) -> Any:
         return NotImplemented
     dims = op.arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else dims or ()
+    if _is_whole(flow, op.values[0]):
+        return _of_weights(flow, op, op.values[0], dims)
     return each_size(lambda size: reduce(flow, size, op.values[0], dims), op.out)
+
+
+def _is_whole(flow: Flow, x: Value) -> bool:
+    return flow.is_matrix(x) and x.shape == x.base.shape
+
+
+def _of_weights(flow: Flow, op: Operation, x: Value, dims: Sequence[int]) -> Any:
+    """A statistic of a weight, of all of it or one for each place along an axis: no order of the others changes it."""
+    ndim = len(x.shape)
+    summed = {d % ndim for d in dims} or set(range(ndim))
+    kept = [d for d in range(ndim) if d not in summed and x.shape[d] > 1]
+    if len(kept) > 1:
+        return NotImplemented
+    if not kept:
+        return each_size(flow.fixed, op.out)
+    units = flow.axis(x.base, kept[0])
+    return each_size(lambda size: Value(units.reshape(size), tuple(size)), op.out)
 
 
 def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:

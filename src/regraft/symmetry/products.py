@@ -204,6 +204,20 @@ def _matmul(flow: Flow, op: Operation, a: Any, b: Any, *_: Any) -> Value:
     return multiply(flow, op.out, a, b)
 
 
+@rule("mv")
+def _mv(flow: Flow, op: Operation, matrix: Any, x: Any) -> Value:
+    return contract(flow, op.out, x, matrix)
+
+
+@rule("dot", "vdot")
+def _dot(flow: Flow, op: Operation, a: Any, b: Any) -> Any:
+    """Units with units: the sum over all of them does not move."""
+    if not (isinstance(a, Value) and isinstance(b, Value)):
+        return NotImplemented
+    flow.join(flow.labels(a), flow.labels(b))
+    return flow.fixed(op.out)
+
+
 @rule("baddbmm")
 def _baddbmm(flow: Flow, op: Operation, bias: Any, a: Any, b: Any, *_: Any) -> Value:
     return combine(flow, op.out, [multiply(flow, op.out, a, b), bias])
