@@ -98,6 +98,16 @@ def test_a_choice_that_is_used_otherwise_keeps_the_experts_where_they_are(use):
     assert "router" not in spec.groups
 
 
+def test_rows_of_a_parameter_that_the_input_looks_up_stay_and_their_columns_move():
+    net = Net(
+        lambda m, x: m.out(m.inner(m.table[x.long()] + m.bias)),
+        table=parameter(9, 6), bias=parameter(6), inner=nn.Linear(6, 5), out=nn.Linear(5, 2),
+    )  # fmt: skip
+    spec = proved(net, 2, 3)
+    assert sorted(spec.groups.values()) == [5, 6]
+    assert spec.axes["table"][0][0].group is None
+
+
 def test_a_gate_ties_nothing_that_it_multiplies():
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         h, gates = m.stem(x).split([8, 3], 1)

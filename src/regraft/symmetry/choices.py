@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Choice, Flow, Leaf, Value, line, places, thin, varying
+from regraft.symmetry.labels import Choice, Flow, Leaf, Value, line, thin, varying
 from regraft.symmetry.rules import Operation, each_size, rule
-from regraft.symmetry.views import ALIASES, VIEWS
+from regraft.symmetry.views import ALIASES, VIEWS, is_table, slices_of
 
 KEPT = ALIASES | VIEWS | {"to", "_to_copy"}
 """Operators that give, of places that were chosen, the same or some of them."""
@@ -62,18 +62,12 @@ def _index(flow: Flow, op: Operation, x: Any, indices: Any) -> Any:
     if len(indices) != 1 or not isinstance(x, Value) or not isinstance(x.base, Leaf):
         return NotImplemented
     leaf, (choice,) = x.base, indices
-    if x.positions is not None or x.shape != leaf.shape or leaf.shape[0] != len(choice.line):
-        return NotImplemented
-    if leaf.scalars is not None and len(leaf.shape) > 1:
+    vector = x.positions is None and leaf.shape == x.shape == (len(choice.line),)
+    if leaf.shape[0] != len(choice.line) or not (vector or is_table(x)):
         return NotImplemented
     flow.join(flow.axis(leaf, 0), choice.line)
     flow.produce(leaf, flow.axis(leaf, 0))
-    if len(leaf.shape) == 1:
-        return flow.fixed(op.out)
-    part = Leaf(leaf.name, leaf.shape[1:], learned=leaf.learned)
-    part.axes = [flow.axis(leaf, a) for a in range(1, len(leaf.shape))]
-    flow.derived.append(part)
-    return Value(part, tuple(op.out), places(part.shape).expand(op.out), changed=True)
+    return flow.fixed(op.out) if vector else slices_of(flow, op.out, leaf)
 
 
 def _gather(flow: Flow, op: Operation, x: Any, dim: int, index: Choice, *_: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from regraft.symmetry.labels import Flow, Value, places
+from regraft.symmetry.labels import Flow, Leaf, Value, places
 from regraft.symmetry.rules import Operation, rule, words
 
 ALIASES = words("alias clone contiguous detach lift lift_fresh lift_fresh_copy positive")
@@ -57,6 +57,9 @@ def _looked_up(flow: Flow, op: Operation, x: Value, indices: Any) -> Any:
         return NotImplemented
     if any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices):
         return NotImplemented
+    if len(indices) == 1 and is_table(x):
+        flow.freeze(flow.axis(x.base, 0))
+        return slices_of(flow, op.out, x.base)
     labels = flow.labels(x)
     if flow.is_fixed(labels):
         return flow.fixed(op.out)
@@ -68,6 +71,21 @@ def _looked_up(flow: Flow, op: Operation, x: Value, indices: Any) -> Any:
     blank = [torch.zeros(i.shape, dtype=torch.int64) if isinstance(i, Value) else i for i in indices]
     positions = op.run([places(first.shape).expand(labels.shape), blank])
     return Value(first, tuple(positions.shape), positions) if positions.shape == op.out else NotImplemented
+
+
+def is_table(x: Any) -> bool:
+    """Whether it is all of a parameter of several axes that nothing has used element by element."""
+    leaf = x.base if isinstance(x, Value) else None
+    whole = isinstance(leaf, Leaf) and x.positions is None and x.shape == leaf.shape
+    return whole and len(leaf.shape) > 1 and leaf.scalars is None
+
+
+def slices_of(flow: Flow, out: torch.Size, leaf: Leaf) -> Value:
+    """Some slices along a parameter's first axis, [..., *slice]: each has the parameter's other axes."""
+    part = Leaf(leaf.name, leaf.shape[1:], learned=leaf.learned)
+    part.axes = [flow.axis(leaf, a) for a in range(1, len(leaf.shape))]
+    flow.derived.append(part)
+    return Value(part, tuple(out), places(part.shape).expand(out), changed=True)
 
 
 @rule(
