@@ -5,13 +5,14 @@ PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet
 # More for pytest, as in: make bench ARGS="--scenario digits-mlp2 --seeds 3"
 ARGS ?=
 
-.PHONY: help bench test test-oldest report docs gpu lint types clean
+.PHONY: help bench baseline test test-oldest report docs gpu lint types clean
 
 help:
 	@echo "make bench        every study's short scenarios on embedded data, with one summary (ARGS=... for pytest)"
 	@echo "make test         the tests"
 	@echo "make test-oldest  the kernels' tests with the oldest torch that is served"
 	@echo "make report       the committed tables and figures anew, from the committed rows"
+	@echo "make baseline     results/baseline anew, after a change of accuracy or cost that is meant"
 	@echo "make docs         the documentation, into site/"
 	@echo "make types        mypy on the public interface"
 	@echo "make gpu          kernels and FGMT on a CUDA device: correctness, ceilings, speed (ten minutes)"
@@ -28,6 +29,11 @@ test: .venv/installed
 report: .venv/installed
 	.venv/bin/regraft report README.md results/*.md results/*/README.md --results results
 	rm -f results/index.html
+
+baseline: .venv/installed
+	rm -rf results/baseline
+	OMP_NUM_THREADS=1 .venv/bin/regraft bench --study transfer --study fusion --study fast \
+		--results results/baseline --rows-only
 
 docs: .venv/installed
 	@$(PIP) -c constraints.txt -e '.[docs]'

@@ -16,9 +16,7 @@ from regraft.studies.run import crashed
 
 def test_scenario(benchmark, chosen, told, pytestconfig):
     study, _ = chosen
-    asked = {
-        name: pytestconfig.getoption(name) for name in ("results", "seeds", "resume", "keep_older", "rounds")
-    }
+    asked = {name: pytestconfig.getoption(name) for name in ("results", "seeds", "resume", "keep_older")}
 
     def measured():
         return front.measure(chosen, place=told, **asked)

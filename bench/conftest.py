@@ -27,13 +27,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seeds", type=int, metavar="N", help="seeds 0 .. N-1 (default: the scenario's own number)"
     )
-    group.addoption(
-        "--rounds",
-        type=int,
-        default=1,
-        metavar="N",
-        help="time cheap methods so often, for `regraft compare`",
-    )
     group.addoption("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1")
     folder = {"type": Path, "metavar": "DIR"}
     group.addoption("--data", help="folder of the data sets (default: REGRAFT_DATA, else ./data)", **folder)

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from regraft.evaluation import call, checked, copies, evaluating, reset_batchnorm
-from regraft.tensors import Batch, Tensors
+from regraft.evaluation import checked, copies, evaluating, reset_batchnorm
+from regraft.forward import portion, run
+from regraft.tensors import Batch, Inputs, Tensors
 
 Finish = Callable[[Tensors, Tensor], Tensors]
 """(summed tensors, their coefficients [m]) -> mended tensors."""
@@ -126,12 +127,12 @@ def _weighted(shares: Sequence[float], moments: Sequence[tuple[Tensor, Tensor]])
     return mean, deviation
 
 
-def _biased_layers(model: nn.Module, tensors: Tensors, images: Tensor) -> tuple[str, ...]:
+def _biased_layers(model: nn.Module, tensors: Tensors, inputs: Inputs) -> tuple[str, ...]:
     """Convolutions and linear layers with a bias in the order in which they are called, without the last."""
     called: list[str] = []
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    _run(model, tensors, [images[:2]], layers, lambda name, _inputs, _output: called.append(name))
+    _run(model, tensors, [portion(inputs, 0, 2)], layers, lambda name, _inputs, _output: called.append(name))
     if twice := [name for name in called if called.count(name) > 1]:
         raise ValueError(f"repair_on: layer {twice[0]!r} is used twice, its channels have no one mean")
     return tuple(name for name in called[:-1] if layers[name].bias is not None)
@@ -142,7 +143,9 @@ def _by_channel(layer: nn.Module, output: Tensor) -> Tensor:
     return output.double().movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
 
 
-def _moments(model: nn.Module, tensors: Tensors, batches: Sequence[Batch], layers: Sequence[str]) -> Moments:
+def _moments(
+    model: nn.Module, tensors: Tensors, batches: Sequence[tuple[Inputs, Tensor]], layers: Sequence[str]
+) -> Moments:
     """Exact moments of each layer's output over all batches, one pass."""
     modules = {name: model.get_submodule(name) for name in layers}
     sums: dict[str, Tensor] = {}
@@ -152,7 +155,7 @@ def _moments(model: nn.Module, tensors: Tensors, batches: Sequence[Batch], layer
         row = torch.stack([flat.sum(1), flat.square().sum(1), torch.full_like(flat[:, 0], flat.shape[1])])
         sums[name] = sums.get(name, torch.zeros_like(row)) + row
 
-    _run(model, tensors, [images for images, _ in batches], modules, add)
+    _run(model, tensors, [inputs for inputs, _ in batches], modules, add)
     found = {}
     for name, (total, squares, count) in sums.items():
         mean = total / count
@@ -160,7 +163,9 @@ def _moments(model: nn.Module, tensors: Tensors, batches: Sequence[Batch], layer
     return found
 
 
-def _corrections(model: nn.Module, tensors: Tensors, batches: Sequence[Batch], goals: Moments) -> Moments:
+def _corrections(
+    model: nn.Module, tensors: Tensors, batches: Sequence[tuple[Inputs, Tensor]], goals: Moments
+) -> Moments:
     """Moments of each layer's output where the layers before it are already mended, averaged over batches.
 
     One pass does for all layers: inside a batch, every output is replaced by what it will be.
@@ -177,7 +182,7 @@ def _corrections(model: nn.Module, tensors: Tensors, batches: Sequence[Batch], g
             scale, shift = (t.reshape(-1, *[1] * (output.dim() - 2)) for t in (scale, shift))
         return output * scale.to(output) + shift.to(output)
 
-    _run(model, tensors, [images for images, _ in batches], modules, mend)
+    _run(model, tensors, [inputs for inputs, _ in batches], modules, mend)
     averages = {
         name: [torch.stack(of).mean(0) for of in zip(*pairs, strict=True)] for name, pairs in seen.items()
     }
@@ -203,9 +208,9 @@ def _rescale(tensors: Tensors, measured: Moments, goals: Moments) -> Tensors:
 
 
 def _run(
-    model: nn.Module, tensors: Tensors, inputs: Iterable[Tensor], modules: Mapping[str, nn.Module], see: See
+    model: nn.Module, tensors: Tensors, inputs: Iterable[Inputs], modules: Mapping[str, nn.Module], see: See
 ) -> None:
     values = copies(model, tensors)
     with evaluating(model), hooks(modules, see), torch.no_grad():
-        for images in inputs:
-            call(model, values, images)
+        for batch in inputs:
+            run(model, values, batch)

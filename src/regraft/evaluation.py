@@ -5,8 +5,9 @@ both, runs the module on copies of those values (`torch.func.functional_call`), 
 states and torch's settings as they were (`regraft.guard`). While one runs, the module must not be used by another
 thread.
 
-Batches are any iterable of (images, labels), on the device of the tensors. Images that are not finite, and labels
-that the model has no output for, are refused by the number of their batch (from 0).
+Batches are any iterable of what `regraft.forward` knows ((images, labels), dictionaries, ...), on the device of the
+tensors. Inputs that are not finite, and labels that the model has no output for, are refused by the number of their
+batch (from 0).
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regraft.forward import call, loss_of, named, run, split
 from regraft.guard import same_streams, untouched
 from regraft.heads import check_labels
-from regraft.tensors import Batch, Loss, Tensors, check_finite, live_state, seeded
+from regraft.tensors import Batch, Inputs, Loss, Tensors, check_finite, live_state, seeded
 
 
 class NotFinite(FloatingPointError, ValueError):
@@ -59,14 +61,15 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in live_state(model).values()), torch.device("cpu"))
 
 
-def checked(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches. Raises ValueError, with the batch's number (from 0), for images that are not finite and for
-    images and labels that differ in number."""
-    for number, (images, labels) in enumerate(batches):
-        if len(images) != len(labels):
-            raise ValueError(f"batch {number} has {len(images)} images and {len(labels)} labels")
-        check_finite({"images": images}, f"batch {number}")
-        yield images, labels
+def checked(batches: Iterable[Batch]) -> Iterator[tuple[Inputs, Tensor]]:
+    """(inputs, labels) of each batch. Raises ValueError, with the batch's number (from 0), for inputs that are not
+    finite, for images and labels that differ in number, and as `regraft.forward.split`."""
+    for number, batch in enumerate(batches):
+        inputs, labels = split(batch, number)
+        if isinstance(inputs, Tensor) and len(inputs) != len(labels):
+            raise ValueError(f"batch {number} has {len(inputs)} images and {len(labels)} labels")
+        check_finite(named(inputs), f"batch {number}")
+        yield inputs, labels
 
 
 def complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
@@ -101,14 +104,6 @@ def copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
     }
 
 
-def call(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """The model's output on ``images`` with the values ``tensors``, in the mode in which the model is.
-
-    In training mode BatchNorm writes its running statistics into ``tensors``, as torch does.
-    """
-    return torch.func.functional_call(model, dict(tensors), (images,))
-
-
 def loss_and_accuracy(
     model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[Batch], loss: Loss = F.cross_entropy
 ) -> tuple[float, float]:
@@ -120,12 +115,12 @@ def loss_and_accuracy(
     values = copies(model, tensors)
     count, right, total = 0, 0, 0.0
     with torch.inference_mode(), evaluating(model):
-        for number, (images, labels) in enumerate(checked(batches)):
-            logits = call(model, values, images)
+        for number, (inputs, labels) in enumerate(checked(batches)):
+            logits = call(model, values, inputs)
             _check_answers(logits, labels, number)
-            count += len(labels)
+            count += labels.numel()
             right = right + _right(logits, labels)
-            total = total + loss(logits, labels).double() * len(labels)
+            total = total + loss_of(loss, logits, labels).double() * labels.numel()
     if count == 0:
         raise ValueError("there is no batch to evaluate on")
     return float(total) / count, int(right) / count
@@ -148,10 +143,10 @@ def ensemble_accuracy(
     values = [copies(model, tensors) for tensors in networks]
     count, right = 0, 0
     with torch.inference_mode(), evaluating(model):
-        for number, (images, labels) in enumerate(checked(batches)):
-            logits = torch.stack([call(model, tensors, images) for tensors in values]).mean(0)
+        for number, (inputs, labels) in enumerate(checked(batches)):
+            logits = torch.stack([call(model, tensors, inputs) for tensors in values]).mean(0)
             _check_answers(logits, labels, number)
-            count += len(labels)
+            count += labels.numel()
             right = right + _right(logits, labels)
     if count == 0:
         raise ValueError("there is no batch to evaluate on")
@@ -159,6 +154,8 @@ def ensemble_accuracy(
 
 
 def _check_answers(logits: Tensor, labels: Tensor, number: int) -> None:
+    if labels.device != logits.device:
+        raise ValueError(f"batch {number} has labels on {labels.device} for an output on {logits.device}")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"batch {number} has labels {list(labels.shape)} for an output {list(logits.shape)}: "
@@ -168,7 +165,7 @@ def _check_answers(logits: Tensor, labels: Tensor, number: int) -> None:
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Number of right answers, on the device. logits: [B, classes]; labels: [B]."""
+    """Number of right answers, on the device. logits: [..., classes]; labels: [...]."""
     return ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).sum()
 
 
@@ -218,15 +215,18 @@ def _mean_gradients(
     """around: what each forward pass runs in; the batches draw from their own streams, outside of it."""
     total: list[Tensor] | None = None
     count = 0
-    for images, labels in checked(batches):
+    for inputs, labels in checked(batches):
         with around():
-            logits = call(model, {**parameters, **buffers}, images)
+            logits = call(model, {**parameters, **buffers}, inputs)
             if (
                 loss is F.cross_entropy and labels.shape != logits.shape
             ):  # equal: probabilities of the classes
                 check_labels(labels, logits.shape[1], f"batch {count}")
             found = torch.autograd.grad(
-                loss(logits, labels), list(parameters.values()), allow_unused=True, materialize_grads=True
+                loss_of(loss, logits, labels),
+                list(parameters.values()),
+                allow_unused=True,
+                materialize_grads=True,
             )
         total = list(found) if total is None else torch._foreach_add(total, found)
         count += 1
@@ -275,9 +275,9 @@ def reset_batchnorm(
     with torch.no_grad(), mode(model, lambda module: module in norms.values()):
         for module in norms.values():
             module.momentum = None  # torch's name for a cumulative average
-        for images, _ in islice(checked(batches), limit):
+        for inputs, _ in islice(checked(batches), limit):
             with same_streams(device):
-                call(model, values, images)
+                run(model, values, inputs)
             count += 1
     if count == 0:
         raise ValueError("there is no batch to estimate BatchNorm statistics on")

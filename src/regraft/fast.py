@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from regraft.data import Split, normalise
 from regraft.evaluation import copies
+from regraft.forward import named, run
 from regraft.guard import same_streams, untouched
 from regraft.heads import Adoption, Initialiser, adopt, check_head, check_labels, find_head, zero
 from regraft.recorder import Record, Recorder, Source
-from regraft.tensors import Batch, check_finite, live_state
+from regraft.tensors import Inputs, Pair, check_finite, live_state
 
 __all__ = [
     "Adoption",
@@ -191,18 +191,18 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return total / counts[:, None]
 
 
-def features_of(model: nn.Module, head: nn.Linear, images: Tensor) -> Tensor:
+def features_of(model: nn.Module, head: nn.Linear, inputs: Inputs) -> Tensor:
     """What flows into the head, [M, D], in the mode in which the model is, without gradient.
 
-    Raises ValueError for a head that is no linear layer of the model, and for images that are not finite.
+    Raises ValueError for a head that is no linear layer of the model, and for inputs that are not finite.
     """
     if not isinstance(head, nn.Linear) or all(module is not head for module in model.modules()):
         raise ValueError(f"the head must be a linear layer of the model, not this {type(head).__name__}")
-    check_finite({"images": images}, "the batch")
+    check_finite(named(inputs), "the batch")
     kept: list[Tensor] = []
-    with untouched(model), same_streams(images.device), torch.no_grad():
-        head.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0].detach().clone()))
-        functional_call(model, copies(model, live_state(model)), (images,))
+    with untouched(model), same_streams(head.weight.device), torch.no_grad():
+        head.register_forward_pre_hook(lambda _module, given: kept.append(given[0].detach().clone()))
+        run(model, copies(model, live_state(model)), inputs)
     if len(kept) != 1:
         raise ValueError(f"the head ran {len(kept)} times in one forward pass, not once")
     return kept[0]
@@ -246,7 +246,7 @@ class Stratified:
             )
         object.__setattr__(self, "_members", members)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Pair]:
         split = self.split.to(self.device)
         order = self._order()
         while True:

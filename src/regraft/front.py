@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from regraft.data import MissingData
 from regraft.files import write_text
-from regraft.studies import STUDIES, compare, history, nearest, study
+from regraft.studies import STUDIES, compare, history, nearest, study, turns
+from regraft.studies.compare import Change
+from regraft.studies.engines import ENGINES
+from regraft.studies.engines import deterministic as deterministic
 from regraft.studies.page import page
 from regraft.studies.render import ROWS, Figure, Table, report, stored, summary
 from regraft.studies.rows import Row, read
 from regraft.studies.run import run
 from regraft.studies.study import Place, Scenario, Study
+from regraft.studies.turns import Limits
 
 Chosen = tuple[Study, Scenario]
-
-
-def deterministic() -> None:
-    """Let this process take only algorithms that give the same bits in every run; rows say so.
-
-    The number of threads still matters, on a CPU, and is in the row too.
-    """
-    import os
-
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def choose(
@@ -76,9 +68,12 @@ def measure(
     seeds: int | None = None,
     resume: bool = False,
     keep_older: bool = False,
-    rounds: int = 1,
+    engine: str = "local",
 ) -> list[Row]:
-    """Run one scenario, its rows in ``results/<study>/rows.jsonl``. Raises MissingData where its data are not there."""
+    """Run one scenario, its rows in ``results/<study>/rows.jsonl``, measured by one of `ENGINES`.
+
+    Raises MissingData where its data are not there, ValueError for an engine that is not installed.
+    """
     one, scenario = chosen
     return list(
         run(
@@ -89,7 +84,7 @@ def measure(
             seeds=None if seeds is None else range(seeds),
             resume=resume,
             keep_older=keep_older,
-            rounds=rounds,
+            engine=ENGINES[engine],
         )
     )
 
@@ -140,6 +135,7 @@ def reproduced(
     results: Path,
     seeds: int | None = None,
     keep_older: bool = False,
+    engine: str = "local",
 ) -> int:
     """Run the scenarios of a study's tables and figures, all of them if none is named, and print the tables.
 
@@ -159,6 +155,7 @@ def reproduced(
                     seeds=seeds,
                     resume=True,
                     keep_older=keep_older,
+                    engine=engine,
                 )
         except MissingData as problem:
             console.print(f"{scenario.name} is skipped: {problem}")
@@ -218,27 +215,56 @@ def every(folder: Path) -> list[Row]:
 def compared(
     before: Sequence[Row],
     after: Sequence[Row],
-    max_slowdown: float,
-    max_error_rise: float,
+    limits: Limits,
     *,
     everything: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Print what changed; 1 where anything is worse by more than is allowed, else 0."""
-    changes = compare.compare(before, after)
-    beyond = [change for change in changes if change.beyond(max_slowdown, max_error_rise)]
+    """Print what changed between two sets of rows; 1 where anything is worse by more than is allowed, else 0."""
+    status = told(compare.compare(before, after), limits, everything=everything, as_json=as_json)
+    apart = [" and ".join(sorted(compare.machines(side))) for side in (before, after)]
+    if apart[0] != apart[1] and not as_json:
+        print(f"other machines, so that costs are not compared where they differ: {apart[0]}; {apart[1]}")
+    return status
+
+
+def against(
+    commit: str, words: Sequence[str], limits: Limits, *, everything: bool = False, as_json: bool = False
+) -> int:
+    """Measure a commit and the present code by turns, and print what changed; 1 where it is worse than is allowed."""
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="regraft-against-") as place, progress(Place(), console) as shown:
+        folder = Path(place)
+        sides = turns.extract(commit, folder / "then"), turns.copy(folder / "now")
+        changes = turns.by_turns(
+            *sides, words, folder / "rows", limits, lambda done, most: shown.tell("turns", done, most)
+        )
+    return told(changes, limits, everything=everything, as_json=as_json)
+
+
+WHAT_NOW = """Measure it alone: regraft against COMMIT --scenario NAME --method NAME (its control among the methods).
+If it is meant, renew results/baseline in the same commit (make baseline) and say why; else it is to be mended."""
+
+
+def told(
+    changes: Sequence[Change], limits: Limits, *, everything: bool = False, as_json: bool = False
+) -> int:
+    """Print changes; 1 where any is worse by more than is allowed, else 0."""
+    beyond = [change for change in changes if limits.exceeded(change)]
     if as_json:
-        told = {"changes": [asdict(c) for c in changes], "beyond": [asdict(c) for c in beyond]}
-        print(json.dumps(told, indent=1))
+        print(
+            json.dumps({"changes": list(map(asdict, changes)), "beyond": list(map(asdict, beyond))}, indent=1)
+        )
         return int(bool(beyond))
     console = Console()
     console.print(compare.sheet(changes, everything).rich())
     for change in beyond:
-        allowed = f"{max_slowdown:.0%}" if change.quantity == "cost" else f"{max_error_rise:g}"
+        allowed = f"{limits.slowdown:.0%}" if change.quantity == "cost" else f"{limits.error_rise:g}"
         size = f"{change.change:+.1%}" if change.quantity == "cost" else f"{change.change:+.4f}"
-        console.print(
-            f"{change.study}, {change.scenario}, {change.method}: {change.quantity} {size} (allowed: {allowed})"
-        )
+        name = f"{change.study}, {change.scenario}, {change.method}"
+        print(f"{name}: {change.quantity} {size} (allowed: {allowed})")
+    if beyond:
+        print(WHAT_NOW)
     return int(bool(beyond))
 
 
@@ -249,4 +275,77 @@ def over_time(rows: Sequence[Row], *, as_json: bool = False) -> int:
         print(json.dumps([asdict(track) for track in tracks], indent=1))
     else:
         Console().print(history.sheet(tracks).rich())
+    return 0
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def planned(files: Sequence[Path], out: Path, asked: Mapping[str, Any], *, as_json: bool = False) -> int:
+    """Check a port of (base, fine-tune, new base), and print what would be done."""
+    from regraft import porting
+
+    made = porting.plan(*files, out, **_in_bytes(asked))
+    if as_json:
+        print(json.dumps(made.told(), indent=1))
+        return 0
+    print("\n".join(made.lines()))
+    Console().print(made.subject.spec.table())
+    return 0
+
+
+def ported(
+    files: Sequence[Path], out: Path, asked: Mapping[str, Any], *, resume: bool, as_json: bool = False
+) -> int:
+    """Port (base, fine-tune, new base), and print what came of it."""
+    from regraft import porting
+
+    return _finished(porting.port(*files, out, resume=resume, **_in_bytes(asked)), as_json)
+
+
+def aligned(
+    a: Path, b: Path, out: Path, known: Mapping[str, Any], *, resume: bool, as_json: bool = False
+) -> int:
+    """Align one checkpoint to another, and print what came of it."""
+    from regraft import porting
+
+    return _finished(porting.match_checkpoints(a, b, out, resume=resume, **_in_bytes(known)), as_json)
+
+
+def fused(
+    networks: Sequence[Path],
+    weights: Sequence[float],
+    out: Path,
+    known: Mapping[str, Any],
+    *,
+    align: bool,
+    resume: bool,
+    as_json: bool = False,
+) -> int:
+    """Sum checkpoints, and print what came of it."""
+    from regraft import porting
+
+    asked = {"align": align, "resume": resume, **_in_bytes(known)}
+    return _finished(porting.fuse_checkpoints(networks, weights, out, **asked), as_json)
+
+
+def _in_bytes(asked: Mapping[str, Any]) -> dict[str, Any]:
+    from regraft.checkpoint_files import parse_size
+
+    limit = asked["max_memory"]
+    return {**asked, "max_memory": None if limit is None else parse_size(limit)}
+
+
+def _finished(done: Any, as_json: bool) -> int:
+    """done: what `regraft.porting` returns."""
+    if as_json:
+        print(json.dumps(done.told(), indent=1))
+        return 0
+    print("\n".join(done.plan.lines()))
+    for name, value in done.found.items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        for part, one in parts:
+            said = f"{one:.4g}" if isinstance(one, float) else one
+            print(f"{name.replace('_', ' ')}{part and ', '}{part}: {said}")
+    print(f"written: {done.out}")
     return 0

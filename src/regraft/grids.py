@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from msgspec import Struct
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from regraft.activations import Finish, hooks, reads_batches
 from regraft.evaluation import complete
 from regraft.files import clean, read_sealed, write_sealed
+from regraft.forward import call, examples, mapped, named, portion, run
 from regraft.fusion import check, fuse_many
 from regraft.guard import same_settings, same_streams
 from regraft.heads import check_labels
-from regraft.tensors import Tensors, check_finite, digest
+from regraft.tensors import Inputs, Tensors, check_finite, digest
 
 MEMORY = 1 << 30  # bytes
 CHUNK = 32  # points at most between two savings of what is finished
@@ -81,7 +81,7 @@ def evaluate(
     model: nn.Module,
     sources: Sequence[Tensors],
     coefficients: Tensor | Sequence[Sequence[float]],
-    images: Tensor,
+    images: Inputs,
     labels: Tensor,
     *,
     finish: Finish | None = None,
@@ -96,7 +96,8 @@ def evaluate(
         model: gives the architecture; its own parameters are not used. Run in evaluation mode.
         sources: m networks (or gradients), parameters and buffers by name, on the images' device.
         coefficients: [K, m].
-        images: float [N, ...], already normalised. labels: int64 [N].
+        images: float [N, ...], already normalised; or several inputs, or a mapping of keyword inputs, of N examples.
+        labels: int64 [N].
         finish: mends the activations of each point, e.g. :func:`regraft.activations.reset_on`.
         memory: bytes that parameter sets and activations may take beside sources and images, about. Never
             less than one network and one image need.
@@ -116,47 +117,48 @@ def evaluate(
     rows = torch.as_tensor(coefficients, dtype=torch.float64)
     check(sources, rows)
     complete(model, sources[0])
-    if len(images) == 0:
+    count = examples(images)
+    if count == 0:
         raise ValueError("the data set is empty: there is nothing to evaluate on")
-    if labels.shape != (len(images),):
-        raise ValueError(f"{len(images)} images need {len(images)} labels, got shape {tuple(labels.shape)}")
-    check_finite({"images": images}, "the data set")
+    if labels.shape != (count,):
+        raise ValueError(f"{count} images need {count} labels, got shape {tuple(labels.shape)}")
+    check_finite(named(images), "the data set")
     model = copy.deepcopy(model).eval()
     sources = [{name: tensor.clone() for name, tensor in source.items()} for source in sources]
-    if images.device.type == "cpu":
+    if labels.device.type == "cpu":
         _use_fast_pooling(model)
-    with torch.no_grad(), same_streams(images.device):
+    with torch.no_grad(), same_streams(labels.device):
         classes, image_bytes = _probe(model, sources[0], images)
         check_labels(labels, classes, "the data set")
         if not reads_batches(model):
             batch_size = max(1, min(batch_size, memory // 2 // image_bytes))
-        cut = FirstLayer.of(model, sources[0], images)
-        points = _Points(model, cut, sources, finish, images, labels, batch_size)
-        done = _Counts(len(rows), len(images))
+        first = FirstLayer.of(model, sources[0], images) if isinstance(images, Tensor) else None
+        points = _Points(model, first, sources, finish, images, labels, batch_size)
+        done = _Counts(len(rows), count)
         if resume is not None:
             done.resume(Path(resume), points.fingerprint(rows))
         chunk = _chunk(sources[0], memory, finish)
         while len(done.correct) < len(rows):
-            first = len(done.correct)
-            done.add(*points.count(rows[first : first + chunk]))
+            begin = len(done.correct)
+            done.add(*points.count(rows[begin : begin + chunk]))
             if progress is not None:
                 progress(len(done.correct), len(rows))
     counts = (torch.tensor(found, dtype=torch.int64) for found in (done.correct, done.nonfinite))
-    return Grid(rows, *counts, len(images))
+    return Grid(rows, *counts, count)
 
 
-def _probe(model: nn.Module, tensors: Tensors, images: Tensor) -> tuple[int, int]:
+def _probe(model: nn.Module, tensors: Tensors, images: Inputs) -> tuple[int, int]:
     """(the head's classes, bytes of activations that one image keeps alive, about)."""
     # two, because a BatchNorm that reads its batch wants more than one value a channel
-    two = images[:1].expand(2, *images.shape[1:])
-    sizes = [two.numel() * two.element_size()]
+    two = mapped(lambda x: x.expand(2, *x.shape[1:]) if x.ndim and len(x) == 1 else x, portion(images, 0, 1))
+    sizes = [x.numel() * x.element_size() for x in named(two).values()]
 
     def see(_name: str, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             sizes.append(output.numel() * output.element_size())
 
     with hooks(dict(model.named_modules()), see):
-        logits = functional_call(model, tensors, (two,))
+        logits = call(model, tensors, two)
     return logits.shape[-1], max(1, LIVE_ACTIVATIONS * max(sizes) // 2)
 
 
@@ -174,7 +176,7 @@ class _Points:
     cut: FirstLayer | None
     sources: Sequence[Tensors]
     finish: Finish | None
-    images: Tensor
+    images: Inputs
     labels: Tensor
     batch_size: int
 
@@ -190,13 +192,15 @@ class _Points:
             networks = mended
         if cut is not None:
             networks = [cut.without_first(network) for network in networks]
-        counts = torch.zeros(2, len(rows), dtype=torch.int64, device=self.images.device)
-        batches = zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
-        for images, labels in batches:
+        counts = torch.zeros(2, len(rows), dtype=torch.int64, device=self.labels.device)
+        for begin in range(0, len(self.labels), self.batch_size):
+            images, labels = (
+                portion(of, begin, begin + self.batch_size) for of in (self.images, self.labels)
+            )
             firsts = None if cut is None else cut.outputs(self.sources, images)
             for k, (network, row) in enumerate(zip(networks, rows.tolist(), strict=True)):
                 if cut is None:
-                    logits = functional_call(self.model, network, (images,))
+                    logits = call(self.model, network, images)
                 else:
                     logits = cut.run(network, _weighted_sum(firsts, row), images)
                 finite = logits.isfinite().all(-1)
@@ -208,7 +212,7 @@ class _Points:
     def fingerprint(self, rows: Tensor) -> str:
         """Everything that a result depends on; of `finish` only its name, and the batch size where it matters."""
         tensors = {f"{i}: {name}": t for i, source in enumerate(self.sources) for name, t in source.items()}
-        tensors |= {"points": rows, "images": self.images, "labels": self.labels}
+        tensors |= {"points": rows, **named(self.images), "labels": self.labels}
         finish = getattr(self.finish, "__qualname__", repr(self.finish))
         batch_size = self.batch_size if reads_batches(self.model) else None
         described = json.dumps([repr(self.model), finish, batch_size, digest(tensors)])
@@ -270,7 +274,7 @@ class FirstLayer:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
         images = images[:2]
         with torch.no_grad(), hooks(layers, lambda name, _inputs, _output: called.append(name)):
-            expected = functional_call(model, tensors, (images,))
+            expected = call(model, tensors, images)
         if not called or not called[0] or called.count(called[0]) != 1:  # "": the model is one layer
             return None
         name, rest, given = called[0], copy.deepcopy(model), _Given()
@@ -295,7 +299,7 @@ class FirstLayer:
         """What reaches the first layer."""
         self.given.value = None
         try:
-            functional_call(self.rest, self.without_first(tensors), (images,))
+            run(self.rest, self.without_first(tensors), images)
         except _Reached as reached:
             return reached.args[0]
         raise AssertionError("the first layer was called once, and then not again")
@@ -303,12 +307,12 @@ class FirstLayer:
     def outputs(self, sources: Sequence[Tensors], images: Tensor) -> list[Tensor]:
         """The first layer's output for every source."""
         inputs = self.inputs(sources[0], images)
-        return [functional_call(self.layer, self._own(source), (inputs,)) for source in sources]
+        return [run(self.layer, self._own(source), inputs) for source in sources]
 
     def run(self, tensors: Tensors, first: Tensor, images: Tensor) -> Tensor:
         """Logits [B, C] from the first layer's output and the tensors of the rest."""
         self.given.value = first
-        return functional_call(self.rest, tensors, (images,))
+        return call(self.rest, tensors, images)
 
     def without_first(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """The tensors of the rest."""

@@ -103,7 +103,7 @@ Initialiser = Callable[[Tensor, torch.Generator | None], object]
 
 
 def zero(weight: Tensor, generator: torch.Generator | None = None) -> None:
-    """FAST's classifier: every class equally probable whatever the image (section 4.1.2, equation 15)."""
+    """Zero, as FAST has it: every class equally probable whatever the image (section 4.1.2, equation 15)."""
     nn.init.zeros_(weight)
 
 
@@ -164,10 +164,18 @@ def adopt(
         if fresh.bias is not None:
             fresh.bias.zero_()
     model.set_submodule(name, fresh)
-    if hasattr(model, "get_classifier") and isinstance(getattr(model, "num_classes", None), int):
-        model.num_classes = num_classes  # as timm's own reset_classifier does
+    _say_classes(model, num_classes)
     source = copy.deepcopy(old).requires_grad_(False).eval()
     return Adoption(name, fresh, source)
+
+
+def _say_classes(model: nn.Module, num_classes: int) -> None:
+    """Where timm and transformers keep the number of classes, as their own ways to replace a head do."""
+    if hasattr(model, "get_classifier") and isinstance(getattr(model, "num_classes", None), int):
+        model.num_classes = num_classes
+    for holder in (model, getattr(model, "config", None)):
+        if isinstance(getattr(holder, "num_labels", None), int):
+            holder.num_labels = num_classes
 
 
 def check_labels(labels: Tensor, num_classes: int, where: str = "the data") -> None:

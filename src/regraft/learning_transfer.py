@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from regraft.clock import EVALUATION, Clock, Cost, charged
 from regraft.evaluation import NotFinite, accuracy, batch_norms, gradients, reset_batchnorm
+from regraft.forward import arguments, mapped, portion, split
 from regraft.matching import Descent, Match, clear_, descend_, match, restart_
 from regraft.stacks import Stacks
 from regraft.symmetry import PermutationSpec, trace
@@ -199,17 +200,22 @@ class Work:
 
 Steps = Iterator[tuple[int, Perm]]
 
+Method = Callable[[Problem, Work], Steps]
+
 
 def naive(problem: Problem, work: Work) -> Steps:
+    """The source's path as it is, no unit permuted."""
     return _everywhere(problem, problem.placed(problem.spec.identity()))
 
 
 def weights(problem: Problem, work: Work) -> Steps:
+    """One permutation: that which matches the two starts' weights (Git Re-Basin, Ainsworth et al., 2023)."""
     start = problem.parameters(problem.target_start)
     return _everywhere(problem, work.match(start, problem.parameters(problem.path.start)))
 
 
 def oracle(problem: Problem, work: Work) -> Steps:
+    """A bound, no method: the target is trained after all, and one permutation matches what both have learned."""
     if problem.target_end is None:
         raise ValueError("method 'oracle' needs target_end, the end of a real training from target_start")
     learned = problem.learned(problem.target_end, problem.target_start)
@@ -218,6 +224,7 @@ def oracle(problem: Problem, work: Work) -> Steps:
 
 
 def gmt(problem: Problem, work: Work) -> Steps:
+    """Gradient matching along the transferred path, all gradients anew at every step (Algorithm 1)."""
     descent, perm = work.descent(), problem.spec.identity()
     for s in range(1, problem.path.steps + 1):
         clear_(descent)
@@ -228,6 +235,7 @@ def gmt(problem: Problem, work: Work) -> Steps:
 
 
 def fgmt(problem: Problem, work: Work) -> Steps:
+    """Gradient matching along the transferred path, earlier gradients kept (Algorithm 2): two gradients a step."""
     descent, perm = work.descent(), problem.spec.identity()
     for s in range(1, problem.path.steps + 1):
         work.append_(descent, perm, s - 1)
@@ -235,7 +243,7 @@ def fgmt(problem: Problem, work: Work) -> Steps:
         yield s, perm
 
 
-METHODS: dict[str, Callable[[Problem, Work], Steps]] = {
+METHODS: dict[str, Method] = {
     "naive": naive,
     "weights": weights,
     "oracle": oracle,
@@ -254,7 +262,7 @@ def transfer(
     path: Trajectory,
     target_start: Tensors,
     batches: Iterable[Batch],
-    method: str = "fgmt",
+    method: str | Method = "fgmt",
     *,
     spec: PermutationSpec | None = None,
     target_end: Tensors | None = None,
@@ -270,12 +278,13 @@ def transfer(
     """Transfer `path` to the network that starts at `target_start`, without training it.
 
     Args:
-        model: any classifier; its own parameters are neither used nor changed.
+        model: any classifier, whose output is the logits or has them (see `regraft.forward`); its own parameters are
+            neither used nor changed.
         path: theta_1^0 .. theta_1^T, of the model's parameters and buffers, on the device to compute on.
         target_start: theta_2^0, alike.
-        batches: (images, labels) pairs, the sample for gradients and for BatchNorm statistics; iterated over again
-            when it ends. Both networks see the same ones.
-        method: a name of `METHODS`: "naive", "weights", "oracle", "fgmt" or "gmt".
+        batches: (images, labels), or any form that `regraft.forward` knows: the sample for gradients and for BatchNorm
+            statistics; iterated over again when it ends. Both networks see the same ones.
+        method: a name of `METHODS`: "naive", "weights", "oracle", "fgmt" or "gmt"; or a function like those.
         spec: the model's permutation groups; traced on a batch when not given.
         target_end: theta_2^T of a real training, which "oracle" alone wants.
         validation: batches on which every theta_2^t is evaluated; the best one is kept ("early stopping", section 4.1).
@@ -294,7 +303,7 @@ def transfer(
             and spec; a value that is not finite in the path (its step is named), the start or a gradient; no batch;
             "oracle" without `target_end`. The message names the tensor.
     """
-    if method not in METHODS:
+    if not callable(method) and method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     if gradient_batches < 1:
         raise ValueError(f"gradient_batches must be at least 1, got {gradient_batches}")
@@ -305,16 +314,20 @@ def transfer(
     endless = _cycle(batches)
     first = next(endless)
     if spec is None:
-        spec = trace(model, (first[0][:2].to(next(model.parameters()).device),))
+        device = next(model.parameters()).device
+        example = mapped(lambda x: x.to(device), portion(split(first)[0], 0, 2))
+        spec = trace(model, *arguments(example))
     spec.validate(target_start)
     statistics = list(islice(_cycle(batches), bn_batches)) if bn_batches and batch_norms(model) else []
     problem = Problem(model, spec, path, target_start, target_end, from_identity, generator, backend)
     work = Work(problem, Sample(model, chain([first], endless), gradient_batches, loss))
-    return _drive(method, work, statistics, validation, on_step or (lambda t, value: None))
+    name, steps = (method, METHODS[method]) if isinstance(method, str) else (method.__name__, method)
+    return _drive(name, steps, work, statistics, validation, on_step or (lambda t, value: None))
 
 
 def _drive(
-    method: str,
+    name: str,
+    steps: Method,
     work: Work,
     statistics: list[Batch],
     validation: Iterable[Batch] | None,
@@ -334,7 +347,7 @@ def _drive(
     accuracies: list[float] = []
     best_step, params = 0, work.problem.target_start
     start = 0, work.problem.placed(work.problem.spec.identity())
-    for t, perm in chain([start], METHODS[method](work.problem, work)):
+    for t, perm in chain([start], steps(work.problem, work)):
         perms.append(perm)
         if validation is not None:
             theta = made(perm, t)
@@ -346,7 +359,7 @@ def _drive(
     if validation is None:
         best_step, params = t, made(perm, t)
     return Transfer(
-        method,
+        name,
         params,
         perms[best_step],
         best_step,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regraft.evaluation import accuracy
 from regraft.fast import param_groups, start_momentum_at_zero_
+from regraft.forward import named, split
 from regraft.heads import check_labels
 from regraft.recorder import Recorder
 from regraft.tensors import Batch, check_finite, live_state
@@ -43,12 +44,12 @@ def nesterov(groups: Groups) -> torch.optim.Optimizer:
 
 
 def adam(groups: Groups) -> torch.optim.Optimizer:
-    """With torch's betas."""
+    """Adam, with torch's betas."""
     return torch.optim.Adam(groups)
 
 
 def radam(groups: Groups) -> torch.optim.Optimizer:
-    """With torch's betas."""
+    """RAdam, with torch's betas."""
     return torch.optim.RAdam(groups)
 
 
@@ -126,11 +127,12 @@ def fine_tune(
 
 def _checked(batches: Iterable[Batch], num_classes: int) -> Iterator[Batch]:
     """The batches, looked at; elsewhere than on a CPU the first one alone (each look waits for the device)."""
-    for number, (images, labels) in enumerate(batches):
-        if number == 0 or images.device.type == "cpu":
+    for number, batch in enumerate(batches):
+        inputs, labels = split(batch, number)
+        if number == 0 or labels.device.type == "cpu":
             check_labels(labels, num_classes, f"batch {number}")
-            check_finite({"images": images}, f"batch {number}")
-        yield images, labels
+            check_finite(named(inputs), f"batch {number}")
+        yield inputs, labels
 
 
 @contextmanager

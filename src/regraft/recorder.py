@@ -1,7 +1,7 @@
 """Anytime Deployment Performance: what a training run is worth whenever it is stopped (FAST, section 6.1).
 
     recorder = Recorder(model, validation=validation_batches, test=test_batches)
-    for images, labels in batches:
+    for batch in batches:
         ...                                  # one's own training step
         recorder.after_step()
     record = recorder.finish()
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from regraft.clock import EVALUATION, Clock, Cost, charged, synchronise
 from regraft.evaluation import checked, evaluating
+from regraft.forward import call, split
 from regraft.guard import same_streams
 from regraft.heads import check_head, check_labels, find_head
 from regraft.tensors import Batch, Tensors, live_state
@@ -170,7 +171,8 @@ def _mean(values: Iterable[float]) -> float:
 def _check_classes(validation: Iterable[Batch], num_classes: int) -> None:
     """Raise ValueError for images of one class alone; as a rule the first batch answers."""
     seen: set[int] = set()
-    for _, labels in validation:
+    for number, batch in enumerate(validation):
+        _, labels = split(batch, number)
         seen.update(labels.tolist())
         if len(seen) > 1:
             return
@@ -198,10 +200,10 @@ def _scores(model: nn.Module, states: Sequence[Tensors], batches: Iterable[Batch
     count = 0
     totals: list[Tensor | float] = [0.0 for _ in states]
     with torch.inference_mode(), evaluating(model):
-        for number, (images, labels) in enumerate(checked(batches)):
+        for number, (inputs, labels) in enumerate(checked(batches)):
             count += len(labels)
             for k, tensors in enumerate(states):
-                logits = torch.func.functional_call(model, tensors, (images,))
+                logits = call(model, tensors, inputs)
                 check_labels(labels, logits.shape[-1], f"batch {number}")
                 totals[k] = totals[k] + _sums(logits, labels)
     if count == 0:

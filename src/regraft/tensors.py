@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,15 @@ Tensors = dict[str, Tensor]
 Perm = dict[str, Tensor]
 """Group name -> index vector, int64: ``(pi theta)[i] = theta[perm[i]]`` along each axis of the group."""
 
-Batch = tuple[Tensor, Tensor]
-"""(images, labels)."""
+Pair = tuple[Tensor, Tensor]
+"""(images, labels), as `regraft.data` makes them."""
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""What a model is called with: one tensor, positional arguments, or keyword arguments."""
+
+Batch = Pair | Sequence[Any] | Mapping[str, Any]
+"""Inputs and labels, in any form that `regraft.forward` knows: (images, labels), (inputs, labels), (first, second, ...,
+labels), or a mapping of keyword arguments and "labels"."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits, labels) -> the mean over the batch."""

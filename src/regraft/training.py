@@ -28,6 +28,7 @@ from regraft.clock import Clock, Cost
 from regraft.data import Batches, Dataset, Split
 from regraft.evaluation import accuracy, complete
 from regraft.files import parse_json
+from regraft.forward import answer, loss_of
 from regraft.guard import same_settings, same_streams
 from regraft.heads import check_labels
 from regraft.tensors import (
@@ -301,7 +302,7 @@ def train_steps_(
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step)
         optimiser.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(network(batch[0]), batch[1])
+        loss = loss_of(F.cross_entropy, *answer(network, batch))
         loss.backward()
         losses.append(loss.detach())
         if len(losses) % every == 0:
@@ -362,16 +363,15 @@ def _try_one_step(network: nn.Module, data: Dataset, batches: Batches) -> None:
     freshly installed machine). That is no part of training's price.
     """
     few = data.train.subset(torch.arange(min(batches.size, len(data.train))))
-    images, labels = next(iter(few.batches(batches.size, device=batches.device)))
     throwaway = copy.deepcopy(network)
     with seeded(torch.Generator()):
-        logits = throwaway(images)
+        logits, labels = answer(throwaway, next(iter(few.batches(batches.size, device=batches.device))))
         for name in ("train", "validation", "test"):
             split: Split = getattr(data, name)
             check_labels(split.labels, logits.shape[-1], f"the {name} split")
             if isinstance(split.images, Tensor):
                 check_finite({"images": split.images}, f"the {name} split")
-        F.cross_entropy(logits, labels).backward()
+        loss_of(F.cross_entropy, logits, labels).backward()
 
 
 def check_weights(network: nn.Module, step: int, epoch: int | None = None) -> None:

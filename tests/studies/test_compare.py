@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from regraft import cli, front
 from regraft.clock import Cost
-from regraft.studies.compare import BETTER, NO_EVIDENCE, ONE_SIDED, WORSE, compare, sheet
+from regraft.studies.compare import (
+    BETTER,
+    CHANGED,
+    NO_EVIDENCE,
+    ONE_SIDED,
+    ROUNDS,
+    WORSE,
+    compare,
+    relative_costs,
+    sheet,
+)
 from regraft.studies.history import history, steps
 from regraft.studies.rows import Row, Series, append, code, environment
 
@@ -24,20 +35,19 @@ def measured(
     lost: float = 0.0,
     machine: float = 1.0,
     commit: str = "a" * 40,
-    seeds: int = 3,
-    rounds: int = 5,
+    seeds: int = 2,
+    turns: int = 6,
     noise: float = 0.03,
 ) -> list[Row]:
-    """Rows as a bench makes them: `fgmt` alone is slower or less accurate; the machine's speed is everybody's."""
+    """Rows as turns make them: `fgmt` alone is slower or less accurate; a machine's speed is everybody's and changes
+    from turn to turn. Other work can only make a round longer."""
     found = []
-    for seed in range(seeds):
-        for number, method in enumerate(METHODS):
+    for _ in range(turns):
+        pace = machine * draw.uniform(1, 2)
+        for seed, (number, method) in product(range(seeds), enumerate(METHODS)):
             own = method == "fgmt"
-            base = (0.2 + 0.1 * number) * machine * (slower if own else 1.0)
-            costs = [base * draw.lognormvariate(0, noise) for _ in range(rounds)]
-            series = (
-                {"cost by round [s]": Series.over("round", range(1, rounds + 1), costs)} if rounds > 1 else {}
-            )
+            base = (0.2 + 0.1 * number) * pace * (slower if own else 1.0) * draw.lognormvariate(0, noise)
+            costs = [base * (1 + draw.expovariate(5)) for _ in range(9)]
             found.append(
                 Row(
                     study="transfer",
@@ -46,8 +56,8 @@ def measured(
                     seed=seed,
                     config={"settings": {}, "method": {}},
                     values={"accuracy": 0.9 - 0.01 * seed - (lost if own else 0.0)},
-                    series=series,
-                    cost={"training": Cost(costs[0], costs[0])},
+                    series={ROUNDS: Series.over("round", range(1, 10), costs)},
+                    cost={"training": Cost(1.0, 1.0)},
                     notes={},
                     failure=None,
                     environment=environment(),
@@ -58,6 +68,10 @@ def measured(
     return found
 
 
+def elsewhere(rows: list[Row], **changes: object) -> list[Row]:
+    return [replace(row, environment=replace(row.environment, **changes)) for row in rows]
+
+
 def alarms(before: list[Row], after: list[Row]) -> list[tuple[str, str]]:
     return [(c.method, c.quantity) for c in compare(before, after) if c.beyond(0.1, 0.005)]
 
@@ -65,7 +79,7 @@ def alarms(before: list[Row], after: list[Row]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("trial", range(10))
 def test_a_planted_slow_down_of_15_percent_is_found_and_nothing_else(trial):
     draw = random.Random(trial)
-    assert alarms(measured(draw), measured(draw, slower=1.18)) == [("fgmt", "cost")]
+    assert alarms(measured(draw), measured(draw, slower=1.15)) == [("fgmt", "cost")]
 
 
 @pytest.mark.parametrize("trial", range(10))
@@ -87,9 +101,7 @@ def test_a_slower_machine_is_no_regression():
 
 def test_costs_of_different_machines_are_not_compared():
     draw = random.Random(0)
-    other = [
-        replace(r, environment=replace(r.environment, machine="another")) for r in measured(draw, slower=9)
-    ]
+    other = elsewhere(measured(draw, slower=9), machine="another")
     assert {c.quantity for c in compare(measured(draw), other)} == {"error"}
 
 
@@ -104,11 +116,37 @@ def test_what_improved_is_better_and_no_alarm():
 
 def test_one_seed_and_one_round_prove_nothing_and_say_so():
     draw = random.Random(0)
-    few = {"seeds": 1, "rounds": 1}
-    found = compare(measured(draw, **few), measured(draw, slower=2, lost=0.1, **few))
+    few = {"seeds": 1, "turns": 1}
+    found = compare(measured(draw, **few), elsewhere(measured(draw, slower=2, lost=0.1, **few), versions={}))
     assert {c.verdict for c in found} == {NO_EVIDENCE}
     assert all(c.low is None for c in found)
     assert "one measurement a side, which proves nothing" in " ".join(sheet(found).notes)
+
+
+def test_where_equal_code_gives_equal_bits_a_rise_of_one_seed_counts():
+    draw = random.Random(0)
+    before, after = measured(draw), measured(draw)
+    after = [replace(r, values={"accuracy": 0.87}) if (r.method, r.seed) == ("fgmt", 0) else r for r in after]
+    found = {c.method: c for c in compare(before, after) if c.quantity == "error"}
+    assert found["fgmt"].verdict == CHANGED
+    assert found["fgmt"].beyond(0.1, 0.005)
+    assert {c.verdict for name, c in found.items() if name != "fgmt"} == {NO_EVIDENCE}
+    other = compare(before, elsewhere(after, machine="another"))
+    assert not any(c.beyond(0.1, 0.005) for c in other)
+
+
+def test_the_rounds_of_one_process_are_one_measurement():
+    draw = random.Random(0)
+    lucky = compare(measured(draw, turns=1, noise=0.0), measured(draw, turns=1, slower=1.3, noise=0.0))
+    assert all(c.n == 2 for c in lucky if c.quantity == "cost")
+
+
+def test_a_control_is_the_one_that_was_measured_next_to_it():
+    draw = random.Random(0)
+    rows = measured(draw, turns=3, seeds=1, noise=0.0)
+    shares = [cost for row, cost in zip(rows, relative_costs(rows), strict=True) if row.method == "gmt"]
+    assert shares == pytest.approx([3.0] * 3, rel=0.2)
+    assert all(c is None for r, c in zip(rows, relative_costs(rows), strict=True) if r.method == "plain")
 
 
 def test_a_method_on_one_side_only_is_told():

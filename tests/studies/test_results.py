@@ -55,6 +55,7 @@ def test_a_study_is_well_formed(name):
     assert one.name == name
     assert one.select(one.quick)
     for scenario in one.scenarios:
+        assert all(method.about.rstrip("`").endswith(".") for method in scenario.methods), scenario.name
         assert scenario.seeds >= 1
         assert scenario.methods
         configs = [(method.name, str(scenario.config(method))) for method in scenario.methods]

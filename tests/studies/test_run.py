@@ -148,18 +148,3 @@ def test_a_setting_draws_per_class_and_smaller_numbers_are_among_larger_ones(pla
     assert len(more) == 100
     rows = {tuple(image.flatten().tolist()) for image in more.images}
     assert all(tuple(image.flatten().tolist()) in rows for image in few.images)
-
-
-def test_cheap_methods_are_run_in_rounds_when_asked(toy, place, tmp_path):
-    study, calls = counted(toy, Method("counted", ran))
-    rows = measured(study, place, tmp_path / "rows.jsonl", seeds=[0], rounds=3)
-    assert calls == [0] * 4
-    assert rows[0].series["cost by round [s]"].points() == [(1, 0.5), (2, 0.5), (3, 0.5)]
-    assert "cost by round [s]" not in measured(study, place, tmp_path / "once.jsonl", seeds=[0])[0].series
-
-
-def test_what_takes_long_is_not_run_again(toy, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "WORTH_REPEATING", 0.4)
-    study, calls = counted(toy, Method("counted", ran))
-    measured(study, place, tmp_path / "rows.jsonl", seeds=[0], rounds=9)
-    assert calls == [0]

@@ -56,7 +56,7 @@ def test_describe_takes_a_folder_with_a_configuration(architecture, tmp_path, ca
     ("name", "complaint"),
     [
         ("resnet", "no classification model 'resnet' .*do you mean .*resnet"),
-        ("no_such_module:make", "cannot make a model of 'no_such_module:make'"),
+        ("no_such_module:make", "cannot find 'no_such_module:make'"),
         (f"{__name__}:absent", "AttributeError"),
         ("builtins:dict", "gives a dict, not a torch.nn.Module"),
     ],

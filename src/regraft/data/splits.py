@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regraft.tensors import Batch
+from regraft.tensors import Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,7 @@ class Split:
         """Normalised batches: see `Batches`. Images in memory move to ``device`` here, once."""
         return Batches(self.to(device), size, generator, augment, torch.device(device), drop_last)
 
-    def fetch(self, order: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
+    def fetch(self, order: Sequence[Tensor], device: torch.device) -> Iterator[Pair]:
         """Images as they are stored, and labels, of each index vector of ``order``."""
         if isinstance(self.images, ImageFiles):
             for images, indices in zip(self.images.decode(order, device), order, strict=True):
@@ -189,7 +189,7 @@ class Batches:
         full, rest = divmod(len(self.split), self.size)
         return full + bool(rest and not self.drop_last)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Pair]:
         count = len(self.split)
         shuffled = self.generator is not None
         order = torch.randperm(count, generator=self.generator) if shuffled else torch.arange(count)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from regraft.tensors import Batch, Tensors
+from regraft.tensors import Pair, Tensors
 
 Features = Callable[[Tensors, Tensor], Tensor]
 Momentum = Callable[[Tensor, Tensor], Tensor]
@@ -67,7 +67,7 @@ def fine_tune(
     phi: Features,
     theta: Tensors,
     w: Tensor,
-    batches: Iterable[Batch],
+    batches: Iterable[Pair],
     rates: tuple[float, float],
     momentum: Momentum = paper_momentum,
 ) -> tuple[Tensors, Tensor]:

@@ -13,9 +13,9 @@ from torch import nn
 
 from regraft.reference.matching import match, permuted
 from regraft.symmetry import PermutationSpec
-from regraft.tensors import Batch, Perm, Tensors
+from regraft.tensors import Pair, Perm, Tensors
 
-Batches = Sequence[Batch]
+Batches = Sequence[Pair]
 
 
 def gradient(model: nn.Module, theta: Tensors, batches: Batches) -> Tensors:

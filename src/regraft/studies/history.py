@@ -35,14 +35,15 @@ class Track:
 
 def history(rows: Sequence[Row]) -> list[Track]:
     """Every method that was measured with two codes or more; nothing of older code is dropped."""
-    found: dict[tuple[str, ...], dict[str, list[Row]]] = {}
-    for row in sorted(rows, key=lambda row: row.time):
+    rows = sorted(rows, key=lambda row: row.time)
+    found: dict[tuple[str, ...], dict[str, list[tuple[Row, float | None]]]] = {}
+    for row, cost in zip(rows, relative_costs(rows), strict=True):
         if row.seed != TUNING_SEED and row.failure is None:
             key = (row.study, row.scenario, row.method, row.environment.machine, repr(row.config))
-            found.setdefault(key, {}).setdefault(_code(row), []).append(row)
+            found.setdefault(key, {}).setdefault(_code(row), []).append((row, cost))
     tracks = []
     for key, by_code in found.items():
-        for quantity, values in _quantities(by_code, rows).items():
+        for quantity, values in _quantities(by_code).items():
             if len(values) > 1:
                 series = tuple(values.values())
                 tracks.append(Track(*key[:3], quantity, tuple(values), series, steps(series, quantity)))
@@ -54,16 +55,15 @@ def _code(row: Row) -> str:
     return f"{name} with changes ({row.code.regraft[:6]})" if row.code.changed else name
 
 
-def _quantities(by_code: dict[str, list[Row]], rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+def _quantities(by_code: dict[str, list[tuple[Row, float | None]]]) -> dict[str, dict[str, float]]:
     errors, costs = {}, {}
     for name, own in by_code.items():
-        accuracies = [a for row in own if (a := row.values.get("accuracy")) is not None]
+        accuracies = [a for row, _ in own if (a := row.values.get("accuracy")) is not None]
         if accuracies:
             errors[name] = 1 - statistics.fmean(accuracies)
-        trees = {(row.code.regraft, row.code.kernels) for row in own}
-        beside = [row for row in rows if (row.code.regraft, row.code.kernels) in trees]
-        if relative := relative_costs(own, beside):
-            costs[name] = statistics.median(relative)
+        known = [cost for _, cost in own if cost is not None]
+        if known:
+            costs[name] = statistics.median(known)
     return {"error": errors, "cost": costs}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from regraft.studies import history
 from regraft.studies.figures import VEGA_LITE, spec
-from regraft.studies.render import stored
+from regraft.studies.render import glossary, stored
 from regraft.studies.rows import Row
 from regraft.studies.study import Study
 from regraft.studies.tables import Group, Sheet, by_scenario, current, groups
@@ -81,7 +81,14 @@ def _section(study: Study, rows: Sequence[Row], figures: dict[str, Any]) -> str:
         parts += [
             _table(sheet, f"{study.name} {table.title} {sheet.title}", len(sheets) > 4) for sheet in sheets
         ]
-    return "".join(parts)
+    return "".join([*parts, _glossary(study, rows)])
+
+
+def _glossary(study: Study, rows: Sequence[Row]) -> str:
+    lines = "".join(
+        f"<li><b>{escape(names)}</b>: {escape(about)}</li>" for about, names in glossary(study, rows).items()
+    )
+    return f'<details class="card" id="{study.name}-methods"><summary>The methods</summary><ul>{lines}</ul></details>'
 
 
 def _table(sheet: Sheet, words: str, folded: bool) -> str:
@@ -116,9 +123,13 @@ def _board(leaders: Sequence[dict[str, Any]]) -> str:
 
 def _leaders(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """A point for each method of each scenario that has an accuracy and a cost."""
-    about = {method.name: method.about for scenario in study.scenarios for method in scenario.methods}
+    about = {(s.name, method.name): method.about for s in study.scenarios for method in s.methods}
     for scenario, own in by_scenario(current(rows)).items():
-        points = [p for name, group in groups(own).items() if (p := _point(name, group, about)) is not None]
+        points = [
+            p
+            for name, group in groups(own).items()
+            if (p := _point(name, group, about.get((scenario, name), ""))) is not None
+        ]
         best = 0.0
         for point in sorted(points, key=lambda p: (p["seconds"], -p["accuracy"])):
             point["best"] = point["accuracy"] > best
@@ -126,7 +137,7 @@ def _leaders(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         yield from ({"scenario": f"{study.name}: {scenario}", **point} for point in points if len(points) > 1)
 
 
-def _point(name: str, group: Group, about: dict[str, str]) -> dict[str, Any] | None:
+def _point(name: str, group: Group, about: str) -> dict[str, Any] | None:
     accuracies = group.values("accuracy")
     seconds = [row.seconds for row in group.rows if not row.failure and row.seconds > 0]
     if not accuracies or not seconds:
@@ -137,7 +148,7 @@ def _point(name: str, group: Group, about: dict[str, str]) -> dict[str, Any] | N
     row = group.rows[-1]
     return {
         "method": name,
-        "about": about.get(name, ""),
+        "about": about,
         "accuracy": round(middle, 4),
         "deviation": round(deviation, 4),
         "low": round(middle - deviation, 4),

@@ -68,7 +68,28 @@ def markdown(study: Study, rows: Sequence[Row]) -> str:
         sheets = table.made(rows)
         if sheets:
             parts += [f"## {table.title}", "", *(sheet.markdown(3) for sheet in sheets)]
+    parts += [
+        "## The methods",
+        "",
+        *(f"- **{names}**: {about}" for about, names in glossary(study, rows).items()),
+    ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def glossary(study: Study, rows: Sequence[Row]) -> dict[str, str]:
+    """What a study's methods do that have rows: a sentence, and the names of those of which it is true."""
+    measured = {(row.scenario, row.method) for row in rows}
+    found: dict[str, dict[str, None]] = {}
+    for scenario in study.scenarios:
+        for method in scenario.methods:
+            if (scenario.name, method.name) in measured:
+                found.setdefault(method.about, {})[method.name] = None
+    return {about: _few(list(names)) for about, names in found.items()}
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f", and {len(names) - 5} more" if len(names) > 6 else ""
+    return ", ".join(names[:5] if more else names) + more
 
 
 def filled(document: str, folder: Path, studies: Sequence[Study]) -> str:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -75,6 +75,11 @@ class Environment:
     def kind(self) -> str:
         """The kind of device, whichever of several it is."""
         return self.device.partition(":")[0]
+
+    @property
+    def arithmetic(self) -> tuple[object, ...]:
+        """What the same code has to have in common to give the same bits."""
+        return self.device, self.machine, self.threads, tuple(sorted(self.versions.items()))
 
 
 @dataclass(frozen=True)
@@ -168,11 +173,16 @@ def plain_data(value: Any) -> Any:
 # ---------------------------------------------------------------- files
 
 
+def encoded(row: Row) -> bytes:
+    """The line of a row."""
+    return msgspec.json.encode({"schema": SCHEMA, **{f.name: getattr(row, f.name) for f in fields(row)}})
+
+
 def append(path: Path | str, row: Row) -> None:
     """Add one line, whole or not at all, whoever else is adding. Raises OSError where it cannot be written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = msgspec.json.encode({"schema": SCHEMA, **{f.name: getattr(row, f.name) for f in fields(row)}})
+    line = encoded(row)
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -206,12 +216,18 @@ def read(path: Path | str) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no rows at {path}")
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            row = _parse(line, f"{path}, line {number}")
-            found += [row] if row is not None else []
+    found, seen = [], {}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and (row := _parse(line, f"{path}, line {number}")) is not None:
+                found.append(_shared(row, seen))
     return found
+
+
+def _shared(row: Row, seen: dict[str, Any]) -> Row:
+    """The row, with what it has in common with earlier ones held once: most of the memory of many rows."""
+    same = {name: getattr(row, name) for name in ("config", "environment", "code")}
+    return replace(row, **{name: seen.setdefault(repr(value), value) for name, value in same.items()})
 
 
 _HEAD = f'{{"schema":{SCHEMA},"study":'.encode()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from regraft import tensors
 from regraft.clock import Cost
 from regraft.data import Dataset, draw_per_class, load
+from regraft.files import alone
 from regraft.studies.rows import Environment, Series, digest, environment, plain_data
 from regraft.training import Recipe, Training, train
 
@@ -90,7 +91,7 @@ class Method:
     run: does it, with what the setting has. config: what sets this method apart from others of the same name (part of
     a row's identity). candidates: variants (rates, strengths) of which the one with the largest `tuned_by` on
     `TUNING_SEED` is run and reported under this method's name; what was tried is kept as rows, and nothing else is.
-    about: what it does, in a sentence for the page.
+    about: what it does, in a sentence or two for the page; where it is not given, how the docstring of ``run`` begins.
     """
 
     name: str
@@ -99,6 +100,9 @@ class Method:
     candidates: tuple[Method, ...] = ()
     tuned_by: str = "validation"
     about: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "about", self.about or told_by(self.run))
 
 
 @dataclass(frozen=True)
@@ -184,17 +188,20 @@ class Setting:
         penalty, looks = how.get("penalty"), sorted(how.get("evaluate_at", ()))
         name = digest([*asked, None if penalty is None else penalty.identity, *([looks] if looks else [])])
         tell = self.place.tell
-        return train(
-            model,
-            start,
-            data,
-            recipe,
-            generator=self.generator("order", order or purpose),
-            device=self.device,
-            checkpoint=self.place.cache / f"{name}.safetensors",
-            on_epoch=lambda row: tell(f"{self.scenario.name}: {purpose}", round(row.epoch), recipe.epochs),
-            **how,
-        )
+        with alone(self.place.cache / f"{name}.lock"):  # who wants the same training waits, and reads it
+            return train(
+                model,
+                start,
+                data,
+                recipe,
+                generator=self.generator("order", order or purpose),
+                device=self.device,
+                checkpoint=self.place.cache / f"{name}.safetensors",
+                on_epoch=lambda row: tell(
+                    f"{self.scenario.name}: {purpose}", round(row.epoch), recipe.epochs
+                ),
+                **how,
+            )
 
 
 @dataclass(frozen=True)
@@ -221,6 +228,12 @@ class Study:
             if name not in known:
                 raise ValueError(f"study {self.name} has no scenario {name!r}{nearest(name, known)}")
         return [known[name] for name in names]
+
+
+def told_by(part: Any) -> str:
+    """How the docstring of a function, or of a class or object, begins: its first paragraph, in one line."""
+    paragraph, _, _ = (getattr(part, "__doc__", None) or "").strip().partition("\n\n")
+    return " ".join(paragraph.split())
 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

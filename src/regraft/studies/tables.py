@@ -106,17 +106,17 @@ def current(rows: Rows, scenarios: Sequence[str] | None = None) -> list[Row]:
     Scenarios in the order asked for (or first measured), methods in that in which they were first measured; tuning
     runs are left out.
     """
-    rows = [row for row in rows if row.seed != TUNING_SEED]
-    order = list(dict.fromkeys(row.scenario for row in rows)) if scenarios is None else scenarios
+    order = dict.fromkeys([row.scenario for row in rows] if scenarios is None else scenarios)
+    rows = [row for row in rows if row.scenario in order and row.seed != TUNING_SEED]
     newest: dict[tuple[str, str], dict[str, Any]] = {(r.scenario, r.method): r.config for r in rows}
     found: dict[tuple[str, str, int], Row] = {}
     for row in rows:
         if row.config == newest[row.scenario, row.method]:
             found[row.scenario, row.method, row.seed] = row
-    measured = {run: number for number, run in enumerate(dict.fromkeys((r.scenario, r.method) for r in rows))}
-    wanted = [row for row in found.values() if row.scenario in order]
+    place = {name: number for number, name in enumerate(order)}
+    measured = {run: number for number, run in enumerate(newest)}
     return sorted(
-        wanted, key=lambda row: (order.index(row.scenario), measured[row.scenario, row.method], row.seed)
+        found.values(), key=lambda row: (place[row.scenario], measured[row.scenario, row.method], row.seed)
     )
 
 

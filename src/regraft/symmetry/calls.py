@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from regraft.evaluation import evaluating
+from regraft.forward import arguments, part
 
 Forward = str | Callable[..., Any] | None
 """A method of the model by name, or a function ``forward(model, *args, **kwargs)``; None: the model itself."""
@@ -40,10 +41,8 @@ class Call:
         output: Output = None,
     ) -> Call:
         """``inputs``: one tensor, a tuple of positional inputs, or a mapping of keyword inputs."""
-        if isinstance(inputs, Mapping):
-            return cls((), {**inputs, **(kwargs or {})}, forward, output)
-        args = inputs if isinstance(inputs, tuple) else (inputs,)
-        return cls(args, dict(kwargs or {}), forward, output)
+        args, keywords = arguments(inputs)
+        return cls(args, {**keywords, **(kwargs or {})}, forward, output)
 
     def double(self) -> Call:
         """With floating inputs in float64."""
@@ -122,7 +121,7 @@ def _chosen(result: Any, output: Output, name: str) -> list[Tensor]:
     if isinstance(output, Sequence) and not isinstance(output, str):
         return [tensor for one in output for tensor in _chosen(result, one, name)]
     if output is None:
-        logits = _part(result, "logits")
+        logits = part(result, "logits")
         chosen = logits if isinstance(logits, Tensor) else next(iter(_tensors(result)), None)
         if chosen is None:
             raise ValueError(
@@ -130,23 +129,11 @@ def _chosen(result: Any, output: Output, name: str) -> list[Tensor]:
                 "choose a forward that gives one"
             )
         return [chosen]
-    chosen = _part(result, output)
+    chosen = part(result, output)
     if not isinstance(chosen, Tensor):
         kind = "there is none" if chosen is None else f"it is of type {type(chosen).__name__}"
         raise ValueError(f"output {output!r} of {name} is no tensor: {kind}")
     return [chosen]
-
-
-def _part(result: Any, key: str | int) -> Any:
-    """result[key] or result.key, None where there is neither."""
-    if isinstance(result, Tensor):
-        return result if key == 0 else None
-    if isinstance(key, str) and not isinstance(result, Mapping):
-        return getattr(result, key, None)
-    try:
-        return result[key]
-    except (KeyError, IndexError, TypeError):
-        return None
 
 
 def _tensors(result: Any) -> list[Tensor]:

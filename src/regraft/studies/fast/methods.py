@@ -23,7 +23,7 @@ from regraft.phases import Groups, Optimiser, Outcome, Phase, fine_tune, sgd, sg
 from regraft.recorder import Record
 from regraft.studies.fast.setting import FastSetting
 from regraft.studies.rows import plain_data
-from regraft.studies.study import Measured, Method, Series
+from regraft.studies.study import Measured, Method, Series, told_by
 from regraft.tensors import fill_, seeded
 from regraft.trajectory import Trajectory
 
@@ -51,7 +51,7 @@ def warm_up(alpha: float | None, beta: float | None) -> tuple[Phase, ...]:
 
 
 def warm_up_with_statistics(alpha: float | None, beta: float | None) -> tuple[Phase, ...]:
-    """The same, with BatchNorm's running statistics updated meanwhile."""
+    """The head alone until it gains no point in ten steps, BatchNorm's running statistics updated meanwhile."""
     return (Phase(alpha, None, statistics=True, until=NoGain), Phase(alpha, beta))
 
 
@@ -219,6 +219,14 @@ class FineTuning:
     prepare: Preparation = ZERO
     optimiser: Optimiser = sgd
 
+    @property
+    def about(self) -> str:
+        """What it does, in the words of its parts."""
+        first = self.prepare.initialise if isinstance(self.prepare, Draw) else self.prepare
+        bias = " No bias." if isinstance(self.prepare, Draw) and not self.prepare.bias else ""
+        head = "Classifier: " if isinstance(self.prepare, Draw) else ""
+        return f"{head}{told_by(first)}{bias} {told_by(self.plan)} {told_by(self.optimiser)}"
+
     def __call__(self, setting: FastSetting) -> Measured:
         """Values and curves of what would be deployed. A run that diverges is judged by the best state that it had,
         unless it only chooses rates: then it raises FloatingPointError, and its rates are out."""
@@ -318,7 +326,7 @@ def tuned(name: str, rates: Iterable[Rates], **how: Any) -> Method:
 
 def best_of(name: str, runs: Iterable[FineTuning]) -> Method:
     """A method at the best of several ways to run it."""
-    each = tuple(Method(name, run, plain_data(run)) for run in runs)
+    each = tuple(Method(name, run, plain_data(run), about=run.about) for run in runs)
     return each[0] if len(each) == 1 else replace(each[0], candidates=each)
 
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.data import Dataset, Split, normalise
-from regraft.evaluation import call, complete, evaluating, gradients, mode
+from regraft.evaluation import complete, evaluating, gradients, mode
+from regraft.forward import call
 from regraft.tensors import Batch, Tensors, check_alike, digest
 
 

@@ -11,9 +11,25 @@ import torch
 from regraft.studies.micro.timing import Contender, Timing, alternate
 from regraft.studies.rows import Environment, Series
 from regraft.studies.study import Measured, Method, Setting
-from regraft_kernels.cases import BY_HAND, OURS, Case
+from regraft_kernels.cases import BY_HAND, COPY, OURS, PRODUCT, Case
 
 TIME = "time [ms]"
+ABOUT = {
+    OURS: "This project's way, as its users call it.",
+    BY_HAND: "What one would write without this project: what the others are compared with.",
+    COPY: "A plain copy of as much memory: what the machine's bandwidth allows.",
+    PRODUCT: "One matrix product of as many operations: what the machine computes at best.",
+    "auto": "The solver that `assign` takes when none is named.",
+    "auto, warm": "The solver that `assign` takes, from the duals of a matrix that differed by 1 %.",
+    "auto, warm, and new duals": "From the duals of a matrix that differed by 1 %, and new duals for the next one.",
+    "scipy, warm": "scipy's solver from the duals of a matrix that differed by 1 %.",
+    "assign, one by one": "A loop over `assign`.",
+    "assign_many": "All matrices in one call, one thread.",
+    "assign_many, two threads": "All matrices in one call, two threads.",
+    "after_step, nothing due": "The recorder's call after a step at which nothing is validated.",
+    "a copy of the state": "Parameters and buffers copied, as at a validation that finds a better state.",
+}
+"""What a contender is, where its name is not a solver's."""
 
 __all__ = ["BY_HAND", "OURS", "TIME", "Contest", "MicroSetting", "Timed", "of_case", "timed_methods"]
 
@@ -78,7 +94,8 @@ def timed_methods(contests: Sequence[Contest]) -> tuple[Method, ...]:
         prefix = f"{contest.name}: " if len(contests) > 1 else ""
         config = {"contest": contest.name, "beside": prefix + BY_HAND}
         for name in contest.contenders:
-            found.append(Method(prefix + name, partial(_measure, contest, name), config))
+            about = ABOUT.get(name, f"{name} solves it, called through `assign` with its checks.")
+            found.append(Method(prefix + name, partial(_measure, contest, name), config, about=about))
     return tuple(found)
 
 

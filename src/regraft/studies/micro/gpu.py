@@ -87,13 +87,38 @@ def device_seconds(run: Callable[[], object], only: str = "", repeats: int = REP
 
 def methods() -> tuple[Method, ...]:
     """Ceilings, correctness, every case of every kernel, similarity in each precision, FGMT."""
-    found = [Method("ceilings", _ceilings)]
-    found += [Method(f"correctness, {name}", partial(_correctness, name)) for name in NETWORKS]
+    found = [
+        Method("ceilings", _ceilings, about="What a plain copy and a matrix product reach on this device.")
+    ]
+    found += [
+        Method(
+            f"correctness, {name}",
+            partial(_correctness, name),
+            about="Every kernel beside its reference in torch.",
+        )
+        for name in NETWORKS
+    ]
     for name, kernel in kernels().items():
-        found += [Method(case.name, partial(_case, name, case)) for case in kernel.CASES]
+        found += [
+            Method(case.name, partial(_case, name, case), about="One case of a kernel, timed on the device.")
+            for case in kernel.CASES
+        ]
     for precision in ("tf32x3", "tf32", "bfloat16"):
-        found.append(Method(f"similarity, [30, 512, 512, 9], {precision}", partial(_similarity, precision)))
-    found += [Method(f"FGMT, Conv8, T = 30, {run} run", _fgmt) for run in ("first", "second")]
+        found.append(
+            Method(
+                f"similarity, [30, 512, 512, 9], {precision}",
+                partial(_similarity, precision),
+                about="Similarity at this precision, beside one product of as many operations.",
+            )
+        )
+    found += [
+        Method(
+            f"FGMT, Conv8, T = 30, {run} run",
+            _fgmt,
+            about="A whole transfer; the second run finds its kernels compiled.",
+        )
+        for run in ("first", "second")
+    ]
     return tuple(found)
 
 

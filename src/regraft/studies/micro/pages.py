@@ -14,6 +14,7 @@ from regraft.studies.tables import (
     by_method,
     mean,
     seconds,
+    seeds,
     spread,
     value,
 )
@@ -147,8 +148,23 @@ def of_compiled(rows: Rows) -> Iterator[Sheet]:
         yield Sheet(sheet.title, sheet.heading, sheet.lines, (MODEL, *told, *sheet.notes))
 
 
+def total(name: str) -> Callable[[Group], str]:
+    """A cell: the sum of a value over all trials."""
+    return lambda group: f"{sum(group.values(name)):.0f}"
+
+
 RELIABILITY = tuple(
     Column(name, value(name, "{:.0f}")) for name in ("tried", "clear", "silent", "raw", "hang")
+)
+
+
+REGRESSIONS = (
+    Column("trials", seeds),
+    Column("found", total("found")),
+    Column("false alarms", total("false alarms")),
+    Column("comparisons", total("comparisons")),
+    Column("change of what was planted, else the largest", value("change", "{:+.3f}")),
+    Column("pairs of runs, a trial", value("pairs of turns", "{:.1f}")),
 )
 
 
@@ -173,6 +189,12 @@ TABLES = (
         "Nothing lost, nothing silently wrong: what came of what must be refused",
         ("reliability",),
         by_method(RELIABILITY),
+    ),
+    Table(
+        "regressions",
+        "Planted regressions: `regraft against`, ten trials each",
+        ("regressions",),
+        by_method(REGRESSIONS),
     ),
     Table(
         "symmetry",

@@ -43,10 +43,14 @@ class Proof:
     threads: int = 1
 
 
+PROOF = "Random permutations of all groups; the function must stay as it was, in float64."
+
+
 def methods(*families: str) -> tuple[Method, ...]:
     """One a model of these families (:mod:`regraft.studies.micro.zoo`); torchvision's have their bare names."""
     return tuple(
-        Method(name.removeprefix("torchvision/"), partial(_measure, name)) for name in zoo.names(*families)
+        Method(name.removeprefix("torchvision/"), partial(_measure, name), about=PROOF)
+        for name in zoo.names(*families)
     )
 
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from regraft.studies.micro import assignment, compiled, gpu, library, matching, proofs, reliability
+from regraft.studies.micro import (
+    assignment,
+    compiled,
+    gpu,
+    library,
+    matching,
+    proofs,
+    regressions,
+    reliability,
+    systems,
+)
 from regraft.studies.micro.contests import Contest, Timed, of_case, timed_methods
 from regraft.studies.study import Scenario
 from regraft_kernels.cases import kernels
@@ -36,8 +46,10 @@ SCENARIOS = (
     timed("grids", library.grid(2_000), how=Timed(rounds=2, budget=60.0)),
     timed("grids-residual", library.grid(100, library.residual), how=Timed(rounds=2, budget=60.0)),
     timed("recorder", library.RECORDER),
+    timed("systems", *systems.CONTESTS, how=Timed(budget=0.6)),
     Scenario("compiled", compiled.methods(), None, seeds=1),
     Scenario("gpu", gpu.methods(), None, seeds=1),
+    Scenario("regressions", regressions.METHODS, None, seeds=10),
     Scenario("reliability", reliability.methods(), reliability.Campaign(), seeds=1),
     Scenario("symmetry-torchvision", proofs.methods("torchvision"), proofs.Proof(), seeds=1),
     Scenario(

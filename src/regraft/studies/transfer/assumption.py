@@ -78,7 +78,16 @@ def updates(which: str, setting: TransferSetting) -> Measured:
     return Measured({**values, "delta_ratio": runs.ratio}, series, clock.seconds)
 
 
-UPDATES = tuple(Method(which, partial(updates, which)) for which in ("identity", "one", "each"))
+UNDER = {
+    "identity": "How far apart both runs go, unit by unit as they are.",
+    "one": "How far apart they go under one permutation for all looks, that which matches them best.",
+    "each": "How far apart they go under a permutation of its own for every look.",
+    "weights": "How far apart they go under the permutation that matches the starts' weights.",
+    "gradients": "How far apart they go under the permutation that matches the gradients themselves.",
+}
+UPDATES = tuple(
+    Method(which, partial(updates, which), about=UNDER[which]) for which in ("identity", "one", "each")
+)
 
 # ---------------------------------------------------------------- theorem A.1
 
@@ -104,5 +113,6 @@ def first_gradients(which: str, setting: TransferSetting) -> Measured:
 
 
 FIRST_GRADIENTS = tuple(
-    Method(which, partial(first_gradients, which)) for which in ("identity", "weights", "gradients")
+    Method(which, partial(first_gradients, which), about=UNDER[which])
+    for which in ("identity", "weights", "gradients")
 )

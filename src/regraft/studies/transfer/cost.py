@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from regraft import learning_transfer
-from regraft.studies.study import Measured, Method
+from regraft.studies.study import Measured, Method, told_by
 from regraft.studies.transfer import methods
 from regraft.studies.transfer.setting import TransferSetting
 
@@ -62,5 +62,8 @@ def plain(setting: TransferSetting) -> Measured:
 
 COUNTED = (
     Method("plain", plain),
-    *(Method(name, partial(counted, name)) for name in learning_transfer.METHODS),
+    *(
+        Method(name, partial(counted, name), about=f"{told_by(steps)} Its operations are counted.")
+        for name, steps in learning_transfer.METHODS.items()
+    ),
 )

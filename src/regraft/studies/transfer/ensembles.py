@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from regraft.clock import Cost, charged
-from regraft.evaluation import call, evaluating
+from regraft.evaluation import evaluating
+from regraft.forward import call
 from regraft.studies.study import Measured, Method
 from regraft.studies.transfer.setting import TransferSetting
 from regraft.tensors import Tensors
@@ -99,11 +100,19 @@ def judged_together(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 ENSEMBLES = (
-    Method("source alone", partial(ensemble, trained, 1)),
-    Method("all trained", partial(ensemble, trained, MEMBERS)),
-    Method("brief", partial(ensemble, briefly_trained, MEMBERS)),
+    Method("source alone", partial(ensemble, trained, 1), about="The source, without others."),
+    Method("all trained", partial(ensemble, trained, MEMBERS), about="The source and others, each trained."),
+    Method(
+        "brief",
+        partial(ensemble, briefly_trained, MEMBERS),
+        about="The source and others, each trained with as many gradients as FGMT takes.",
+    ),
     *(
-        Method(name, partial(ensemble, partial(transferred, name), MEMBERS))
+        Method(
+            name,
+            partial(ensemble, partial(transferred, name), MEMBERS),
+            about=f"The source and others, to whose starts {name} moved its training.",
+        )
         for name in ("naive", "fgmt", "gmt")
     ),
 )

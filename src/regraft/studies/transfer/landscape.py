@@ -13,7 +13,7 @@ from regraft.clock import Clock
 from regraft.evaluation import batch_norms, interpolate, plane
 from regraft.learning_transfer import Transfer
 from regraft.matching import match
-from regraft.studies.study import Measured, Method, Series
+from regraft.studies.study import Measured, Method, Series, told_by
 from regraft.studies.transfer.setting import TransferSetting
 from regraft.symmetry import apply
 from regraft.tensors import Tensors
@@ -100,17 +100,33 @@ def target_and_source_as_it_is(setting: TransferSetting) -> Ends:
 
 LINES = (
     *(
-        Method(f"source to {name}", partial(line, partial(source_and, name)))
+        Method(
+            f"source to {name}",
+            partial(line, partial(source_and, name)),
+            about=f"The line from the source, permuted alike, to the network that {name} makes of it.",
+        )
         for name in ("naive", "oracle", "fgmt")
     ),
     *(
-        Method(f"target to {name}", partial(line, partial(target_and, name)))
+        Method(
+            f"target to {name}",
+            partial(line, partial(target_and, name)),
+            about=f"The line from the trained target to the network that {name} gives its start.",
+        )
         for name in ("naive", "oracle", "fgmt", "gmt")
     ),
-    Method("target to fgmt, trained on", partial(line, partial(target_and_tuned, "fgmt"))),
-    Method("target to source, permuted", partial(line, target_and_source)),
-    Method("target to source", partial(line, target_and_source_as_it_is)),
-    Method("target to another order", partial(line, target_and_another)),
+    Method(
+        "target to fgmt, trained on",
+        partial(line, partial(target_and_tuned, "fgmt")),
+        about=told_by(target_and_tuned),
+    ),
+    Method("target to source, permuted", partial(line, target_and_source), about=told_by(target_and_source)),
+    Method(
+        "target to source",
+        partial(line, target_and_source_as_it_is),
+        about=told_by(target_and_source_as_it_is),
+    ),
+    Method("target to another order", partial(line, target_and_another), about=told_by(target_and_another)),
 )
 
 

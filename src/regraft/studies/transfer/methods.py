@@ -21,7 +21,7 @@ from regraft import learning_transfer
 from regraft.clock import Cost, charged
 from regraft.evaluation import accuracy
 from regraft.learning_transfer import Transfer
-from regraft.studies.study import Measured, Method, Series
+from regraft.studies.study import Measured, Method, Series, told_by
 from regraft.studies.transfer.setting import TransferSetting, forget_peak_memory
 from regraft.symmetry import apply
 from regraft.tensors import Tensors
@@ -55,9 +55,9 @@ def plain(setting: TransferSetting) -> Measured:
     )
 
 
-def moved(name: str, setting: TransferSetting) -> Measured:
-    """Move the source's path by a method of the library."""
-    return measured(setting, setting.transfer(name))
+def moved(method: str | learning_transfer.Method, setting: TransferSetting) -> Measured:
+    """Move the source's path by a method of the library, or by one like those."""
+    return measured(setting, setting.transfer(method))
 
 
 def oracle(setting: TransferSetting) -> Measured:
@@ -69,8 +69,8 @@ def oracle(setting: TransferSetting) -> Measured:
 METHODS = (
     Method("plain", plain),
     *(
-        Method(name, oracle if name == "oracle" else partial(moved, name))
-        for name in learning_transfer.METHODS
+        Method(name, oracle if name == "oracle" else partial(moved, name), about=told_by(steps))
+        for name, steps in learning_transfer.METHODS.items()
     ),
 )
 

@@ -11,6 +11,7 @@ from regraft.studies.study import Scenario
 from regraft.studies.tables import (
     COMMON,
     Column,
+    Comparison,
     Group,
     Rows,
     Sheet,
@@ -25,7 +26,7 @@ from regraft.studies.tables import (
     spread,
     value,
 )
-from regraft.studies.transfer import scenarios
+from regraft.studies.transfer import ports, scenarios
 
 SHARES = (0.90, 0.95, 0.99)
 """Of plain training's accuracy: what a transferred network is to reach."""
@@ -277,6 +278,62 @@ def _basins(rows: Rows) -> Iterator[Sheet]:
     return by_method(BASINS)([row for row in rows if row.method != "plane"])
 
 
+PORT_QUESTIONS = (
+    ("gradfix", "naive"),
+    ("weights", "naive"),
+    ("fgmt", "weights"),
+    ("fgmt + gradfix", "fgmt"),
+    ("fgmt", "few-shot"),
+    ("fgmt + gradfix", "few-shot"),
+    ("fgmt + gradfix", "probe"),
+)
+
+
+def _seconds_at(images: int) -> Callable[[Group], str]:
+    """A cell: CPU seconds of the port with so many images of each class."""
+    return lambda group: mean(
+        [dict(row.series["cost by images [CPU s]"].points())[images] for row in group.rows if row.series],
+        "{:.2g}",
+    )
+
+
+def _counts(rows: Rows) -> list[int]:
+    """Images of each class that methods were given."""
+    series = [row.series["accuracy by images"] for row in rows if row.series]
+    return [int(count) for found in series[:1] for count, _ in found.points()]
+
+
+def ported(rows: Rows) -> Iterator[Sheet]:
+    """One line a method, one column a number of images of each class."""
+    for own in by_scenario(rows).values():
+        counts = _counts(own)
+        columns = (
+            SEEDS,
+            *(Column(str(count), value(ports.at(count))) for count in counts),
+            *(Column(f"CPU s at {count}", _seconds_at(count)) for count in counts[-1:]),
+        )
+        yield from by_method(columns)(own)
+
+
+def port_questions(rows: Rows) -> Iterator[Sheet]:
+    """Who is ahead of whom, number of images by number: mean difference and p of the paired test."""
+    for scenario, own in by_scenario(rows).items():
+        counts, lines = _counts(own), []
+        for one, other in PORT_QUESTIONS:
+            found = [compare(own, one, other, ports.at(count)) for count in counts]
+            if any(found):
+                pairs = max(each.n for each in found if each)
+                lines.append((f"{one} − {other}", str(pairs), *map(_difference, found)))
+        if lines:
+            yield Sheet(scenario, ("", "n", *map(str, counts)), tuple(lines), tuple(provenance(own)))
+
+
+def _difference(found: Comparison | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found.difference:+.3f}" + ("" if math.isnan(found.p) else f" (p = {found.p:.2g})")
+
+
 FIVE = ("naive", "weights", "oracle", "fgmt", "plain")
 _main = names(scenarios.MAIN)
 
@@ -305,4 +362,15 @@ TABLES = (
     Table("basins", "Barriers", names(scenarios.BASINS), _basins),
     Table("ensembles", "Ensembles", names(scenarios.ENSEMBLES), by_method(ENSEMBLES)),
     Table("cost", "Gradients, operations, seconds", names(scenarios.COSTS), by_method(COST)),
+    Table(
+        "normalised",
+        "FGMT with normalised gradients, a lead of ours",
+        names(scenarios.NORMALISED),
+        by_method(
+            (SEEDS, Column("accuracy, no training", untrained), SECONDS),
+            (("nfgmt", "fgmt"), ("nfgmt", "gmt"), ("gmt", "fgmt")),
+        ),
+    ),
+    Table("ports", "A fine-tune on a new base, by images of each class", names(scenarios.PORTS), ported),
+    Table("port-questions", "Which port is ahead", names(scenarios.PORTS), port_questions),
 )

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from regraft.activations import hooks
 from regraft.clock import Clock
-from regraft.evaluation import accuracy, call, evaluating
+from regraft.evaluation import accuracy, evaluating
+from regraft.forward import call
 from regraft.matching import match
-from regraft.studies.study import Measured, Method
+from regraft.studies.study import Measured, Method, told_by
 from regraft.studies.transfer.methods import judged, measured
 from regraft.studies.transfer.setting import TransferSetting
 from regraft.symmetry import PermutationSpec, apply
@@ -204,10 +205,10 @@ def _as_start(setting: TransferSetting, params: Tensors, clock: Clock, gradients
 
 
 PEERS = (
-    Method("random", partial(permuted, random)),
-    Method("end-weights", partial(permuted, end_weights)),
-    Method("end-activations", partial(permuted, end_activations)),
-    Method("end-sinkhorn", partial(permuted, end_sinkhorn)),
+    Method("random", partial(permuted, random), about=told_by(random)),
+    Method("end-weights", partial(permuted, end_weights), about=told_by(end_weights)),
+    Method("end-activations", partial(permuted, end_activations), about=told_by(end_activations)),
+    Method("end-sinkhorn", partial(permuted, end_sinkhorn), about=told_by(end_sinkhorn)),
     Method("warm-start", warm_start),
     Method("shrink-and-perturb", shrink_and_perturb),
     Method("brief", brief),

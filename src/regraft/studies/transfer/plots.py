@@ -136,6 +136,16 @@ def plane(name: str) -> Callable[[Rows], Cells | None]:
     return cells
 
 
+PORTED = (
+    "own base",
+    "probe",
+    "few-shot",
+    "naive",
+    "weights",
+    "gradfix",
+    "fgmt",
+    "fgmt + gradfix",
+)
 NETWORKS = ("mlp", "conv")
 RATIO = "‖Δ‖ / ‖θ₁⁰‖"
 SHARE = "accuracy, share of plain training's"
@@ -257,5 +267,21 @@ FIGURES = (
         "Accuracy on the plane of target (origin), oracle and FGMT, seed 0",
         _names(scenarios.BASINS),
         tuple(Heatmap(name, "distance", "distance", plane(name)) for name in _names(scenarios.BASINS)),
+    ),
+    Figure(
+        "ports",
+        "A fine-tune on a new base",
+        _names(scenarios.PORTS),
+        tuple(
+            Panel(
+                name,
+                "images of each class",
+                "test accuracy",
+                curves("accuracy by images", methods=PORTED, scenario=name),
+                x_log=True,
+                markers=True,
+            )
+            for name in _names(scenarios.PORTS)
+        ),
     ),
 )

@@ -18,6 +18,7 @@ from regraft.data import CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW
 from regraft.studies.study import Scenario, Task
 from regraft.studies.transfer import sweeps
 from regraft.studies.transfer.methods import METHODS
+from regraft.studies.transfer.ports import PortSettings
 from regraft.studies.transfer.setting import Pretraining, Settings
 from regraft.training import Recipe
 
@@ -276,6 +277,36 @@ ENSEMBLES = sweeps.ensembles(
 COSTS = sweeps.costs(
     {"digits-mlp": digits, "digits-conv": digits_conv, "mnist-mlp-512": mnist, "cifar10-conv6": conv6}
 )
+NORMALISED = sweeps.normalised(
+    {
+        "digits-mlp": digits,
+        "digits-mlp2": digits2,
+        "digits-conv": digits_conv,
+        "digits-pretrained2": digits_pretrained2,
+        "mnist-mlp-512": mnist,
+    }
+)
+PORT_RECIPE = Recipe(epochs=10, lr=0.02, weight_decay=1e-4)
+port_resnet = PortSettings(
+    task=Task("cifar100", CIFAR100_TRANSFER, size=16),
+    model=networks.residual8,
+    arguments={"num_classes": 10, "width": 0.125},
+    recipe=PORT_RECIPE,
+    subsequent=None,
+    steps=10,
+    schedule="uniform",
+    bn_batches=5,
+    pretraining=Pretraining(Task("cifar10", size=16), replace(PORT_RECIPE, epochs=3)),
+)
+port_vit = replace(
+    port_resnet,
+    model=networks.vit,
+    arguments={"num_classes": 10, "size": 16, "depth": 2},
+    recipe=Recipe(epochs=10, lr=1e-3, optimizer="adam"),
+    bn_batches=0,
+    pretraining=Pretraining(Task("cifar10", size=16), Recipe(epochs=4, lr=1e-3, optimizer="adam")),
+)
+PORTS = (*sweeps.ports("resnet", port_resnet), *sweeps.ports("vit", port_vit))
 
 SCENARIOS = (
     *MAIN,
@@ -290,4 +321,6 @@ SCENARIOS = (
     *BASINS,
     *ENSEMBLES,
     *COSTS,
+    *NORMALISED,
+    *PORTS,
 )

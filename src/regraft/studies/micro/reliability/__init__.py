@@ -76,9 +76,12 @@ def campaigns(assigned: int) -> dict[str, Callable[[Campaign], Iterator[Found]]]
     }
 
 
+REFUSED = "Things that must be refused clearly: how many were, and how the others ended."
+
+
 def methods() -> tuple[Method, ...]:
     """One a campaign."""
-    return tuple(Method(name, partial(_measure, name)) for name in campaigns(0))
+    return tuple(Method(name, partial(_measure, name), about=REFUSED) for name in campaigns(0))
 
 
 def _measure(name: str, setting: Setting) -> Measured:

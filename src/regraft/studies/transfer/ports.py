@@ -1,0 +1,325 @@
+"""A fine-tune moved onto a new base with a few labelled images: what competes for it.
+
+Base and new base are pre-trained from different seeds, and the base is fine-tuned for another task. A method has the
+three networks, and so many images of each class; it gives the new base what the fine-tune learned. All heads begin at
+0, so that the fine-tune's head travels as a part of what it learned, permuted on its input side alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, repeat
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from regraft import gradfix, learning_transfer
+from regraft.activations import hooks
+from regraft.clock import Clock, Cost
+from regraft.data import Split, draw_per_class
+from regraft.evaluation import accuracy, evaluating, gradients, loss_and_accuracy, reset_batchnorm
+from regraft.forward import call
+from regraft.heads import find_head
+from regraft.matching import match
+from regraft.studies.study import Measured, Method, Series
+from regraft.studies.transfer.methods import delta_ratio
+from regraft.studies.transfer.setting import Settings, TransferSetting
+from regraft.symmetry import apply
+from regraft.tensors import Batch, Perm, Tensors, fill_, state
+from regraft.training import Training, train_steps_
+from regraft.trajectory import Trajectory
+
+BATCH = 100
+JUDGES = 200
+"""Test images of each class, at most."""
+
+
+@dataclass(frozen=True)
+class PortSettings(Settings):
+    """images: of each class that a method may see, one port for each number. alphas: times what is moved, of which a
+    method takes the one with the lowest loss on those images. ``recipe`` is the fine-tuning's; ``bn_batches`` are
+    batches of the few images, at most.
+    """
+
+    images: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+
+
+# ---------------------------------------------------------------- what a method is given
+
+
+@dataclass(frozen=True)
+class Few:
+    """The labelled images that a method may see."""
+
+    split: Split
+    order: torch.Generator
+
+    @property
+    def batches(self) -> list[Batch]:
+        return list(self.split.batches(min(BATCH, len(self.split))))
+
+    def stream(self) -> Iterator[Batch]:
+        """Without end, each time in another order."""
+        again = self.split.batches(min(BATCH, len(self.split)), generator=self.order, drop_last=True)
+        return chain.from_iterable(repeat(again))
+
+
+def few(setting: TransferSetting, count: int) -> Few:
+    """``count`` images of each class; a smaller number's are among a larger one's."""
+    drawn = setting.dataset(replace(setting.settings.task, per_class=count), setting.seed).train
+    return Few(drawn.to(setting.device), setting.generator("few", count))
+
+
+def base(setting: TransferSetting) -> Tensors:
+    return _headless(setting.model, setting.source_start)
+
+
+def new_base(setting: TransferSetting) -> Tensors:
+    return _headless(setting.model, setting.target_start)
+
+
+def tuned(setting: TransferSetting) -> Training:
+    return _fine_tuned(setting, "tuned", base(setting))
+
+
+def _fine_tuned(setting: TransferSetting, purpose: str, start: Tensors) -> Training:
+    return setting.train(purpose, setting.model, start, setting.data, setting.settings.recipe)
+
+
+def _headless(model: nn.Module, theta: Tensors) -> Tensors:
+    return theta | {name: torch.zeros_like(theta[name]) for name in _head(model)}
+
+
+def _head(model: nn.Module) -> tuple[str, str]:
+    name = find_head(model)
+    return f"{name}.weight", f"{name}.bias"
+
+
+def finished(setting: TransferSetting, theta: Tensors, seen: Few) -> Tensors:
+    """BatchNorm statistics of the few images."""
+    return reset_batchnorm(setting.model, theta, seen.batches, setting.settings.bn_batches or None)
+
+
+# ---------------------------------------------------------------- task vectors
+
+Find = Callable[[TransferSetting, Few, Clock], Perm]
+Keep = Callable[[TransferSetting, Tensors, Tensors, Few], Tensors]
+
+
+def identity(setting: TransferSetting, seen: Few, clock: Clock) -> Perm:
+    return setting.traced[0].identity()
+
+
+def by_weights(setting: TransferSetting, seen: Few, clock: Clock) -> Perm:
+    """TransFusion's: bases matched by their weights, heads of attention as wholes and what is within them."""
+    names = [name for name, _ in setting.model.named_parameters()]
+    target, source = ({n: theta[n] for n in names} for theta in (new_base(setting), base(setting)))
+    found = match(setting.traced[0], target, source, generator=setting.generator("sweeps"))
+    clock.add(found.seconds)
+    return found.perm
+
+
+def by_fgmt(setting: TransferSetting, seen: Few, clock: Clock) -> Perm:
+    """Along the line from the base to the fine-tune, gradients on the few images."""
+    path = Trajectory.linear(base(setting), tuned(setting).tensors, setting.settings.steps, "uniform")
+    found = learning_transfer.transfer(
+        setting.model,
+        path,
+        new_base(setting),
+        seen.stream(),
+        "fgmt",
+        spec=setting.traced[0],
+        bn_batches=0,
+        generator=setting.generator("sweeps"),
+    )
+    clock.add(found.seconds)
+    return found.perm
+
+
+def all_of_it(setting: TransferSetting, start: Tensors, tau: Tensors, seen: Few) -> Tensors:
+    return tau
+
+
+def nothing(setting: TransferSetting, start: Tensors, tau: Tensors, seen: Few) -> Tensors:
+    """A control: the new base with the fine-tune's head."""
+    return {name: torch.zeros_like(tensor) for name, tensor in tau.items()}
+
+
+def agreeing(
+    direction: gradfix.Direction, setting: TransferSetting, start: Tensors, tau: Tensors, seen: Few
+) -> Tensors:
+    return gradfix.mask(tau, direction(setting.model, start, seen.batches, cross_entropy))
+
+
+def task_vector(find: Find, keep: Keep, setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
+    """theta_B with the fine-tune's head, plus alpha times what is kept of its other layers' change."""
+    model, before, after = setting.model, base(setting), tuned(setting).tensors
+    tau = {name: after[name] - before[name] for name, _ in model.named_parameters()}
+    perm = find(setting, seen, clock)
+    with clock.phase("graft"):
+        tau = apply(setting.traced[0], perm, tau)
+        start = new_base(setting) | {name: tau.pop(name) for name in _head(model)}
+    with clock.phase("batchnorm"):
+        start = finished(setting, start, seen)
+    with clock.phase("mask"):
+        kept = keep(setting, start, tau, seen)
+    best, chosen = float("inf"), start
+    with clock.phase("choice"):
+        for alpha in setting.settings.alphas:
+            moved = start | {name: start[name] + alpha * kept[name] for name in kept}
+            moved = finished(setting, moved, seen)
+            loss, _ = loss_and_accuracy(model, moved, seen.batches)
+            if loss < best:
+                best, chosen = loss, moved
+    return chosen
+
+
+# ---------------------------------------------------------------- training on the few images
+
+Port = Callable[[TransferSetting, Few, Clock], Tensors]
+"""What the new base becomes; the clock is charged."""
+
+
+def untouched(setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
+    return new_base(setting)
+
+
+def few_shot(start: Port, lr: float, setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
+    """Fine-tune on the few images: as many gradients as FGMT takes, the rate falling to 0."""
+    updates, network = 2 * setting.settings.steps, copy.deepcopy(setting.model)
+    fill_(network, start(setting, seen, clock))
+    optimiser = replace(setting.settings.recipe, lr=lr).optimiser(network.train())
+    with clock.phase("training"):
+        train_steps_(
+            network,
+            optimiser,
+            seen.stream(),
+            range(updates),
+            learning_rate=lambda step: lr * (1 - step / updates),
+        )
+    with clock.phase("batchnorm"):
+        return finished(setting, state(network), seen)
+
+
+def probe(setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
+    """Logistic regression on the new base's features."""
+    from sklearn.linear_model import LogisticRegression
+
+    model, features = setting.model, []
+    with clock.phase("batchnorm"):
+        theta = finished(setting, new_base(setting), seen)
+    with clock.phase("training"):
+        head = find_head(model)
+
+        def see(_name: str, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            features.append(inputs[0])
+
+        with torch.no_grad(), evaluating(model), hooks({head: model.get_submodule(head)}, see):
+            for images, _ in seen.batches:
+                call(model, theta, images)
+        labels = torch.cat([labels for _, labels in seen.batches])
+        found = LogisticRegression(max_iter=1000).fit(torch.cat(features).cpu(), labels.cpu())
+    values = (torch.as_tensor(value) for value in (found.coef_, found.intercept_))
+    return theta | {name: value.to(theta[name]) for name, value in zip(_head(model), values, strict=True)}
+
+
+# ---------------------------------------------------------------- what a row holds
+
+
+def over_images(port: Port, setting: TransferSetting) -> Measured:
+    """One port for each number of images; the cost is that of all of them, and by number in a series."""
+    counts, found, paid, clock = setting.settings.images, [], [], Clock()
+    for count in counts:
+        own = Clock()
+        theta = port(setting, few(setting, count), own)
+        found.append(accuracy(setting.model, theta, judges(setting)))
+        paid.append(own.cost)
+        clock.add(own.seconds)
+    return _measured(setting, found, paid, clock.seconds)
+
+
+def whole(purpose: str, start: Callable[[TransferSetting], Tensors], setting: TransferSetting) -> Measured:
+    """A fine-tuning on all images: no port, but what one would like to have."""
+    trained, counts = _fine_tuned(setting, purpose, start(setting)), setting.settings.images
+    own = accuracy(setting.model, trained.tensors, judges(setting))
+    paid = [trained.cost] * len(counts)
+    found = _measured(setting, [own] * len(counts), paid, {"training": trained.cost})
+    ratio = delta_ratio(setting.model, start(setting), trained.tensors)
+    return replace(found, values={**found.values, "delta_ratio": ratio})
+
+
+def _measured(
+    setting: TransferSetting, found: list[float], paid: list[Cost], seconds: dict[str, Cost]
+) -> Measured:
+    counts = setting.settings.images
+    mean = sum(found) / len(found)
+    if setting.tuning:
+        return Measured({"validation": mean}, cost=seconds)
+    return Measured(
+        values={"accuracy": mean, **{at(count): own for count, own in zip(counts, found, strict=True)}},
+        series={
+            "accuracy by images": Series.over("images a class", counts, found),
+            "cost by images [CPU s]": Series.over("images a class", counts, [cost.cpu for cost in paid]),
+        },
+        cost=seconds,
+        notes={"test images": sum(len(labels) for _, labels in judges(setting))},
+    )
+
+
+def at(count: int) -> str:
+    """The name of a value: test accuracy with so many images of each class."""
+    return f"accuracy, {count} a class"
+
+
+def judges(setting: TransferSetting) -> list[Batch]:
+    """Test images, as many of each class; a tuning run's are validation images."""
+    split = setting.data.validation if setting.tuning else setting.data.test
+    count = min(JUDGES, int(split.labels.bincount().min()))
+    drawn = draw_per_class(split.labels, count, setting.generator("judges"))
+    return list(split.subset(drawn).batches(500, device=setting.device))
+
+
+def _port(name: str, port: Port) -> Method:
+    return Method(name, partial(over_images, port))
+
+
+def _vector(name: str, find: Find, keep: Keep) -> Method:
+    return _port(name, partial(task_vector, find, keep))
+
+
+MAJORITY, MEAN = partial(agreeing, gradfix.majority), partial(agreeing, gradients)
+
+
+def _trained(name: str, start: Port, rates: tuple[float, ...]) -> Method:
+    """At its best rate."""
+    tried = tuple(
+        Method(name, partial(over_images, partial(few_shot, start, lr)), {"lr": lr}) for lr in rates
+    )
+    return replace(tried[0], config={}, candidates=tried)
+
+
+def methods(rates: tuple[float, ...]) -> tuple[Method, ...]:
+    """All of them; ``rates``: of training on the few images."""
+    return (
+        Method("own base", partial(whole, "tuned", base)),
+        Method("all images", partial(whole, "plain", new_base)),
+        _port("probe", probe),
+        _trained("few-shot", untouched, rates),
+        _vector("head alone", identity, nothing),
+        _vector("naive", identity, all_of_it),
+        _vector("gradfix", identity, MAJORITY),
+        _vector("gradfix, mean", identity, MEAN),
+        _vector("weights, head alone", by_weights, nothing),
+        _vector("weights", by_weights, all_of_it),
+        _vector("weights + gradfix", by_weights, MAJORITY),
+        _vector("fgmt, head alone", by_fgmt, nothing),
+        _vector("fgmt", by_fgmt, all_of_it),
+        _vector("fgmt + gradfix", by_fgmt, MAJORITY),
+        _vector("fgmt + gradfix, mean", by_fgmt, MEAN),
+        _trained("fgmt, then few-shot", partial(task_vector, by_fgmt, all_of_it), rates),
+    )
