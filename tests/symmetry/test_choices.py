@@ -98,6 +98,13 @@ def test_a_choice_that_is_used_otherwise_keeps_the_experts_where_they_are(use):
     assert "router" not in spec.groups
 
 
+def test_units_in_the_order_of_their_values_have_no_order_of_their_own():
+    net = Net(lambda m, x: m.out(m.stem(x).sort(-1).values), stem=nn.Linear(4, 6), out=nn.Linear(6, 2))
+    spec = proved(net, 3, 4)
+    assert spec.groups == {"stem": 6}
+    assert spec.axes["out.weight"][1][0].group is None
+
+
 def test_rows_of_a_parameter_that_the_input_looks_up_stay_and_their_columns_move():
     net = Net(
         lambda m, x: m.out(m.inner(m.table[x.long()] + m.bias)),
