@@ -13,7 +13,7 @@ from regraft.studies.render import filled, report, stored
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 DOCUMENTS = sorted(
-    [ROOT / "README.md", *RESULTS.glob("README.md"), *RESULTS.glob("*/README.md"), *ROOT.glob("docs/*.md")]
+    [ROOT / "README.md", *RESULTS.glob("*.md"), *RESULTS.glob("*/README.md"), *ROOT.glob("docs/*.md")]
 )
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import Net, parameter
 from torch import Tensor, nn
 
@@ -99,6 +100,37 @@ def test_weight_normalised_layers(norm):
     assert list(spec.groups.values()) == [6]
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 6), nn.Conv2d(4, 6, 3, padding=1)], ids=["linear", "conv"])
+def test_spectrally_normalised_layers(layer):
+    """With the two vectors that the norm is estimated by: they are saved, and move with the weight."""
+    stem, out = (nn.Linear, nn.Linear) if isinstance(layer, nn.Linear) else (nn.Conv2d, nn.Conv2d)
+    size = () if isinstance(layer, nn.Linear) else (1,)
+    fc = nn.utils.parametrizations.spectral_norm(layer)
+    net = Net(lambda m, x: m.out(m.fc(m.stem(x)).relu()), stem=stem(3, 4, *size), fc=fc, out=out(6, 2, *size))
+    spec = trace(net, torch.rand((2, 3, 5, 5) if size else (2, 3)), verify=True)
+    assert sorted(spec.groups.values()) == [4, 6]
+    assert "fc.parametrizations.weight.0._u" in spec.axes
+
+
+@pytest.mark.parametrize("how", ["var", "std_mean", "norm", "batch_norm"])
+def test_standardised_weights(how):
+    def standard(w: Tensor) -> Tensor:
+        if how == "var":
+            return (w - w.mean((1, 2, 3), keepdim=True)) / (w.var((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+        if how == "std_mean":
+            std, mean = torch.std_mean(w, (1, 2, 3), keepdim=True)
+            return (w - mean) / std
+        if how == "norm":
+            return w / w.norm()
+        return F.batch_norm(w.reshape(1, 6, -1), None, None, training=True).reshape(w.shape)
+
+    net = Net(
+        lambda m, x: m.out(F.conv2d(m.stem(x), m.gain * standard(m.weight)).relu()),
+        stem=nn.Conv2d(2, 4, 1), weight=parameter(6, 4, 3, 3), gain=parameter(6, 1, 1, 1), out=nn.Conv2d(6, 2, 1),
+    )  # fmt: skip
+    assert sorted(trace(net, torch.rand(2, 2, 5, 5), verify=True).groups.values()) == [4, 6]
+
+
 def test_what_is_read_by_data_stays_or_passes():
     net = Net(
         lambda m, x: m.out(m.stem(x)[torch.arange(2), x[..., 0].argmax(1)]),
@@ -106,11 +138,11 @@ def test_what_is_read_by_data_stays_or_passes():
         out=nn.Linear(6, 2),
     )
     assert trace(net, torch.rand(2, 5, 4), verify=True).groups == {"stem": 6}
-    routed = Net(
-        lambda m, x: m.router(m.stem(x)).topk(2).values, stem=nn.Linear(4, 6), router=nn.Linear(6, 5)
-    )
-    with pytest.warns(UserWarning, match="topk"):
-        assert trace(routed, torch.rand(2, 4), verify=True).groups == {"stem": 6}
+    best = Net(lambda m, x: m.fc(m.stem(x)).topk(2).values, stem=nn.Linear(4, 6), fc=nn.Linear(6, 5))
+    assert trace(best, torch.rand(2, 4), verify=True).groups == {"stem": 6, "fc": 5}
+    added = Net(lambda m, x: m.fc(m.stem(x)).cumsum(1), stem=nn.Linear(4, 6), fc=nn.Linear(6, 5))
+    with pytest.warns(UserWarning, match="cumsum"):
+        assert trace(added, torch.rand(2, 4), verify=True).groups == {"stem": 6}
 
 
 def test_what_cannot_be_traced_says_so_in_one_line(capfd):
@@ -125,6 +157,26 @@ def test_what_cannot_be_traced_says_so_in_one_line(capfd):
             trace(model, torch.rand(2, 4))
         assert "\n" not in str(caught.value)
     assert "graph" not in capfd.readouterr().out
+
+
+def test_keyword_inputs_that_are_required_and_devices_that_differ():
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+            return self.out(self.fc(x) * scale)
+
+    x = torch.rand(2, 4)
+    assert trace(Asking(), x, {"scale": torch.rand(1)}, verify=True).groups == {"fc": 6}
+    with pytest.raises(ValueError, match=r"Asking.*'scale'"):
+        trace(Asking(), x)
+    mixed = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2, device="meta"))
+    with pytest.raises(ValueError, match=r"'1.weight' of Sequential is on the meta device"):
+        trace(mixed, x)
+    with pytest.raises(ValueError, match=r"several devices .*'weight' on cpu.*an input on meta"):
+        trace(nn.Linear(4, 2), x.to("meta"))
 
 
 def test_versions_of_a_state_dictionary_are_kept():

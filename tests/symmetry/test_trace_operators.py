@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from nets import Net, parameter, proved, share
 from torch import Tensor, nn
 
+from regraft.symmetry import trace
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -242,6 +244,54 @@ def test_normalisation_by_what_no_exchange_changes():
         out=nn.Linear(6, 2),
     )
     assert proved(net, 3, 4).groups == {"stem": 6}
+
+
+def test_windows_taken_apart_and_added_up():
+    """im2col and col2im."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        columns = F.unfold(m.stem(x), 3, padding=1)  # [B, 4 * 9, 25]
+        folded = F.fold(columns.tanh(), (5, 5), 3, padding=1)
+        return m.out(folded).mean((2, 3)) + m.flat(columns.mT).mean(1)
+
+    net = Net(forward, stem=nn.Conv2d(2, 4, 1), out=nn.Conv2d(4, 2, 1), flat=nn.Linear(36, 2))
+    spec = proved(net, 1, 2, 5, 5)
+    assert spec.groups == {"stem": 4}
+    assert [tuple(s) for s in spec.axes["flat.weight"][1]] == [("stem", 0, 4, 9)]
+
+
+def test_the_largest_and_either_of_two():
+    """max over places, over units (which of them does not matter, its place would) and of two; where."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x)  # [B, 5, 6]
+        best = h.max(1).values
+        either = torch.where(best > 0, torch.maximum(best, m.gain), 0.5 * best)
+        return m.out(either) * h.max(2).values.amax(1, keepdim=True)
+
+    net = Net(forward, stem=nn.Linear(3, 6), gain=parameter(6), out=nn.Linear(6, 2))
+    assert proved(net, 2, 5, 3).groups == {"stem": 6}
+
+    def placed(m: nn.Module, x: Tensor) -> Tensor:
+        return m.out(m.stem(x)) * m.stem(x).max(1, keepdim=True).indices
+
+    told = Net(placed, stem=nn.Linear(3, 6), out=nn.Linear(6, 2))
+    with pytest.warns(UserWarning, match="max"):
+        assert trace(told, torch.rand(2, 3), verify=True).groups == {}
+
+
+def test_biased_products_and_shared_keys():
+    """baddbmm, and one head of keys and values that is broadcast to all queries."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = m.stem(x).tanh().split([12, 4, 4], -1)
+        q, k, v = q.unflatten(-1, (3, 4)).transpose(1, 2), k[:, None], v[:, None]
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        scores = torch.baddbmm(torch.ones(2, 1, 1), q[:, 0], k[:, 0].mT, beta=0.5)
+        return m.out(mixed) + (scores.softmax(-1) @ v[:, 0]).mean(-1, keepdim=True)
+
+    net = Net(forward, stem=nn.Linear(3, 20), out=nn.Linear(12, 2))
+    assert share(proved(net, 2, 5, 3), net) > 0.4
 
 
 def test_squeeze_and_excitation():

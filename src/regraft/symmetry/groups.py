@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -134,16 +133,19 @@ def _ranks(line: Tensor) -> Tensor:
 
 def _segments(names: Sequence[str], group: np.ndarray, unit: np.ndarray) -> Axis:
     """One axis as few segments: runs of equal positions first, then runs of consecutive units."""
-    segments: list[Segment] = []
-    edges = np.flatnonzero((np.diff(group) != 0) | (np.diff(unit) != 0) & (group[1:] >= 0)) + 1
-    for start, stop in pairwise([0, *edges.tolist(), len(group)]):
-        if group[start] < 0:
-            segments.append(Segment(None, 0, stop - start))
-            continue
-        name, first, repeat = names[group[start]], int(unit[start]), stop - start
-        last = segments[-1] if segments else None
-        if last and (last.group, last.start + last.count, last.repeat) == (name, first, repeat):
-            segments[-1] = last._replace(count=last.count + 1)
-        else:
-            segments.append(Segment(name, first, 1, repeat))
-    return tuple(segments)
+    runs, repeat = _runs((np.diff(group) != 0) | (np.diff(unit) != 0) & (group[1:] >= 0), len(group))
+    group, unit = group[runs], unit[runs]
+    same = (np.diff(group) == 0) & (np.diff(unit) == 1) & (np.diff(repeat) == 0) & (group[1:] >= 0)
+    starts, count = _runs(~same, len(group))
+    return tuple(
+        Segment(names[g], u, n, r) if g >= 0 else Segment(None, 0, r)
+        for g, u, n, r in zip(
+            *(x.tolist() for x in (group[starts], unit[starts], count, repeat[starts])), strict=True
+        )
+    )
+
+
+def _runs(edges: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where runs start, and how long they are; ``edges``: between which neighbours they end."""
+    starts = np.concatenate([[0], np.flatnonzero(edges) + 1]) if length else np.zeros(0, dtype=np.int64)
+    return starts, np.diff(starts, append=length)

@@ -15,12 +15,14 @@ one: units of one twin, in different blocks, move alike (:mod:`regraft.symmetry.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 # ---- units: disjoint sets of labels
 
@@ -47,9 +49,8 @@ class Units:
         return new.view(shape)
 
     def roots(self, labels: Tensor) -> Tensor:
-        """The smallest label of each label's set."""
-        (distinct,) = _compact(labels)
-        return self._find(distinct).expand(labels.shape)
+        """The smallest label of each label's set; expanded where the labels are."""
+        return self._find(thin(labels)).expand(labels.shape)
 
     def _find(self, labels: Tensor) -> Tensor:
         root = self._root[labels]
@@ -63,8 +64,9 @@ class Units:
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Makes one unit of ``a`` and ``b``, element by element, after broadcasting."""
-        a, b = _compact(*torch.broadcast_tensors(a, b))
-        a, b = self._find(a).flatten(), self._find(b).flatten()
+        a, b = (x.flatten() for x in _compact(*torch.broadcast_tensors(a, b)))
+        differ = a != b
+        a, b = self._find(a[differ]), self._find(b[differ])
         while (differ := a != b).any():
             a, b = a[differ], b[differ]
             high, low = torch.maximum(a, b), torch.minimum(a, b)
@@ -76,10 +78,24 @@ class Units:
 
 def _compact(*tensors: Tensor) -> list[Tensor]:
     """Without the dimensions that are expanded in all tensors (of one shape): they would say the same again."""
-    for d in range(tensors[0].ndim):
-        if tensors[0].shape[d] > 1 and all(t.stride(d) == 0 for t in tensors):
-            tensors = tuple(t.narrow(d, 0, 1) for t in tensors)
-    return list(tensors)
+    again = [d for d in _expanded(tensors[0]) if all(t.stride(d) == 0 for t in tensors)]
+    return [first(t, again) for t in tensors]
+
+
+def thin(tensor: Tensor) -> Tensor:
+    """Of length 1 along the dimensions in which it is expanded: what it holds, without the repetitions."""
+    return first(tensor, _expanded(tensor))
+
+
+def first(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+    """The first slice along some dimensions, which stay, of length 1."""
+    for d in dims:
+        tensor = tensor.narrow(d, 0, 1)
+    return tensor
+
+
+def _expanded(tensor: Tensor) -> list[int]:
+    return [d for d, n in enumerate(tensor.shape) if n > 1 and tensor.stride(d) == 0]
 
 
 # ---- values that flow
@@ -112,15 +128,40 @@ class Value:
     fill: float = 0.0
     changed: bool = False  # a function of the leaf's scalars, not these themselves
     labels: Tensor | None = None  # once an operator has read them
+    repeats: tuple[Tensor, Tensor] | None = (
+        None  # where the base is expanded: the place in its thin form, and the turn
+    )
 
     def places(self) -> Tensor:
         """int32 of this shape: the place of every scalar in the base."""
         return places(self.shape) if self.positions is None else self.positions
 
+    def moved(self, function: Callable[[Tensor], Any]) -> Any:
+        """What an operator makes of it that only moves scalars, by running it on positions (-1: a constant)."""
+        repeats = self.repeats
+        if self.positions is None and isinstance(self.base, Tensor) and _expanded(self.base):
+            repeats = _lines(self.base), _turns(self.base)
+        if repeats is None:
+            made = function(self.places())
+            return tree_map(lambda p: Value(self.base, tuple(p.shape), p, self.fill), made)
+        made = map(function, (self.places(), *repeats))
+        return tree_map(
+            lambda p, line, turn: Value(self.base, tuple(p.shape), p, self.fill, repeats=(line, turn)), *made
+        )
 
-def places(shape: Sequence[int]) -> Tensor:
-    """int32 of this shape: the row-major place of every scalar."""
-    return torch.arange(math.prod(shape), dtype=torch.int32).view(tuple(shape))
+
+def places(shape: Sequence[int], start: int = 0) -> Tensor:
+    """int32 of this shape: the row-major place of every scalar, counted from ``start``."""
+    return torch.arange(start, start + math.prod(shape), dtype=torch.int32).view(tuple(shape))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Places along an axis of units, ``line`` (int32 [n], each unit once), that data chose: an index that moves with
+    them, of this shape. What it looks up there does not move."""
+
+    line: Tensor
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -133,6 +174,44 @@ class Tie:
     positions: Tensor
     sources: tuple[Tensor, ...]
     kind: str = "same"
+
+
+def thinned(tie: Tie) -> Tie:
+    """The same demand, said once: where a line of units is repeated, and what it is tied to is repeated alike."""
+    labels, positions = _compact(tie.labels, tie.positions)
+    again = _expanded(labels)
+    if not again:
+        return replace(tie, labels=labels, positions=positions)
+    if tie.sources:
+        held, at = positions < 0, positions.clamp(min=0)
+        sources = tuple(map(thin, tie.sources))
+        starts = accumulate((s.numel() for s in sources), initial=0)
+        lines = map(_lines, tie.sources, starts)
+        seen, turn = (torch.where(held, -1, joined(x)[at]) for x in (lines, map(_turns, tie.sources)))
+    else:
+        sources, seen, turn = (), positions, positions
+    same_line = set(again).isdisjoint(varying(seen))
+    same_turn = set(varying(turn)) <= set(again)
+    if (same_line and same_turn) if sources else (same_line or same_turn):
+        return replace(tie, labels=first(labels, again), positions=first(seen, again), sources=sources)
+    return replace(tie, labels=labels, positions=positions)
+
+
+def _lines(source: Tensor, start: int = 0) -> Tensor:
+    """int32 of the same shape: the place of each scalar in the thin form."""
+    return places(thin(source).shape, start).expand(source.shape)
+
+
+def _turns(source: Tensor) -> Tensor:
+    """int32 of the same shape: the number of the repetition that a scalar stands in."""
+    again = _expanded(source)
+    return places([n if d in again else 1 for d, n in enumerate(source.shape)]).expand(source.shape)
+
+
+def joined(tensors: Iterable[Tensor]) -> Tensor:
+    """All scalars of some tensors, one tensor after the other."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 class Flow:
@@ -162,7 +241,7 @@ class Flow:
         return Value(labels.view(labels.shape), tuple(labels.shape))
 
     def is_fixed(self, labels: Tensor) -> bool:
-        return not self.units.roots(labels).any()
+        return not self.units.roots(thin(labels)).any()
 
     def stays(self, value: Value) -> bool:
         """Whether nothing of what a value is a view of moves."""
@@ -172,7 +251,7 @@ class Flow:
 
     def passes(self, value: Value, dim: int) -> bool:
         """Whether every line along ``dim`` is a single unit, or fixed."""
-        roots = self.units.roots(self.labels(value))
+        roots = self.units.roots(thin(self.labels(value)))
         return bool((roots == roots.narrow(dim, 0, 1)).all()) if roots.ndim else True
 
     def axis(self, leaf: Leaf, axis: int) -> Tensor:
@@ -201,8 +280,20 @@ class Flow:
         """int32 of the value's shape, tied to its base."""
         if value.labels is None:
             base = self.base(value)
-            value.labels = base if value.positions is None else self.gather(value.positions, base)
+            value.labels = base if value.positions is None else self._read(value, base)
         return value.labels
+
+    def _read(self, value: Value, base: Tensor) -> Tensor:
+        if value.repeats is None or bool((thin(value.repeats[0]) < 0).any()):
+            return self.gather(value.positions, base)
+        line, turn = value.repeats
+        once = joined([thin(base)])[thin(line)]
+        labels = once.expand(value.shape)
+        if set(varying(turn)) <= set(_expanded(line)):
+            self.tie(once, thin(line), thin(base))
+        else:
+            self.tie(labels, value.positions, base)
+        return labels
 
     def base(self, value: Value) -> Tensor:
         """The labels that the value's positions point into."""
@@ -210,10 +301,12 @@ class Flow:
 
     def gather(self, positions: Tensor, *sources: Tensor) -> Tensor:
         """A new tensor whose scalars come from ``positions`` of the sources, read one after the other."""
-        labels = torch.cat([source.reshape(-1) for source in sources])[positions.clamp(min=0)]
+        labels = joined(sources)[positions.clamp(min=0)]
         padding = positions < 0
         if padding.any():
             labels[padding] = self.units.fresh(int(padding.sum()))  # a constant takes any unit's part
+        again = [d for d, n in enumerate(labels.shape) if n > 1 and d not in varying(labels)]
+        labels = first(labels, again).expand(positions.shape)
         self.tie(labels, positions, *sources)
         return labels
 
@@ -244,7 +337,7 @@ class Flow:
     def tie(self, labels: Tensor, positions: Tensor, *sources: Tensor) -> None:
         """See :class:`Tie`; without sources: units may only trade places that have equal ``positions``."""
         if not self.is_fixed(labels):
-            self.ties.append(Tie(labels, positions.expand(labels.shape), sources))
+            self.ties.append(thinned(Tie(labels, positions.expand(labels.shape), sources)))
 
     def relate(self, labels: Tensor, others: Tensor, kind: str, positions: Tensor | None = None) -> None:
         """Every unit of ``labels`` is "within" the unit that ``others`` has at its places, or its "twin"; those that it
@@ -253,8 +346,9 @@ class Flow:
             self.freeze(others)
             return
         if positions is None:
+            others = thin(others)
             positions = places(others.shape).expand(labels.shape)
-        self.ties.append(Tie(labels, positions, (others,), kind))
+        self.ties.append(thinned(Tie(labels, positions, (others,), kind)))
         mine, at = _compact(*torch.broadcast_tensors(labels, positions))
         mine, theirs = self.units.roots(mine).flatten(), others.reshape(-1)[at.flatten()]
         order = mine.argsort(stable=True)
@@ -297,7 +391,7 @@ class Flow:
             return None
         along: dict[int, list[int]] = {d: [] for d in range(len(value.shape))}
         origin = (0,) * len(value.shape)
-        coordinates = torch.unravel_index(value.positions.long(), leaf.shape)
+        coordinates = torch.unravel_index(thin(value.positions).long(), leaf.shape)
         for a, coordinate in enumerate(coordinates):
             dims = varying(coordinate)
             if len(dims) > 1:
@@ -306,9 +400,16 @@ class Flow:
                 along[dims[0]].append(a)
             elif leaf.shape[a] > 1:  # one slice of this axis: nothing may take its place
                 self.freeze(self.axis(leaf, a)[coordinate[origin]])
-        if len(along[dim]) == 1:
-            return self.axis(leaf, along[dim][0])[line(coordinates[along[dim][0]], dim)]
-        return self.units.fresh(1) if value.shape[dim] == 1 else None
+        if not along[dim]:
+            return self.units.fresh(1) if value.shape[dim] == 1 else None
+        first_axis, *others = along[dim]
+        labels = self.axis(leaf, first_axis)[line(coordinates[first_axis], dim)]
+        for a in (
+            others
+        ):  # several axes flattened, as a kernel's are: the units of the first, each at several places
+            self.freeze(self.axis(leaf, a))
+            self.tie(labels, line(coordinates[a], dim).int())
+        return labels
 
 
 def _in_order(value: Value) -> bool:

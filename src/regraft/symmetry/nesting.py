@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from regraft.symmetry.labels import Flow
+from regraft.symmetry.labels import Flow, thin
 
 ROUNDS = 6
 """Of colouring: a colour hears of blocks in blocks so deep."""
@@ -174,24 +174,28 @@ def arrange(flow: Flow, nesting: Nesting) -> tuple[dict[str, list[int]], dict[st
     numbered. Units of a nested group stand block by block.
     """
     stems: dict[int, str] = {}
-    members: dict[int, dict[int, None]] = {}
+    members: dict[int, list[int]] = {}
+    added = np.zeros(flow.units.count, dtype=bool)
+    added[0] = True
 
     def add(root: int, stem: str) -> None:
-        if nesting.block[root]:
-            add(int(nesting.block[root]), f"{stem}/blocks")
+        if added[root]:
+            return
+        added[root] = True
+        add(int(nesting.block[root]), f"{stem}/blocks")
         stems.setdefault(int(nesting.colour[root]), stem)
-        members.setdefault(int(nesting.colour[root]), {}).setdefault(root)
+        members.setdefault(int(nesting.colour[root]), []).append(root)
 
     for leaf, labels in flow.made:
         stem = leaf.name.removesuffix(".weight").removesuffix(".bias")
-        for root in dict.fromkeys(flow.units.roots(labels).flatten().tolist()):
-            if root:
-                add(root, stem)
+        roots = flow.units.roots(thin(labels)).flatten().numpy()
+        for root in roots[~added[roots]].tolist():
+            add(root, stem)
     for root in np.flatnonzero(
         (nesting.block > 0) & (nesting.twin > 0)
     ).tolist():  # in their blocks' and twins' order
         add(root, stems[int(nesting.colour[nesting.twin[root]])])
-    kept = {colour: list(units) for colour, units in members.items() if len(units) > 1}
+    kept = {colour: units for colour, units in members.items() if len(units) > 1}
     names = _numbered({colour: stems[colour] for colour in kept})
     place: dict[int, int] = {}
     groups: dict[str, list[int]] = {}

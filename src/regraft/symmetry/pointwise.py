@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Flow, Leaf, Value, line, places
+from regraft.symmetry.labels import Flow, Leaf, Value, first, line, places, thin, varying
 from regraft.symmetry.rules import Operation, each_size, first_of, rule, words
 
 UNARY = words(
@@ -19,6 +19,10 @@ UNARY = words(
 )
 """Operators that compute every scalar from the one at its place (beside those that torch tags pointwise). A constant
 that is filled in keeps the labels of what it replaces."""
+
+
+BRANCHES = 4
+"""Where so few tensors are added, or weighed against each other, their channels correspond."""
 
 
 # ---- scalars of one place
@@ -56,14 +60,14 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
             for a in range(len(out)):
                 flow.join(flow.axis(values[0].base, a), flow.axis(other.base, a))
         return changed(flow, values[0])
+    if scaled := _scaled(flow, out, operands):
+        return scaled
     fixed = [v for v in values if flow.is_fixed(flow.base(v))]
     moving = [v for v in values if not any(v is f for f in fixed)]
     if not moving:
         return flow.fixed(out)
     constants = [x for x in operands if isinstance(x, Tensor) and bool((x != x.reshape(-1)[:1]).any())]
-    result, *others = [_broadcast(flow, value, out) for value in moving]
-    for other in others:
-        flow.join(result, other)
+    result = _met(flow, [(value, _broadcast(flow, value, out)) for value in moving])
     for x in constants:
         _, keys = torch.unique(x.detach(), return_inverse=True)
         flow.tie(result, keys.expand(out))
@@ -74,6 +78,52 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
         else:
             flow.tie(result, seen)
     return flow.new(result)
+
+
+def _scaled(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> Value | None:
+    """A weight, less or times something for each place along one of its axes; None for anything else."""
+    whole = [x for x in operands if isinstance(x, Value) and _is_whole(flow, x) and x.shape == tuple(out)]
+    others = [x for x in operands if not any(x is w for w in whole)]
+    if len(whole) != 1 or any(
+        len(x.shape) not in (0, len(out)) or sum(n > 1 for n in x.shape) > 1 for x in others
+    ):
+        return None
+    if any(isinstance(x, Tensor) and x.numel() > 1 for x in others):
+        return None
+    for x in others:
+        for d, n in enumerate(x.shape):
+            if n > 1:
+                flow.join(flow.axis(whole[0].base, d), flow.labels(x).flatten())
+    return changed(flow, whole[0])
+
+
+def _met(flow: Flow, operands: Sequence[tuple[Value, Tensor]]) -> Tensor:
+    """The labels of what is computed from several labels of one shape. They become one, but for two kinds of
+    broadcasting: what is the same for a block of units (the gate of a head) is what they are within, and a parameter
+    that is the same for several blocks (the scale of every head) holds their twins."""
+    (_, largest), *others = sorted(operands, key=lambda pair: -thin(pair[1]).numel())
+    equal = [largest]
+    for value, labels in others:
+        if kind := _kind_of_broadcast(flow, largest, value, labels):
+            flow.relate(largest, labels, kind)
+        else:
+            flow.join(largest, labels)
+            equal.append(labels)
+    return largest if len(equal) <= len(others) else equal[-1]
+
+
+def _kind_of_broadcast(flow: Flow, largest: Tensor, value: Value, labels: Tensor) -> str:
+    roots = flow.units.roots(thin(largest))
+    along, own = varying(roots), varying(flow.units.roots(thin(labels)))
+    again = [d for d in along if d not in own]
+    stretched = [d for d, n in enumerate(((1,) * labels.ndim + tuple(value.shape))[-labels.ndim :]) if n == 1]
+    if not again or not set(again) <= set(stretched):  # of one unit, but with a value for each place
+        return ""
+    if not set(own) <= set(along) or len(roots.unique()) < roots.numel() or not roots.all():
+        return ""
+    if not isinstance(value.base, Leaf):
+        return "within"
+    return "twin" if own and max(again) < min(own) else ""
 
 
 def _are_weights(flow: Flow, out: torch.Size, values: Sequence[Value]) -> bool:
@@ -125,9 +175,7 @@ def _where(flow: Flow, op: Operation, *operands: Any) -> Any:
 # ---- slices
 
 
-@rule(
-    "argmax", "argmin", "topk", "sort", "argsort", "cumsum", "cummax", "cummin", "kthvalue", "median", "mode"
-)
+@rule("cumsum", "cummax", "cummin", "kthvalue", "median", "mode")
 def _ordered(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
     """The result tells places along ``dim`` apart: what is fixed there, and nothing else, can come out."""
     if isinstance(x, Value) and flow.is_fixed(flow.labels(x)):
@@ -158,19 +206,44 @@ def _reduction(flow: Flow, op: Operation, *_: Any) -> Any:
         return NotImplemented
     dims = op.arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else dims or ()
+    if _is_whole(flow, op.values[0]):
+        return _of_weights(flow, op, op.values[0], dims)
     return each_size(lambda size: reduce(flow, size, op.values[0], dims), op.out)
 
 
+def _is_whole(flow: Flow, x: Value) -> bool:
+    return flow.is_matrix(x) and x.shape == x.base.shape
+
+
+def _of_weights(flow: Flow, op: Operation, x: Value, dims: Sequence[int]) -> Any:
+    """A statistic of a weight, of all of it or one for each place along an axis: no order of the others changes it."""
+    ndim = len(x.shape)
+    summed = {d % ndim for d in dims} or set(range(ndim))
+    kept = [d for d in range(ndim) if d not in summed and x.shape[d] > 1]
+    if len(kept) > 1:
+        return NotImplemented
+    if not kept:
+        return each_size(flow.fixed, op.out)
+    units = flow.axis(x.base, kept[0])
+    return each_size(lambda size: Value(units.reshape(size), tuple(size)), op.out)
+
+
 def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
-    """A slice of a single unit passes it on; a slice of several gives what no exchange inside it changes."""
+    """A slice of a single unit passes it on; a slice of several gives what no exchange inside it changes. The units of
+    a few branches that are added become one."""
     labels = flow.labels(x)
     if flow.is_fixed(labels):
         return flow.fixed(out)
     dims = tuple(sorted({d % labels.ndim for d in dims})) or tuple(range(labels.ndim))
-    first = labels[tuple(slice(0, 1) if d in dims else slice(None) for d in range(labels.ndim))]
-    roots = flow.units.roots(labels)
-    single = (roots == flow.units.roots(first)).all(dims, keepdim=True)
-    passed = torch.where(single, first, 0)
+    once = thin(labels)
+    slices = first(once, dims)
+    units = once.numel() // max(slices.numel(), 1)
+    if units <= min(BRANCHES, slices.numel() - 1) and len(flow.units.roots(once).unique()) == once.numel():
+        flow.join(once, slices)
+    roots = flow.units.roots(once)
+    single = (roots == first(roots, dims)).all(dims, keepdim=True)
+    kept = [1 if d in dims else n for d, n in enumerate(labels.shape)]
+    passed = torch.where(single, slices, 0).expand(kept)
     flow.tie(labels, places(passed.shape).expand(labels.shape), passed)
     return Value(passed.reshape(out), tuple(out))
 
@@ -191,7 +264,7 @@ def _layer_norm(flow: Flow, op: Operation, x: Any, normalized_shape: list[int], 
     result = normalised(flow, x, range(len(x.shape) - len(normalized_shape), len(x.shape)))
     for tensor in options[:2]:
         if isinstance(tensor, Value):
-            flow.join(flow.labels(result), flow.labels(tensor))
+            result = combine(flow, torch.Size(x.shape), [result, tensor])
     return first_of(flow, op.out, result)
 
 
@@ -206,6 +279,15 @@ def channel_units(flow: Flow, x: Value, spatial: int) -> Tensor:
     return units
 
 
+def spread(flow: Flow, out: torch.Size, channels: Tensor, bias: Any = None, spatial: int = 0) -> Value:
+    """``channels`` [O], to which a bias is added, at every place of ``out`` [..., O, *spatial]."""
+    if isinstance(bias, Value):
+        flow.join(flow.labels(bias), channels)
+    elif isinstance(bias, Tensor):
+        flow.join(flow.constant(bias), channels)
+    return Value(channels.view(-1, *(1,) * spatial).expand(out), tuple(out))
+
+
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "instance_norm")
 def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
     if flow.is_matrix(x):  # standardised weights: each row by its own mean and deviation
@@ -216,15 +298,15 @@ def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
             if isinstance(tensor, Value):
                 flow.join(flow.labels(tensor), units)
         return first_of(flow, op.out, changed(flow, x))
-    _join_channels(flow, x, options[:4])
-    return first_of(flow, op.out, flow.new(flow.labels(x)))
+    units = _join_channels(flow, x, options[:4])
+    return first_of(flow, op.out, spread(flow, x.shape, units, spatial=len(x.shape) - 2))
 
 
 @rule("group_norm")
 def _group_norm(flow: Flow, op: Operation, x: Any, groups: int, *options: Any) -> Value:
     units = _join_channels(flow, x, options[:2])
     flow.blocks(units.view(groups, -1), (1,))
-    return flow.new(flow.labels(x))
+    return spread(flow, x.shape, units, spatial=len(x.shape) - 2)
 
 
 def _join_channels(flow: Flow, x: Value, tensors: Sequence[Any]) -> Tensor:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Flow, Leaf, Value, places
-from regraft.symmetry.pointwise import channel_units, combine
+from regraft.symmetry.labels import Flow, Leaf, Value, places, thin
+from regraft.symmetry.pointwise import channel_units, combine, spread
 from regraft.symmetry.rules import Operation, each_size, freeze, rule
-from regraft.symmetry.views import view
 
 # ---- an activation with a weight
 
@@ -51,18 +50,9 @@ def planes(flow: Flow, weight: Any, *dims: int) -> list[Tensor | None]:
     return [flow.plane(weight, d) if usable else None for d in dims]
 
 
-def spread(flow: Flow, out: torch.Size, channels: Tensor, bias: Any = None, spatial: int = 0) -> Value:
-    """``channels`` [O], to which a bias is added, at every place of ``out`` [..., O, *spatial]."""
-    if isinstance(bias, Value):
-        flow.join(flow.labels(bias), channels)
-    elif isinstance(bias, Tensor):
-        flow.join(flow.constant(bias), channels)
-    return Value(channels.view(-1, *(1,) * spatial).expand(out), tuple(out))
-
-
 def uniform(flow: Flow, labels: Tensor, dim: int) -> bool:
     """Whether every line along ``dim`` is a single unit that may move, at more than one place."""
-    roots = flow.units.roots(labels)
+    roots = flow.units.roots(thin(labels))
     return labels.shape[dim] > 1 and bool((roots != 0).all() and (roots == roots.narrow(dim, 0, 1)).all())
 
 
@@ -214,14 +204,34 @@ def _matmul(flow: Flow, op: Operation, a: Any, b: Any, *_: Any) -> Value:
     return multiply(flow, op.out, a, b)
 
 
+@rule("mv")
+def _mv(flow: Flow, op: Operation, matrix: Any, x: Any) -> Value:
+    return contract(flow, op.out, x, matrix)
+
+
+@rule("dot", "vdot")
+def _dot(flow: Flow, op: Operation, a: Any, b: Any) -> Any:
+    """Units with units: the sum over all of them does not move."""
+    if not (isinstance(a, Value) and isinstance(b, Value)):
+        return NotImplemented
+    flow.join(flow.labels(a), flow.labels(b))
+    return flow.fixed(op.out)
+
+
+@rule("baddbmm")
+def _baddbmm(flow: Flow, op: Operation, bias: Any, a: Any, b: Any, *_: Any) -> Value:
+    return combine(flow, op.out, [multiply(flow, op.out, a, b), bias])
+
+
 def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
     """a [..., N, K] and b [..., K, M] give [..., N, M], of which one may be a weight, and one a constant."""
     a, b = (flow.fixed(x.shape) if isinstance(x, Tensor) else x for x in (a, b))
     if _is_weight(b):
-        return contract(flow, out, a, b, dims=(0, 1))
+        return contract(flow, out, a, b, dims=(len(b.shape) - 2, len(b.shape) - 1))
     if _is_weight(a) and isinstance(b, Value) and len(b.shape) > 1:
         flipped = torch.Size((*out[:-2], out[-1], out[-2]))
-        return view(_flip, contract(flow, flipped, view(_flip, b), a))
+        dims = (len(a.shape) - 1, len(a.shape) - 2)
+        return contract(flow, flipped, b.moved(_flip), a, dims=dims).moved(_flip)
     if not (isinstance(a, Value) and isinstance(b, Value)) or len(a.shape) < 2 or len(b.shape) < 2:
         return freeze(flow, out, [a, b])
     left, right = flow.labels(a), flow.labels(b)
@@ -263,7 +273,10 @@ def _are_copies(positions: Tensor) -> bool:
 
 
 def _is_weight(x: Any) -> bool:
-    return isinstance(x, Value) and isinstance(x.base, Leaf) and len(x.shape) == 2
+    """Whether it is a matrix of a parameter, perhaps the same for a whole batch."""
+    if not (isinstance(x, Value) and isinstance(x.base, Leaf)) or len(x.shape) < 2:
+        return False
+    return len(x.shape) == 2 or (x.positions is not None and math.prod(thin(x.positions).shape[:-2]) == 1)
 
 
 def _flip(matrix: Tensor) -> Tensor:
@@ -272,7 +285,7 @@ def _flip(matrix: Tensor) -> Tensor:
 
 def _is_one_block(flow: Flow, matrices: Tensor) -> bool:
     """Whether each matrix has one unit at all of its places, or none that moves: attention's weights in a head."""
-    roots = flow.units.roots(matrices)
+    roots = flow.units.roots(thin(matrices))
     return bool((roots == roots[..., :1, :1]).all())
 
 
@@ -290,11 +303,12 @@ def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = No
     if not all(isinstance(x, Value) for x in (q, k, v)):
         return freeze(flow, op.out, [q, k, v, mask])
     if op.arguments.get("enable_gqa"):  # a head of keys and values serves its share of those of queries
-        k, v = (view(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3), x) for x in (k, v))
-    if len({x.shape[:-2] for x in (q, k, v)}) > 1:
-        return freeze(flow, op.out, [q, k, v, mask])
+        k, v = (x.moved(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3)) for x in (k, v))
+    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
+    if any(x.shape[:-2] != batch for x in (q, k, v)):
+        q, k, v = (x.moved(lambda t: t.expand(*batch, *t.shape[-2:])) for x in (q, k, v))
     size = torch.Size((*q.shape[:-1], k.shape[-2]))
-    scores = multiply(flow, size, q, view(_flip, k))
+    scores = multiply(flow, size, q, k.moved(_flip))
     if mask is not None:
         scores = combine(flow, size, [scores, mask])
     return multiply(flow, op.out, scores, v)
@@ -318,13 +332,13 @@ def _einsum(flow: Flow, op: Operation, equation: str, operands: Sequence[Any], *
     def matrix(x: Value, name: str, *parts: list[str]) -> Value:
         shape = [length[i] for i in batch] + [math.prod(length[i] for i in part) for part in parts]
         order = [name.index(i) for part in (batch, *parts) for i in part]
-        return view(lambda t: t.permute(order).reshape(shape), x)
+        return x.moved(lambda t: t.permute(order).reshape(shape))
 
     left, right = matrix(operands[0], a, rows, summed), matrix(operands[1], b, summed, columns)
     product = multiply(flow, torch.Size((*left.shape[:-1], right.shape[-1])), left, right)
     order = [*batch, *rows, *columns]
     lengths, axes = [length[i] for i in order], [order.index(i) for i in result]
-    return view(lambda t: t.reshape(lengths).permute(axes), product)
+    return product.moved(lambda t: t.reshape(lengths).permute(axes))
 
 
 def _is_matrix_product(names: Sequence[str], result: str) -> bool:

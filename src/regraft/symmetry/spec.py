@@ -45,13 +45,24 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from msgspec import Meta, Struct
 from torch import Tensor, nn
 
 from regraft.files import parse_json, read_json, write_text
+from regraft.symmetry.axes import (
+    Axis,
+    Segment,
+    check_axis,
+    fixed_length,
+    groups_of,
+    is_simple,
+    parse_axis,
+    plain_axis,
+    positions_of,
+)
 from regraft.symmetry.blocks import check_blocks, check_inside, families, outermost_first, random_inside
 from regraft.tensors import Perm, Tensors
 from regraft_kernels import Packing, permute
@@ -59,24 +70,6 @@ from regraft_kernels import Packing, permute
 if TYPE_CHECKING:
     from rich.table import Table
 
-
-class Segment(NamedTuple):
-    """``count`` consecutive units of ``group`` from ``start``, each standing ``repeat`` times in a row.
-
-    ``group`` None: ``count * repeat`` positions that no permutation moves.
-    """
-
-    group: str | None
-    start: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing asks for
-    repeat: int = 1
-
-    @property
-    def length(self) -> int:
-        return self.count * self.repeat
-
-
-Axis = tuple[Segment, ...]
 
 SHOWN = 12
 """How many weights of which an axis stays are named in print."""
@@ -120,7 +113,7 @@ class PermutationSpec:
             raise ValueError(f"the optional tensor {min(unknown)!r} is not in the specification")
         for name, axes in self.axes.items():
             for a, axis in enumerate(axes):
-                _check_axis(self.groups, f"axis {a} of tensor {name!r}", axis)
+                check_axis(self.groups, f"axis {a} of tensor {name!r}", axis)
 
     # ---- construction and storage
 
@@ -138,7 +131,7 @@ class PermutationSpec:
             sizes,
             {
                 name: tuple(
-                    _parse_axis(sizes, f"axis {a} of tensor {name!r}", axis) for a, axis in enumerate(row)
+                    parse_axis(sizes, f"axis {a} of tensor {name!r}", axis) for a, axis in enumerate(row)
                 )
                 for name, row in axes.items()
             },
@@ -159,7 +152,7 @@ class PermutationSpec:
     def to_json(self) -> str:
         """One line per tensor; :meth:`from_json` gives an equal specification back."""
         rows = ",\n".join(
-            f"    {json.dumps(name)}: {json.dumps([_plain_axis(self.groups, axis) for axis in axes])}"
+            f"    {json.dumps(name)}: {json.dumps([plain_axis(self.groups, axis) for axis in axes])}"
             for name, axes in self.axes.items()
         )
         body = f'"groups": {json.dumps(self.groups)},\n  "axes": {{\n{rows}\n  }}'
@@ -263,7 +256,7 @@ class PermutationSpec:
 
     @cached_property
     def _positions(self) -> dict[Axis, dict[str, Tensor]]:
-        return {axis: _positions(axis) for axes in self.axes.values() for axis in axes if groups_of(axis)}
+        return {axis: positions_of(axis) for axes in self.axes.values() for axis in axes if groups_of(axis)}
 
     def tensors_of(self, group: str) -> tuple[tuple[str, int], ...]:
         """The (tensor, axis) pairs that the group moves, in the order of the specification."""
@@ -284,7 +277,7 @@ class PermutationSpec:
         groups = groups_of(axis)
         if not groups:
             return None
-        if _is_simple(self.groups, axis):
+        if is_simple(self.groups, axis):
             return perm[axis[0].group]
         index = torch.arange(sum(segment.length for segment in axis), device=perm[groups[0]].device)
         for group, positions in self._positions[axis].items():
@@ -301,7 +294,7 @@ class PermutationSpec:
         for name, axes in self.axes.items():
             for a, axis in enumerate(axes):
                 if axis not in slots and groups_of(axis):
-                    slots[axis] = axis[0].group if _is_simple(self.groups, axis) else f"{name}:{a}"
+                    slots[axis] = axis[0].group if is_simple(self.groups, axis) else f"{name}:{a}"
         return slots
 
     @cached_property
@@ -357,7 +350,7 @@ class PermutationSpec:
         entries, of which the first two axes both may; what is optional is not counted."""
         counted = [name for name in self.axes if name not in self.optional]
         sizes = {name: math.prod(self.shapes[name]) for name in counted}
-        fixed = {name: math.prod(map(_fixed_length, self.axes[name])) for name in counted}
+        fixed = {name: math.prod(map(fixed_length, self.axes[name])) for name in counted}
         weights = [name for name in counted if len(self.axes[name]) > 1]
         both = sum(sizes[name] for name in weights if not self.staying_axes(name))
         return (
@@ -463,94 +456,9 @@ def parameters_moved(spec: PermutationSpec, model: nn.Module) -> float:
     return sum(moved[name] for name in sizes) / max(sum(sizes.values()), 1)
 
 
-# ---- axes
-
-
-def groups_of(axis: Axis) -> list[str]:
-    """The groups that move along an axis, in order of appearance."""
-    return list(dict.fromkeys(s.group for s in axis if s.group is not None))
-
-
-def _is_simple(groups: Mapping[str, int], axis: Axis) -> bool:
-    """The whole group, once, in order."""
-    return len(axis) == 1 and axis[0].group is not None and axis[0][1:] == (0, groups[axis[0].group], 1)
-
-
-def _positions(axis: Axis) -> dict[str, Tensor]:
-    """group -> int64 [units, multiplicity], the places of each unit in rising order."""
-    units: dict[str, list[Tensor]] = {}
-    places: dict[str, list[Tensor]] = {}
-    offset = 0
-    for group, start, count, repeat in axis:
-        if group is not None:
-            units.setdefault(group, []).append(torch.arange(start, start + count).repeat_interleave(repeat))
-            places.setdefault(group, []).append(torch.arange(offset, offset + count * repeat))
-        offset += count * repeat
-    result = {}
-    for group, held in units.items():
-        unit = torch.cat(held)
-        size = int(unit.max()) + 1
-        result[group] = torch.cat(places[group])[unit.argsort(stable=True)].view(size, -1)
-    return result
-
-
-def _fixed_length(axis: Axis) -> int:
-    return sum(segment.length for segment in axis if segment.group is None)
-
-
 def _staying(index: Tensor | None, length: int) -> int:
     """How many positions of an axis keep what they hold."""
     return length if index is None else int((index.cpu() == torch.arange(length)).sum())
-
-
-def _check_axis(groups: Mapping[str, int], where: str, axis: Axis) -> None:
-    held: dict[str, Tensor] = {}
-    for group, start, count, repeat in axis:
-        if start < 0 or count < 0 or repeat < 1:
-            raise ValueError(f"{where}: the segment {(group, start, count, repeat)} is malformed")
-        if group is None:
-            continue
-        if group not in groups:
-            raise ValueError(f"{where}: there is no group {group!r}")
-        if start + count > groups[group]:
-            raise ValueError(f"{where}: group {group!r} has {groups[group]} units, not {start + count}")
-        times = held.setdefault(group, torch.zeros(groups[group], dtype=torch.int64))
-        times[start : start + count] += repeat
-    for group, times in held.items():
-        if times.min() != times.max():
-            raise ValueError(f"{where}: not every unit of group {group!r} occurs, or not each equally often")
-
-
-def _parse_axis(groups: Mapping[str, int], where: str, axis: Any) -> Axis:
-    if isinstance(axis, bool):
-        raise ValueError(f"{where}: expected a length, a group or a list of segments, found {axis!r}")
-    if isinstance(axis, int):
-        return (Segment(None, 0, axis),)
-    if isinstance(axis, str):
-        if axis not in groups:
-            raise ValueError(f"{where}: there is no group {axis!r}")
-        return (Segment(axis, 0, groups[axis]),)
-    try:
-        segments = tuple(Segment(*segment) for segment in axis)
-    except TypeError:
-        segments = ()
-    well_typed = all(
-        (s.group is None or isinstance(s.group, str)) and all(type(number) is int for number in s[1:])
-        for s in segments
-    )
-    if not segments or not well_typed:
-        raise ValueError(
-            f"{where}: expected a length, a group or a list of segments [group, start, count, repeat], found {axis!r}"
-        )
-    return segments
-
-
-def _plain_axis(groups: Mapping[str, int], axis: Axis) -> Any:
-    if _is_simple(groups, axis):
-        return axis[0].group
-    if len(axis) == 1 and axis[0] == Segment(None, 0, axis[0].count):
-        return axis[0].count
-    return [list(segment) for segment in axis]
 
 
 def _stack_size(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> int | None:

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from regraft.symmetry import products  # noqa: F401 (its rules register themselves)
 from regraft.symmetry.calls import Call, Caller, Forward, Output, cause, check_placed, ready, shadow
+from regraft.symmetry.choices import chosen
 from regraft.symmetry.groups import specify
-from regraft.symmetry.labels import Flow, Leaf, Value
+from regraft.symmetry.labels import Choice, Flow, Leaf, Value
 from regraft.symmetry.pointwise import UNARY, pointwise
 from regraft.symmetry.rules import RULES, Operation, freeze, operator_name
 from regraft.symmetry.spec import PermutationSpec, Segment
@@ -194,18 +195,21 @@ def run(programs: Sequence[Exported], model: nn.Module) -> tuple[Flow, dict[int,
     }
     for program, counts in programs:
         held = {**program.constants, **_held(model)}
-        values = _placed(flow, program, leaves, held)
-        for node in program.graph.nodes:
-            if node.op == "call_function":
-                flow.module = _module(node)
-                flow.wanted = {user.args[1] for user in node.users if user.target is operator.getitem}
-                values[node] = pass_through(flow, node, values)
-            elif node.op == "get_attr":
-                values[node] = getattr(program.graph_module, node.target)
-            elif node.op == "output":
-                results = map_arg(node.args[0], values.__getitem__)
-                _finish(flow, program, results, counts, lambda name: leaves.get(id(held.get(name))))  # noqa: B023
+        results = walk(flow, program.graph_module, _placed(flow, program, leaves, held))
+        _finish(flow, program, results, counts, lambda name: leaves.get(id(held.get(name))))  # noqa: B023
     return flow, leaves
+
+
+def walk(flow: Flow, module: GraphModule, values: dict[Node, Any]) -> Any:
+    """What comes out of a graph; ``values``: what goes in, at its placeholders."""
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            flow.module = _module(node)
+            flow.wanted = {user.args[1] for user in node.users if user.target is operator.getitem}
+            values[node] = pass_through(flow, node, values)
+        elif node.op == "get_attr":
+            values[node] = getattr(module, node.target)
+    return map_arg(module.graph.output_node().args[0], values.__getitem__)
 
 
 def _module(node: Node) -> str:
@@ -246,12 +250,18 @@ def _finish(
         is_output = spec.kind is OutputKind.USER_OUTPUT
         outputs += is_output
         leaf = leaf_of(spec.target)
+        if not (is_output and outputs > counts):
+            result = settled(flow, result)
         if not isinstance(result, Value) or (is_output and outputs > counts):
             continue
         if leaf is None or tuple(leaf.shape) != result.shape:
             flow.freeze(result)
         else:
             flow.join(flow.labels(result), flow.scalars(leaf))
+
+
+REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+"""Parts of a graph that are computed at another precision, or without gradients: they are walked like the rest."""
 
 
 def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
@@ -262,10 +272,22 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
         return args[0][args[1]]
     given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
     out = pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else None, node.meta.get("val"))
+    if str(target) in REGIONS:
+        part = next(i for i, x in enumerate(args) if isinstance(x, GraphModule))
+        inputs = args[part].graph.find_nodes(op="placeholder")
+        return walk(flow, args[part], dict(zip(inputs, args[part + 1 :], strict=True)))
     if not isinstance(target, OpOverload):
+        for x in pytree.tree_leaves((args, kwargs)):
+            settled(flow, x)
         return unknown(flow, str(target), given, out)
     if "device" in kwargs:
         kwargs = {**kwargs, "device": "cpu"}
+    if any(isinstance(x, Choice) for x in pytree.tree_leaves((args, kwargs))):
+        result = _choices(flow, Operation.bind(target, args, kwargs, out))
+        if result is not NotImplemented:
+            return result
+        args, kwargs = pytree.tree_map(lambda x: settled(flow, x), (args, kwargs))
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
     if not given and torch.Tag.nondeterministic_seeded not in target.tags:
         return target(*args, **kwargs)
     if not target._schema.returns:  # an assertion
@@ -279,6 +301,25 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     for same in _written(node):
         values[same] = result
     return result
+
+
+def _choices(flow: Flow, operation: Operation) -> Any:
+    """What moves with the units that were chosen; else NotImplemented, and those that were may not move."""
+    flow.operator = str(operation.target)
+    mutable = operation.target._schema.is_mutable or not operation.target._schema.returns
+    result = NotImplemented if mutable else chosen(flow, operation)
+    if result is NotImplemented and operation.target._schema.returns:
+        lines = [flow.new(x.line) for x in operation.leaves if isinstance(x, Choice)]
+        freeze(flow, [], lines, " of what was chosen")
+    return result
+
+
+def settled(flow: Flow, x: Any) -> Any:
+    """A choice among units that do not move is a value like any other."""
+    if not isinstance(x, Choice):
+        return x
+    flow.freeze(x.line)
+    return flow.fixed(x.shape)
 
 
 def operate(flow: Flow, operation: Operation) -> Any:

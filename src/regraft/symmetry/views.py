@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from regraft.symmetry.labels import Flow, Value, places
+from regraft.symmetry.labels import Flow, Leaf, Value, places
 from regraft.symmetry.rules import Operation, rule, words
 
 ALIASES = words("alias clone contiguous detach lift lift_fresh lift_fresh_copy positive")
@@ -28,14 +27,6 @@ VIEWS = words(
 
 LIKE = words("expand_as view_as reshape_as")
 """Of whose second tensor only the shape matters."""
-
-
-def view(function: Callable[[Tensor], Any], value: Value) -> Any:
-    """Runs a shape operator on the positions of a value (where 0 stands for a constant)."""
-    moved = function(value.places() + 1)
-    return pytree.tree_map(
-        lambda p: Value(value.base, tuple(p.shape), p.to(torch.int32) - 1, value.fill), moved
-    )
 
 
 @rule(*ALIASES)
@@ -56,7 +47,7 @@ def _view(flow: Flow, op: Operation, x: Any, *rest: Any) -> Any:
         return op.run([held, *map(_blank, rest)])
 
     with contextlib.suppress(RuntimeError, TypeError):  # such as a view as another type
-        return view(on_places, x)
+        return x.moved(on_places)
     return NotImplemented
 
 
@@ -66,6 +57,9 @@ def _looked_up(flow: Flow, op: Operation, x: Value, indices: Any) -> Any:
         return NotImplemented
     if any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices):
         return NotImplemented
+    if len(indices) == 1 and is_table(x):
+        flow.freeze(flow.axis(x.base, 0))
+        return slices_of(flow, op.out, x.base)
     labels = flow.labels(x)
     if flow.is_fixed(labels):
         return flow.fixed(op.out)
@@ -77,6 +71,21 @@ def _looked_up(flow: Flow, op: Operation, x: Value, indices: Any) -> Any:
     blank = [torch.zeros(i.shape, dtype=torch.int64) if isinstance(i, Value) else i for i in indices]
     positions = op.run([places(first.shape).expand(labels.shape), blank])
     return Value(first, tuple(positions.shape), positions) if positions.shape == op.out else NotImplemented
+
+
+def is_table(x: Any) -> bool:
+    """Whether it is all of a parameter of several axes that nothing has used element by element."""
+    leaf = x.base if isinstance(x, Value) else None
+    whole = isinstance(leaf, Leaf) and x.positions is None and x.shape == leaf.shape
+    return whole and len(leaf.shape) > 1 and leaf.scalars is None
+
+
+def slices_of(flow: Flow, out: torch.Size, leaf: Leaf) -> Value:
+    """Some slices along a parameter's first axis, [..., *slice]: each has the parameter's other axes."""
+    part = Leaf(leaf.name, leaf.shape[1:], learned=leaf.learned)
+    part.axes = [flow.axis(leaf, a) for a in range(1, len(leaf.shape))]
+    flow.derived.append(part)
+    return Value(part, tuple(out), places(part.shape).expand(out), changed=True)
 
 
 @rule(
@@ -94,7 +103,7 @@ def _blank(x: Any) -> Any:
 @rule("copy")
 def _copy(flow: Flow, op: Operation, x: Any, source: Any, *_: Any) -> Any:
     if isinstance(source, Value):
-        return view(lambda held: held.expand(op.out), source)
+        return source.moved(lambda held: held.expand(op.out))
     return source.expand(op.out)
 
 
@@ -104,8 +113,8 @@ def _pad(flow: Flow, op: Operation, x: Value, pad: list[int], *options: Any) -> 
     fill = float(options[-1] or 0.0) if options else 0.0
     if x.positions is not None and fill != x.fill and (x.positions < 0).any():
         x = flow.new(flow.labels(x))
-    constant = {"value": 0.0} if mode == "constant" else {}
-    padded = view(lambda p: torch.nn.functional.pad(p, pad, mode=mode, **constant), x)
+    constant = {"value": -1.0} if mode == "constant" else {}
+    padded = x.moved(lambda p: torch.nn.functional.pad(p, pad, mode=mode, **constant))
     return replace(padded, fill=fill)
 
 

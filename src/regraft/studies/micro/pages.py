@@ -50,8 +50,19 @@ SUMMARY = (
 
 
 def phase(name: str) -> Callable[[Group], str]:
-    """A cell: the wall seconds of one phase."""
-    return lambda group: mean([row.cost[name].wall for row in group.rows if name in row.cost], "{:.1f}")
+    """A cell: the CPU seconds of one phase, the wall clock's where a row has none."""
+
+    def cell(group: Group) -> str:
+        return mean(
+            [row.cost[name].cpu or row.cost[name].wall for row in group.rows if name in row.cost], "{:.1f}"
+        )
+
+    return cell
+
+
+def told(group: Group) -> str:
+    """A cell: what the tracer warned of."""
+    return "; ".join(text for row in group.rows for text in row.notes.get("warnings", [])) or "–"
 
 
 MODELS = (
@@ -63,6 +74,8 @@ MODELS = (
     Column("parameters", value("parameters", "{:.0f}")),
     Column("trace, s", phase("trace")),
     Column("verify, s", phase("verify")),
+    Column("check, s", phase("check")),
+    Column("what stays, and why", told),
 )
 COMPILED = (
     *(
@@ -109,20 +122,19 @@ GPU = (
 
 
 def of_models(rows: Rows) -> Iterator[Sheet]:
-    """What was proved of each model, and of all in one line; what was frozen, and why."""
+    """What was proved of each model, and of all in one line."""
     for sheet in by_method(MODELS)(rows):
         rows_here = [row for row in rows if row.scenario == sheet.title]
         proved = [row for row in rows_here if not row.failure]
         worst = max((row.values["error"] or 0.0 for row in proved), default=0.0)
-        spent = sum(row.total.wall for row in proved)
+        spent = sum(c.cpu or c.wall for row in proved for c in row.cost.values())
         memory = max((row.values.get("peak_memory [bytes]") or 0.0 for row in proved), default=0.0)
-        told = [f"{row.method}: {text}" for row in rows_here for text in row.notes.get("warnings", [])]
         line = f"{len(proved)} of {len(rows_here)} models proved, largest error {worst:.1e}, {spent:.0f} s in all, "
         yield Sheet(
             sheet.title,
             sheet.heading,
             sheet.lines,
-            (f"{line}{memory / 2**30:.1f} GiB of memory at most", *told, *sheet.notes),
+            (f"{line}{memory / 2**30:.1f} GiB of memory at most", *sheet.notes),
         )
 
 

@@ -113,7 +113,9 @@ def loaded_error(
     """The relative error of a model that loads another's permuted state dictionary, in float64; and, as a control, of
     one that loads it with the largest tensor that moves left as it was."""
     generator = torch.Generator().manual_seed(1)
-    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    inputs = pytree.tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
+    )
     model = build().double()
     perturb_(model, inputs, generator)
     with in_double():

@@ -130,7 +130,7 @@ def _from_torchvision(name: str) -> tuple[nn.Module, Inputs]:
 def _from_timm(name: str) -> tuple[nn.Module, Inputs]:
     import timm
 
-    model = timm.create_model(name)
+    model = timm.create_model(name, num_classes=1000)  # some have no head of their own, others 21,841 classes
     return model, _images(64 if name in SMALL else model.default_cfg["input_size"][-1])
 
 
