@@ -32,7 +32,9 @@ def test_a_side_that_cannot_run_says_why(tmp_path):
     side = copy(tmp_path / "a")
     (side / PACKAGES[0] / "cli.py").write_text("raise ImportError('no such thing')\n")
     with pytest.raises(RuntimeError, match="'before' could not be measured: ImportError: no such thing"):
-        by_turns(side, side, ["--scenario", "digits-mlp", "--method", "naive"], tmp_path / "rows", Limits(0.1))
+        by_turns(
+            side, side, ["--scenario", "digits-mlp", "--method", "naive"], tmp_path / "rows", Limits(0.1)
+        )
 
 
 def test_turns_go_on_while_something_looks_slower_without_evidence():
