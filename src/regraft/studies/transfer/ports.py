@@ -24,7 +24,7 @@ from regraft.data import Split, draw_per_class
 from regraft.evaluation import accuracy, call, evaluating, gradients, loss_and_accuracy, reset_batchnorm
 from regraft.heads import find_head
 from regraft.matching import match
-from regraft.studies.study import Measured, Method, Series
+from regraft.studies.study import Measured, Method, Series, told_by
 from regraft.studies.transfer.methods import delta_ratio
 from regraft.studies.transfer.setting import Settings, TransferSetting
 from regraft.symmetry import apply
@@ -279,22 +279,35 @@ def judges(setting: TransferSetting) -> list[Batch]:
 
 
 def _port(name: str, port: Port) -> Method:
-    return Method(name, partial(over_images, port))
-
-
-def _vector(name: str, find: Find, keep: Keep) -> Method:
-    return _port(name, partial(task_vector, find, keep))
+    return Method(name, partial(over_images, port), about=told_by(port))
 
 
 MAJORITY, MEAN = partial(agreeing, gradfix.majority), partial(agreeing, gradients)
+WORDS = {
+    identity: "The bases' units as they are",
+    by_weights: "The bases' units matched by weights",
+    by_fgmt: "The bases' units matched by gradients on the few images, from the base to the fine-tune",
+    nothing: "the head alone is moved",
+    all_of_it: "the head and the whole change of the other layers are moved",
+    MAJORITY: "the head is moved, and what most of the few images' gradients agree with in sign",
+    MEAN: "the head is moved, and what the few images' mean gradient agrees with in sign",
+}
+
+
+def _vector(name: str, find: Find, keep: Keep) -> Method:
+    run = partial(over_images, partial(task_vector, find, keep))
+    return Method(name, run, about=f"{WORDS[find]}; {WORDS[keep]}.")
 
 
 def methods(rates: tuple[float, ...]) -> tuple[Method, ...]:
     """All of them; ``rates``: of few-shot fine-tuning, which is reported at its best one."""
-    tried = tuple(Method("few-shot", partial(over_images, partial(few_shot, lr)), {"lr": lr}) for lr in rates)
+    tried = tuple(
+        Method("few-shot", partial(over_images, partial(few_shot, lr)), {"lr": lr}, about=told_by(few_shot))
+        for lr in rates
+    )
     return (
-        Method("own base", partial(whole, "tuned", base)),
-        Method("all images", partial(whole, "plain", new_base)),
+        Method("own base", partial(whole, "tuned", base), about="The fine-tune on its own base: a bound."),
+        Method("all images", partial(whole, "plain", new_base), about=told_by(whole)),
         _port("probe", probe),
         replace(tried[0], config={}, candidates=tried),
         _vector("head alone", identity, nothing),
