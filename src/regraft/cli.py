@@ -269,7 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=words,
         )
     except KeyboardInterrupt:
-        print("regraft: interrupted; finished rows are kept, and --resume goes on from them", file=sys.stderr)
+        print(
+            "regraft: interrupted; what is written is whole, and bench --resume goes on from finished rows",
+            file=sys.stderr,
+        )
         return 130
     except ValueError as problem:
         print(f"regraft: {problem}", file=sys.stderr)
