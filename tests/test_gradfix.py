@@ -97,6 +97,22 @@ def test_images_that_disagree_evenly_keep_nothing():
     assert torch.equal(moved["1.weight"], base["1.weight"])
 
 
+def test_inputs_by_name_vote_as_images_do():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, pixels: torch.Tensor, scale: torch.Tensor) -> dict:
+            return {"logits": self.layer(pixels * scale)}
+
+    model, pixels, labels = Named(), drawn(1, 5, 4), torch.arange(5) % 2
+    named = [{"pixels": pixels, "scale": torch.tensor(2.0), "labels": labels}]
+    plain = gradfix.majority(model.layer, state(model.layer), [(2 * pixels, labels)])
+    votes = gradfix.majority(model, state(model), named)
+    assert all(torch.equal(votes[f"layer.{name}"], plain[name]) for name in plain)
+
+
 def test_a_small_step_lowers_the_loss():
     model, base, tau, batches = made("mlp")
     before = loss_and_accuracy(model, base, batches)[0]

@@ -265,11 +265,16 @@ def test_a_new_method_is_one_function(monkeypatch):
         perm = problem.spec.random(problem.generator)
         return ((t, perm) for t in range(1, problem.path.steps + 1))
 
-    monkeypatch.setitem(METHODS, "shuffled", shuffled)
+    monkeypatch.setitem(METHODS, "mine", shuffled)
     model, spec, path, target = setting()
-    found = regraft.transfer(
-        model, path, target, sample(3, 1), "shuffled", spec=spec, generator=torch.Generator().manual_seed(7)
+    named, found = (
+        regraft.transfer(
+            model, path, target, sample(3, 1), method, spec=spec, generator=torch.Generator().manual_seed(7)
+        )
+        for method in ("mine", shuffled)
     )
+    assert (named.method, found.method) == ("mine", "shuffled")
+    close(named.params, found.params)
     expected = spec.random(torch.Generator().manual_seed(7))
     assert all(torch.equal(found.perm[g], expected[g]) for g in spec.groups)
 

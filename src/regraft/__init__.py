@@ -25,9 +25,12 @@ _PUBLIC = {
     "Transfer": "learning_transfer",
     "fuse": "fusion",
     "assign_gradient": "fusion",
+    "port": "porting",
+    "match_checkpoints": "porting",
+    "fuse_checkpoints": "porting",
 }
 
-_MODULES = ("activations", "fast", "fusion", "gradfix", "grids")
+_MODULES = ("activations", "fast", "fusion", "gradfix", "grids", "porting")
 
 __all__ = [
     "Match",
@@ -40,11 +43,15 @@ __all__ = [
     "assign_gradient",
     "fast",
     "fuse",
+    "fuse_checkpoints",
     "fusion",
     "gradfix",
     "grids",
     "inverse",
     "match",
+    "match_checkpoints",
+    "port",
+    "porting",
     "trace",
     "transfer",
     "verify",
@@ -52,11 +59,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from regraft import activations, fast, fusion, gradfix, grids
+    from regraft import activations, fast, fusion, gradfix, grids, porting
     from regraft.forward import with_output
     from regraft.fusion import assign_gradient, fuse
     from regraft.learning_transfer import Transfer, transfer
     from regraft.matching import Match, match
+    from regraft.porting import fuse_checkpoints, match_checkpoints, port
     from regraft.symmetry import PermutationSpec, apply, inverse, trace, verify
     from regraft.trajectory import Trajectory
 

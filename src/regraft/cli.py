@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
 Names = UseAppendAction[tuple[str, ...]]
+Engine = Literal["local", "ray", "slurm"]
 
 
 def bench(
@@ -26,6 +28,7 @@ def bench(
     keep_older: bool = False,
     deterministic: bool = False,
     rows_only: bool = False,
+    engine: Engine = "local",
 ) -> int:
     """Measure every method beside plain training, and the kernels beside what one would write by hand.
 
@@ -42,6 +45,7 @@ def bench(
         keep_older: the same, and take rows of any code.
         deterministic: only algorithms that give the same bits in every run.
         rows_only: no summary, no page.
+        engine: who measures the rows: this process, the workers of a Ray cluster, or jobs of SLURM.
     """
     from rich.console import Console
 
@@ -55,6 +59,7 @@ def bench(
         front.deterministic()
     place = Place(data, device=device) if cache is None else Place(data, cache, device)
     asked = {"results": results, "seeds": seeds, "resume": resume, "keep_older": keep_older}
+    asked |= {"engine": engine}
     rows: dict[str, list] = {}
     for chosen in front.choose(study, scenario, method):
         try:
@@ -86,6 +91,7 @@ def reproduce(
     cache: Path = Path(".cache/regraft"),
     keep_older: bool = False,
     deterministic: bool = False,
+    engine: Engine = "local",
 ) -> int:
     """Run a paper's tables and figures again, ours beside the paper's; what has its rows already is not run again.
 
@@ -101,6 +107,7 @@ def reproduce(
         cache: folder in which trainings are kept, so that an interrupted one goes on.
         keep_older: take rows of any code, not of this one alone.
         deterministic: only algorithms that give the same bits in every run.
+        engine: who measures the rows: this process, the workers of a Ray cluster, or jobs of SLURM.
     """
     from regraft import front
     from regraft.studies.study import Place
@@ -116,6 +123,7 @@ def reproduce(
         results=results,
         seeds=seeds,
         keep_older=keep_older,
+        engine=engine,
     )
 
 
@@ -225,18 +233,159 @@ def history(*, results: Path = Path("results/local"), json: bool = False) -> int
     return front.over_time(front.every(results), as_json=json)
 
 
-def symmetry(model: Positional[str], /, *, shape: tuple[int, ...] | None = None) -> int:
+def symmetry(
+    model: Positional[str], /, *, shape: tuple[int, ...] | None = None, save: Path | None = None
+) -> int:
     """Print a model's permutation groups, and prove them by random permutations.
 
     Args:
         model: a classification model of torchvision, timm/NAME, hf/FOLDER (with a config.json of transformers), or
             module:factory, something importable without arguments.
         shape: of one input, batch first; the model's usual one if not given.
+        save: a file for the proven groups, which `port`, `match` and `fuse` take as --spec.
     """
     from regraft.symmetry.describe import describe
 
-    describe(model, shape)
+    spec = describe(model, shape)
+    if save is not None:
+        spec.save(save)
     return 0
+
+
+def port(
+    base: Positional[Path],
+    tuned: Positional[Path],
+    new_base: Positional[Path],
+    /,
+    *,
+    out: Path = Path("ported"),
+    model: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    spec: Path | None = None,
+    data: str | None = None,
+    method: str = "fgmt",
+    steps: int = 30,
+    max_memory: str | None = None,
+    device: str = "cpu",
+    deterministic: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> int:
+    """Bring a fine-tune onto a new base: BASE, what was fine-tuned from it, NEW_BASE -> a new checkpoint.
+
+    Args:
+        base: a checkpoint: safetensors (a file, an index, a folder), or a PyTorch file that holds tensors alone.
+        tuned: the fine-tune of BASE.
+        new_base: what it is to follow.
+        out: a folder that is not there yet, for shards, index and README.md.
+        model: as `regraft symmetry` takes it.
+        shape: of one input, batch first; the model's usual one if not given.
+        spec: proven groups (`regraft symmetry MODEL --save FILE`), so that what streams needs no model.
+        data: a folder {train,test or val}/CLASS/IMAGE, or module:function that gives batches.
+        method: weights, naive; or fgmt, gradfix, fgmt+gradfix, weights+gradfix, which need data and memory.
+        steps: of the path of fgmt.
+        max_memory: such as 8GB; what the machine has if not given.
+        device: where to compute, such as cpu or cuda.
+        deterministic: only algorithms that give the same bits in every run.
+        resume: go on from what an interrupted run has finished.
+        dry_run: check everything, and print what would be done.
+        json: print the result as JSON, for machines.
+    """
+    from regraft import front
+
+    if deterministic:
+        front.deterministic()
+    asked = {"inputs": shape, "spec": spec, "data": data, "max_memory": max_memory, "device": device}
+    asked |= {"model": model, "method": method, "steps": steps}
+    files = (base, tuned, new_base)
+    if dry_run:
+        return front.planned(files, out, asked, as_json=json)
+    return front.ported(files, out, asked, resume=resume, as_json=json)
+
+
+def match(
+    a: Positional[Path],
+    b: Positional[Path],
+    /,
+    *,
+    out: Path = Path("aligned"),
+    model: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    spec: Path | None = None,
+    data: str | None = None,
+    max_memory: str | None = None,
+    device: str = "cpu",
+    deterministic: bool = False,
+    resume: bool = False,
+    json: bool = False,
+) -> int:
+    """Write B with its units in the order of A's: the same function; with data, the loss barrier between the two.
+
+    Args:
+        a: a checkpoint, as `port` takes it.
+        b: another of the same architecture.
+        out: a folder that is not there yet, for shards, index and README.md.
+        model: as `regraft symmetry` takes it.
+        shape: of one input, batch first; the model's usual one if not given.
+        spec: proven groups (`regraft symmetry MODEL --save FILE`), in place of the model.
+        data: as `port` takes it.
+        max_memory: such as 8GB; what the machine has if not given.
+        device: where to compute, such as cpu or cuda.
+        deterministic: only algorithms that give the same bits in every run.
+        resume: go on from what an interrupted run has finished.
+        json: print the result as JSON, for machines.
+    """
+    from regraft import front
+
+    if deterministic:
+        front.deterministic()
+    known = {"model": model, "inputs": shape, "spec": spec, "data": data}
+    known |= {"max_memory": max_memory, "device": device}
+    return front.aligned(a, b, out, known, resume=resume, as_json=json)
+
+
+def fuse(
+    networks: Positional[tuple[Path, ...]],
+    /,
+    *,
+    weights: tuple[float, ...],
+    out: Path = Path("fused"),
+    align: bool = False,
+    model: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    spec: Path | None = None,
+    data: str | None = None,
+    max_memory: str | None = None,
+    device: str = "cpu",
+    deterministic: bool = False,
+    resume: bool = False,
+    json: bool = False,
+) -> int:
+    """Write a weighted sum of networks; with --align each is first brought onto the first.
+
+    Args:
+        networks: checkpoints of one architecture, as `port` takes them.
+        weights: one number a network.
+        out: a folder that is not there yet, for shards, index and README.md.
+        align: match the units of each network with the first's; needs a model, or a proven specification.
+        model: as `regraft symmetry` takes it.
+        shape: of one input, batch first; the model's usual one if not given.
+        spec: proven groups (`regraft symmetry MODEL --save FILE`), in place of the model.
+        data: as `port` takes it; accuracies are measured on it.
+        max_memory: such as 8GB; what the machine has if not given.
+        device: where to compute, such as cpu or cuda.
+        deterministic: only algorithms that give the same bits in every run.
+        resume: go on from what an interrupted run has finished.
+        json: print the result as JSON, for machines.
+    """
+    from regraft import front
+
+    if deterministic:
+        front.deterministic()
+    known = {"model": model, "inputs": shape, "spec": spec, "data": data}
+    known |= {"max_memory": max_memory, "device": device}
+    return front.fused(networks, weights, out, known, align=align, resume=resume, as_json=json)
 
 
 VERBS: dict[str, Callable[..., int]] = {
@@ -247,15 +396,19 @@ VERBS: dict[str, Callable[..., int]] = {
     "against": against,
     "history": history,
     "symmetry": symmetry,
+    "port": port,
+    "match": match,
+    "fuse": fuse,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. What was asked for wrongly is one line on stderr and exit status 2; a missing or unreadable file 1.
+    """Run one verb. What was asked for wrongly is one line on stderr and exit status 2; a missing or bad file 1.
 
     An interruption ends with status 130 and says how to go on. Errors of the program itself are not hidden.
     """
     from regraft import __version__
+    from regraft.files import BadFile
 
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words == ["--version"]:
@@ -269,11 +422,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=words,
         )
     except KeyboardInterrupt:
-        print(
-            "regraft: interrupted; what is written is whole, and bench --resume goes on from finished rows",
-            file=sys.stderr,
-        )
+        print("regraft: interrupted; what is finished is kept, and --resume goes on from it", file=sys.stderr)
         return 130
+    except BadFile as problem:
+        print(f"regraft: {problem}", file=sys.stderr)
+        return 1
     except ValueError as problem:
         print(f"regraft: {problem}", file=sys.stderr)
         return 2

@@ -27,6 +27,10 @@ LARGEST_JSON = 1 << 30
 """Bytes: nothing that is read as JSON comes near it."""
 
 
+class BadFile(ValueError):
+    """What a file holds is damaged, or does not fit what is to be done with it."""
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -106,6 +110,15 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Inside, no other process is inside for this file, which is made empty and stays; one that comes waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 # ---------------------------------------------------------------- reading

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,6 +16,8 @@ from regraft.data import MissingData
 from regraft.files import write_text
 from regraft.studies import STUDIES, compare, history, nearest, study, turns
 from regraft.studies.compare import Change
+from regraft.studies.engines import ENGINES
+from regraft.studies.engines import deterministic as deterministic
 from regraft.studies.page import page
 from regraft.studies.render import ROWS, Figure, Table, for_papers, report, stored, summary
 from regraft.studies.rows import Row, read
@@ -23,20 +26,6 @@ from regraft.studies.study import Place, Scenario, Study
 from regraft.studies.turns import Limits
 
 Chosen = tuple[Study, Scenario]
-
-
-def deterministic() -> None:
-    """Let this process take only algorithms that give the same bits in every run; rows say so.
-
-    The number of threads still matters, on a CPU, and is in the row too.
-    """
-    import os
-
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def choose(
@@ -79,8 +68,12 @@ def measure(
     seeds: int | None = None,
     resume: bool = False,
     keep_older: bool = False,
+    engine: str = "local",
 ) -> list[Row]:
-    """Run one scenario, its rows in ``results/<study>/rows.jsonl``. Raises MissingData where its data are not there."""
+    """Run one scenario, its rows in ``results/<study>/rows.jsonl``, measured by one of `ENGINES`.
+
+    Raises MissingData where its data are not there, ValueError for an engine that is not installed.
+    """
     one, scenario = chosen
     return list(
         run(
@@ -91,6 +84,7 @@ def measure(
             seeds=None if seeds is None else range(seeds),
             resume=resume,
             keep_older=keep_older,
+            engine=ENGINES[engine],
         )
     )
 
@@ -145,6 +139,7 @@ def reproduced(
     results: Path,
     seeds: int | None = None,
     keep_older: bool = False,
+    engine: str = "local",
 ) -> int:
     """Run the scenarios of a study's tables and figures, all of them if none is named, and print the tables.
 
@@ -164,6 +159,7 @@ def reproduced(
                     seeds=seeds,
                     resume=True,
                     keep_older=keep_older,
+                    engine=engine,
                 )
         except MissingData as problem:
             console.print(f"{scenario.name} is skipped: {problem}")
@@ -283,4 +279,77 @@ def over_time(rows: Sequence[Row], *, as_json: bool = False) -> int:
         print(json.dumps([asdict(track) for track in tracks], indent=1))
     else:
         Console().print(history.sheet(tracks).rich())
+    return 0
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def planned(files: Sequence[Path], out: Path, asked: Mapping[str, Any], *, as_json: bool = False) -> int:
+    """Check a port of (base, fine-tune, new base), and print what would be done."""
+    from regraft import porting
+
+    made = porting.plan(*files, out, **_in_bytes(asked))
+    if as_json:
+        print(json.dumps(made.told(), indent=1))
+        return 0
+    print("\n".join(made.lines()))
+    Console().print(made.subject.spec.table())
+    return 0
+
+
+def ported(
+    files: Sequence[Path], out: Path, asked: Mapping[str, Any], *, resume: bool, as_json: bool = False
+) -> int:
+    """Port (base, fine-tune, new base), and print what came of it."""
+    from regraft import porting
+
+    return _finished(porting.port(*files, out, resume=resume, **_in_bytes(asked)), as_json)
+
+
+def aligned(
+    a: Path, b: Path, out: Path, known: Mapping[str, Any], *, resume: bool, as_json: bool = False
+) -> int:
+    """Align one checkpoint to another, and print what came of it."""
+    from regraft import porting
+
+    return _finished(porting.match_checkpoints(a, b, out, resume=resume, **_in_bytes(known)), as_json)
+
+
+def fused(
+    networks: Sequence[Path],
+    weights: Sequence[float],
+    out: Path,
+    known: Mapping[str, Any],
+    *,
+    align: bool,
+    resume: bool,
+    as_json: bool = False,
+) -> int:
+    """Sum checkpoints, and print what came of it."""
+    from regraft import porting
+
+    asked = {"align": align, "resume": resume, **_in_bytes(known)}
+    return _finished(porting.fuse_checkpoints(networks, weights, out, **asked), as_json)
+
+
+def _in_bytes(asked: Mapping[str, Any]) -> dict[str, Any]:
+    from regraft.checkpoint_files import parse_size
+
+    limit = asked["max_memory"]
+    return {**asked, "max_memory": None if limit is None else parse_size(limit)}
+
+
+def _finished(done: Any, as_json: bool) -> int:
+    """done: what `regraft.porting` returns."""
+    if as_json:
+        print(json.dumps(done.told(), indent=1))
+        return 0
+    print("\n".join(done.plan.lines()))
+    for name, value in done.found.items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        for part, one in parts:
+            said = f"{one:.4g}" if isinstance(one, float) else one
+            print(f"{name.replace('_', ' ')}{part and ', '}{part}: {said}")
+    print(f"written: {done.out}")
     return 0

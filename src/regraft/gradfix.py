@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regraft.evaluation import NotFinite, call, checked, copies, evaluating
+from regraft.evaluation import NotFinite, checked, copies, evaluating
+from regraft.forward import call, loss_of, portion
 from regraft.heads import check_labels
 from regraft.tensors import Batch, Loss, Tensors, check_finite
 
@@ -31,7 +32,8 @@ def majority(
     """The sum of the signs of each image's own gradient, one for each parameter: who has the majority of images.
 
     In evaluation mode, since a batch of one image has no statistics: BatchNorm uses theta's running ones. Batches may
-    have any size; every image is one vote. A parameter that the loss does not depend on has votes 0.
+    have any size and form (`regraft.forward`); every image is one vote. A parameter that the loss does not depend on
+    has votes 0.
 
     Raises ValueError for no batch, images that are not finite, or labels that the model has no output for (the batch
     is named), `NotFinite` for a gradient that is not finite, naming its tensor.
@@ -41,13 +43,16 @@ def majority(
     votes = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     images_seen = 0
     with evaluating(model):
-        for number, (images, labels) in enumerate(checked(batches)):
-            for image, label in zip(images.split(1), labels.split(1), strict=True):
-                logits = call(model, values, image)
+        for number, (inputs, labels) in enumerate(checked(batches)):
+            for i, label in enumerate(labels.split(1)):
+                logits = call(model, values, portion(inputs, i, i + 1))
                 if loss is F.cross_entropy and label.shape != logits.shape:
                     check_labels(label, logits.shape[1], f"batch {number}")
                 found = torch.autograd.grad(
-                    loss(logits, label), list(parameters.values()), allow_unused=True, materialize_grads=True
+                    loss_of(loss, logits, label),
+                    list(parameters.values()),
+                    allow_unused=True,
+                    materialize_grads=True,
                 )
                 _check_gradients(list(parameters), found)  # the sign of NaN would be 0
                 torch._foreach_add_(list(votes.values()), [g.sign() for g in found])

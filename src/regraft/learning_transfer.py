@@ -200,6 +200,8 @@ class Work:
 
 Steps = Iterator[tuple[int, Perm]]
 
+Method = Callable[[Problem, Work], Steps]
+
 
 def naive(problem: Problem, work: Work) -> Steps:
     """The source's path as it is, no unit permuted."""
@@ -241,7 +243,7 @@ def fgmt(problem: Problem, work: Work) -> Steps:
         yield s, perm
 
 
-METHODS: dict[str, Callable[[Problem, Work], Steps]] = {
+METHODS: dict[str, Method] = {
     "naive": naive,
     "weights": weights,
     "oracle": oracle,
@@ -260,7 +262,7 @@ def transfer(
     path: Trajectory,
     target_start: Tensors,
     batches: Iterable[Batch],
-    method: str = "fgmt",
+    method: str | Method = "fgmt",
     *,
     spec: PermutationSpec | None = None,
     target_end: Tensors | None = None,
@@ -282,7 +284,7 @@ def transfer(
         target_start: theta_2^0, alike.
         batches: (images, labels), or any form that `regraft.forward` knows: the sample for gradients and for BatchNorm
             statistics; iterated over again when it ends. Both networks see the same ones.
-        method: a name of `METHODS`: "naive", "weights", "oracle", "fgmt" or "gmt".
+        method: a name of `METHODS`: "naive", "weights", "oracle", "fgmt" or "gmt"; or a function like those.
         spec: the model's permutation groups; traced on a batch when not given.
         target_end: theta_2^T of a real training, which "oracle" alone wants.
         validation: batches on which every theta_2^t is evaluated; the best one is kept ("early stopping", section 4.1).
@@ -301,7 +303,7 @@ def transfer(
             and spec; a value that is not finite in the path (its step is named), the start or a gradient; no batch;
             "oracle" without `target_end`. The message names the tensor.
     """
-    if method not in METHODS:
+    if not callable(method) and method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     if gradient_batches < 1:
         raise ValueError(f"gradient_batches must be at least 1, got {gradient_batches}")
@@ -319,11 +321,13 @@ def transfer(
     statistics = list(islice(_cycle(batches), bn_batches)) if bn_batches and batch_norms(model) else []
     problem = Problem(model, spec, path, target_start, target_end, from_identity, generator, backend)
     work = Work(problem, Sample(model, chain([first], endless), gradient_batches, loss))
-    return _drive(method, work, statistics, validation, on_step or (lambda t, value: None))
+    name, steps = (method, METHODS[method]) if isinstance(method, str) else (method.__name__, method)
+    return _drive(name, steps, work, statistics, validation, on_step or (lambda t, value: None))
 
 
 def _drive(
-    method: str,
+    name: str,
+    steps: Method,
     work: Work,
     statistics: list[Batch],
     validation: Iterable[Batch] | None,
@@ -343,7 +347,7 @@ def _drive(
     accuracies: list[float] = []
     best_step, params = 0, work.problem.target_start
     start = 0, work.problem.placed(work.problem.spec.identity())
-    for t, perm in chain([start], METHODS[method](work.problem, work)):
+    for t, perm in chain([start], steps(work.problem, work)):
         perms.append(perm)
         if validation is not None:
             theta = made(perm, t)
@@ -355,7 +359,7 @@ def _drive(
     if validation is None:
         best_step, params = t, made(perm, t)
     return Transfer(
-        method,
+        name,
         params,
         perms[best_step],
         best_step,

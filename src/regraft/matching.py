@@ -26,19 +26,21 @@ All of these leave the result as it is: `regraft.reference.matching` finds the s
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.clock import Clock, Cost, charged
 from regraft.nested import Family, nested_families
-from regraft.stacks import Gathers, Neighbourhood, Place, Stacks
+from regraft.stacks import Gathers, Neighbourhood, Place, Stacks, Streamed
 from regraft.symmetry import PermutationSpec
 from regraft.tensors import Perm
-from regraft_kernels import Assignment, assign_many, similarity, similarity_many, similarity_update_
+from regraft_kernels import Assignment, assign_many, similarity, similarity_update_
 
 # A new assignment must raise the objective by more than this part of the similarity that it collects: below lies
 # the rounding of float32 sums, and ties, where "improvements" would go round in circles.
@@ -109,6 +111,23 @@ def match(
     return descend_(descent, max_sweeps=max_sweeps, assignment=assignment)
 
 
+def match_streamed(
+    spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]
+) -> Match:
+    """The permutation that `match` finds, of networks that memory does not hold: one pair of tensors at a time.
+
+    Args:
+        target, source: mappings that read a tensor each time one is asked for; finite floating tensors of the spec's
+            names and shapes, the same on both sides.
+
+    Similarities are built anew at every visit, as none is kept but the last.
+    """
+    descent = Descent.over(Streamed.reading(spec, target, source))
+    descent.colours = tuple((group,) for colour in descent.colours for group in colour)
+    descent.cached, descent.solutions = _Newest(), _Newest()  # which hold a similarity each
+    return descend_(descent)
+
+
 @dataclass
 class _Cached:
     """The similarity of one group and what it was built from."""
@@ -118,6 +137,14 @@ class _Cached:
     steps: int
     indices: Gathers  # what the other axes were gathered with
     corrections: int = 0
+
+
+class _Newest(dict[str, Any]):
+    """What there is of one group, the last."""
+
+    def __setitem__(self, group: str, held: Any) -> None:
+        self.clear()
+        super().__setitem__(group, held)
 
 
 @dataclass
@@ -307,10 +334,8 @@ def _visit_family_(descent: Descent, family: tuple[str, ...], clock: Clock, assi
     places = {g: [p for p in (*n.single, *n.coupled) if p.groups.isdisjoint(others)] for g, n in held.items()}
     with clock.phase("similarity", stacks.device):
         known = [g for g in held if places[g]]
-        terms = [
-            stacks.terms(places[g], 0, stacks.steps, stacks.gathers(places[g], descent.perm)) for g in known
-        ]
-        found = similarity_many(terms, backend=descent.backend) if terms else []
+        gathers = [stacks.gathers(places[g], descent.perm) for g in known]
+        found = stacks.similarities([places[g] for g in known], gathers, descent.backend)
     descent.solved[family[0]] = depends
     if not found:
         return False
@@ -367,11 +392,12 @@ def _similarities_(descent: Descent, groups: Sequence[str]) -> dict[str, Tensor]
     places = {group: _known(descent, group) for group in groups}
     current = {group: stacks.gathers(places[group], descent.perm) for group in groups}
     anew = [group for group in groups if not _worth_correcting(descent, group, places[group], current[group])]
-    terms = [stacks.terms(places[g], 0, stacks.steps, current[g]) for g in anew]
-    built = similarity_many([t for t in terms if t], backend=descent.backend) if any(terms) else []
-    for group, own in zip(anew, terms, strict=True):
+    known = [group for group in anew if places[group]]
+    sums = stacks.similarities([places[g] for g in known], [current[g] for g in known], descent.backend)
+    built = dict(zip(known, sums, strict=True))
+    for group in anew:
         n = stacks.spec.groups[group]
-        total = built.pop(0) if own else next(iter(stacks.target.values())).new_zeros(n, n)
+        total = built[group] if group in built else next(iter(stacks.target.values())).new_zeros(n, n)
         descent.cached[group] = _Cached(total, places[group], stacks.steps, current[group])
     for group in groups:
         if group not in anew:
@@ -409,7 +435,7 @@ def _worth_correcting(descent: Descent, group: str, places: tuple[Place, ...], c
         return False
     whole = correct = 0.0
     for place in places:
-        work = stacks.target[place.name][0].numel()
+        work = math.prod(stacks.spec.shapes[place.name])
         whole += work * stacks.steps
         if place not in cached.places:
             correct += work * stacks.steps

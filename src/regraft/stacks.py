@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from regraft.symmetry import PermutationSpec
 from regraft.symmetry.spec import groups_of
 from regraft.tensors import Perm, Tensors, check_alike, check_finite
-from regraft_kernels import Term
+from regraft_kernels import Term, similarity, similarity_many
 
 Gathers = dict[tuple[str, int], Tensor]  # (tensor, axis) -> index vector
 
@@ -43,8 +44,8 @@ class Stacks:
     """Pairs of tensors by name, [capacity, *shape] on each side, of which the first `steps` are filled."""
 
     spec: PermutationSpec
-    target: Tensors
-    source: Tensors
+    target: Mapping[str, Tensor]
+    source: Mapping[str, Tensor]
     steps: int
 
     @classmethod
@@ -65,7 +66,7 @@ class Stacks:
         sides = ({name: _room(tensor, capacity) for name, tensor in like.items()} for _ in range(2))
         return cls(spec, *sides, 0)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return next(iter(self.target.values())).device
 
@@ -135,6 +136,13 @@ class Stacks:
             for place in places
         ]
 
+    def similarities(
+        self, places: Sequence[Sequence[Place]], gathers: Sequence[Gathers], backend: str
+    ) -> list[Tensor]:
+        """S [n, n] over all steps, of each sequence of places; none of them empty."""
+        terms = [self.terms(p, 0, self.steps, g) for p, g in zip(places, gathers, strict=True)]
+        return similarity_many(terms, backend=backend) if terms else []
+
     def objective(self, names: Iterable[str], perm: Perm, first: int = 0) -> float:
         """sum over the filled steps from `first` on of <G2[t], pi G1[t]> of the named tensors.
 
@@ -149,6 +157,47 @@ class Stacks:
                     source = _gathered(source, axis + 1, index)
             total += _dot(target, source)
         return total
+
+
+class Streamed(Stacks):
+    """One pair of tensors at a time: each is read when it is asked for, and forgotten."""
+
+    @classmethod
+    def reading(
+        cls, spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]
+    ) -> Streamed:
+        """Of mappings that read: finite floating tensors of the spec's shapes, of the same names on both sides."""
+        return cls(spec, _Read(target), _Read(source), 1)
+
+    def similarities(
+        self, places: Sequence[Sequence[Place]], gathers: Sequence[Gathers], backend: str
+    ) -> list[Tensor]:
+        return [self._sum(p, g, backend) for p, g in zip(places, gathers, strict=True)]
+
+    def _sum(self, places: Sequence[Place], gathers: Gathers, backend: str) -> Tensor:
+        total = similarity(self.terms(places[:1], 0, 1, gathers), backend=backend)
+        for place in places[1:]:
+            total += similarity(self.terms([place], 0, 1, gathers), backend=backend)
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class _Read(Mapping[str, Tensor]):
+    """Tensors as stacks of one step, made when asked for."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _unfoldable(self.tensors[name].detach()[None])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def _stacked(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> Tensors:

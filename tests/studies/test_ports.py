@@ -27,7 +27,8 @@ TINY = ports.PortSettings(
     schedule="uniform",
     bn_batches=5,
     pretraining=Pretraining(Task("digits", DIGITS_LOW), RECIPE),
-    images=(1, 2),
+    images=(2,),
+    alphas=(0.0, 1.0),
 )
 SCENARIO = Scenario("port-tiny", ports.methods((0.01, 0.05)), TINY, seeds=2)
 
@@ -59,7 +60,7 @@ def test_every_method_says_what_it_comes_to(rows):
         assert found == {count: row.values[ports.at(count)] for count in TINY.images}
         assert all(0 <= value <= 1 for value in found.values())
     tuning = [row for row in rows if row.seed == TUNING_SEED]
-    assert len(tuning) == 2 and all(set(row.values) == {"validation"} for row in tuning)
+    assert len(tuning) == 4 and all(set(row.values) == {"validation"} for row in tuning)
     (sheet,) = ported(reported)
     assert len(sheet.lines) == len(SCENARIO.methods)
     (sheet,) = port_questions(reported)

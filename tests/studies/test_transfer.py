@@ -15,11 +15,12 @@ from regraft.studies.rows import Code, Environment, Row, Series, digest, plain_d
 from regraft.studies.run import run
 from regraft.studies.study import TUNING_SEED, Place, Scenario, Task
 from regraft.studies.tables import Group, groups
-from regraft.studies.transfer import STUDY
+from regraft.studies.transfer import STUDY, ports
 from regraft.studies.transfer.assumption import FIRST_GRADIENTS, UPDATES, distance
 from regraft.studies.transfer.cost import COUNTED
 from regraft.studies.transfer.ensembles import ENSEMBLES, ensemble, judged_together, trained
 from regraft.studies.transfer.landscape import LINES, PLANE
+from regraft.studies.transfer.leads import LEADS, PAIRS
 from regraft.studies.transfer.methods import METHODS
 from regraft.studies.transfer.pages import COLUMNS, TABLES, epochs, reach, speed_up
 from regraft.studies.transfer.peers import PEERS
@@ -249,7 +250,13 @@ QUESTIONS = {
     "ensemble-digits-mlp2": ENSEMBLES,
     "cost-digits-mlp": COUNTED,
     "peers-digits-mlp2": METHODS[:1],
+    "normalised-digits-mlp": (*METHODS[4:], *LEADS),
 }
+PORT = ports.PortSettings(
+    **{**vars(TINY), "subsequent": None, "pretraining": Pretraining(Task("digits"), BRIEF)},
+    images=(1, 2),
+    alphas=(1.0,),
+)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +267,8 @@ def answers(folder):
         settings = replace(TINY, schedule="recorded" if "recorded" in name else "uniform")
         settings = replace(settings, init_scale=4.0 if "init" in name else 1.0)
         found += measure(folder, settings, methods, name=name)
-    return found
+    moved = [method for method in ports.methods((0.1,)) if method.name in ("naive", "gradfix")]
+    return found + measure(folder, PORT, tuple(moved), name="port-resnet-cifar100")
 
 
 def test_every_table_and_figure_is_made_of_rows(answers, shown):
@@ -306,6 +314,8 @@ def test_answers_make_sense(answers):
         and alone["members"] == 1
         and full["total [CPU s]"] > alone["total [CPU s]"]
     )
+    ours = of(answers, "normalised-digits-mlp", "nfgmt")
+    assert ours.values["gradients"] == 2 * PAIRS * TINY.steps
     settled = of(answers, "schedule-mlp2-recorded", "fgmt").series["unsettled"]
     assert settled.values[-1] == 0, "the last permutation is the last one"
 

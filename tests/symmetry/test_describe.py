@@ -23,7 +23,7 @@ def test_describe_prints_the_groups_and_the_proof(capsys):
     ("name", "complaint"),
     [
         ("resnet", "no classification model 'resnet' .*do you mean .*resnet"),
-        ("no_such_module:make", "cannot make a model of 'no_such_module:make'"),
+        ("no_such_module:make", "cannot find 'no_such_module:make'"),
         (f"{__name__}:absent", "AttributeError"),
         ("builtins:dict", "gives a dict, not a torch.nn.Module"),
     ],

@@ -173,11 +173,16 @@ def plain_data(value: Any) -> Any:
 # ---------------------------------------------------------------- files
 
 
+def encoded(row: Row) -> bytes:
+    """The line of a row."""
+    return msgspec.json.encode({"schema": SCHEMA, **{f.name: getattr(row, f.name) for f in fields(row)}})
+
+
 def append(path: Path | str, row: Row) -> None:
     """Add one line, whole or not at all, whoever else is adding. Raises OSError where it cannot be written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = msgspec.json.encode({"schema": SCHEMA, **{f.name: getattr(row, f.name) for f in fields(row)}})
+    line = encoded(row)
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

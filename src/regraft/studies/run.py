@@ -1,20 +1,22 @@
-"""The only runner: pytest, the command and an engine call it.
+"""The only runner: pytest and the command call it; who measures the rows is an engine's affair.
 
     for row in run(study, scenarios, place=place, rows=path, resume=True):
         ...
 
-Rows are independent of one another and the same whoever runs them. Methods of one scenario and seed share a setting, so
-that what they all need (data, a trained source, a traced specification) is made once; it goes when they are done.
+Rows are independent of one another and the same whoever runs them (`local`, or `regraft.studies.engines`). In one
+process, methods of one scenario and seed share a setting, so that what they all need (data, a trained source, a traced
+specification) is made once; it goes when they are done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from regraft.data import MissingData
-from regraft.studies.rows import Row, append, code, identity, latest, read
+from regraft.studies.rows import Environment, Row, append, code, identity, latest, read
 from regraft.studies.study import TUNING_SEED, Measured, Method, Place, Scenario, Setting, Study
 
 
@@ -45,18 +47,22 @@ def run(
     seeds: Sequence[int] | None = None,
     resume: bool = False,
     keep_older: bool = False,
+    engine: Engine | None = None,
 ) -> Iterator[Row]:
     """Measure what is asked for, append each row to the file, and yield it; rows that are kept are yielded, too.
 
     Args:
         seeds: instead of each scenario's own.
         resume: rows of the same identity and the same code are taken as they are; keep_older: of any code.
+        engine: who measures the rows that are not there: this process (`local`) or one of `regraft.studies.engines`.
 
     Raises MissingData before any work of a scenario whose data are not there. A run that fails or diverges is a
     row that says how.
     """
     code()  # read before anything that runs could change the files
-    how = _How(study, place, rows, Earlier.of(rows, resume=resume, keep_older=keep_older))
+    for scenario in scenarios:
+        _collect(parts(rows, scenario), rows)
+    how = _How(study, place, rows, Earlier.of(rows, resume=resume, keep_older=keep_older), engine or local)
     for scenario in scenarios:
         chosen: dict[str, Method] = {}
         for method in scenario.methods:
@@ -66,8 +72,8 @@ def run(
                 chosen[method.name] = best(tried, method.tuned_by)
             else:
                 chosen[method.name] = method
-        for seed in range(scenario.seeds) if seeds is None else seeds:
-            yield from _run_all(how, scenario, seed, list(chosen.values()))
+        wanted = range(scenario.seeds) if seeds is None else seeds
+        yield from _run_all(how, scenario, wanted, list(chosen.values()))
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,21 @@ class _How:
     place: Place
     path: Path
     earlier: Earlier
+    engine: Engine
+
+
+def _collect(folder: Path, path: Path) -> None:
+    """Add what workers left for a runner that was gone when they came."""
+    for file in sorted(folder.glob("*.json")):
+        for row in read(file):
+            append(path, row)
+        file.unlink()
 
 
 def _tune(how: _How, scenario: Scenario, method: Method) -> Iterator[tuple[Method, Row]]:
     """Every candidate on the tuning seed, each under the method's own name."""
     variants = [Method(method.name, variant.run, variant.config) for variant in method.candidates]
-    yield from zip(variants, _run_all(how, scenario, TUNING_SEED, variants), strict=True)
+    yield from zip(variants, _run_all(how, scenario, [TUNING_SEED], variants), strict=True)
 
 
 def best(tried: Sequence[tuple[Method, Row]], value: str) -> Method:
@@ -100,44 +115,95 @@ def best(tried: Sequence[tuple[Method, Row]], value: str) -> Method:
     return max(known, key=lambda pair: pair[0])[1]
 
 
-def _run_all(how: _How, scenario: Scenario, seed: int, methods: Sequence[Method]) -> Iterator[Row]:
-    setting = how.study.setting(scenario, seed, how.place)
-    kind = how.place.device.partition(":")[0]
-    for number, method in enumerate(methods):
-        key = identity(how.study.name, scenario.name, method.name, seed, scenario.config(method), kind)
-        row = how.earlier.rows.get(key)
-        if row is None:
-            how.place.tell(f"{scenario.name}, seed {seed}: {method.name}", number, len(methods))
-            setting.method = method
-            row = execute(how.study, setting, method)
+def _run_all(how: _How, scenario: Scenario, seeds: Sequence[int], methods: Sequence[Method]) -> Iterator[Row]:
+    """All methods of each seed, in this order, in whatever order the engine brings them."""
+    folder = parts(how.path, scenario)
+    jobs = [Job(how.study, scenario, method, seed, how.place, folder) for seed in seeds for method in methods]
+    rows = dict(how.earlier.rows)
+    come = how.engine([job for job in jobs if job.identity not in rows])
+    for job in jobs:
+        while job.identity not in rows:
+            row = next(come)
             append(how.path, row)
-        yield row
+            rows[row.identity] = row
+        yield rows[job.identity]
+    next(come, None)  # the engine tidies up
 
 
-def execute(study: Study, setting: Setting, method: Method) -> Row:
+# ---------------------------------------------------------------------------------------------------
+# One row, and who makes it
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row that is to be measured. parts: the folder for rows that other processes measure, a file each."""
+
+    study: Study
+    scenario: Scenario
+    method: Method
+    seed: int
+    place: Place
+    parts: Path
+
+    @property
+    def identity(self) -> str:
+        """Of its row."""
+        config, kind = self.scenario.config(self.method), self.place.device.partition(":")[0]
+        return identity(self.study.name, self.scenario.name, self.method.name, self.seed, config, kind)
+
+    def setting(self) -> Setting:
+        """What the job's method is handed; those of the same scenario and seed may share one."""
+        return self.study.setting(self.scenario, self.seed, self.place)
+
+
+Engine = Callable[[Sequence[Job]], Iterator[Row]]
+"""Brings the rows of jobs, each as soon as it is there, in any order; the runner has appended it when it asks for
+the next one. MissingData and interruptions are raised."""
+
+
+def local(jobs: Sequence[Job]) -> Iterator[Row]:
+    """In this process, one after the other."""
+    for seed, same in groupby(jobs, key=lambda job: job.seed):
+        own = list(same)
+        setting = own[0].setting()
+        for number, job in enumerate(own):
+            job.place.tell(f"{job.scenario.name}, seed {seed}: {job.method.name}", number, len(own))
+            yield execute(job, setting)
+
+
+def parts(path: Path, scenario: Scenario) -> Path:
+    """Where other processes leave the rows of a scenario for the runner, which adds them to the file ``path``."""
+    return path.parent / "parts" / scenario.name
+
+
+def execute(job: Job, setting: Setting) -> Row:
     """Run one method and make its row. MissingData and interruptions are raised; other failures are in the row."""
-    failure = None
+    setting.method, failure = job.method, None
     try:
-        measured = method.run(setting)
+        measured = job.method.run(setting)
     except MissingData:
         raise
     except FloatingPointError as problem:
         measured, failure = Measured({}), f"diverged: {problem}"
     except Exception as problem:  # whatever it is, it is what the run came to, and is told with its row
         measured, failure = Measured({}), f"{type(problem).__name__}: {problem}"
-    scenario = setting.scenario
+    return row_of(job, setting.environment(), measured, failure)
+
+
+def row_of(job: Job, environment: Environment, measured: Measured, failure: str | None = None) -> Row:
+    """The row of a job that came to this."""
     return Row(
-        study=study.name,
-        scenario=scenario.name,
-        method=method.name,
-        seed=setting.seed,
-        config=scenario.config(method),
+        study=job.study.name,
+        scenario=job.scenario.name,
+        method=job.method.name,
+        seed=job.seed,
+        config=job.scenario.config(job.method),
         values=dict(measured.values),
         series=dict(measured.series),
         cost=dict(measured.cost),
         notes=dict(measured.notes),
         failure=failure,
-        environment=setting.environment(),
+        environment=environment,
         code=code(),
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from regraft import tensors
 from regraft.clock import Cost
 from regraft.data import Dataset, draw_per_class, load
+from regraft.files import alone
 from regraft.studies.rows import Environment, Series, digest, environment, plain_data
 from regraft.training import Recipe, Training, train
 
@@ -187,17 +188,20 @@ class Setting:
         penalty, looks = how.get("penalty"), sorted(how.get("evaluate_at", ()))
         name = digest([*asked, None if penalty is None else penalty.identity, *([looks] if looks else [])])
         tell = self.place.tell
-        return train(
-            model,
-            start,
-            data,
-            recipe,
-            generator=self.generator("order", order or purpose),
-            device=self.device,
-            checkpoint=self.place.cache / f"{name}.safetensors",
-            on_epoch=lambda row: tell(f"{self.scenario.name}: {purpose}", round(row.epoch), recipe.epochs),
-            **how,
-        )
+        with alone(self.place.cache / f"{name}.lock"):  # who wants the same training waits, and reads it
+            return train(
+                model,
+                start,
+                data,
+                recipe,
+                generator=self.generator("order", order or purpose),
+                device=self.device,
+                checkpoint=self.place.cache / f"{name}.safetensors",
+                on_epoch=lambda row: tell(
+                    f"{self.scenario.name}: {purpose}", round(row.epoch), recipe.epochs
+                ),
+                **how,
+            )
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,8 @@ class Study:
 
 def told_by(part: Any) -> str:
     """How the docstring of a function, or of a class or object, begins: its first paragraph, in one line."""
+    while isinstance(part, partial):
+        part = part.func
     paragraph, _, _ = (getattr(part, "__doc__", None) or "").strip().partition("\n\n")
     return " ".join(paragraph.split())
 

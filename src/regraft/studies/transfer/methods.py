@@ -55,9 +55,9 @@ def plain(setting: TransferSetting) -> Measured:
     )
 
 
-def moved(name: str, setting: TransferSetting) -> Measured:
-    """Move the source's path by a method of the library."""
-    return measured(setting, setting.transfer(name))
+def moved(method: str | learning_transfer.Method, setting: TransferSetting) -> Measured:
+    """Move the source's path by a method of the library, or by one like those."""
+    return measured(setting, setting.transfer(method))
 
 
 def oracle(setting: TransferSetting) -> Measured:

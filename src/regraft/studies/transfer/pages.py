@@ -362,5 +362,15 @@ TABLES = (
     Table("basins", "Barriers", names(scenarios.BASINS), _basins),
     Table("ensembles", "Ensembles", names(scenarios.ENSEMBLES), by_method(ENSEMBLES)),
     Table("cost", "Gradients, operations, seconds", names(scenarios.COSTS), by_method(COST)),
+    Table(
+        "normalised",
+        "FGMT with normalised gradients, a lead of ours",
+        names(scenarios.NORMALISED),
+        by_method(
+            (SEEDS, Column("accuracy, no training", untrained), SECONDS),
+            (("nfgmt", "fgmt"), ("nfgmt", "gmt"), ("gmt", "fgmt")),
+        ),
+    ),
     Table("ports", "A fine-tune on a new base, by images of each class", names(scenarios.PORTS), ported),
+    Table("port-questions", "Which port is ahead", names(scenarios.PORTS), port_questions),
 )

@@ -21,7 +21,8 @@ from regraft import gradfix, learning_transfer
 from regraft.activations import hooks
 from regraft.clock import Clock, Cost
 from regraft.data import Split, draw_per_class
-from regraft.evaluation import accuracy, call, evaluating, gradients, loss_and_accuracy, reset_batchnorm
+from regraft.evaluation import accuracy, evaluating, gradients, loss_and_accuracy, reset_batchnorm
+from regraft.forward import call
 from regraft.heads import find_head
 from regraft.matching import match
 from regraft.studies.study import Measured, Method, Series, told_by
@@ -178,13 +179,20 @@ def task_vector(find: Find, keep: Keep, setting: TransferSetting, seen: Few, clo
     return chosen
 
 
-# ---------------------------------------------------------------- without the fine-tune
+# ---------------------------------------------------------------- training on the few images
+
+Port = Callable[[TransferSetting, Few, Clock], Tensors]
+"""What the new base becomes; the clock is charged."""
 
 
-def few_shot(lr: float, setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
-    """Fine-tune the new base on the few images: as many gradients as FGMT takes, the rate falling to 0."""
+def untouched(setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
+    return new_base(setting)
+
+
+def few_shot(start: Port, lr: float, setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
+    """Fine-tune on the few images: as many gradients as FGMT takes, the rate falling to 0."""
     updates, network = 2 * setting.settings.steps, copy.deepcopy(setting.model)
-    fill_(network, new_base(setting))
+    fill_(network, start(setting, seen, clock))
     optimiser = replace(setting.settings.recipe, lr=lr).optimiser(network.train())
     with clock.phase("training"):
         train_steps_(
@@ -221,8 +229,6 @@ def probe(setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
 
 
 # ---------------------------------------------------------------- what a row holds
-
-Port = Callable[[TransferSetting, Few, Clock], Tensors]
 
 
 def over_images(port: Port, setting: TransferSetting) -> Measured:
@@ -299,17 +305,27 @@ def _vector(name: str, find: Find, keep: Keep) -> Method:
     return Method(name, run, about=f"{WORDS[find]}; {WORDS[keep]}.")
 
 
-def methods(rates: tuple[float, ...]) -> tuple[Method, ...]:
-    """All of them; ``rates``: of few-shot fine-tuning, which is reported at its best one."""
+def _trained(name: str, start: Port, rates: tuple[float, ...]) -> Method:
+    """At its best rate."""
     tried = tuple(
-        Method("few-shot", partial(over_images, partial(few_shot, lr)), {"lr": lr}, about=told_by(few_shot))
+        Method(
+            name,
+            partial(over_images, partial(few_shot, start, lr)),
+            {"lr": lr},
+            about=f"{told_by(start)} {told_by(few_shot)}".strip(),
+        )
         for lr in rates
     )
+    return replace(tried[0], config={}, candidates=tried)
+
+
+def methods(rates: tuple[float, ...]) -> tuple[Method, ...]:
+    """All of them; ``rates``: of training on the few images."""
     return (
         Method("own base", partial(whole, "tuned", base), about="The fine-tune on its own base: a bound."),
         Method("all images", partial(whole, "plain", new_base), about=told_by(whole)),
         _port("probe", probe),
-        replace(tried[0], config={}, candidates=tried),
+        _trained("few-shot", untouched, rates),
         _vector("head alone", identity, nothing),
         _vector("naive", identity, all_of_it),
         _vector("gradfix", identity, MAJORITY),
@@ -317,6 +333,9 @@ def methods(rates: tuple[float, ...]) -> tuple[Method, ...]:
         _vector("weights, head alone", by_weights, nothing),
         _vector("weights", by_weights, all_of_it),
         _vector("weights + gradfix", by_weights, MAJORITY),
+        _vector("fgmt, head alone", by_fgmt, nothing),
         _vector("fgmt", by_fgmt, all_of_it),
         _vector("fgmt + gradfix", by_fgmt, MAJORITY),
+        _vector("fgmt + gradfix, mean", by_fgmt, MEAN),
+        _trained("fgmt, then few-shot", partial(task_vector, by_fgmt, all_of_it), rates),
     )

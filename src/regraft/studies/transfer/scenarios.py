@@ -277,6 +277,15 @@ ENSEMBLES = sweeps.ensembles(
 COSTS = sweeps.costs(
     {"digits-mlp": digits, "digits-conv": digits_conv, "mnist-mlp-512": mnist, "cifar10-conv6": conv6}
 )
+NORMALISED = sweeps.normalised(
+    {
+        "digits-mlp": digits,
+        "digits-mlp2": digits2,
+        "digits-conv": digits_conv,
+        "digits-pretrained2": digits_pretrained2,
+        "mnist-mlp-512": mnist,
+    }
+)
 PORT_RECIPE = Recipe(epochs=10, lr=0.02, weight_decay=1e-4)
 port_resnet = PortSettings(
     task=Task("cifar100", CIFAR100_TRANSFER, size=16),
@@ -312,5 +321,6 @@ SCENARIOS = (
     *BASINS,
     *ENSEMBLES,
     *COSTS,
+    *NORMALISED,
     *PORTS,
 )

@@ -212,13 +212,16 @@ class TransferSetting(Setting):
 
     def transfer(
         self,
-        method: str,
+        method: str | learning_transfer.Method,
         *,
         path: Trajectory | None = None,
         target_end: Tensors | None = None,
         evaluate: bool = True,
     ) -> Transfer:
-        """By a method of the library: the source's path, or another one. evaluate: and keep the best step."""
+        """By a method of the library, or one like those: the source's path, or another one.
+
+        evaluate: and keep the best step.
+        """
         settings = self.settings
         forget_peak_memory(self.device)
         return learning_transfer.transfer(

@@ -15,6 +15,7 @@ from regraft.studies.transfer.assumption import FIRST_GRADIENTS, UPDATES
 from regraft.studies.transfer.cost import COUNTED
 from regraft.studies.transfer.ensembles import ENSEMBLES
 from regraft.studies.transfer.landscape import LINES, PLANE
+from regraft.studies.transfer.leads import LEADS
 from regraft.studies.transfer.methods import METHODS
 from regraft.studies.transfer.peers import PEERS
 from regraft.studies.transfer.ports import PortSettings
@@ -187,6 +188,19 @@ def costs(bases: Mapping[str, Settings]) -> Scenarios:
     )
 
 
+def normalised(bases: Mapping[str, Settings]) -> Scenarios:
+    """A lead of ours beside the two methods that it comes from."""
+    return tuple(
+        Scenario(
+            f"normalised-{name}",
+            (*_chosen("naive", "fgmt", "gmt"), *LEADS),
+            replace(base, subsequent=None, looks=()),
+            seeds=5 if name.startswith("mnist") else 10,
+        )
+        for name, base in bases.items()
+    )
+
+
 def ports(name: str, base: PortSettings) -> Scenarios:
     """A fine-tune moved to a new base: ten classes of CIFAR-100, digits in colour, and a base that saw half as much."""
     earlier, task = base.pretraining, base.task
@@ -197,7 +211,7 @@ def ports(name: str, base: PortSettings) -> Scenarios:
         "mnist": {"task": Task("mnist", size=task.size, channels=3, per_class=450)},
         "cifar100-half": {"pretraining": half},
     }
-    rates = tuple(share * base.recipe.lr for share in (0.1, 0.3, 1.0, 3.0))
+    rates = tuple(share * base.recipe.lr for share in (0.3, 1.0, 3.0, 10.0))
     return tuple(
         Scenario(f"port-{name}-{variant}", port_methods(rates), replace(base, **change))
         for variant, change in changes.items()

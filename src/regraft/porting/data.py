@@ -1,0 +1,119 @@
+"""What a command takes as data: a folder of images, or a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_map
+
+from regraft.data import load
+from regraft.files import BadFile
+from regraft.forward import split
+from regraft.models import Named, from_module
+from regraft.tensors import Batch
+
+BATCH = 64
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches, each part iterated over as often as one likes.
+
+    Attributes:
+        train: for gradients and BatchNorm statistics.
+        validation: by which a step is chosen; None: the last one is taken.
+        test: on which accuracies are measured, and what it is called.
+        classes: how many there are, where that is known.
+    """
+
+    train: Iterable[Batch]
+    validation: Iterable[Batch] | None = None
+    test: Iterable[Batch] | None = None
+    classes: int | None = None
+
+    def to(self, device: str) -> Data:
+        """With batches that move there as they come."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        return Data(
+            **{n: None if p is None else _Placed(p, device) for n, p in parts.items()}, classes=self.classes
+        )
+
+    @property
+    def measured_on(self) -> tuple[str, Iterable[Batch]]:
+        """The part on which accuracies are measured: the first that there is of test, validation, train."""
+        found = ((name, getattr(self, name)) for name in reversed(PARTS))
+        return next((name, part) for name, part in found if part is not None)
+
+
+@dataclass(frozen=True)
+class _Placed(Iterable[Batch]):
+    """Batches on a device."""
+
+    batches: Iterable[Batch]
+    device: str
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (tree_map(lambda x: x.to(self.device), batch) for batch in self.batches)
+
+
+def data_by_name(name: str, named: Named) -> Data:
+    """A folder ``{train, test or val}/<class>/<image>``, or ``module:function`` as `data_of` takes its result.
+
+    Images of a folder have the size of the model's inputs, and its normalisation where that is known (else the data's).
+    Raises OSError or BadFile where a folder is not there or is no such folder, ValueError for a function that fails.
+    """
+    if ":" in name and not Path(name).exists():
+        made = from_module(name)
+        try:
+            return data_of(made() if callable(made) else made)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{name!r} gives no batches: {type(error).__name__}: {error}") from error
+    (pixels,) = named.inputs.values() if isinstance(named.inputs, dict) else (named.inputs,)
+    if pixels.ndim != 4:
+        raise ValueError("a folder of images is no data for this model: give module:function")
+    try:
+        found = load(f"folder:{name}", image_size=pixels.shape[-1], channels=pixels.shape[1], workers=0)
+    except FileNotFoundError:
+        raise
+    except ValueError as problem:
+        raise BadFile(str(problem)) from problem
+    own = {"mean": named.mean, "std": named.std} if named.mean and named.std else {}
+    train, validation, test = (replace(getattr(found, part), **own) for part in PARTS)
+    return Data(
+        train.batches(BATCH, generator=torch.Generator().manual_seed(0)),
+        validation.batches(BATCH),
+        test.batches(BATCH),
+        found.num_classes,
+    )
+
+
+def data_of(given: object) -> Data:
+    """Data of what a user has: `Data`, an iterable of batches, or a dictionary with "train", and perhaps "validation"
+    and "test". Batches are those of `regraft.forward`. Raises ValueError for anything else."""
+    if isinstance(given, Data):
+        return given
+    if isinstance(given, Mapping):
+        if "train" not in given or not given.keys() <= set(PARTS):
+            raise ValueError(
+                f"data are a dictionary with 'train', and perhaps {PARTS[1:]}, not {sorted(given)}"
+            )
+        return Data(**{name: _again(part) for name, part in given.items()})
+    if isinstance(given, Iterable):
+        return Data(_again(given))
+    raise ValueError(f"data are batches (inputs, labels), not a {type(given).__name__}")
+
+
+def _again(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Batches that can be iterated over again; those of an iterator are kept."""
+    kept = batches if iter(batches) is not batches else list(batches)
+    first = next(iter(kept), None)
+    if first is None:
+        raise ValueError("there is no batch")
+    split(first)
+    return kept
