@@ -105,13 +105,14 @@ def glossary(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     for scenario in study.scenarios:
         for method in scenario.methods:
             if (scenario.name, method.name) in measured:
-                found.setdefault(method.about, {})[method.name] = None
+                name = method.name.removeprefix(f"{method.config.get('contest')}: ")
+                found.setdefault(method.about, {})[name] = None
     return {about: _few(list(names)) for about, names in found.items()}
 
 
 def _few(names: Sequence[str]) -> str:
-    more = f", and {len(names) - 5} more" if len(names) > 6 else ""
-    return ", ".join(names[:5] if more else names) + more
+    more = f"; and {len(names) - 5} more" if len(names) > 6 else ""
+    return "; ".join(names[:5] if more else names) + more
 
 
 def filled(document: str, folder: Path, studies: Sequence[Study]) -> str:
