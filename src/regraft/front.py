@@ -261,7 +261,8 @@ def told(
         )
         return int(bool(beyond))
     console = Console()
-    console.print(compare.sheet(changes, everything).rich())
+    sheet = compare.sheet(changes, everything)
+    console.print(sheet.rich() if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
     for change in beyond:
         allowed = f"{limits.slowdown:.0%}" if change.quantity == "cost" else f"{limits.error_rise:g}"
         size = f"{change.change:+.1%}" if change.quantity == "cost" else f"{change.change:+.4f}"

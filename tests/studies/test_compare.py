@@ -195,6 +195,26 @@ def test_the_command_speaks_json(results, capsys):
     assert [(c["method"], c["quantity"]) for c in told["beyond"]] == [("fgmt", "cost")]
 
 
+def test_what_one_can_do_is_said_with_what_is_worse(results, capsys):
+    assert cli.main(["compare", "aaaa", "last", "--results", str(results)]) == 1
+    told = capsys.readouterr().out
+    assert "regraft against" in told
+    assert "make baseline" in told
+
+
+def test_two_kinds_of_machine_are_told_and_cost_no_alarm(tmp_path, capsys):
+    draw = random.Random(0)
+    sides = measured(draw), elsewhere(measured(draw, slower=3), machine="another, 64 cores")
+    for name, rows in zip(("here", "there"), sides, strict=True):
+        for row in rows:
+            append(tmp_path / name / "transfer" / "rows.jsonl", row)
+    assert cli.main(["compare", str(tmp_path / "here"), str(tmp_path / "there")]) == 0
+    told = capsys.readouterr().out
+    assert "nothing changed" in told
+    assert "costs are not compared where they differ" in told
+    assert "another, 64 cores" in told
+
+
 def test_a_commit_without_rows_is_said(results, capsys):
     assert cli.main(["compare", "cccc", "last", "--results", str(results)]) == 2
     assert "no rows for 'cccc'" in capsys.readouterr().err

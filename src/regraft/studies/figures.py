@@ -193,13 +193,8 @@ def _lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number:
     values = [point for line in lines for point in _points(line)]
     words = any(isinstance(point["x"], str) for point in values)
     axis = {"field": "x", "title": panel.x, "type": "ordinal" if words else "quantitative"}
-    axis |= (
-        {"sort": None}
-        if words
-        else {"scale": {"type": "log" if panel.x_log else "linear", "zero": False, "nice": False}}
-    )
-    height = {"type": "quantitative", "title": panel.y}
-    height["scale"] = {"type": "log" if panel.y_log else "linear", "zero": False}
+    axis |= {"sort": None} if words else {"scale": {**_scale(panel.x_log), "nice": False}}
+    height = {"type": "quantitative", "title": panel.y, "scale": _scale(panel.y_log)}
     colour = {
         "field": "n",
         "type": "nominal",
@@ -242,6 +237,10 @@ def _lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number:
             },
         ],
     }
+
+
+def _scale(log: bool) -> dict[str, Any]:
+    return {"type": "log"} if log else {"type": "linear", "zero": False}
 
 
 def _points(line: Line) -> list[dict[str, Any]]:
