@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,7 @@ from regraft.studies.compare import (
 from regraft.studies.history import history, steps
 from regraft.studies.rows import Row, Series, append, code, environment
 
+RESULTS = Path(__file__).parents[2] / "results"
 METHODS = ("plain", "naive", "weights", "fgmt", "gmt")
 
 
@@ -200,6 +202,17 @@ def test_what_one_can_do_is_said_with_what_is_worse(results, capsys):
     told = capsys.readouterr().out
     assert "regraft against" in told
     assert "make baseline" in told
+
+
+def test_the_committed_baseline_is_quiet_beside_itself_and_red_for_a_lost_point():
+    rows = front.found("baseline", RESULTS)
+    assert alarms(rows, rows) == []
+    worse = [
+        replace(r, values={**r.values, "accuracy": r.values["accuracy"] - 0.01}) if r.method == "fgmt" else r
+        for r in rows
+    ]
+    assert alarms(rows, worse) == [("fgmt", "error")]
+    assert alarms(rows, elsewhere(worse, machine="another")) == [("fgmt", "error")], "the same in every seed"
 
 
 def test_two_kinds_of_machine_are_told_and_cost_no_alarm(tmp_path, capsys):
