@@ -127,16 +127,27 @@ def reproduce(
     )
 
 
-def report(documents: Positional[tuple[Path, ...]] = (), /, *, results: Path = Path("results/local")) -> int:
+def report(
+    documents: Positional[tuple[Path, ...]] = (),
+    /,
+    *,
+    results: Path = Path("results/local"),
+    papers: bool = False,
+) -> int:
     """Make every table, figure and the page anew from the rows in a results folder.
 
     Args:
         documents: Markdown files whose quoted tables are filled, such as README.md.
         results: the folder; with results/local what you measured yourself.
+        papers: also tables.tex and PNG files beside the SVG files.
     """
+    from rich.console import Console
+
     from regraft import front
 
-    for path in front.remade(results, documents):
+    with Console(stderr=True).status("tables, figures and the page"):
+        made = front.remade(results, documents, papers)
+    for path in made:
         print(path)
     return 0
 

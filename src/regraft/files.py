@@ -39,7 +39,11 @@ def write_text(path: Path | str, text: str) -> None:
 
     Raises OSError, naming the file and the bytes that it takes, where it cannot be written; nothing is left of it then.
     """
-    data = text.encode()
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """The same, of bytes."""
     _write_beside(Path(path), len(data), lambda part: part.write_bytes(data))
 
 

@@ -19,7 +19,7 @@ from regraft.studies.compare import Change
 from regraft.studies.engines import ENGINES
 from regraft.studies.engines import deterministic as deterministic
 from regraft.studies.page import page
-from regraft.studies.render import ROWS, Figure, Table, report, stored, summary
+from regraft.studies.render import ROWS, Figure, Table, for_papers, report, stored, summary
 from regraft.studies.rows import Row, read
 from regraft.studies.run import run
 from regraft.studies.study import Place, Scenario, Study
@@ -117,10 +117,14 @@ def conclude(rows: Mapping[str, Sequence[Row]], results: Path, console: Console)
     console.print(f"rows, tables and figures: {results}; the page: {results / 'index.html'}")
 
 
-def remade(results: Path, documents: Sequence[Path] = ()) -> list[Path]:
-    """Make the pages of a results folder, and the tables that documents quote; returns what was written."""
+def remade(results: Path, documents: Sequence[Path] = (), papers: bool = False) -> list[Path]:
+    """Make the pages of a results folder, and the tables that documents quote; returns what was written.
+
+    papers: also tables in LaTeX and figures as PNG.
+    """
     studies = [study(name) for name in STUDIES]
     made = report(results, studies, documents)
+    made += for_papers(results, studies) if papers else []
     write_text(results / "index.html", page(results, studies))
     return [*made, results / "index.html"]
 
@@ -257,7 +261,8 @@ def told(
         )
         return int(bool(beyond))
     console = Console()
-    console.print(compare.sheet(changes, everything).rich())
+    sheet = compare.sheet(changes, everything)
+    console.print(sheet.rich() if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
     for change in beyond:
         allowed = f"{limits.slowdown:.0%}" if change.quantity == "cost" else f"{limits.error_rise:g}"
         size = f"{change.change:+.1%}" if change.quantity == "cost" else f"{change.change:+.4f}"

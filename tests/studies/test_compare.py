@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,7 @@ from regraft.studies.compare import (
 from regraft.studies.history import history, steps
 from regraft.studies.rows import Row, Series, append, code, environment
 
+RESULTS = Path(__file__).parents[2] / "results"
 METHODS = ("plain", "naive", "weights", "fgmt", "gmt")
 
 
@@ -193,6 +195,37 @@ def test_the_command_speaks_json(results, capsys):
     assert cli.main(["compare", "aaaa", "bbbb", "--results", str(results), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert [(c["method"], c["quantity"]) for c in told["beyond"]] == [("fgmt", "cost")]
+
+
+def test_what_one_can_do_is_said_with_what_is_worse(results, capsys):
+    assert cli.main(["compare", "aaaa", "last", "--results", str(results)]) == 1
+    told = capsys.readouterr().out
+    assert "regraft against" in told
+    assert "make baseline" in told
+
+
+def test_the_committed_baseline_is_quiet_beside_itself_and_red_for_a_lost_point():
+    rows = front.found("baseline", RESULTS)
+    assert alarms(rows, rows) == []
+    worse = [
+        replace(r, values={**r.values, "accuracy": r.values["accuracy"] - 0.01}) if r.method == "fgmt" else r
+        for r in rows
+    ]
+    assert alarms(rows, worse) == [("fgmt", "error")]
+    assert alarms(rows, elsewhere(worse, machine="another")) == [("fgmt", "error")], "the same in every seed"
+
+
+def test_two_kinds_of_machine_are_told_and_cost_no_alarm(tmp_path, capsys):
+    draw = random.Random(0)
+    sides = measured(draw), elsewhere(measured(draw, slower=3), machine="another, 64 cores")
+    for name, rows in zip(("here", "there"), sides, strict=True):
+        for row in rows:
+            append(tmp_path / name / "transfer" / "rows.jsonl", row)
+    assert cli.main(["compare", str(tmp_path / "here"), str(tmp_path / "there")]) == 0
+    told = capsys.readouterr().out
+    assert "nothing changed" in told
+    assert "costs are not compared where they differ" in told
+    assert "another, 64 cores" in told
 
 
 def test_a_commit_without_rows_is_said(results, capsys):

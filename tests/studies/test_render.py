@@ -1,13 +1,14 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from regraft.studies.figures import svg
 from regraft.studies.page import page
-from regraft.studies.render import filled, markdown, report, stored, summary
+from regraft.studies.render import filled, for_papers, glossary, markdown, report, stored, summary
 from regraft.studies.run import run
-from regraft.studies.study import TUNING_SEED, Scenario
-from regraft.studies.tables import compare, current, spread
+from regraft.studies.study import TUNING_SEED, Method, Scenario
+from regraft.studies.tables import compare, current, escaped, spread
 
 from .conftest import Toy
 
@@ -68,6 +69,39 @@ def test_rows_of_an_older_configuration_and_tuning_runs_are_not_quoted(toy, resu
     tuning = [replace(row, seed=TUNING_SEED) for row in rows]
     assert current([*older, *tuning, *rows]) == current(rows)
     assert {row.seed for row in current(rows)} == {0, 1, 2}
+
+
+def test_for_papers_there_are_latex_and_pixels(toy, results):
+    report(results, [toy])
+    made = for_papers(results, [toy])
+    assert [path.name for path in made] == ["tables.tex", "curves.png"]
+    text = made[0].read_text()
+    assert r"\caption{toy}" in text
+    assert "66.7\\%" in text
+    assert made[1].read_bytes().startswith(b"\x89PNG")
+    assert escaped(
+        r"a_b & 5 % of {x}^~\\"
+    ) == r"a\_b \& 5 \% of \{x\}\textasciicircum{}\textasciitilde{}\textbackslash{}" + (r"\textbackslash{}")
+
+
+def test_what_methods_do_stands_below_the_tables_and_on_the_page(toy, results):
+    methods = tuple(replace(method, about=f"It is <{method.name}>.") for method in toy.scenarios[0].methods)
+    told = replace(toy, scenarios=(replace(toy.scenarios[0], methods=(*methods, Method("other", print))),))
+    assert glossary(told, stored(results, toy)) == {"It is <plain>.": "plain", "It is <cheap>.": "cheap"}
+    assert "- **cheap**: It is <cheap>." in markdown(told, stored(results, toy))
+    assert "<li><b>cheap</b>: It is &lt;cheap&gt;.</li>" in page(results, [told])
+
+
+def test_a_method_says_what_it_does_in_its_own_words_or_its_functions():
+    def run(setting):
+        """Nothing at
+        all.
+
+        More of it."""
+
+    assert Method("a", run).about == "Nothing at all."
+    assert Method("a", partial(run, None)).about == "Nothing at all."
+    assert Method("a", run, about="Something.").about == "Something."
 
 
 def test_the_newest_of_two_rows_is_quoted(toy, results):

@@ -31,7 +31,7 @@ def test_a_fault_in_a_copy_is_found_and_nothing_else(tmp_path):
 def test_a_side_that_cannot_run_says_why(tmp_path):
     side = copy(tmp_path / "a")
     (side / PACKAGES[0] / "cli.py").write_text("raise ImportError('no such thing')\n")
-    with pytest.raises(RuntimeError, match="'before' could not be measured: ImportError: no such thing"):
+    with pytest.raises(ChildProcessError, match="'before' could not be measured: ImportError: no such thing"):
         by_turns(
             side, side, ["--scenario", "digits-mlp", "--method", "naive"], tmp_path / "rows", Limits(0.1)
         )

@@ -117,6 +117,26 @@ def curves(
     return lines
 
 
+def leaders(scenario: str) -> Callable[[Rows], list[Line]]:
+    """A point for every method of a scenario: mean cost, mean accuracy."""
+
+    def lines(rows: Rows) -> list[Line]:
+        own = groups(
+            [row for row in rows if row.scenario == scenario and not row.failure and row.seconds > 0]
+        )
+        return [
+            Line(
+                name,
+                (float(f"{statistics.fmean(row.seconds for row in group.rows):.4g}"),),
+                (statistics.fmean(accuracies),),
+            )
+            for name, group in own.items()
+            if (accuracies := group.values("accuracy"))
+        ]
+
+    return lines
+
+
 def band(name: str, tables: Sequence[dict[Any, float]], first: int = 0) -> Line:
     """The mean of several curves (position -> value), and one standard deviation to each side."""
     at = [x for x in tables[0] if all(x in table for table in tables)][first:]
@@ -173,13 +193,8 @@ def _lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number:
     values = [point for line in lines for point in _points(line)]
     words = any(isinstance(point["x"], str) for point in values)
     axis = {"field": "x", "title": panel.x, "type": "ordinal" if words else "quantitative"}
-    axis |= (
-        {"sort": None}
-        if words
-        else {"scale": {"type": "log" if panel.x_log else "linear", "zero": False, "nice": False}}
-    )
-    height = {"type": "quantitative", "title": panel.y}
-    height["scale"] = {"type": "log" if panel.y_log else "linear", "zero": False}
+    axis |= {"sort": None} if words else {"scale": {**_scale(panel.x_log), "nice": False}}
+    height = {"type": "quantitative", "title": panel.y, "scale": _scale(panel.y_log)}
     colour = {
         "field": "n",
         "type": "nominal",
@@ -198,6 +213,7 @@ def _lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number:
         "mark": {"type": "area", "opacity": 0.15},
         "encoding": {**base, "y": {**height, "field": "l"}, "y2": {"field": "h"}},
     }
+    curved = any(len(line.x) > 1 for line in lines)
     bands = [band] if any(line.low for line in lines) else []
     return {
         "title": panel.title,
@@ -209,7 +225,7 @@ def _lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number:
                 "mark": {
                     "type": "line",
                     "strokeWidth": 1.6,
-                    "point": {"size": 18, "opacity": float(panel.markers)},
+                    "point": {"size": 18 if curved else 90, "opacity": float(panel.markers)},
                 },
                 "encoding": {
                     **base,
@@ -221,6 +237,10 @@ def _lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number:
             },
         ],
     }
+
+
+def _scale(log: bool) -> dict[str, Any]:
+    return {"type": "log"} if log else {"type": "linear", "zero": False}
 
 
 def _points(line: Line) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ function fitted(spec, width) {
   const panels = copy.concat ?? [copy];
   const columns = narrow ? 1 : Math.min(copy.columns ?? 1, panels.length);
   const legend = narrow ? 75 : 190;
-  const inner = Math.max(160, Math.min(panels.length > 1 ? 420 : 760, Math.floor(width / columns) - legend));
+  const inner = Math.max(160, Math.min(panels.length > 1 ? 420 : 920, Math.floor(width / columns) - legend));
   copy.columns = columns;
   copy.config = { ...copy.config, background: null, view: { continuousWidth: inner, continuousHeight: 210 } };
   if (narrow) copy.config.legend = { orient: "bottom", columns: 2, labelLimit: 140 };
@@ -39,6 +39,9 @@ function leaderboard() {
   if (!place) return;
   const values = data.leaders.filter(point => point.scenario === choice.value);
   const x = { field: "seconds", type: "quantitative", title: data.clock, scale: { type: "log", nice: false } };
+  const names = values.map(point => point.method);
+  const color = { field: "method", type: "nominal", title: null, sort: names, legend: { symbolLimit: 60, symbolOpacity: 1 },
+                  scale: { domain: names, range: data.colours } };
   const y = { field: "accuracy", type: "quantitative", title: "accuracy", scale: { zero: false } };
   const told = ["method", "about", "accuracy", "deviation", "seconds", "share", "seeds", "commit", "configuration"];
   place.spec = {
@@ -46,10 +49,10 @@ function leaderboard() {
     layer: [
       { transform: [{ filter: "datum.method === 'plain'" }], mark: { type: "rule", strokeDash: [4, 3], color: "#888" }, encoding: { y } },
       { transform: [{ filter: "datum.best" }], mark: { type: "line", color: "#888", interpolate: "step-after" }, encoding: { x, y } },
-      { mark: { type: "rule", opacity: 0.6 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color: { field: "method", type: "nominal" } } },
+      { mark: { type: "rule", opacity: 0.6 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color } },
       {
         mark: { type: "point", filled: true, size: 90, opacity: 1 },
-        encoding: { x, y, color: { field: "method", type: "nominal", title: null, legend: { symbolLimit: 60 } },
+        encoding: { x, y, color,
                     tooltip: told.map(field => ({ field, type: "nominal" })) },
       },
     ],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.studies import history
-from regraft.studies.figures import VEGA_LITE, spec
+from regraft.studies.figures import COLOURS, VEGA_LITE, spec
 from regraft.studies.render import glossary, stored
 from regraft.studies.rows import Row
 from regraft.studies.study import Study
@@ -36,10 +36,14 @@ def page(folder: Path, studies: Sequence[Study]) -> str:
     leaders = [point for study, rows in measured for point in _leaders(study, rows)]
     tracks = history.history([row for _, rows in measured for row in rows])
     body += _history(history.sheet(tracks)) if tracks else ""
-    links = "".join(f'<a href="#{study.name}">{escape(study.name)}</a>' for study, _ in measured)
+    names = (
+        ["leaderboard"] * bool(leaders) + [study.name for study, _ in measured] + ["history"] * bool(tracks)
+    )
+    links = "".join(f'<a href="#{name}">{name}</a>' for name in names)
     data = {
         "figures": figures,
         "leaders": leaders,
+        "colours": COLOURS,
         "clock": "CPU seconds (wall clock on a GPU), evaluation apart",
     }
     told = base64.b64encode(gzip.compress(json.dumps(data, allow_nan=False).encode(), mtime=0)).decode()

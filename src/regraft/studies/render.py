@@ -16,13 +16,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from regraft.files import write_text
+from regraft.files import write_bytes, write_text
 from regraft.studies.figures import Figure, svg
 from regraft.studies.rows import Row, read
 from regraft.studies.study import Study
 from regraft.studies.tables import COMMON, Column, Sheet, Table, by_method, current
 
-__all__ = ["Column", "Figure", "Sheet", "Table", "report", "stored", "summary"]
+__all__ = ["Column", "Figure", "Sheet", "Table", "for_papers", "report", "stored", "summary"]
 
 ROWS = "rows.jsonl"
 MARK = re.compile(r"(<!-- table (\S+)/(\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -56,6 +56,28 @@ def report(folder: Path, studies: Sequence[Study], documents: Sequence[Path] = (
     return made
 
 
+def for_papers(folder: Path, studies: Sequence[Study]) -> list[Path]:
+    """Write every study's tables in LaTeX (``tables.tex``) and its figures as pixels (``<figure>.png``), beside those
+    of `report`, which made the figures. Returns what was written.
+    """
+    import vl_convert
+
+    made = []
+    for study in studies:
+        rows, place = stored(folder, study), folder / study.name
+        if not rows:
+            continue
+        sheets = (sheet for table in study.tables for sheet in table.made(rows))
+        write_text(place / "tables.tex", "\n".join(sheet.latex() for sheet in sheets))
+        drawn = [place / f"{figure.name}.svg" for figure in study.figures]
+        drawn = [path for path in drawn if path.is_file()]
+        for path in drawn:
+            pixels = vl_convert.svg_to_png(path.read_text(encoding="utf-8"), scale=2)
+            write_bytes(path.with_suffix(".png"), pixels)
+        made += [place / "tables.tex", *(path.with_suffix(".png") for path in drawn)]
+    return made
+
+
 def markdown(study: Study, rows: Sequence[Row]) -> str:
     """All tables of a study."""
     parts = [
@@ -83,13 +105,14 @@ def glossary(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     for scenario in study.scenarios:
         for method in scenario.methods:
             if (scenario.name, method.name) in measured:
-                found.setdefault(method.about, {})[method.name] = None
+                name = method.name.removeprefix(f"{method.config.get('contest')}: ")
+                found.setdefault(method.about, {})[name] = None
     return {about: _few(list(names)) for about, names in found.items()}
 
 
 def _few(names: Sequence[str]) -> str:
-    more = f", and {len(names) - 5} more" if len(names) > 6 else ""
-    return ", ".join(names[:5] if more else names) + more
+    more = f"; and {len(names) - 5} more" if len(names) > 6 else ""
+    return "; ".join(names[:5] if more else names) + more
 
 
 def filled(document: str, folder: Path, studies: Sequence[Study]) -> str:

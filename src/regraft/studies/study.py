@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,6 +232,8 @@ class Study:
 
 def told_by(part: Any) -> str:
     """How the docstring of a function, or of a class or object, begins: its first paragraph, in one line."""
+    while isinstance(part, partial):
+        part = part.func
     paragraph, _, _ = (getattr(part, "__doc__", None) or "").strip().partition("\n\n")
     return " ".join(paragraph.split())
 

@@ -39,6 +39,15 @@ class Sheet:
         notes = [f"- {note}" for note in self.notes]
         return "\n".join([f"{'#' * level} {self.title}", "", body, "", *notes, *[""] * bool(notes)])
 
+    def latex(self) -> str:
+        """A table environment with the title as its caption, for LuaLaTeX or XeLaTeX (titles hold Greek letters)."""
+        import pandas as pd
+
+        frame = pd.DataFrame([[escaped(text) for text in line] for line in self.lines])
+        align = "l" + "r" * (len(self.heading) - 1)
+        header = [escaped(text) for text in self.heading]
+        return frame.to_latex(index=False, header=header, column_format=align, caption=escaped(self.title))
+
     def rich(self) -> Any:
         """A rich Table."""
         from rich.table import Table as RichTable
@@ -95,6 +104,12 @@ class Table:
     def made(self, rows: Rows) -> list[Sheet]:
         """Its sheets, of whatever rows there are."""
         return list(self.sheets(current(rows, self.scenarios)))
+
+
+def escaped(text: str) -> str:
+    """Plain text for LaTeX."""
+    marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(marks.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
 
 
 # ---------------------------------------------------------------- reading rows

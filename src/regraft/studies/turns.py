@@ -94,7 +94,7 @@ def by_turns(
     """Run ``regraft bench`` with these words by turns with the code in two folders, and compare what it measured.
 
     results: the rows of each side are left in its ``before`` and ``after``. tell: is told turns, done and at most.
-    Raises RuntimeError, with the last line that was said, where a side cannot be run.
+    Raises ChildProcessError, with the last line that was said, where a side cannot be run.
     """
     limits = limits or Limits()
     changes: list[Change] = []
@@ -160,7 +160,7 @@ class _Side:
                 server.kill()
 
     def take(self) -> None:
-        """One turn. Raises RuntimeError where it cannot be run, or where it ran other code than it should."""
+        """One turn. Raises ChildProcessError where it cannot be run, or where it ran other code than it should."""
         assert self.server.stdin is not None and self.server.stdout is not None
         with suppress(BrokenPipeError):  # where it has ended, its status and its last words follow
             print(file=self.server.stdin, flush=True)
@@ -168,9 +168,11 @@ class _Side:
         if status not in ("0", "1") or not found:
             self.said.seek(0)
             last = self.said.read().strip().rpartition("\n")[2]
-            raise RuntimeError(f"the side {self.name!r} could not be measured: {last or f'status {status}'}")
+            raise ChildProcessError(
+                f"the side {self.name!r} could not be measured: {last or f'status {status}'}"
+            )
         if found[-1].code.regraft != tree_hash(self.code / PACKAGES[0]):
-            raise RuntimeError(f"the side {self.name!r} ran other code than that in {self.code}")
+            raise ChildProcessError(f"the side {self.name!r} ran other code than that in {self.code}")
 
     def rows(self) -> list[Row]:
         return [row for path in sorted(self.results.glob("*/rows.jsonl")) for row in read(path)]

@@ -198,7 +198,7 @@ TABLES = (
     ),
     Table(
         "regressions",
-        "Planted regressions: `regraft against`, ten trials each",
+        "Planted regressions, and none: what is told by turns",
         ("regressions",),
         by_method(REGRESSIONS),
     ),

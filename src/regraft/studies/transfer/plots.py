@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
-from regraft.studies.figures import Cells, Figure, Heatmap, Line, Panel, curves
+from regraft.studies.figures import Cells, Figure, Heatmap, Line, Panel, curves, leaders
 from regraft.studies.study import Scenario
 from regraft.studies.tables import Rows, by_scenario, groups
 from regraft.studies.transfer import scenarios
@@ -151,7 +151,18 @@ NETWORKS = ("mlp", "conv")
 RATIO = "‖Δ‖ / ‖θ₁⁰‖"
 SHARE = "accuracy, share of plain training's"
 
+LEADERS = ("mnist-mlp-512", "mnist-mlp-4096", "cifar10-conv6", "digits-conv")
+
 FIGURES = (
+    Figure(
+        "leaderboard",
+        "Accuracy of a network that was never trained (plain: trained), and what it costs",
+        LEADERS,
+        tuple(
+            Panel(name, "CPU seconds", "test accuracy", leaders(name), x_log=True, markers=True)
+            for name in LEADERS
+        ),
+    ),
     Figure(
         "path",
         "Along the transferred path, no training",
