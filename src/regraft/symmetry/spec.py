@@ -271,14 +271,14 @@ class PermutationSpec:
 
         Where a unit stands several times, its k-th place takes what stood in the k-th place of the new unit.
         """
-        return self._gather(self.axes[name][axis], perm)
+        moved = self.axes[name][axis]
+        return self._gather(moved, perm) if groups_of(moved) else None
 
-    def _gather(self, axis: Axis, perm: Perm) -> Tensor | None:
+    def _gather(self, axis: Axis, perm: Perm) -> Tensor:
+        """Of an axis that moves."""
         groups = groups_of(axis)
-        if not groups:
-            return None
         if is_simple(self.groups, axis):
-            return perm[axis[0].group]
+            return perm[groups[0]]
         index = torch.arange(sum(segment.length for segment in axis), device=perm[groups[0]].device)
         for group, positions in self._positions[axis].items():
             positions = positions.to(index.device)
@@ -294,7 +294,7 @@ class PermutationSpec:
         for name, axes in self.axes.items():
             for a, axis in enumerate(axes):
                 if axis not in slots and groups_of(axis):
-                    slots[axis] = axis[0].group if is_simple(self.groups, axis) else f"{name}:{a}"
+                    slots[axis] = groups_of(axis)[0] if is_simple(self.groups, axis) else f"{name}:{a}"
         return slots
 
     @cached_property
