@@ -187,7 +187,12 @@ TABLES = (
     Table(
         "matching", "Matching", ("matching-mlp", "matching-resnet18", "matching-fgmt"), by_method(MATCHING)
     ),
-    Table("library", "Grids, and the recorder", ("grids", "grids-residual", "recorder"), by_method(SUMMARY)),
+    Table(
+        "library",
+        "Grids, the recorder, training",
+        ("grids", "grids-residual", "recorder", "systems"),
+        by_method(SUMMARY),
+    ),
     Table("compiled", "The kernels, compiled ahead of time", ("compiled",), of_compiled),
     Table("gpu", "Kernels on a GPU", ("gpu",), by_method(GPU)),
     Table(
