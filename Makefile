@@ -27,7 +27,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto $(ARGS)
 
 report: .venv/installed
-	.venv/bin/regraft report README.md results/*.md results/*/README.md --results results
+	.venv/bin/regraft report README.md docs/*.md results/*.md results/*/README.md --results results
 	rm -f results/index.html
 
 baseline: .venv/installed
