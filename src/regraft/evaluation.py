@@ -221,29 +221,44 @@ def _mean_gradients(
     count = 0
     for inputs, labels in checked(batches):
         with around():
-            logits = call(model, {**parameters, **buffers}, inputs)
-            if (
-                loss is F.cross_entropy and labels.shape != logits.shape
-            ):  # equal: probabilities of the classes
-                check_labels(labels, logits.shape[1], f"batch {count}")
-            found = torch.autograd.grad(
-                loss_of(loss, logits, labels),
-                list(parameters.values()),
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            found = gradient(model, {**parameters, **buffers}, parameters, (inputs, labels), loss, count)
         total = list(found) if total is None else torch._foreach_add(total, found)
         count += 1
     if total is None:
         raise ValueError("there is no batch to take a gradient on")
     if count > 1:
         total = torch._foreach_div(total, count)
+    check_gradients(list(parameters), total)
+    return {name: g.contiguous() for name, g in zip(parameters, total, strict=True)}
+
+
+def gradient(
+    model: nn.Module, values: Tensors, parameters: Tensors, batch: Batch, loss: Loss, number: int = 0
+) -> tuple[Tensor, ...]:
+    """Of the loss on one (checked) batch, by parameter; ``parameters`` are those of ``values`` that want one.
+
+    Raises ValueError, naming the batch by its number, for labels that the model has no output for.
+    """
+    inputs, labels = batch
+    logits = call(model, values, inputs)
+    # Labels of the outputs' own shape are probabilities of the classes.
+    if loss is F.cross_entropy and labels.shape != logits.shape:
+        check_labels(labels, logits.shape[1], f"batch {number}")
+    return torch.autograd.grad(
+        loss_of(loss, logits, labels),
+        list(parameters.values()),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+def check_gradients(names: Sequence[str], found: Sequence[Tensor]) -> None:
+    """Raises `NotFinite` for a gradient that is not finite, naming its tensor."""
     # The largest entry is not finite where any entry is not; one number per tensor goes to the host.
-    largest = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in total])
-    for name, finite in zip(parameters, largest.isfinite().tolist(), strict=True):
+    largest = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in found])
+    for name, finite in zip(names, largest.isfinite().tolist(), strict=True):
         if not finite:
             raise NotFinite(f"the gradient of {name} is not finite")
-    return {name: g.contiguous() for name, g in zip(parameters, total, strict=True)}
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

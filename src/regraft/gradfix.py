@@ -11,15 +11,14 @@ before (by :func:`regraft.match` or :func:`regraft.transfer`) is masked afterwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regraft.evaluation import NotFinite, checked, copies, evaluating
-from regraft.forward import call, loss_of, portion
-from regraft.heads import check_labels
+from regraft.evaluation import check_gradients, checked, copies, evaluating, gradient
+from regraft.forward import portion
 from regraft.tensors import Batch, Loss, Tensors, check_finite
 
 Direction = Callable[[nn.Module, Mapping[str, Tensor], Iterable[Batch], Loss], Tensors]
@@ -45,27 +44,14 @@ def majority(
     with evaluating(model):
         for number, (inputs, labels) in enumerate(checked(batches)):
             for i, label in enumerate(labels.split(1)):
-                logits = call(model, values, portion(inputs, i, i + 1))
-                if loss is F.cross_entropy and label.shape != logits.shape:
-                    check_labels(label, logits.shape[1], f"batch {number}")
-                found = torch.autograd.grad(
-                    loss_of(loss, logits, label),
-                    list(parameters.values()),
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                _check_gradients(list(parameters), found)  # the sign of NaN would be 0
+                image = (portion(inputs, i, i + 1), label)
+                found = gradient(model, values, parameters, image, loss, number)
+                check_gradients(list(parameters), found)  # the sign of NaN would be 0
                 torch._foreach_add_(list(votes.values()), [g.sign() for g in found])
                 images_seen += 1
     if images_seen == 0:
         raise ValueError("there is no image to take a gradient on")
     return {name: vote.contiguous() for name, vote in votes.items()}
-
-
-def _check_gradients(names: Sequence[str], found: Sequence[Tensor]) -> None:
-    finite = torch.stack(torch._foreach_norm(list(found), torch.inf)).isfinite()
-    if not bool(finite.all()):
-        raise NotFinite(f"the gradient of {names[int((~finite).nonzero()[0])]} is not finite")
 
 
 def mask(task_vector: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensors:
