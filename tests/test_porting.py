@@ -125,6 +125,8 @@ def three(tmp_path) -> list[Path]:
 
 
 KNOWN = {"model": mlp(), "inputs": INPUTS[mlp]}
+OF_MLP = ["--model", f"{__name__}:mlp", "--shape", "2", "6"]
+WEIGHTS = [*OF_MLP, "--method", "weights"]
 
 # ---------------------------------------------------------------- what it computes
 
@@ -453,17 +455,7 @@ def test_bad_files_are_one_line_and_status_1(case, three, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     paths = change(three)
     before = sorted(tmp_path.iterdir())
-    words = [
-        "port",
-        *map(str, paths),
-        "--model",
-        f"{__name__}:mlp",
-        "--shape",
-        "2",
-        "6",
-        "--method",
-        "weights",
-    ]
+    words = ["port", *map(str, paths), *WEIGHTS]
     assert main([*words, "--out", "out", *more]) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
@@ -523,17 +515,7 @@ def test_too_little_disk_is_said_before_any_work(three, tmp_path, monkeypatch):
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(three, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
-    words = [
-        "port",
-        *map(str, three),
-        "--model",
-        f"{__name__}:mlp",
-        "--shape",
-        "2",
-        "6",
-        "--method",
-        "weights",
-    ]
+    words = ["port", *map(str, three), *WEIGHTS]
     assert main([*words, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "relative distance of the fine-tune" in printed
@@ -556,7 +538,7 @@ def test_an_aligned_checkpoint_is_the_same_function_nearer(three, tmp_path, caps
     assert done.found["distance"]["after"] < done.found["distance"]["before"]
     assert done.found["barrier"]["after"] < done.found["barrier"]["before"]
     close(result(done.out), regraft.apply(spec, done.perms[0], near(moved)), rtol=0, atol=0)
-    words = ["match", str(three[0]), str(three[2]), "--model", f"{__name__}:mlp", "--shape", "2", "6"]
+    words = ["match", str(three[0]), str(three[2]), *OF_MLP]
     assert main([*words, "--out", str(tmp_path / "again")]) == 0
     assert "distance, after" in capsys.readouterr().out
 

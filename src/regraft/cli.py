@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 Names = UseAppendAction[tuple[str, ...]]
+Text = Annotated[str | None, arg(metavar="STR")]
+File = Annotated[Path | None, arg(metavar="PATH")]
+Number = Annotated[int | None, arg(metavar="INT")]
+Shape = Annotated[tuple[int, ...] | None, arg(metavar="INT ...")]
 Engine = Literal["local", "ray", "slurm"]
 
 
@@ -20,11 +25,11 @@ def bench(
     study: Names = (),
     scenario: Names = (),
     method: Names = (),
-    seeds: int | None = None,
+    seeds: Number = None,
     device: str = "cpu",
-    data: Path | None = None,
+    data: File = None,
     results: Path = Path("results/local"),
-    cache: Path | None = None,
+    cache: File = None,
     resume: bool = False,
     keep_older: bool = False,
     deterministic: bool = False,
@@ -84,9 +89,9 @@ def reproduce(
     table: Names = (),
     figure: Names = (),
     paper: bool = False,
-    seeds: int | None = None,
+    seeds: Number = None,
     device: str = "cpu",
-    data: Path | None = None,
+    data: File = None,
     results: Path = Path("results/local"),
     cache: Path = Path(".cache/regraft"),
     keep_older: bool = False,
@@ -189,7 +194,7 @@ def against(
     study: Names = (),
     scenario: Names = (),
     method: Names = (),
-    data: Path | None = None,
+    data: File = None,
     turns: int = 12,
     max_slowdown: float = 0.1,
     max_error_rise: float = 0.005,
@@ -233,9 +238,7 @@ def history(*, results: Path = Path("results/local"), json: bool = False) -> int
     return front.over_time(front.every(results), as_json=json)
 
 
-def symmetry(
-    model: Positional[str], /, *, shape: tuple[int, ...] | None = None, save: Path | None = None
-) -> int:
+def symmetry(model: Positional[str], /, *, shape: Shape = None, save: File = None) -> int:
     """Print a model's permutation groups, and prove them by random permutations.
 
     Args:
@@ -252,6 +255,50 @@ def symmetry(
     return 0
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How checkpoints are read and written.
+
+    Attributes:
+        model: as `regraft symmetry` takes it.
+        shape: of one input, batch first; the model's usual one if not given.
+        spec: proven groups (`regraft symmetry MODEL --save FILE`), in place of the model where files are streamed.
+        data: a folder {train,test or val}/CLASS/IMAGE, or module:function that gives batches.
+        max_memory: such as 8GB; what the machine has if not given.
+        device: where to compute, such as cpu or cuda.
+        deterministic: only algorithms that give the same bits in every run.
+        resume: go on from what an interrupted run has finished.
+        json: print the result as JSON, for machines.
+    """
+
+    model: Text = None
+    shape: Shape = None
+    spec: File = None
+    data: Text = None
+    max_memory: Text = None
+    device: str = "cpu"
+    deterministic: bool = False
+    resume: bool = False
+    json: bool = False
+
+    def asked(self) -> dict[str, Any]:
+        """What the functions of `regraft.porting` take; and torch is told what it must not do."""
+        from regraft import front
+
+        if self.deterministic:
+            front.deterministic()
+        asked: dict[str, Any] = {
+            "model": self.model,
+            "inputs": self.shape,
+            "spec": self.spec,
+            "data": self.data,
+        }
+        return asked | {"max_memory": self.max_memory, "device": self.device}
+
+
+READING = Reading()
+
+
 def port(
     base: Positional[Path],
     tuned: Positional[Path],
@@ -259,18 +306,10 @@ def port(
     /,
     *,
     out: Path = Path("ported"),
-    model: str | None = None,
-    shape: tuple[int, ...] | None = None,
-    spec: Path | None = None,
-    data: str | None = None,
     method: str = "fgmt",
     steps: int = 30,
-    max_memory: str | None = None,
-    device: str = "cpu",
-    deterministic: bool = False,
-    resume: bool = False,
     dry_run: bool = False,
-    json: bool = False,
+    reading: OmitArgPrefixes[Reading] = READING,
 ) -> int:
     """Bring a fine-tune onto a new base: BASE, what was fine-tuned from it, NEW_BASE -> a new checkpoint.
 
@@ -279,29 +318,17 @@ def port(
         tuned: the fine-tune of BASE.
         new_base: what it is to follow.
         out: a folder that is not there yet, for shards, index and README.md.
-        model: as `regraft symmetry` takes it.
-        shape: of one input, batch first; the model's usual one if not given.
-        spec: proven groups (`regraft symmetry MODEL --save FILE`), so that what streams needs no model.
-        data: a folder {train,test or val}/CLASS/IMAGE, or module:function that gives batches.
         method: weights, naive; or fgmt, gradfix, fgmt+gradfix, weights+gradfix, which need data and memory.
         steps: of the path of fgmt.
-        max_memory: such as 8GB; what the machine has if not given.
-        device: where to compute, such as cpu or cuda.
-        deterministic: only algorithms that give the same bits in every run.
-        resume: go on from what an interrupted run has finished.
         dry_run: check everything, and print what would be done.
-        json: print the result as JSON, for machines.
     """
     from regraft import front
 
-    if deterministic:
-        front.deterministic()
-    asked: dict[str, Any] = {"inputs": shape, "spec": spec, "data": data, "max_memory": max_memory}
-    asked |= {"model": model, "method": method, "steps": steps, "device": device}
+    asked = reading.asked() | {"method": method, "steps": steps}
     files = (base, tuned, new_base)
     if dry_run:
-        return front.planned(files, out, asked, as_json=json)
-    return front.ported(files, out, asked, resume=resume, as_json=json)
+        return front.planned(files, out, asked, as_json=reading.json)
+    return front.ported(files, out, asked, resume=reading.resume, as_json=reading.json)
 
 
 def match(
@@ -310,15 +337,7 @@ def match(
     /,
     *,
     out: Path = Path("aligned"),
-    model: str | None = None,
-    shape: tuple[int, ...] | None = None,
-    spec: Path | None = None,
-    data: str | None = None,
-    max_memory: str | None = None,
-    device: str = "cpu",
-    deterministic: bool = False,
-    resume: bool = False,
-    json: bool = False,
+    reading: OmitArgPrefixes[Reading] = READING,
 ) -> int:
     """Write B with its units in the order of A's: the same function; with data, the loss barrier between the two.
 
@@ -326,23 +345,10 @@ def match(
         a: a checkpoint, as `port` takes it.
         b: another of the same architecture.
         out: a folder that is not there yet, for shards, index and README.md.
-        model: as `regraft symmetry` takes it.
-        shape: of one input, batch first; the model's usual one if not given.
-        spec: proven groups (`regraft symmetry MODEL --save FILE`), in place of the model.
-        data: as `port` takes it.
-        max_memory: such as 8GB; what the machine has if not given.
-        device: where to compute, such as cpu or cuda.
-        deterministic: only algorithms that give the same bits in every run.
-        resume: go on from what an interrupted run has finished.
-        json: print the result as JSON, for machines.
     """
     from regraft import front
 
-    if deterministic:
-        front.deterministic()
-    known = {"model": model, "inputs": shape, "spec": spec, "data": data}
-    known |= {"max_memory": max_memory, "device": device}
-    return front.aligned(a, b, out, known, resume=resume, as_json=json)
+    return front.aligned(a, b, out, reading.asked(), resume=reading.resume, as_json=reading.json)
 
 
 def fuse(
@@ -352,15 +358,7 @@ def fuse(
     weights: tuple[float, ...],
     out: Path = Path("fused"),
     align: bool = False,
-    model: str | None = None,
-    shape: tuple[int, ...] | None = None,
-    spec: Path | None = None,
-    data: str | None = None,
-    max_memory: str | None = None,
-    device: str = "cpu",
-    deterministic: bool = False,
-    resume: bool = False,
-    json: bool = False,
+    reading: OmitArgPrefixes[Reading] = READING,
 ) -> int:
     """Write a weighted sum of networks; with --align each is first brought onto the first.
 
@@ -369,23 +367,11 @@ def fuse(
         weights: one number a network.
         out: a folder that is not there yet, for shards, index and README.md.
         align: match the units of each network with the first's; needs a model, or a proven specification.
-        model: as `regraft symmetry` takes it.
-        shape: of one input, batch first; the model's usual one if not given.
-        spec: proven groups (`regraft symmetry MODEL --save FILE`), in place of the model.
-        data: as `port` takes it; accuracies are measured on it.
-        max_memory: such as 8GB; what the machine has if not given.
-        device: where to compute, such as cpu or cuda.
-        deterministic: only algorithms that give the same bits in every run.
-        resume: go on from what an interrupted run has finished.
-        json: print the result as JSON, for machines.
     """
     from regraft import front
 
-    if deterministic:
-        front.deterministic()
-    known = {"model": model, "inputs": shape, "spec": spec, "data": data}
-    known |= {"max_memory": max_memory, "device": device}
-    return front.fused(networks, weights, out, known, align=align, resume=resume, as_json=json)
+    how = {"align": align, "resume": reading.resume, "as_json": reading.json}
+    return front.fused(networks, weights, out, reading.asked(), **how)
 
 
 VERBS: dict[str, Callable[..., int]] = {

@@ -233,7 +233,12 @@ def _mean_gradients(
 
 
 def gradient(
-    model: nn.Module, values: Tensors, parameters: Tensors, batch: Batch, loss: Loss, number: int = 0
+    model: nn.Module,
+    values: Tensors,
+    parameters: Tensors,
+    batch: tuple[Inputs, Tensor],
+    loss: Loss,
+    number: int = 0,
 ) -> tuple[Tensor, ...]:
     """Of the loss on one (checked) batch, by parameter; ``parameters`` are those of ``values`` that want one.
 
