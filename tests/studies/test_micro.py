@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,16 @@ import torch
 
 from regraft.clock import Cost
 from regraft.data import MissingData
-from regraft.studies.micro import STUDY, assignment, gpu, library, matching, timing
+from regraft.studies.micro import STUDY, assignment, gpu, library, matching, proofs, timing, zoo
 from regraft.studies.micro.contests import BY_HAND, OURS, TIME, Contest, Timed, timed_methods
 from regraft.studies.micro.pages import SUMMARY
+from regraft.studies.micro.proofs import loaded_error
 from regraft.studies.micro.timing import Contender, alternate
 from regraft.studies.render import markdown, summary
 from regraft.studies.run import run
 from regraft.studies.study import Place, Scenario
 from regraft.studies.tables import Table, by_method
+from regraft.symmetry import trace
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -158,6 +161,19 @@ def test_models_are_proved_in_processes_of_their_own(place, tmp_path):
 
 
 # ---------------------------------------------------------------- the study
+
+
+def test_the_proof_loads_a_model_that_wants_its_versions():
+    model, inputs = zoo.make("torchvision/mnasnet0_5")
+    error, control = loaded_error(trace(model, inputs), lambda: zoo.make("torchvision/mnasnet0_5")[0], inputs)
+    assert error < 1e-9 < control
+
+
+def test_a_proof_that_was_killed_says_so(monkeypatch):
+    ended = subprocess.CompletedProcess([], -9, "", "a warning")
+    monkeypatch.setattr(proofs.subprocess, "run", lambda *args, **how: ended)
+    with pytest.raises(RuntimeError, match="toy: the process was ended by signal 9"):
+        proofs._measure("toy", SimpleNamespace(settings=proofs.Proof()))
 
 
 def test_scenarios_are_well_formed():

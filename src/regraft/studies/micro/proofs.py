@@ -29,6 +29,7 @@ from regraft.clock import Clock, Cost
 from regraft.studies.micro import zoo
 from regraft.studies.study import Measured, Method, Setting
 from regraft.symmetry import PermutationSpec, apply, parameters_moved, trace, verify
+from regraft.symmetry.spec import like_state
 from regraft.tensors import Tensors
 
 TOLERANCE = 1e-9
@@ -61,6 +62,10 @@ def _measure(name: str, setting: Setting) -> Measured:
         done = subprocess.run(command, capture_output=True, text=True, timeout=proof.limit)
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{name} was not proved within {proof.limit:g} seconds") from None
+    if done.returncode < 0:
+        raise RuntimeError(
+            f"{name}: the process was ended by signal {-done.returncode}; is there memory enough?"
+        )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}")
     found = json.loads(done.stdout.strip().rpartition("\n")[2])
@@ -122,7 +127,8 @@ def loaded_error(
         before = main_output(model(*inputs))
     if not bool(before.isfinite().all()) or float(before.std()) == 0:
         raise ValueError("the check says nothing: the perturbed model's output is not finite, or constant")
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    held = model.state_dict()
+    state = like_state({name: tensor.detach().clone() for name, tensor in held.items()}, held)
     perm = spec.random(generator)
     moved = apply(spec, perm, state)
 
@@ -138,7 +144,7 @@ def loaded_error(
     if largest is None:
         return error(moved), 0.0
     left = {name: tensor for name, tensor in state.items() if torch.equal(tensor, state[largest])}
-    return error(moved), error({**moved, **left})  # under all of its names
+    return error(moved), error(like_state({**moved, **left}, held))  # under all of its names
 
 
 @torch.no_grad()
