@@ -88,6 +88,21 @@ def test_on_a_permuted_base_it_is_the_permuted_fine_tune(place):
     assert not alike(ports.task_vector(ports.identity, ports.all_of_it, own, seen, Clock()), wanted, names)
 
 
+def test_the_command_moves_what_the_method_moves(place):
+    """On a permuted base: from files without heads, back with the permuted fine-tune's."""
+    own = setting(place, steps=1)
+    spec = own.traced[0]
+    own.target_start = apply(spec, spec.random(torch.Generator().manual_seed(1)), own.source_start)
+    clock, seen = Clock(), ports.few(own, 4)
+    found = ports.by_command(own, seen, clock)
+    perm = ports.by_fgmt(own, seen, Clock())
+    wanted = ports.new_base(own)
+    start, end = (apply(spec, perm, theta) for theta in (ports.base(own), ports.tuned(own).tensors))
+    names = [name for name, _ in own.model.named_parameters()]
+    assert alike(found, {n: wanted[n] + end[n] - start[n] for n in names}, names)
+    assert set(found) == set(wanted) and clock.seconds["gradients"].cpu > 0
+
+
 def test_the_mask_keeps_a_part_and_the_head_whole(place):
     own = setting(place, alphas=(1.0,))
     seen, start = ports.few(own, 4), ports.new_base(own)

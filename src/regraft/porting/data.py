@@ -37,10 +37,11 @@ class Data:
 
     def to(self, device: str) -> Data:
         """With batches that move there as they come."""
-        parts = {name: getattr(self, name) for name in PARTS}
-        return Data(
-            **{n: None if p is None else _Placed(p, device) for n, p in parts.items()}, classes=self.classes
-        )
+
+        def placed(part: Iterable[Batch] | None) -> Iterable[Batch] | None:
+            return None if part is None else _Placed(part, device)
+
+        return Data(_Placed(self.train, device), placed(self.validation), placed(self.test), self.classes)
 
     @property
     def measured_on(self) -> tuple[str, Iterable[Batch]]:
@@ -103,7 +104,9 @@ def data_of(given: object) -> Data:
             raise ValueError(
                 f"data are a dictionary with 'train', and perhaps {PARTS[1:]}, not {sorted(given)}"
             )
-        return Data(**{name: _again(part) for name, part in given.items()})
+        train, validation, test = (_again(given[part]) if part in given else None for part in PARTS)
+        assert train is not None
+        return Data(train, validation, test)
     if isinstance(given, Iterable):
         return Data(_again(given))
     raise ValueError(f"data are batches (inputs, labels), not a {type(given).__name__}")

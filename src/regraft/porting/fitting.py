@@ -115,7 +115,7 @@ def new_parts(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
     outer = {name.partition(".")[0] for name in checkpoint.entries}
     inner = {".".join(name.split(".")[:2]) for name in checkpoint.entries}
     found: list[str] = []
-    for name in reversed(anatomy.shapes):
+    for name in reversed(list(anatomy.shapes)):
         first, *rest = name.split(".")
         is_part = len(rest) > 1 and not rest[0].isdigit()
         if first in outer and not (is_part and f"{first}.{rest[0]}" not in inner):

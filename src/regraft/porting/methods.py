@@ -60,6 +60,12 @@ class Work:
     keep: Callable[[str, Callable[[], Tensors]], Tensors] = _nothing_kept
     clock: Clock = field(default_factory=Clock)
 
+    def gradients(self, method: str) -> tuple[nn.Module, Iterable[Batch]]:
+        """The network and batches for gradients. Raises ValueError, naming the method, where there are none."""
+        if self.model is None or self.train is None:
+            raise ValueError(f"{method} takes gradients: it needs a model and data")
+        return self.model, self.train
+
 
 Method = Callable[[PermutationSpec, Weights, Weights, Weights, Work], Ported]
 
@@ -85,14 +91,12 @@ def fgmt(spec: PermutationSpec, base: Weights, tuned: Weights, new_base: Weights
 
     Gradients need the model in memory.
     """
-    if work.model is None or work.train is None:
-        raise ValueError("method 'fgmt' takes gradients: it needs a model and data")
+    model, train = work.gradients("method 'fgmt'")
 
     def find() -> Tensors:
         path = Trajectory.linear(dict(base.items()), dict(tuned.items()), steps=work.steps)
-        found = transfer(
-            work.model, path, dict(new_base.items()), work.train, "fgmt", spec=spec, validation=work.validation
-        )  # fmt: skip
+        start = dict(new_base.items())
+        found = transfer(model, path, start, train, "fgmt", spec=spec, validation=work.validation)
         work.clock.add(found.seconds)
         return {f"perm/{g}": index for g, index in found.perm.items()} | {
             "scale": torch.tensor(path.leg(found.best_step)[1], dtype=torch.float64)
@@ -113,21 +117,20 @@ def masked(method: Method) -> Method:
     def gradfix(
         spec: PermutationSpec, base: Weights, tuned: Weights, new_base: Weights, work: Work
     ) -> Ported:
-        if work.model is None or work.train is None:
-            raise ValueError("GradFix takes gradients: it needs a model and data")
+        model, train = work.gradients("GradFix")
         ported = method(spec, base, tuned, new_base, work)
-        few = [split(batch, number) for number, batch in enumerate(islice(work.train, FEW))]
+        few = [split(batch, number) for number, batch in enumerate(islice(train, FEW))]
         if not all(isinstance(inputs, Tensor) for inputs, _ in few):
             raise ValueError("GradFix lets each image vote: it needs batches (images, labels)")
         with work.clock.phase("gradients"):
             start, change = {}, {}
-            parameters = dict(work.model.named_parameters())
+            parameters = dict(model.named_parameters())
             for name, own in new_base.items():
                 carried = name in parameters and not bool(own.any()) and not bool(base[name].any())
                 start[name] = ported.tensors[name] if carried else own
                 if name in parameters and not carried:
                     change[name] = ported.tensors[name] - own
-            return Ported(transport(work.model, start, change, few), ported.perm)
+            return Ported(transport(model, start, change, few), ported.perm)
 
     return gradfix
 
@@ -159,8 +162,8 @@ def moved(
         own = new_base[name]
         if not own.is_floating_point():
             return own
-        sides = ({name: x[name]} for x in (base, tuned))
-        result = graft({name: own}, *sides, [scale], indices, spec.packing())[name][0]
+        start, end = {name: base[name]}, {name: tuned[name]}
+        result = graft({name: own}, start, end, [scale], indices, spec.packing())[name][0]
         return result.clamp_(min=0) if name.endswith("running_var") else result
 
     return Ported(Lazy(tuple(new_base), read), perm)

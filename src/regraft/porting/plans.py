@@ -56,7 +56,7 @@ class Plan:
     @property
     def head(self) -> tuple[str, ...]:
         """The tensors that are carried over, since a base has them for other classes, or not at all."""
-        tuned = self.checkpoints.get("fine-tune", {})
+        tuned = self.checkpoints.get("fine-tune", ())
         others = [c for role, c in self.checkpoints.items() if role != "fine-tune"]
         return tuple(name for name in tuned if any(name not in other for other in others))
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-import torch
 from torch import Tensor
 
 from regraft.checkpoint_files import Checkpoint, Layout, Lazy, beside, check_free, keep_tensors, write_shards
@@ -232,25 +231,19 @@ def _make(made: Plan, part: Path, clock: Clock) -> tuple[Ported, dict[str, Any]]
     found = made.subject
     assert found is not None
     device = "cpu" if found.model is None else str(next(found.model.parameters()).device)
-    sides = [_sides(made, device)[role] for role in ROLES]
-    data, keep = made.data, partial(keep_tensors, part)
-    model = found.classifier() if data is not None else None
-    work = Work(
-        model,
-        data and data.train,
-        data and data.validation,
-        made.config.get("steps", 1),
-        keep,
-        clock,
-    )
-    ported = METHODS[made.method](found.spec, *sides, work)
+    base, tuned, new_base = sides = [_sides(made, device)[role] for role in ROLES]
+    work = Work(steps=made.config.get("steps", 1), keep=partial(keep_tensors, part), clock=clock)
+    if made.data is not None:
+        data = made.data
+        work = replace(work, model=found.classifier(), train=data.train, validation=data.validation)
+    ported = METHODS[made.method](found.spec, base, tuned, new_base, work)
     measured: dict[str, Any] = {}
     if found.model is not None:
         with clock.phase("checks"):
             measured["function_error"] = found.check_function(_base_with_head(made, sides), ported.perm)
-    if data is None:
+    if made.data is None:
         return ported, measured
-    ported = replace(ported, tensors=_with_statistics(model, ported.tensors, work))
+    ported = replace(ported, tensors=_with_statistics(ported.tensors, work))
     with clock.phase(EVALUATION):
         measured |= _measured(made, sides, ported, work)
     return ported, measured
@@ -262,14 +255,15 @@ def _base_with_head(made: Plan, sides: list[Lazy]) -> Tensors:
     return {name: (tuned if name in made.head else base)[name] for name in tuned}
 
 
-def _with_statistics(model: torch.nn.Module, tensors: Weights, work: Work) -> Weights:
+def _with_statistics(tensors: Weights, work: Work) -> Weights:
     """With BatchNorm statistics of the data; the same tensors for a model without BatchNorm."""
+    model, train = work.gradients("an estimate of statistics")
     if not batch_norms(model):
         return tensors
 
     def estimate() -> Tensors:
         with work.clock.phase("batchnorm"):
-            whole = reset_batchnorm(model, dict(tensors.items()), work.train, STATISTICS_BATCHES)
+            whole = reset_batchnorm(model, dict(tensors.items()), train, STATISTICS_BATCHES)
         names = [
             f"{n}.{s}"
             for n in batch_norms(model)
@@ -295,7 +289,7 @@ def _measured(made: Plan, sides: list[Lazy], ported: Ported, work: Work) -> dict
         "fine-tune on its own base": tuned,
         "new base": Lazy(tuple(tuned), lambda n: (ported.tensors if n in made.head else new_base)[n]),
         "naive sum": ported.tensors if made.method == "naive" else _with_statistics(
-            work.model, plain.tensors, replace(work, keep=Work().keep, clock=Clock())
+            plain.tensors, replace(work, keep=Work().keep, clock=Clock())
         ),
         "result": ported.tensors,
     }  # fmt: skip

@@ -163,13 +163,13 @@ def _of_spec(checkpoint: Checkpoint, spec: PermutationSpec) -> tuple[Subject, Ch
 
 
 def _named(model: Model, inputs: Example) -> Named:
-    if isinstance(model, str):
-        given = isinstance(inputs, Tensor | Mapping)
-        named = by_name(model, None if given else inputs)
-        return replace(named, inputs=inputs) if given else named
-    if not isinstance(inputs, Tensor | Mapping):
+    if isinstance(inputs, Tensor | Mapping):
+        example = inputs if isinstance(inputs, Tensor) else dict(inputs)
+        named = by_name(model) if isinstance(model, str) else Named(model, example)
+        return replace(named, inputs=example)
+    if not isinstance(model, str):
         raise ValueError("a module needs example inputs: inputs=..., a tensor or keyword inputs")
-    return Named(model, inputs)
+    return by_name(model, inputs)
 
 
 # ---------------------------------------------------------------- tensors of checkpoints, as methods take them

@@ -12,16 +12,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import regraft
 from regraft import gradfix, learning_transfer
 from regraft.activations import hooks
+from regraft.checkpoint_files import Checkpoint
 from regraft.clock import Clock, Cost
 from regraft.data import Split, draw_per_class
 from regraft.evaluation import accuracy, evaluating, gradients, loss_and_accuracy, reset_batchnorm
+from regraft.files import write_tensors
 from regraft.forward import call
 from regraft.heads import find_head
 from regraft.matching import match
@@ -185,6 +190,31 @@ def task_vector(find: Find, keep: Keep, setting: TransferSetting, seen: Few, clo
     return chosen
 
 
+# ---------------------------------------------------------------- as the command does it
+
+
+def by_command(setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
+    """`regraft.port`, from files to a file; the bases have no heads there, and the step is chosen on the few images."""
+    theta = {"base": base(setting), "tuned": tuned(setting).tensors, "new_base": new_base(setting)}
+    head = _head(setting.model)
+    with TemporaryDirectory() as folder:
+        files = {name: Path(folder, f"{name}.safetensors") for name in theta}
+        for name, file in files.items():
+            write_tensors(file, {n: x for n, x in theta[name].items() if name == "tuned" or n not in head})
+        made = regraft.port(
+            *files.values(),
+            Path(folder, "port"),
+            model=setting.model,
+            inputs=seen.batches[0][0][:2],
+            spec=setting.traced[0],
+            data={"train": seen.batches, "validation": seen.batches},
+            method="fgmt",
+            steps=setting.settings.steps,
+        )
+        clock.add(made.seconds)
+        return dict(Checkpoint.open(made.out))
+
+
 # ---------------------------------------------------------------- training on the few images
 
 Port = Callable[[TransferSetting, Few, Clock], Tensors]
@@ -333,6 +363,7 @@ def methods(rates: tuple[float, ...]) -> tuple[Method, ...]:
         _vector("weights + gradfix", by_weights, MAJORITY, "Permuted by weights, then masked by majority."),
         _vector("fgmt, head alone", by_fgmt, nothing, "The fine-tune's head, permuted as by fgmt."),
         _vector("fgmt", by_fgmt, all_of_it, "Permuted by gradients along the line from base to fine-tune."),
+        _port("fgmt, by the command", by_command, "`regraft port` as it is: from files to a file."),
         _vector("fgmt + gradfix", by_fgmt, MAJORITY, "Permuted by fgmt, then masked by majority."),
         _vector("fgmt + gradfix, mean", by_fgmt, MEAN, "Permuted by fgmt, then masked by the mean gradient."),
         _trained("fgmt, then few-shot", FGMT, rates, "Moved by fgmt, then trained on the few images."),
