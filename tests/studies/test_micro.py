@@ -163,6 +163,12 @@ def test_models_are_proved_in_processes_of_their_own(place, tmp_path):
 # ---------------------------------------------------------------- the study
 
 
+def test_the_names_of_torchvisions_models_are_all_of_them():
+    from torchvision import models
+
+    assert list(zoo.TORCHVISION) == models.list_models(module=models)
+
+
 def test_the_proof_loads_a_model_that_wants_its_versions():
     model, inputs = zoo.make("torchvision/mnasnet0_5")
     error, control = loaded_error(trace(model, inputs), lambda: zoo.make("torchvision/mnasnet0_5")[0], inputs)

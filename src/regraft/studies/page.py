@@ -30,15 +30,16 @@ def page(folder: Path, studies: Sequence[Study]) -> str:
     """The page of a results folder: a leaderboard, and every table and figure of every study that has rows there."""
     import vl_convert
 
-    measured = [(study, rows) for study in studies if (rows := stored(folder, study))]
     figures: dict[str, Any] = {}
-    body = "".join(_section(study, rows, figures) for study, rows in measured)
-    leaders = [point for study, rows in measured for point in _leaders(study, rows)]
-    tracks = history.history([row for _, rows in measured for row in rows])
+    body, measured, leaders, tracks = "", [], [], []
+    for study in studies:  # of all studies' rows no two need be in memory at once
+        if rows := stored(folder, study):
+            measured.append(study.name)
+            body += _section(study, rows, figures)
+            leaders += _leaders(study, rows)
+            tracks += history.history(rows)
     body += _history(history.sheet(tracks)) if tracks else ""
-    names = (
-        ["leaderboard"] * bool(leaders) + [study.name for study, _ in measured] + ["history"] * bool(tracks)
-    )
+    names = ["leaderboard"] * bool(leaders) + measured + ["history"] * bool(tracks)
     links = "".join(f'<a href="#{name}">{name}</a>' for name in names)
     data = {
         "figures": figures,

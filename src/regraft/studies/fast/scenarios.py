@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from torchvision import models as torchvision_models
-
 from regraft.data import CIFAR100_FUSION, CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW
 from regraft.fast import Normal
 from regraft.networks import digits_conv
 from regraft.phases import adam, nesterov, radam
+from regraft.studies import torchvision_models as _tv
 from regraft.studies.fast import networks
 from regraft.studies.fast.methods import (
     FAN_IN,
@@ -186,7 +185,6 @@ TWO_CORES = (
 
 # ---------------------------------------------------------------- the paper's own: 128x128 pixels, 15 seeds
 
-_tv = torchvision_models
 _cifar100, _mnist, _caltech = (
     _task("cifar100", size=128),
     _task("mnist", size=128, channels=3),
@@ -194,7 +192,7 @@ _cifar100, _mnist, _caltech = (
 )
 _resnet18, _vgg19, _densenet201, _resnext101 = (
     Origin(network, None, None, "IMAGENET1K_V1")
-    for network in (_tv.resnet18, _tv.vgg19, _tv.densenet201, _tv.resnext101_32x8d)
+    for network in (_tv.resnet18, _tv.vgg19, _tv.densenet201, _tv.resnext101)
 )
 # Section 6.2.1: CIFAR-100 for 120 epochs, from ImageNet, with a fan-in head.
 _resnet18_cifar100 = Origin(

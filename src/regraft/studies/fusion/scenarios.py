@@ -103,6 +103,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         "sgd-0.02": {"lr": 0.02, **_sgd},
         "adam-1e-4": {"lr": 1e-4, **_adam},
         "adam-3e-4": {"lr": 3e-4, **_adam},
+        "adam-3e-4-of-30-epochs": {"lr": 3e-4, "epochs": 30, **_adam},
         "adam-1e-3": {"lr": 1e-3, **_adam},
         "adam-1e-3-of-16-epochs": {"lr": 1e-3, "epochs": 16, **_adam},
     },

@@ -17,6 +17,90 @@ from regraft.data import MissingData
 Inputs = tuple[Any, ...]
 """Positional arguments of a model's forward."""
 
+TORCHVISION = (
+    "alexnet",
+    "convnext_base",
+    "convnext_large",
+    "convnext_small",
+    "convnext_tiny",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    "efficientnet_b3",
+    "efficientnet_b4",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
+    "efficientnet_v2_l",
+    "efficientnet_v2_m",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mnasnet0_75",
+    "mnasnet1_0",
+    "mnasnet1_3",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mobilenet_v3_small",
+    "regnet_x_16gf",
+    "regnet_x_1_6gf",
+    "regnet_x_32gf",
+    "regnet_x_3_2gf",
+    "regnet_x_400mf",
+    "regnet_x_800mf",
+    "regnet_x_8gf",
+    "regnet_y_128gf",
+    "regnet_y_16gf",
+    "regnet_y_1_6gf",
+    "regnet_y_32gf",
+    "regnet_y_3_2gf",
+    "regnet_y_400mf",
+    "regnet_y_800mf",
+    "regnet_y_8gf",
+    "resnet101",
+    "resnet152",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "shufflenet_v2_x1_0",
+    "shufflenet_v2_x1_5",
+    "shufflenet_v2_x2_0",
+    "squeezenet1_0",
+    "squeezenet1_1",
+    "swin_b",
+    "swin_s",
+    "swin_t",
+    "swin_v2_b",
+    "swin_v2_s",
+    "swin_v2_t",
+    "vgg11",
+    "vgg11_bn",
+    "vgg13",
+    "vgg13_bn",
+    "vgg16",
+    "vgg16_bn",
+    "vgg19",
+    "vgg19_bn",
+    "vit_b_16",
+    "vit_b_32",
+    "vit_h_14",
+    "vit_l_16",
+    "vit_l_32",
+    "wide_resnet101_2",
+    "wide_resnet50_2",
+)
+"""Its classification models, all 80. Named here, so that to know them nothing need be imported."""
+
 TIMM = (
     "resnet18",
     "resnext50_32x4d",
@@ -73,7 +157,7 @@ Make = Callable[[], tuple[nn.Module, Inputs]]
 def names(*families: str) -> tuple[str, ...]:
     """All models of some families, whether the package that makes them is installed or not."""
     every = {
-        "torchvision": _torchvision_names,
+        "torchvision": lambda: TORCHVISION,
         "timm": lambda: TIMM,
         **{family: lambda made=made: list(made) for family, made in MADE.items()},
     }
@@ -110,12 +194,6 @@ def _tokens(count: int, length: int = 7) -> Tensor:
 
 PIXELS = {"inception_v3": 299, "maxvit_t": 224}
 """Where the auxiliary head, or the windows, need more than 64; vision transformers take 224 alone."""
-
-
-def _torchvision_names() -> list[str]:
-    from torchvision import models
-
-    return models.list_models(module=models)
 
 
 def _from_torchvision(name: str) -> tuple[nn.Module, Inputs]:

@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torchvision.models import resnet18
-
 from regraft import networks
 from regraft.data import CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW
 from regraft.studies.study import Scenario, Task
+from regraft.studies.torchvision_models import resnet18
 from regraft.studies.transfer import sweeps
 from regraft.studies.transfer.methods import METHODS
 from regraft.studies.transfer.ports import PortSettings
