@@ -23,6 +23,8 @@ _PUBLIC = {
     "Trajectory": "trajectory",
     "transfer": "learning_transfer",
     "Transfer": "learning_transfer",
+    "transfer_to_many": "many_targets",
+    "Transfers": "many_targets",
     "fuse": "fusion",
     "assign_gradient": "fusion",
     "port": "porting",
@@ -37,6 +39,7 @@ __all__ = [
     "PermutationSpec",
     "Trajectory",
     "Transfer",
+    "Transfers",
     "__version__",
     "activations",
     "apply",
@@ -54,6 +57,7 @@ __all__ = [
     "porting",
     "trace",
     "transfer",
+    "transfer_to_many",
     "verify",
     "with_output",
 ]
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     from regraft.forward import with_output
     from regraft.fusion import assign_gradient, fuse
     from regraft.learning_transfer import Transfer, transfer
+    from regraft.many_targets import Transfers, transfer_to_many
     from regraft.matching import Match, match
     from regraft.porting import fuse_checkpoints, match_checkpoints, port
     from regraft.symmetry import PermutationSpec, apply, inverse, trace, verify

@@ -130,6 +130,31 @@ class Sample:
         self.taken += len(thetas) * len(batches)
         return [gradients(self.model, theta, batches, self.loss) for theta in thetas]
 
+    def traced(self) -> PermutationSpec:
+        """The model's permutation groups, traced on a part of the next batch, which is still the next one."""
+        first = next(self.batches)
+        self.batches = chain([first], self.batches)
+        device = next(self.model.parameters()).device
+        example = mapped(lambda x: x.to(device), portion(split(first)[0], 0, 2))
+        return trace(self.model, *arguments(example))
+
+
+def sampled(
+    model: nn.Module, batches: Iterable[Batch], loss: Loss, gradient_batches: int, bn_batches: int
+) -> tuple[Sample, list[Batch]]:
+    """What gradients are taken on, and what BatchNorm statistics are estimated from: nothing without BatchNorm.
+
+    Raises ValueError where there is no batch, or for fewer batches than 1 and 0.
+    """
+    if gradient_batches < 1:
+        raise ValueError(f"gradient_batches must be at least 1, got {gradient_batches}")
+    if bn_batches < 0:
+        raise ValueError(f"bn_batches must not be negative, got {bn_batches}")
+    endless = _cycle(batches)
+    first = next(endless)
+    statistics = list(islice(_cycle(batches), bn_batches)) if bn_batches and batch_norms(model) else []
+    return Sample(model, chain([first], endless), gradient_batches, loss), statistics
+
 
 @dataclass
 class Work:
@@ -305,22 +330,14 @@ def transfer(
     """
     if not callable(method) and method not in METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    if gradient_batches < 1:
-        raise ValueError(f"gradient_batches must be at least 1, got {gradient_batches}")
-    if bn_batches < 0:
-        raise ValueError(f"bn_batches must not be negative, got {bn_batches}")
     resolve(backend, next(model.parameters()).device)
-    _check_tensors(model, path, target_start, target_end)
-    endless = _cycle(batches)
-    first = next(endless)
-    if spec is None:
-        device = next(model.parameters()).device
-        example = mapped(lambda x: x.to(device), portion(split(first)[0], 0, 2))
-        spec = trace(model, *arguments(example))
+    check_tensors(model, path, target_start, target_end)
+    sample, statistics = sampled(model, batches, loss, gradient_batches, bn_batches)
+    spec = spec or sample.traced()
     spec.validate(target_start)
-    statistics = list(islice(_cycle(batches), bn_batches)) if bn_batches and batch_norms(model) else []
-    problem = Problem(model, spec, path, target_start, target_end, from_identity, generator, backend)
-    work = Work(problem, Sample(model, chain([first], endless), gradient_batches, loss))
+    work = Work(
+        Problem(model, spec, path, target_start, target_end, from_identity, generator, backend), sample
+    )
     name, steps = (method, METHODS[method]) if isinstance(method, str) else (method.__name__, method)
     return _drive(name, steps, work, statistics, validation, on_step or (lambda t, value: None))
 
@@ -372,9 +389,10 @@ def _drive(
     )
 
 
-def _check_tensors(
-    model: nn.Module, path: Trajectory, target_start: Tensors, target_end: Tensors | None
+def check_tensors(
+    model: nn.Module, path: Trajectory, target_start: Tensors, target_end: Tensors | None = None
 ) -> None:
+    """Raises ValueError, naming tensor and step, where they do not fit together or are not finite."""
     for name, parameter in model.named_parameters():
         if name not in target_start:
             raise ValueError(f"the target's start has no tensor {name!r}, which the model has")

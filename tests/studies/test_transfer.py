@@ -315,6 +315,8 @@ def test_answers_make_sense(answers):
         and alone["members"] == 1
         and full["total [CPU s]"] > alone["total [CPU s]"]
     )
+    once = of(answers, "ensemble-digits-mlp2", "fgmt, at once")
+    assert once.values["members"] == full["members"] and once.cost["gradients"].cpu > 0
     ours = of(answers, "normalised-digits-mlp", "nfgmt")
     assert ours.values["gradients"] == 2 * PAIRS * TINY.steps
     settled = of(answers, "schedule-mlp2-recorded", "fgmt").series["unsettled"]

@@ -14,9 +14,11 @@ from torch import Tensor
 from regraft.clock import Cost, charged
 from regraft.evaluation import evaluating
 from regraft.forward import call
+from regraft.many_targets import transfer_to_many
 from regraft.studies.study import Measured, Method
 from regraft.studies.transfer.setting import TransferSetting
 from regraft.tensors import Tensors
+from regraft.training import Training
 
 MEMBERS = 5
 BINS = 15
@@ -32,10 +34,14 @@ def trained(setting: TransferSetting) -> Member:
 def transferred(name: str, setting: TransferSetting) -> Member:
     """Transferred, and trained on as the scenario says."""
     found = setting.transfer(name)
-    after = setting.learn(
-        f"{setting.target} after {name}", found.params, setting.settings.subsequent, f"{setting.target} after"
-    )
+    after = _trained_on(setting, name, found.params)
     return after.tensors, {**found.seconds, "training": after.cost}
+
+
+def _trained_on(setting: TransferSetting, name: str, start: Tensors) -> Training:
+    return setting.learn(
+        f"{setting.target} after {name}", start, setting.settings.subsequent, f"{setting.target} after"
+    )
 
 
 def briefly_trained(setting: TransferSetting) -> Member:
@@ -53,15 +59,40 @@ def ensemble(make: Callable[[TransferSetting], Member], members: int, setting: T
     """Of the source and ``members - 1`` others. Raises ValueError for no members."""
     if members < 1:
         raise ValueError(f"an ensemble has at least one member, not {members}")
-    networks, cost = [setting.source.tensors], {"source": setting.source.cost}
-    for number in range(1, members):
-        tensors, took = make(setting.beside(f"member {number}"))
-        networks.append(tensors)
+    made = [make(setting.beside(f"member {number}")) for number in range(1, members)]
+    return _together(setting, made)
+
+
+def at_once(members: int, setting: TransferSetting) -> Measured:
+    """The same by FGMT, whose gradients of the source serve all members: `regraft.transfer_to_many`."""
+    name, settings = "fgmt, at once", setting.settings
+    besides = [setting.beside(f"member {number}") for number in range(1, members)]
+    found = transfer_to_many(
+        setting.model,
+        setting.path,
+        [beside.target_start for beside in besides],
+        setting.stream(),
+        spec=setting.traced[0],
+        gradient_batches=settings.gradient_batches,
+        bn_batches=settings.bn_batches,
+        generator=setting.generator("sweeps"),
+    )
+    after = [_trained_on(beside, name, found.target(number)) for number, beside in enumerate(besides)]
+    made: list[Member] = [(each.tensors, {"training": each.cost}) for each in after]
+    made[0] = made[0][0], {**found.seconds, **made[0][1]}
+    return _together(setting, made)
+
+
+def _together(setting: TransferSetting, members: Sequence[Member]) -> Measured:
+    """The source and the members, as one."""
+    networks = [setting.source.tensors, *(tensors for tensors, _ in members)]
+    cost = {"source": setting.source.cost}
+    for _, took in members:
         for phase, seconds in took.items():
             cost[phase] = cost.get(phase, Cost()) + seconds
     probabilities, labels = _probabilities(setting, networks)
     values = judged_together(probabilities, labels)
-    return Measured(values | {"total [CPU s]": charged(cost).cpu, "members": members}, cost=cost)
+    return Measured(values | {"total [CPU s]": charged(cost).cpu, "members": len(networks)}, cost=cost)
 
 
 def _probabilities(setting: TransferSetting, networks: Sequence[Tensors]) -> tuple[Tensor, Tensor]:
@@ -114,5 +145,10 @@ ENSEMBLES = (
             about=f"The source and others, to whose starts {name} moved its training.",
         )
         for name in ("naive", "fgmt", "gmt")
+    ),
+    Method(
+        "fgmt, at once",
+        partial(at_once, MEMBERS),
+        about="The same by fgmt, the source's gradients computed once for all members.",
     ),
 )
