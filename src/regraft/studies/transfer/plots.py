@@ -147,7 +147,7 @@ PORTED = (
     "fgmt + gradfix, mean",
     "fgmt, then few-shot",
 )
-NETWORKS = ("mlp", "conv")
+NETWORKS = ("mlp", "conv", "resnet")
 RATIO = "‖Δ‖ / ‖θ₁⁰‖"
 SHARE = "accuracy, share of plain training's"
 

@@ -61,6 +61,11 @@ digits_resnet = replace(
     gradient_batches=2,
     bn_batches=10,
 )
+digits_resnet_fast = replace(
+    digits_resnet,
+    recipe=replace(digits_resnet.recipe, lr=0.3),
+    subsequent=replace(digits_resnet.recipe, lr=0.18),
+)
 VIT_RECIPE = Recipe(epochs=30, lr=1e-3, schedule="cosine", optimizer="adam")
 digits_vit = replace(
     digits,
@@ -187,6 +192,7 @@ MAIN = (
     Scenario("digits-mlp2", METHODS, digits2, seeds=5),
     Scenario("digits-conv", METHODS, digits_conv, seeds=5),
     Scenario("digits-resnet", METHODS, digits_resnet),
+    Scenario("digits-resnet-lr-0.3", METHODS, digits_resnet_fast),
     Scenario("digits-vit", METHODS, digits_vit),
     Scenario("digits-pretrained", METHODS, digits_pretrained, seeds=5),
     Scenario("digits-pretrained2", METHODS, digits_pretrained2, seeds=5),
@@ -209,6 +215,7 @@ MAIN = (
 REGIME = (
     *sweeps.regime("mlp", digits, sweeps.MLP_WIDTHS),
     *sweeps.regime("conv", digits_conv_half, sweeps.CONV_WIDTHS),
+    *sweeps.regime("resnet", digits_resnet, {}, rates=(0.03, 0.2, 0.3, 0.5)),
 )
 PEERS = (
     *sweeps.peers({"digits-mlp2": digits2, "digits-pretrained2": digits_pretrained2}),

@@ -29,6 +29,7 @@ HE = 6**0.5
 """Times PyTorch's default deviation: He's, 2 / fan_in instead of 1 / (3 fan_in)."""
 MLP_WIDTHS = {width: {"sizes": (64, width, 10)} for width in (32, 64, 128, 2048)}
 CONV_WIDTHS = {width: {"num_classes": 10, "width": width} for width in (0.25, 1)}
+RATES = (0.005, 0.02, 0.1, 0.2)
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 SIDES = (2, 4, 8)
 """Of an image, in pixels."""
@@ -48,13 +49,15 @@ def _varied(
     )
 
 
-def regime(name: str, base: Settings, widths: Mapping[float, Changes]) -> Scenarios:
+def regime(
+    name: str, base: Settings, widths: Mapping[float, Changes], rates: tuple[float, ...] = RATES
+) -> Scenarios:
     """Four ways to change |Delta| / |theta_1^0|: initial scale, learning rate, epochs, width."""
     recipe = base.recipe
     changes = {
         "base": {},
         **{f"init-{scale:.3g}": {"init_scale": scale} for scale in (0.25, 0.5, 1.5, HE, 4)},
-        **{f"lr-{lr:g}": {"recipe": replace(recipe, lr=lr)} for lr in (0.005, 0.02, 0.1, 0.2)},
+        **{f"lr-{lr:g}": {"recipe": replace(recipe, lr=lr)} for lr in rates},
         **{f"epochs-{epochs}": {"recipe": replace(recipe, epochs=epochs)} for epochs in (3, 10, 90)},
         **{f"width-{width:g}": {"arguments": arguments} for width, arguments in widths.items()},
     }
