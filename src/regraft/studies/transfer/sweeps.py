@@ -58,7 +58,11 @@ def regime(
         "base": {},
         **{f"init-{scale:.3g}": {"init_scale": scale} for scale in (0.25, 0.5, 1.5, HE, 4)},
         **{f"lr-{lr:g}": {"recipe": replace(recipe, lr=lr)} for lr in rates},
-        **{f"epochs-{epochs}": {"recipe": replace(recipe, epochs=epochs)} for epochs in (3, 10, 90)},
+        **{
+            f"epochs-{epochs}": {"recipe": replace(recipe, epochs=epochs)}
+            for epochs in (3, 10, 90)
+            if epochs != recipe.epochs
+        },
         **{f"width-{width:g}": {"arguments": arguments} for width, arguments in widths.items()},
     }
     return _varied(f"regime-{name}", base, changes, _chosen("plain", "naive", "weights", "oracle", "fgmt"))
