@@ -73,7 +73,7 @@ CNN = Regime(
 RESIDUAL = Regime(
     small=Recipe(epochs=40, lr=2e-3, batch_size=40, optimizer="adam", schedule="constant"),
     medium=Recipe(epochs=40, lr=3e-4, batch_size=20, optimizer="adam"),
-    large=Recipe(epochs=8, lr=3e-4, batch_size=64, optimizer="adam"),
+    large=Recipe(epochs=16, lr=1e-3, batch_size=64, optimizer="adam"),
     width=0.25,
     precision="bfloat16",
 )
@@ -81,7 +81,7 @@ RESIDUAL = Regime(
 
 RESIDUAL_PAPER = replace(
     RESIDUAL,
-    large=Recipe(epochs=30, lr=3e-4, batch_size=64, optimizer="adam"),
+    large=Recipe(epochs=30, lr=1e-3, batch_size=64, optimizer="adam"),
     width=1.0,
 )
 
@@ -100,11 +100,11 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         "adam-3e-3": {"lr": 3e-3, **_adam},
     },
     "large": {
-        "sgd-0.02": {"lr": 0.02, **_sgd},
-        "adam-1e-4": {"lr": 1e-4, **_adam},
-        "adam-3e-4": {"lr": 3e-4, **_adam},
+        "sgd-0.02": {"lr": 0.02, "epochs": 8, **_sgd},
+        "adam-1e-4": {"lr": 1e-4, "epochs": 8, **_adam},
+        "adam-3e-4": {"lr": 3e-4, "epochs": 8, **_adam},
         "adam-3e-4-of-30-epochs": {"lr": 3e-4, "epochs": 30, **_adam},
-        "adam-1e-3": {"lr": 1e-3, **_adam},
+        "adam-1e-3": {"lr": 1e-3, "epochs": 8, **_adam},
         "adam-1e-3-of-16-epochs": {"lr": 1e-3, "epochs": 16, **_adam},
     },
 }
