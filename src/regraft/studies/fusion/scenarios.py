@@ -194,6 +194,12 @@ def _recipes() -> Iterator[Scenario]:
                 evaluated_on=evaluated_on,
             )
             yield Scenario(f"recipe-{scale}-{name}", two_tasks.DIAGONAL, settings, seeds=1)
+    for epochs in (
+        64,
+        160,
+    ):  # no candidates: whether theta_B is too near the start after as many epochs as theta_A
+        settings = replace(_TWO_TASKS, b_epochs=epochs)
+        yield Scenario(f"recipe-large-b-of-{epochs}-epochs", two_tasks.DIAGONAL, settings, seeds=1)
 
 
 # ---------------------------------------------------------------- small ones

@@ -118,7 +118,7 @@ class TwoTasks:
     controls: values of alpha = beta at which other ways of summing are measured. pretraining: what task arithmetic
     starts from, where it is asked for.
     images: at most so many images for each accuracy (None: all); held_out: of the validation images. batch: images
-    that are normalised together.
+    that are normalised together. b_epochs: of theta_B's training, where it is not as many as theta_A's.
     """
 
     a: Task
@@ -135,6 +135,7 @@ class TwoTasks:
     images: int | None = None
     held_out: int = 1000
     batch: int = 250
+    b_epochs: int | None = None
 
 
 # ---------------------------------------------------------------- what methods ask for
@@ -206,12 +207,23 @@ class FusionSetting(Setting):
             return super().train(f"{purpose}, {precision}", *what, **how)
 
     @cached_property
-    def theta_a(self) -> Tensors:
-        return self.trained(self.settings.a, self.settings.scale).tensors
+    def training_a(self) -> Training:
+        return self.trained(self.settings.a, self.settings.scale)
 
     @cached_property
+    def training_b(self) -> Training:
+        settings = self.settings
+        recipe = settings.regime.recipe(settings.scale)
+        longer = replace(recipe, epochs=settings.b_epochs or recipe.epochs)
+        return self.trained(settings.b, settings.scale, recipe=longer)
+
+    @property
+    def theta_a(self) -> Tensors:
+        return self.training_a.tensors
+
+    @property
     def theta_b(self) -> Tensors:
-        return self.trained(self.settings.b, self.settings.scale).tensors
+        return self.training_b.tensors
 
     @cached_property
     def gradients(self) -> tuple[Tensors, Tensors]:

@@ -306,8 +306,8 @@ def diagonal(setting: FusionSetting) -> Measured:
     values |= {"own_a": float(on_a[0]), "own_b": float(on_b[1])}
     values |= {"other_a": float(on_a[1]), "other_b": float(on_b[0])}  # of the network that never saw the task
     values |= {"delta_ratio_a": ratios[0], "delta_ratio_b": ratios[1], "delta_ratio": fmean(ratios)}
-    costs = [setting.trained(task, settings.scale).cost for task in setting.tasks]
-    return Measured(values, {}, {TRAIN: sum(costs[1:], costs[0]), **clock.seconds})
+    cost = setting.training_a.cost + setting.training_b.cost
+    return Measured(values, {}, {TRAIN: cost, **clock.seconds})
 
 
 def _norm(model: nn.Module, tensors: Tensors) -> float:
