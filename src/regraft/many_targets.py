@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from regraft.clock import Clock, Cost, charged
 from regraft.evaluation import NotFinite, reset_batchnorm
-from regraft.learning_transfer import check_tensors, sampled
+from regraft.learning_transfer import Sample, check_tensors, sampled
 from regraft.matching import Descent, descend_
 from regraft.stacks import Stacks
 from regraft.symmetry import PermutationSpec
@@ -67,64 +67,109 @@ def transfer_to_many(
     transfer to this target alone finds on the same batches.
 
     Args:
+        model: as `regraft.transfer` takes it.
+        path: theta_1^0 .. theta_1^T, of the model's parameters and buffers, on the device to compute on.
         target_starts: theta_2^0 of each target, alike; P of them. In memory are P pairs of T gradients.
-        others: as `regraft.transfer` takes them.
+        batches: (images, labels), or any form that `regraft.forward` knows; iterated over again when it ends. All
+            networks see the same ones.
+        spec: the model's permutation groups; traced on a batch when not given.
+        gradient_batches: batches over which one gradient is averaged.
+        bn_batches: batches from which running statistics are estimated anew for the result.
+        loss: of (logits, labels), averaged over the batch.
+        generator: draws the order in which groups are visited, for one target after the other.
+        backend: of the kernels, "auto", "torch" or "triton".
 
-    Raises ValueError as `regraft.transfer` does, naming the target, and for no target.
+    Raises:
+        ValueError: no target, and all that `regraft.transfer` refuses; the message names the target.
     """
-    if not target_starts:
-        raise ValueError("there is no target")
     resolve(backend, next(model.parameters()).device)
-    for number, start in enumerate(target_starts):
-        try:
-            check_tensors(model, path, start)
-        except ValueError as problem:
-            raise ValueError(f"target {number}: {problem}") from None
+    _check_targets(model, path, target_starts)
     sample, statistics = sampled(model, batches, loss, gradient_batches, bn_batches)
     spec = spec or sample.traced()
     spec.validate(target_starts[0])
-    clock, bases = Clock(), _stacked(target_starts)
-    like = {name: target_starts[0][name] for name, _ in model.named_parameters()}
-    device = next(iter(like.values())).device
-    descents = [
-        Descent.over(Stacks.allocate(spec, like, path.steps), generator=generator, backend=backend)
-        for _ in target_starts
-    ]
-    perms: list[Perm] = [{g: i.to(device) for g, i in spec.identity().items()} for _ in target_starts]
+    targets = _Targets(model, spec, path, _stacked(target_starts), len(target_starts), backend)
+    perms = _fgmt(targets, sample, generator)
+    params = targets.grafted(perms, path.steps)
+    if statistics:
+        with targets.clock.phase("batchnorm", targets.device):
+            each = _apart(params, len(perms))
+            params = _stacked([reset_batchnorm(model, theta, statistics, len(statistics)) for theta in each])
+    return Transfers(params, tuple(perms), sample.taken, targets.clock.seconds)
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """P targets of one path; `bases` are their starts, name -> [P, *shape]."""
+
+    model: nn.Module
+    spec: PermutationSpec
+    path: Trajectory
+    bases: Tensors
+    count: int
+    backend: str
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.bases.values())).device
 
     @torch.no_grad()
-    def grafted(t: int) -> Tensors:
-        if t == 0:
-            return bases
-        with clock.phase("graft", device):
-            anchor, scale = path.leg(t)
-            indices = _stacked([spec.indices(perm) for perm in perms])
-            moved = graft(bases, path.start, anchor, [scale], indices, spec.packing(), backend=backend)
+    def grafted(self, perms: Sequence[Perm], t: int) -> Tensors:
+        """theta_2^t of each target under its own pi, name -> [P, *shape]."""
+        with self.clock.phase("graft", self.device):
+            anchor, scale = self.path.leg(t)
+            indices = _stacked([self.spec.indices(perm) for perm in perms])
+            moved = graft(
+                self.bases,
+                self.path.start,
+                anchor,
+                [scale],
+                indices,
+                self.spec.packing(),
+                backend=self.backend,
+            )
             return {name: tensor[:, 0] for name, tensor in moved.items()}
 
-    for t in range(path.steps):
-        thetas = _apart(grafted(t), len(target_starts))
-        with clock.phase("gradients", device):
+    def descents(self, generator: torch.Generator | None) -> list[Descent]:
+        """An empty descent for each target, with room for a pair of gradients a step."""
+        like = {name: self.bases[name][0] for name, _ in self.model.named_parameters()}
+        return [
+            Descent.over(
+                Stacks.allocate(self.spec, like, self.path.steps), generator=generator, backend=self.backend
+            )
+            for _ in range(self.count)
+        ]
+
+
+def _fgmt(targets: _Targets, sample: Sample, generator: torch.Generator | None) -> list[Perm]:
+    """pi_T of each target: Algorithm 2, whose source gradients are the same ones for all."""
+    clock, descents = targets.clock, targets.descents(generator)
+    thetas = targets.bases
+    for t in range(targets.path.steps):
+        with clock.phase("gradients", targets.device):
             try:
-                source, *targets = sample.gradients(path[t], *thetas)
+                source, *others = sample.gradients(targets.path[t], *_apart(thetas, targets.count))
             except NotFinite as problem:
                 raise NotFinite(f"step {t} of the path: {problem}") from None
-            for descent, target in zip(descents, targets, strict=True):
+            for descent, target in zip(descents, others, strict=True):
                 descent.stacks.append_(target, source)
         found = [descend_(descent) for descent in descents]
         for match in found:
             clock.add(match.seconds)
         perms = [match.perm for match in found]
-    params = grafted(path.steps)
-    if statistics:
-        with clock.phase("batchnorm", device):
-            params = _stacked(
-                [
-                    reset_batchnorm(model, theta, statistics, len(statistics))
-                    for theta in _apart(params, len(perms))
-                ]
-            )
-    return Transfers(params, tuple(perms), sample.taken, clock.seconds)
+        if t + 1 < targets.path.steps:
+            thetas = targets.grafted(perms, t + 1)
+    return perms
+
+
+def _check_targets(model: nn.Module, path: Trajectory, target_starts: Sequence[Tensors]) -> None:
+    if not target_starts:
+        raise ValueError("there is no target")
+    for number, start in enumerate(target_starts):
+        try:
+            check_tensors(model, path, start)
+        except ValueError as problem:
+            raise ValueError(f"target {number}: {problem}") from None
 
 
 def _stacked(tensors: Sequence[Tensors]) -> Tensors:
