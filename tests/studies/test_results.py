@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from regraft.studies import STUDIES, study
+from regraft.studies.figures import svg
 from regraft.studies.render import filled, report, stored
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,14 @@ def test_the_committed_pages_are_what_the_rows_give(name, tmp_path):
     for relative, path in made.items():
         if path.suffix == ".md":
             assert path.read_text() == (RESULTS / relative).read_text(), relative
+
+
+def test_a_figure_is_the_same_whatever_was_drawn_before():
+    fusion = study("fusion")
+    rows = stored(RESULTS, fusion)
+    heat = next(figure for figure in fusion.figures if figure.name == "table-6")
+    assert "gradient_0" in svg(heat, rows)
+    assert svg(heat, rows) == svg(heat, rows)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -6,6 +6,7 @@ Figure("curves", "Along the path", ("digits-mlp",), (Panel("digits", "step", "ac
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,16 @@ def svg(figure: Figure, rows: Rows) -> str | None:
     found = spec(figure, rows)
     if found is None:
         return None
-    return vl_convert.vegalite_to_svg({**found, "background": "white"}, vl_version=VEGA_LITE) + "\n"
+    drawn = vl_convert.vegalite_to_svg({**found, "background": "white"}, vl_version=VEGA_LITE)
+    return _numbered_anew(drawn) + "\n"
+
+
+def _numbered_anew(drawing: str) -> str:
+    """Gradients numbered from 0: the engine counts them on from one drawing to the next."""
+    numbers: dict[str, int] = {}
+    return re.sub(
+        r"\bgradient_\d+", lambda found: f"gradient_{numbers.setdefault(found[0], len(numbers))}", drawing
+    )
 
 
 def _lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number: int) -> dict[str, Any]:
