@@ -318,3 +318,51 @@ def test_lapjv_takes_no_duals_because_its_price_war_may_not_end():
     cold = assign(S, backend="lapjv")
     warm = assign(S, backend="lapjv", warm=foreign)
     assert torch.equal(warm.perm, cold.perm)
+
+
+# ---------------------------------------------------------------- large ones, in which rows compete
+
+
+def sizes_solved(monkeypatch, matrix, backend="scipy"):
+    """How large the problems were that `assign` had solved for this one."""
+    sizes, solve = [], module.SOLVERS[backend]
+    monkeypatch.setitem(module.SOLVERS, backend, lambda cost: sizes.append(len(cost)) or solve(cost))
+    assign(matrix, backend=backend)
+    return sizes
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_is_optimal_on_every_kind_where_it_is_large(solver, maximize):
+    n = module.LARGE + 9
+    for kind, wide in kinds(n):
+        matrix = wide.astype(np.float32)
+        found = assign(matrix, maximize=maximize, backend=solver)
+        assert is_permutation(found.perm), kind
+        rounding = 1e-6 * max(1e-300, float(np.abs(matrix).max()) * n)
+        assert abs(found.objective - best(matrix.astype(np.float64), maximize)) <= rounding, kind
+
+
+def test_a_large_contested_problem_starts_from_its_parts_and_no_other(monkeypatch):
+    n = module.LARGE + 9
+    by_kind = dict(kinds(n))
+    assert sizes_solved(monkeypatch, by_kind["near rank one"]) == [131, 130, 130, 130, n]
+    assert sizes_solved(monkeypatch, by_kind["near rank one"][1:, 1:][:500, :500]) == [500]
+    assert sizes_solved(monkeypatch, by_kind["gaussian"]) == [n]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_parts_start_is_near_the_optimum(sign):
+    """Rows that preferred the same columns no longer do, once the columns have these prices."""
+    matrix = sign * dict(kinds(module.LARGE))["near rank one"].astype(np.float32)
+    column = module._of_parts(matrix, "similarity", sign > 0, "scipy")
+    warm = module._Problem.build(matrix, sign, column, "similarity").cost
+    cold = module._Problem.build(matrix, sign, None, "similarity").cost
+    preferred_cold, preferred_warm = (len(np.unique(cost.argmin(axis=1))) for cost in (cold, warm))
+    assert preferred_warm > 5 * preferred_cold
+
+
+def test_what_is_not_finite_outside_the_parts_is_named():
+    matrix = dict(kinds(module.LARGE))["near rank one"]
+    matrix[0, 1] = np.nan
+    with pytest.raises(ValueError, match="conv1 has entries that are not finite"):
+        assign(matrix, name="conv1")

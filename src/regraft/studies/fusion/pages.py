@@ -144,8 +144,11 @@ def overview(rows: Rows) -> Iterator[Sheet]:
 def _recipe(rows: Rows, scenario: str) -> str:
     """Optimiser, highest rate and epochs of the table's networks; what its rows say, not what would be run today."""
     settings = next(row.config.get("settings", {}) for row in rows if row.scenario == scenario)
-    recipe = settings.get("regime", {}).get(settings.get("scale", "large"))
-    return "–" if recipe is None else f"{recipe['optimizer']} {recipe['lr']:g}, {recipe['epochs']} epochs"
+    regime = settings.get("regime", {})
+    recipe = regime.get(settings.get("scale", "large"))
+    if recipe is None:
+        return "–"
+    return f"{recipe['optimizer']} {recipe['lr']:g}, {recipe['epochs']} epochs, width {regime['width']:g}"
 
 
 def _numbers(pairs: Sequence[tuple[Grid, Grid]]) -> tuple[str, ...]:
