@@ -87,7 +87,7 @@ def transfer_to_many(
     sample, statistics = sampled(model, batches, loss, gradient_batches, bn_batches)
     spec = spec or sample.traced()
     spec.validate(target_starts[0])
-    targets = _Targets(model, spec, path, _stacked(target_starts), len(target_starts), backend)
+    targets = _Targets(model, spec, path, _stacked(target_starts), backend)
     perms = _fgmt(targets, sample, generator)
     params = targets.grafted(perms, path.steps)
     if statistics:
@@ -105,13 +105,17 @@ class _Targets:
     spec: PermutationSpec
     path: Trajectory
     bases: Tensors
-    count: int
     backend: str
     clock: Clock = field(default_factory=Clock)
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.bases.values())).device
+
+    @property
+    def count(self) -> int:
+        """P."""
+        return len(next(iter(self.bases.values())))
 
     @torch.no_grad()
     def grafted(self, perms: Sequence[Perm], t: int) -> Tensors:

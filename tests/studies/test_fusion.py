@@ -77,7 +77,7 @@ def test_nothing_of_the_device_is_in_a_configuration():
 
 
 def test_both_tasks_and_every_table_of_a_scale_have_one_recipe():
-    """Table 5, which trains ten networks, keeps to the narrow one."""
+    """Table 5, which trains many more networks, keeps to the narrow one."""
     residual = [one for one in TABLES if one.settings.network == "residual8"]
     regimes = {(one.settings.scale, one.name == "table-5"): one.settings.regime for one in residual}
     assert len(regimes) == 4
