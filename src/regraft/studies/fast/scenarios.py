@@ -23,6 +23,7 @@ from regraft.studies.fast.methods import (
     FAN_OUT,
     FIXED,
     MAIN,
+    PRETRAINED,
     Draw,
     Rates,
     at,
@@ -77,6 +78,16 @@ COMPARISON = (
         seeds=5,
     ),
 )
+_pretrained = Settings(
+    Origin(networks.efficientnet_lite0, None, None, "imagenet"),
+    _task("cifar100", CIFAR100_FUSION, 64),
+    steps=89,
+    batch_size=50,
+    flip=True,
+    target_images=250,
+)
+# A deeper network with features of ImageNet, as in the paper; forgetting is not measured, ImageNet is not here.
+IMAGENET = Scenario("imagenet-cifar100", PRETRAINED, _pretrained, seeds=5)
 QUICK = Scenario("digits-fixed", FIXED, _digits, seeds=2)
 
 # ---------------------------------------------------------------- the arms of the paper's experiments
@@ -222,4 +233,4 @@ PAPER = (
     Scenario("convergence-caltech-paper", _convergence_paper, _caltech_paper, seeds=15),
 )
 
-SCENARIOS = (QUICK, *COMPARISON, *TWO_CORES, *PAPER)
+SCENARIOS = (QUICK, *COMPARISON, IMAGENET, *TWO_CORES, *PAPER)

@@ -24,7 +24,7 @@ from regraft.training import Recipe, train
 class Origin:
     """Where the source network comes from.
 
-    network: of the number of classes. weights: a name among torchvision's weights to begin with. task, recipe: what
+    network: of the number of classes. weights: a name among the weights that the network comes with. task, recipe: what
     it then learns; without a task the weights are all, and forgetting cannot be measured.
     """
 
