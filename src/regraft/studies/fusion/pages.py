@@ -11,7 +11,7 @@ from itertools import chain
 from regraft.studies.figures import Cells, Figure, Heatmap, Line, Panel
 from regraft.studies.fusion.claims import claims
 from regraft.studies.fusion.paper import Published, published
-from regraft.studies.fusion.scenarios import DIGITS, FIGURE_SCENARIOS, FIGURES, RECIPES
+from regraft.studies.fusion.scenarios import DIGITS, FIGURE_SCENARIOS, FIGURES, RECIPES, WIDTHS
 from regraft.studies.fusion.setting import A, B
 from regraft.studies.rows import Row
 from regraft.studies.tables import (
@@ -305,6 +305,30 @@ def recipes(rows: Rows) -> Iterator[Sheet]:
         yield Sheet("recipes", ("recipe", *(c.heading for c in columns)), tuple(lines), notes)
 
 
+def widths(rows: Rows) -> Iterator[Sheet]:
+    """One line a width: what is left of both tasks in theta_A + theta_B, from one start, from two, and aligned."""
+    lines, heading = [], ["width", "seeds", "own accuracy, A [%]", "own accuracy, B [%]"]
+    starts = {
+        "diagonal": "one start",
+        "other start": "two starts",
+        "other start, aligned": "two starts, aligned",
+    }
+    heading += [f"{told}, {task} [%]" for told in starts.values() for task in ("A", "B")]
+    for scenario, own in by_scenario(rows).items():
+        found = groups(own)
+        if set(found) >= set(starts):
+            cells = [percent(name)(found[method]) for method in starts for name in (A, B)]
+            first = found["diagonal"]
+            alone = [percent(name)(first) for name in ("own_a", "own_b")]
+            lines.append((scenario.removeprefix("starts-width-"), seeds(first), *alone, *cells))
+    if lines:
+        notes = (
+            "theta_A + theta_B on test images, as in table 6; width: of the usual one; two starts: theta_B began elsewhere",
+            *provenance(rows),
+        )
+        yield Sheet("widths", tuple(heading), tuple(lines), notes)
+
+
 def theory(rows: Rows) -> Iterator[Sheet]:
     """One line a rate and number of steps."""
     for row in rows:
@@ -339,6 +363,7 @@ TABLES = (
     ),
     Table("claims", "What the paper says", tuple(f"table-{number}" for number in published()), claims),
     Table("recipes", "Which recipe", tuple(s.name for s in RECIPES), recipes),
+    Table("widths", "One start or two, by width", tuple(s.name for s in WIDTHS), widths),
     *(
         Table(f"table-{number}", f"Table {number}: {paper.title}", _scenarios(number), side_by_side)
         for number, paper in published().items()

@@ -206,6 +206,15 @@ def _recipes() -> Iterator[Scenario]:
         yield Scenario(f"recipe-large-b-of-{epochs}-epochs", two_tasks.DIAGONAL, settings, seeds=1)
 
 
+def _widths() -> Iterator[Scenario]:
+    """Table 6's sum of networks from one start and from two, by the share of the usual width."""
+    for width in (0.125, 0.25, 0.5):
+        settings = replace(_TWO_TASKS, regime=replace(HALF_WIDTH, width=width))
+        yield Scenario(
+            f"starts-width-{width}", (*two_tasks.DIAGONAL, *two_tasks.OF_TWO_STARTS), settings, seeds=3
+        )
+
+
 # ---------------------------------------------------------------- small ones
 
 DIGITS = Scenario(
@@ -225,12 +234,13 @@ THEORY = Scenario("appendix-b2", continual.THEORY, Theory(CIFAR10, CIFAR100, "sm
 
 TABLES = tuple(_table(paper) for paper in published().values())
 FIGURE_SCENARIOS = tuple(_figures())
-RECIPES = tuple(_recipes())
+RECIPES, WIDTHS = tuple(_recipes()), tuple(_widths())
 SCENARIOS = (
     DIGITS,
     *TABLES,
     *FIGURE_SCENARIOS,
     THEORY,
     *RECIPES,
+    *WIDTHS,
     *(_paper_size(scenario) for scenario in (*TABLES, *FIGURE_SCENARIOS)),
 )

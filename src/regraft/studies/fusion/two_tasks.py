@@ -337,12 +337,13 @@ PEERS = (
     Method("TIES", ties),
 )
 
+OF_TWO_STARTS = (Method("other start", other_start), Method("other start, aligned", other_start_aligned))
+
 OF_NETWORKS = (
     *PEERS,
     Method("REPAIR", repaired),
     Method("aligned", aligned),
-    Method("other start", other_start),
-    Method("other start, aligned", other_start_aligned),
+    *OF_TWO_STARTS,
 )
 
 OF_GRADIENTS = (Method("zero target", zero_target),)
