@@ -323,7 +323,7 @@ def widths(rows: Rows) -> Iterator[Sheet]:
             lines.append((scenario.removeprefix("starts-width-"), seeds(first), *alone, *cells))
     if lines:
         notes = (
-            "theta_A + theta_B on test images, as in table 6; width: of the usual one; two starts: theta_B began elsewhere",
+            "theta_A + theta_B on test images, as in table 6; two starts: theta_B began elsewhere",
             *provenance(rows),
         )
         yield Sheet("widths", tuple(heading), tuple(lines), notes)
