@@ -11,7 +11,16 @@ from itertools import chain
 from regraft.studies.figures import Cells, Figure, Heatmap, Line, Panel
 from regraft.studies.fusion.claims import claims
 from regraft.studies.fusion.paper import Published, published
-from regraft.studies.fusion.scenarios import DIGITS, FIGURE_SCENARIOS, FIGURES, RECIPES, WIDTHS
+from regraft.studies.fusion.scenarios import (
+    CANDIDATES,
+    DIGITS,
+    FIGURE_SCENARIOS,
+    FIGURES,
+    RECIPES,
+    WHOLE,
+    WHOLE_TABLES,
+    WIDTHS,
+)
 from regraft.studies.fusion.setting import A, B
 from regraft.studies.rows import Row
 from regraft.studies.tables import (
@@ -280,6 +289,9 @@ def _number(name: str, form: str) -> Callable[[Group], str]:
     return lambda group: mean(group.values(name), form)
 
 
+_RATIO = _number("delta_ratio", "{:.3f}")
+
+
 def recipes(rows: Rows) -> Iterator[Sheet]:
     """One line a candidate: what is retained on the diagonal, and how far training moved the weights."""
     columns = (
@@ -290,7 +302,7 @@ def recipes(rows: Rows) -> Iterator[Sheet]:
         Column("theta_B on A [%]", percent("other_a")),
         Column("theta_A on B [%]", percent("other_b")),
         Column("seeds", seeds),
-        Column("‖g‖ / ‖theta_0‖", _number("delta_ratio", "{:.3f}")),
+        Column("‖g‖ / ‖theta_0‖", _RATIO),
     )
     lines = [
         (scenario.removeprefix("recipe-"), *(c.cell(groups(own)["diagonal"]) for c in columns))
@@ -303,6 +315,46 @@ def recipes(rows: Rows) -> Iterator[Sheet]:
             *provenance(rows),
         )
         yield Sheet("recipes", ("recipe", *(c.heading for c in columns)), tuple(lines), notes)
+
+
+def whole_tables(rows: Rows) -> Iterator[Sheet]:
+    """One line a candidate: how near sums of gradients and of weights are to all of the paper's cells."""
+    own, lines = by_scenario(rows), []
+    for scale in ("small", "large"):
+        kinds = {kind: tables for kind, at, tables in WHOLE if at == scale}
+        for name in CANDIDATES[scale]:
+            found = {
+                kind: [
+                    (grid, paper.values)
+                    for table in tables
+                    if (grid := ours(paper := published()[table], own.get(f"{kind}-{scale}-{name}", ())))
+                    is not None
+                ]
+                for kind, tables in kinds.items()
+            }
+            if not any(found.values()):
+                continue
+            moved = groups(own.get(f"recipe-{scale}-{name}", ())).get("diagonal")
+            cells = [c for kind in ("gradients", "weights") for c in _nearness(found.get(kind, ()))]
+            lines.append((f"{scale}-{name}", "–" if moved is None else _RATIO(moved), *cells))
+    if lines:
+        each = ("median [points]", "off by more than 10", "rank")
+        heading = [f"sums of {kind}: {what}" for kind in ("gradients", "weights") for what in each]
+        notes = [f"{kind}, {scale} scale: tables {' and '.join(tables)}" for kind, scale, tables in WHOLE]
+        told = "no recipe was chosen by these"
+        yield Sheet(
+            "whole-tables",
+            ("recipe", "‖g‖ / ‖theta_0‖", *heading),
+            tuple(lines),
+            (told, *notes, *provenance(rows)),
+        )
+
+
+def _nearness(pairs: Sequence[tuple[Grid, Grid]]) -> tuple[str, ...]:
+    if not pairs:
+        return ("–",) * 3
+    _, median, _, far, rank = _numbers(pairs)
+    return median, far, rank
 
 
 def widths(rows: Rows) -> Iterator[Sheet]:
@@ -363,6 +415,12 @@ TABLES = (
     ),
     Table("claims", "What the paper says", tuple(f"table-{number}" for number in published()), claims),
     Table("recipes", "Which recipe", tuple(s.name for s in RECIPES), recipes),
+    Table(
+        "whole-tables",
+        "Other recipes, all cells",
+        tuple(s.name for s in (*RECIPES, *WHOLE_TABLES)),
+        whole_tables,
+    ),
     Table("widths", "One start or two, by width", tuple(s.name for s in WIDTHS), widths),
     *(
         Table(f"table-{number}", f"Table {number}: {paper.title}", _scenarios(number), side_by_side)

@@ -113,6 +113,13 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Recipes to choose from, on the diagonals of tables A12, A13 and 6 alone: what differs from `RESIDUAL`."""
 
+WHOLE = (
+    ("gradients", "small", ("A2", "A3")),
+    ("weights", "small", ("A12", "A13")),
+    ("gradients", "large", ("A10", "A11")),
+)
+"""Sums of what, at which scale, and the tables of tasks A and B that have them."""
+
 # ---------------------------------------------------------------- the paper's tables and figures
 
 IMAGES = 500  # for each accuracy of the residual network at the large scale; a standard error of 2.2 points at most
@@ -186,18 +193,33 @@ def _paper_size(scenario: Scenario) -> Scenario:
     return replace(scenario, name=f"{scenario.name}-paper", settings=settings)
 
 
+def _candidate(scale: str, name: str) -> TwoTasks:
+    """Two tasks under one of the recipes to choose from."""
+    recipe = replace(RESIDUAL.recipe(scale), **CANDIDATES[scale][name])
+    return replace(
+        _TWO_TASKS,
+        regime=replace(RESIDUAL, **{scale: recipe}),
+        scale=scale,
+        evaluated_on="training" if scale == "small" else "test",
+    )
+
+
+def _whole() -> Iterator[Scenario]:
+    """Whole tables under every candidate, by which none was chosen: what another recipe would have changed."""
+    for kind, scale, (first, _) in WHOLE:
+        paper = published()[first]
+        for name in CANDIDATES[scale]:
+            settings = replace(
+                _candidate(scale, name), alphas=paper.columns, betas=paper.rows, formula=paper.formula
+            )
+            yield Scenario(f"{kind}-{scale}-{name}", (two_tasks.SUM,), settings, seeds=1)
+
+
 def _recipes() -> Iterator[Scenario]:
     """The diagonals of tables A12 and A13 (small scale) and 6 (large scale) under each candidate."""
-    for scale, evaluated_on in (("small", "training"), ("large", "test")):
-        for name, changes in CANDIDATES[scale].items():
-            recipe = replace(RESIDUAL.recipe(scale), **changes)
-            settings = replace(
-                _TWO_TASKS,
-                regime=replace(RESIDUAL, **{scale: recipe}),
-                scale=scale,
-                evaluated_on=evaluated_on,
-            )
-            yield Scenario(f"recipe-{scale}-{name}", two_tasks.DIAGONAL, settings, seeds=1)
+    for scale, candidates in CANDIDATES.items():
+        for name in candidates:
+            yield Scenario(f"recipe-{scale}-{name}", two_tasks.DIAGONAL, _candidate(scale, name), seeds=1)
     half = replace(_TWO_TASKS, regime=HALF_WIDTH)
     yield Scenario("recipe-large-adam-1e-3-of-half-width", two_tasks.DIAGONAL, half, seeds=1)
     # no candidates: whether theta_B is too near the start after as many epochs as theta_A
@@ -234,7 +256,7 @@ THEORY = Scenario("appendix-b2", continual.THEORY, Theory(CIFAR10, CIFAR100, "sm
 
 TABLES = tuple(_table(paper) for paper in published().values())
 FIGURE_SCENARIOS = tuple(_figures())
-RECIPES, WIDTHS = tuple(_recipes()), tuple(_widths())
+RECIPES, WIDTHS, WHOLE_TABLES = tuple(_recipes()), tuple(_widths()), tuple(_whole())
 SCENARIOS = (
     DIGITS,
     *TABLES,
@@ -242,5 +264,6 @@ SCENARIOS = (
     THEORY,
     *RECIPES,
     *WIDTHS,
+    *WHOLE_TABLES,
     *(_paper_size(scenario) for scenario in (*TABLES, *FIGURE_SCENARIOS)),
 )
