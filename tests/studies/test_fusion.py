@@ -306,6 +306,34 @@ def test_retained_accuracy_is_drawn_over_how_far_training_moved():
     assert [(line.x, line.y) for line in lines] == [((0.1, 0.5), (0.9, 0.4)), ((0.2, 1.0), (0.45, 0.2))]
 
 
+def sheets(name: str, rows: list[Row]):
+    return next(table for table in STUDY.tables if table.name == name).made(rows)
+
+
+def test_other_recipes_are_held_against_whole_tables():
+    near, far = (
+        replace(shifted(n, by), scenario="gradients-small-adam-1e-3") for n, by in (("A2", 2.0), ("A3", 12.0))
+    )
+    both = replace(near, series={**near.series, **far.series})
+    (sheet,) = sheets(
+        "whole-tables", [row("recipe-small-adam-1e-3", "diagonal", {"delta_ratio": 0.152}), both]
+    )
+    assert sheet.lines == (("small-adam-1e-3", "0.152", "7.0", "50%", "1.00", "–", "–", "–"),)
+    assert sheets("whole-tables", [row("recipe-small-adam-1e-3", "diagonal")]) == []
+
+
+def test_starts_are_compared_at_widths_that_have_all_three():
+    own = {"accuracy_a": 0.8, "accuracy_b": 0.2}
+    rows = [
+        row("starts-width-0.25", "diagonal", {**own, "own_a": 0.85, "own_b": 0.75}),
+        row("starts-width-0.25", "other start", {name: value / 2 for name, value in own.items()}),
+        row("starts-width-0.25", "other start, aligned", own),
+        row("starts-width-0.5", "diagonal", own),
+    ]
+    (sheet,) = sheets("widths", rows)
+    assert sheet.lines == (("0.25", "1", "85.0", "75.0", "80.0", "20.0", "40.0", "10.0", "80.0", "20.0"),)
+
+
 def test_a_claim_is_judged_by_its_margin_and_stands_beside_its_control():
     rows = [
         row("table-6", values={"accuracy": 0.4}),
