@@ -92,7 +92,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     screen = terminalreporter._tw
     console = Console(
-        file=screen._file, width=max(screen.fullwidth, 100), force_terminal=screen.hasmarkup, highlight=False
+        file=screen._file,
+        width=max(screen.fullwidth, 100),
+        force_terminal=screen.hasmarkup,
+        highlight=False,
+        markup=False,
     )
     terminalreporter.section("what was measured")
     front.conclude(rows, config.getoption("results"), console)

