@@ -11,7 +11,8 @@ import torch
 
 from regraft.data import MissingData
 from regraft.studies.fusion import STUDY, continual, two_tasks
-from regraft.studies.fusion.pages import agreement, overview
+from regraft.studies.fusion.nearness import agreement
+from regraft.studies.fusion.pages import overview
 from regraft.studies.fusion.paper import published
 from regraft.studies.fusion.scenarios import TABLES
 from regraft.studies.fusion.setting import TWO_GRADIENTS, OntoTargets, Regime, Target

@@ -205,6 +205,11 @@ def value(name: str, form: str = "{:.3f}") -> Callable[[Group], str]:
     return lambda group: spread(group.values(name), form)
 
 
+def percent(name: str) -> Callable[[Group], str]:
+    """A cell: mean ± standard deviation of an accuracy, in percent."""
+    return lambda group: spread([100 * found for found in group.values(name)], "{:.1f}")
+
+
 def seconds(group: Group) -> str:
     """A cell: the method's charge, evaluation apart, CPU seconds on a CPU."""
     return mean([row.seconds for row in group.rows if row.cost and not row.failure], "{:.3g}")

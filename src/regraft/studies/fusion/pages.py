@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 
 from regraft.studies.figures import Cells, Figure, Heatmap, Line, Panel
 from regraft.studies.fusion.claims import claims
+from regraft.studies.fusion.nearness import Grid, in_numbers, ours
 from regraft.studies.fusion.paper import Published, published
+from regraft.studies.fusion.recipe_pages import recipes, retained, whole_tables, widths
 from regraft.studies.fusion.scenarios import (
-    CANDIDATES,
     DIGITS,
     FIGURE_SCENARIOS,
     FIGURES,
     RECIPES,
-    WHOLE,
     WHOLE_TABLES,
     WIDTHS,
 )
@@ -26,7 +25,6 @@ from regraft.studies.rows import Row
 from regraft.studies.tables import (
     COMMON,
     Column,
-    Group,
     Rows,
     Sheet,
     Table,
@@ -34,89 +32,10 @@ from regraft.studies.tables import (
     by_scenario,
     groups,
     mean,
+    percent,
     provenance,
     seconds,
-    seeds,
 )
-
-Grid = tuple[tuple[float, ...], ...]
-FAR = 0.1  # ten points: a cell that differs by more is not the paper's
-
-# ---------------------------------------------------------------- ours beside the paper's
-
-
-def ours(paper: Published, rows: Rows) -> Grid | None:
-    """Our cells of a published table, means over seeds; None where it was not measured."""
-    if not paper.formula:
-        return _table_5(rows)
-    name = "accuracy" if paper.targets else A if paper.task == "CIFAR-10" else B
-    return mean_grid([r.series[name].values for r in rows if r.method == "sum" and name in r.series])
-
-
-def _table_5(rows: Rows) -> Grid | None:
-    """The two orders of sequential training, on training and test images of both tasks."""
-    names, found = ("training_a", "training_b", A, B), groups(rows)
-    lines = [
-        tuple(statistics.fmean(own) for name in names if (own := found[method].values(name)))
-        for method in ("A then B", "B then A")
-        if method in found
-    ]
-    return tuple(lines) if [len(line) for line in lines] == [4, 4] else None
-
-
-def mean_grid(grids: Sequence[Sequence[Sequence[float]]]) -> Grid | None:
-    """Cell by cell."""
-    if not grids:
-        return None
-    return tuple(
-        tuple(statistics.fmean(cells) for cells in zip(*lines, strict=True))
-        for lines in zip(*grids, strict=True)
-    )
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How near two grids are.
-
-    cells: how many. median, largest: of the absolute differences, 0 to 1. far: the share that is off by more than ten
-    points. rank: the mean over columns of Spearman's rank correlation along the rows (None where neither varies).
-    """
-
-    cells: int
-    median: float
-    largest: float
-    far: float
-    rank: float | None
-
-
-def agreement(pairs: Sequence[tuple[Grid, Grid]]) -> Agreement:
-    """Of all cells of several (ours, paper's). Raises ValueError where two have different shapes."""
-    sizes = [
-        abs(o - p)
-        for mine, theirs in pairs
-        for line, other in zip(mine, theirs, strict=True)
-        for o, p in zip(line, other, strict=True)
-    ]
-    ranks = [
-        rank
-        for mine, theirs in pairs
-        for column, other in zip(zip(*mine, strict=True), zip(*theirs, strict=True), strict=True)
-        if (rank := _rank_correlation(column, other)) is not None
-    ]
-    far = sum(size > FAR + 1e-9 for size in sizes) / len(sizes)
-    return Agreement(
-        len(sizes), statistics.median(sizes), max(sizes), far, statistics.fmean(ranks) if ranks else None
-    )
-
-
-def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's, with mean ranks for ties; None where one of the two does not vary."""
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(first, second).statistic)
-
 
 # ---------------------------------------------------------------- tables
 
@@ -137,11 +56,11 @@ def overview(rows: Rows) -> Iterator[Sheet]:
         if not own:
             continue
         lines = [
-            (paper.table, paper.what, *_numbers([(grid, paper.values)]), _recipe(rows, scenario))
+            (paper.table, paper.what, *in_numbers([(grid, paper.values)]), _recipe(rows, scenario))
             for scenario, paper, grid in own
         ]
         lines.append(
-            ("all", f"{len(own)} tables", *_numbers([(grid, paper.values) for _, paper, grid in own]), "")
+            ("all", f"{len(own)} tables", *in_numbers([(grid, paper.values) for _, paper, grid in own]), "")
         )
         heading = (
             "table", "what", "cells", "median difference [points]", "largest [points]",
@@ -160,14 +79,6 @@ def _recipe(rows: Rows, scenario: str) -> str:
     return f"{recipe['optimizer']} {recipe['lr']:g}, {recipe['epochs']} epochs, width {regime['width']:g}"
 
 
-def _numbers(pairs: Sequence[tuple[Grid, Grid]]) -> tuple[str, ...]:
-    near = agreement(pairs)
-    rank = "–" if near.rank is None else f"{near.rank:.2f}"
-    return (
-        str(near.cells), f"{100 * near.median:.1f}", f"{100 * near.largest:.1f}", f"{near.far:.0%}", rank
-    )  # fmt: skip
-
-
 def side_by_side(rows: Rows) -> Iterator[Sheet]:
     """A table's cells beside the paper's, and below them every other method."""
     for scenario, paper, grid in _measured(rows):
@@ -177,7 +88,7 @@ def side_by_side(rows: Rows) -> Iterator[Sheet]:
             for at, line, other in zip(paper.rows, grid, paper.values, strict=True)
         )
         columns = _target_names(own) or [str(column) for column in paper.columns]
-        _, median, largest, far, rank = _numbers([(grid, paper.values)])
+        _, median, largest, far, rank = in_numbers([(grid, paper.values)])
         notes = [
             f"{paper.what}; in each cell: ours / the paper's (difference), percent",
             f"median absolute difference {median} points, largest {largest}; {far} of the cells are off by more than "
@@ -206,19 +117,6 @@ def _remarks(rows: Rows) -> list[str]:
         *(f"{name} stands in for {missing}, which is not here" for name, missing in stand_ins.items()),
         *(f"{r.method}, seed {r.seed}: {r.failure}" for r in rows if r.failure),
     ]
-
-
-def percent(name: str) -> Callable[[Group], str]:
-    """A cell: mean ± standard deviation of an accuracy, in percent."""
-
-    def cell(group: Group) -> str:
-        own = [100 * found for found in group.values(name)]
-        if not own:
-            return "–"
-        spread = f" ± {statistics.stdev(own):.1f}" if len(own) > 1 else ""
-        return f"{statistics.fmean(own):.1f}{spread}"
-
-    return cell
 
 
 BOTH_TASKS = (
@@ -283,102 +181,6 @@ def _both_along_alpha(row: Row) -> dict[str, str]:
         for k, at in enumerate(a.at[1])
         if at in a.at[0]
     }
-
-
-def _number(name: str, form: str) -> Callable[[Group], str]:
-    return lambda group: mean(group.values(name), form)
-
-
-_RATIO = _number("delta_ratio", "{:.3f}")
-
-
-def recipes(rows: Rows) -> Iterator[Sheet]:
-    """One line a candidate: what is retained on the diagonal, and how far training moved the weights."""
-    columns = (
-        Column("retained, task A [%]", percent(A)),
-        Column("retained, task B [%]", percent(B)),
-        Column("own accuracy, A [%]", percent("own_a")),
-        Column("own accuracy, B [%]", percent("own_b")),
-        Column("theta_B on A [%]", percent("other_a")),
-        Column("theta_A on B [%]", percent("other_b")),
-        Column("seeds", seeds),
-        Column("‖g‖ / ‖theta_0‖", _RATIO),
-    )
-    lines = [
-        (scenario.removeprefix("recipe-"), *(c.cell(groups(own)["diagonal"]) for c in columns))
-        for scenario, own in by_scenario(rows).items()
-    ]
-    if lines:
-        notes = (
-            "theta_A + theta_B; small: on the training images (the paper: 92.5 and 82.5), large: on test images "
-            "(79.8 and 29.7)",
-            *provenance(rows),
-        )
-        yield Sheet("recipes", ("recipe", *(c.heading for c in columns)), tuple(lines), notes)
-
-
-def whole_tables(rows: Rows) -> Iterator[Sheet]:
-    """One line a candidate: how near sums of gradients and of weights are to all of the paper's cells."""
-    own, lines = by_scenario(rows), []
-    for scale in ("small", "large"):
-        kinds = {kind: tables for kind, at, tables in WHOLE if at == scale}
-        for name in CANDIDATES[scale]:
-            found = {
-                kind: [
-                    (grid, paper.values)
-                    for table in tables
-                    if (grid := ours(paper := published()[table], own.get(f"{kind}-{scale}-{name}", ())))
-                    is not None
-                ]
-                for kind, tables in kinds.items()
-            }
-            if not any(found.values()):
-                continue
-            moved = groups(own.get(f"recipe-{scale}-{name}", ())).get("diagonal")
-            cells = [c for kind in ("gradients", "weights") for c in _nearness(found.get(kind, ()))]
-            lines.append((f"{scale}-{name}", "–" if moved is None else _RATIO(moved), *cells))
-    if lines:
-        each = ("median [points]", "off by more than 10", "rank")
-        heading = [f"sums of {kind}: {what}" for kind in ("gradients", "weights") for what in each]
-        notes = [f"{kind}, {scale} scale: tables {' and '.join(tables)}" for kind, scale, tables in WHOLE]
-        told = "no recipe was chosen by these"
-        yield Sheet(
-            "whole-tables",
-            ("recipe", "‖g‖ / ‖theta_0‖", *heading),
-            tuple(lines),
-            (told, *notes, *provenance(rows)),
-        )
-
-
-def _nearness(pairs: Sequence[tuple[Grid, Grid]]) -> tuple[str, ...]:
-    if not pairs:
-        return ("–",) * 3
-    _, median, _, far, rank = _numbers(pairs)
-    return median, far, rank
-
-
-def widths(rows: Rows) -> Iterator[Sheet]:
-    """One line a width: what is left of both tasks in theta_A + theta_B, from one start, from two, and aligned."""
-    lines, heading = [], ["width", "seeds", "own accuracy, A [%]", "own accuracy, B [%]"]
-    starts = {
-        "diagonal": "one start",
-        "other start": "two starts",
-        "other start, aligned": "two starts, aligned",
-    }
-    heading += [f"{told}, {task} [%]" for told in starts.values() for task in ("A", "B")]
-    for scenario, own in by_scenario(rows).items():
-        found = groups(own)
-        if set(found) >= set(starts):
-            cells = [percent(name)(found[method]) for method in starts for name in (A, B)]
-            first = found["diagonal"]
-            alone = [percent(name)(first) for name in ("own_a", "own_b")]
-            lines.append((scenario.removeprefix("starts-width-"), seeds(first), *alone, *cells))
-    if lines:
-        notes = (
-            "theta_A + theta_B on test images, as in table 6; two starts: theta_B began elsewhere",
-            *provenance(rows),
-        )
-        yield Sheet("widths", tuple(heading), tuple(lines), notes)
 
 
 def theory(rows: Rows) -> Iterator[Sheet]:
@@ -498,28 +300,13 @@ def _figure(number: str) -> Figure:
     )
 
 
-def _retained(rows: Rows) -> list[Line]:
-    """Retained accuracy over |g| / |theta_0|, a line a scale and task."""
-    lines = []
-    for scale in ("small", "large"):
-        for task, name in (("a", A), ("b", B)):
-            points = sorted(
-                (row.values[f"delta_ratio_{task}"], row.values[name])
-                for row in rows
-                if row.scenario.startswith(f"recipe-{scale}-") and not row.failure
-            )
-            if points:
-                lines.append(Line(f"{scale} scale, task {task.upper()}", *zip(*points, strict=True)))
-    return lines
-
-
 FIGURE_PAGES = (
     *(_figure(number) for number in FIGURES),
     Figure(
         "recipes",
         "What theta_A + theta_B retains",
         tuple(s.name for s in RECIPES),
-        (Panel("", "‖g‖ / ‖theta_0‖", "accuracy", _retained, x_log=True, markers=True),),
+        (Panel("", "‖g‖ / ‖theta_0‖", "accuracy", retained, x_log=True, markers=True),),
     ),
     *(_heatmaps(paper) for paper in published().values() if paper.column_name == "alpha"),
 )

@@ -113,11 +113,11 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Recipes to choose from, on the diagonals of tables A12, A13 and 6 alone: what differs from `RESIDUAL`."""
 
-WHOLE = (
-    ("gradients", "small", ("A2", "A3")),
-    ("weights", "small", ("A12", "A13")),
-    ("gradients", "large", ("A10", "A11")),
-)
+WHOLE = {
+    ("gradients", "small"): ("A2", "A3"),
+    ("weights", "small"): ("A12", "A13"),
+    ("gradients", "large"): ("A10", "A11"),
+}
 """Sums of what, at which scale, and the tables of tasks A and B that have them."""
 
 # ---------------------------------------------------------------- the paper's tables and figures
@@ -206,7 +206,7 @@ def _candidate(scale: str, name: str) -> TwoTasks:
 
 def _whole() -> Iterator[Scenario]:
     """Whole tables under every candidate, by which none was chosen: what another recipe would have changed."""
-    for kind, scale, (first, _) in WHOLE:
+    for (kind, scale), (first, _) in WHOLE.items():
         paper = published()[first]
         for name in CANDIDATES[scale]:
             settings = replace(
