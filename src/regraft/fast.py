@@ -28,6 +28,7 @@ from regraft.forward import named, run
 from regraft.guard import same_streams, untouched
 from regraft.heads import Adoption, Initialiser, adopt, check_head, check_labels, find_head, linear_of, zero
 from regraft.recorder import Record, Recorder, Source
+from regraft.registry import register
 from regraft.tensors import Inputs, Pair, check_finite, live_state
 
 __all__ = [
@@ -134,16 +135,19 @@ def start_momentum_at_zero_(optimiser: torch.optim.SGD) -> None:
 # Initial classifiers that FAST is compared with (sections 5.1 and 6.2)
 
 
+@register
 def kaiming_fan_in(weight: Tensor, generator: torch.Generator | None = None) -> None:
     """N(0, 2 / features) (He et al., 2015)."""
     nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu", generator=generator)
 
 
+@register
 def kaiming_fan_out(weight: Tensor, generator: torch.Generator | None = None) -> None:
     """N(0, 2 / classes) (He et al., 2015)."""
     nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu", generator=generator)
 
 
+@register
 def xavier(weight: Tensor, generator: torch.Generator | None = None) -> None:
     """Uniform with variance 2 / (features + classes) (Glorot and Bengio, 2010)."""
     nn.init.xavier_uniform_(weight, generator=generator)

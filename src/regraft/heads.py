@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from regraft.guard import same_settings, same_streams
+from regraft.registry import register
 
 # ---------------------------------------------------------------------------------------------------
 # Finding it
@@ -107,6 +108,7 @@ Initialiser = Callable[[Tensor, torch.Generator | None], object]
 """Fills a classifier's weight [classes, features] in place; draws from the generator where it is random."""
 
 
+@register
 def zero(weight: Tensor, generator: torch.Generator | None = None) -> None:
     """Zero, as FAST has it: every class equally probable whatever the image (section 4.1.2, equation 15)."""
     nn.init.zeros_(weight)

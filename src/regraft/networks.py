@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regraft.registry import register
 from regraft.tensors import Tensors, live_state, seeded, state
 
 
@@ -74,6 +77,7 @@ class MLP(nn.Module):
         return self.layers[-1](hidden)
 
 
+@register
 def mlp(sizes: Sequence[int], bias: bool = True) -> nn.Module:
     """An MLP: ``mlp([784, 4096, 10])`` is the 2-MLP of "Transferring Learning Trajectories", table 1."""
     return MLP(sizes, bias)
@@ -95,6 +99,7 @@ def _conv(channels_in: int, channels_out: int, kernel: int = 3, padding: int = 1
     return [nn.Conv2d(channels_in, channels_out, kernel, padding=padding), nn.ReLU()]
 
 
+@register
 def small_cnn(num_classes: int = 10, in_channels: int = 3, size: int = 32) -> nn.Module:
     """The network of "Rethinking the Dependence", sections 3 and 4 (its appendix A.2).
 
@@ -105,6 +110,7 @@ def small_cnn(num_classes: int = 10, in_channels: int = 3, size: int = 32) -> nn
     return ConvNet(features, [16 * side * side, 120, 84, num_classes])
 
 
+@register
 def digits_conv(num_classes: int = 10, in_channels: int = 1, width: float = 1.0) -> nn.Module:
     """A small convolutional network for 8x8 images: 3x3 convolutions 32, 64, 64 and linear 256-64-classes."""
     a, b, c = _scaled(width, 32, 64, 64)
@@ -122,6 +128,7 @@ def _pairs(in_channels: int, *stages: int) -> list[nn.Module]:
     return features[:-1]
 
 
+@register
 def conv8(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> nn.Module:
     """Conv8 of "Transferring Learning Trajectories", table 2, for 32x32 images; all layers times ``width``.
 
@@ -134,6 +141,7 @@ def conv8(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> nn
     return ConvNet(features, [stages[-1], hidden, hidden, num_classes])
 
 
+@register
 def conv6(num_classes: int = 10, width: float = 1.0, in_channels: int = 3, size: int = 16) -> nn.Module:
     """Conv8's little sister for images of ``size`` x ``size`` pixels (at least 8); all layers times ``width``.
 
@@ -190,6 +198,7 @@ class CifarResNet18(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(hidden, 1).flatten(1))
 
 
+@register
 def cifar_resnet18(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> nn.Module:
     """ResNet-18 (He et al., 2016) in its usual form for 32x32 images; all layers times ``width``."""
     return CifarResNet18(num_classes, width, in_channels)
@@ -217,6 +226,7 @@ class Residual8(nn.Module):
         return self.fc(F.adaptive_max_pool2d(hidden, 1).flatten(1))
 
 
+@register
 def residual8(num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> nn.Module:
     """The residual network of "Rethinking the Dependence", section 5 (its appendix A.2).
 
@@ -263,6 +273,7 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 
+@register
 def vit(
     num_classes: int = 10,
     *,
@@ -289,3 +300,15 @@ def vit(
         [TransformerBlock(width, heads) for _ in range(depth)],
         nn.Linear(width, num_classes),
     )
+
+
+@dataclass(frozen=True)
+class Torchvision:
+    """A model of torchvision by its name, such as ``Torchvision("resnet18")``; imported when it is made (160 MB)."""
+
+    name: str
+
+    def __call__(self, **arguments: Any) -> nn.Module:
+        from torchvision import models
+
+        return models.get_model(self.name, **arguments)

@@ -18,6 +18,7 @@ from regraft.fast import param_groups, start_momentum_at_zero_
 from regraft.forward import named, split
 from regraft.heads import check_labels
 from regraft.recorder import Recorder
+from regraft.registry import register
 from regraft.tensors import Batch, check_finite, live_state
 from regraft.training import Diverged, check_weights, train_steps_
 
@@ -26,11 +27,13 @@ Optimiser = Callable[[Groups], torch.optim.Optimizer]
 """Makes the optimiser of a phase, of parameter groups that have their learning rates."""
 
 
+@register
 def sgd(groups: Groups) -> torch.optim.Optimizer:
     """Momentum 0.9, torch's form."""
     return torch.optim.SGD(groups, momentum=0.9)
 
 
+@register
 def sgd_as_in_the_paper(groups: Groups) -> torch.optim.Optimizer:
     """Momentum 0.9, the paper's form: see `regraft.fast.start_momentum_at_zero_`."""
     optimiser = torch.optim.SGD(groups, momentum=0.9, dampening=0.9)
@@ -38,16 +41,19 @@ def sgd_as_in_the_paper(groups: Groups) -> torch.optim.Optimizer:
     return optimiser
 
 
+@register
 def nesterov(groups: Groups) -> torch.optim.Optimizer:
     """Nesterov's momentum, 0.9."""
     return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
 
+@register
 def adam(groups: Groups) -> torch.optim.Optimizer:
     """Adam, with torch's betas."""
     return torch.optim.Adam(groups)
 
 
+@register
 def radam(groups: Groups) -> torch.optim.Optimizer:
     """RAdam, with torch's betas."""
     return torch.optim.RAdam(groups)

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -8,9 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from regraft import networks
 from regraft.clock import Cost
+from regraft.registry import register
 from regraft.studies import rows
-from regraft.studies.rows import Row, Series, append, code, digest, environment, plain_data, read, tree_hash
+from regraft.studies.rows import (
+    Row,
+    Series,
+    append,
+    code,
+    digest,
+    environment,
+    identity,
+    plain_data,
+    read,
+    tree_hash,
+)
 
 
 def made(seed: int = 0, **changes) -> Row:
@@ -75,10 +89,30 @@ def test_digest_does_not_see_the_order_of_keys():
     assert digest({"a": 1, "b": [2, None]}) == digest({"b": [2, None], "a": 1}) != digest({"a": 1})
 
 
-def test_plain_data_names_callables_and_refuses_what_has_no_form():
-    assert plain_data({"f": json.dumps, "c": Cost(1, 2)}) == {"f": "json:dumps", "c": {"wall": 1, "cpu": 2}}
-    with pytest.raises(TypeError, match="object"):
+def test_plain_data_names_registered_functions_and_refuses_what_has_no_form():
+    assert plain_data({"f": networks.mlp, "c": Cost(1, 2)}) == {"f": "mlp", "c": {"wall": 1, "cpu": 2}}
+    with pytest.raises(TypeError, match="not registered"):
+        plain_data(json.dumps)
+    with pytest.raises(TypeError, match="a row cannot hold"):
         plain_data(object())
+
+
+def test_a_module_that_moves_changes_no_identity(tmp_path, monkeypatch):
+    """The same function, imported from two places, has the same name in a row; two of one name are refused."""
+    monkeypatch.setattr("regraft.registry._REGISTERED", {})
+    identities, modules = [], []
+    for place in ("here", "there"):
+        text = "from regraft.registry import register\n@register\ndef network(width): ...\n"
+        (tmp_path / f"{place}.py").write_text(text)
+        spec = importlib.util.spec_from_file_location(place, tmp_path / f"{place}.py")
+        modules.append(importlib.util.module_from_spec(spec))
+        monkeypatch.setattr("regraft.registry._REGISTERED", {})
+        spec.loader.exec_module(modules[-1])
+        config = plain_data({"settings": {"model": modules[-1].network}})
+        identities.append(identity("transfer", "toy", "plain", 0, config, "cpu"))
+    assert identities[0] == identities[1]
+    with pytest.raises(ValueError, match="two functions are registered as 'network'"):
+        register(modules[0].network)
 
 
 def test_a_series_has_as_many_values_as_positions():

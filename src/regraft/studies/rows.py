@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from regraft.clock import Cost, charged
+from regraft.registry import registered_name
 
 SCHEMA = 1
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scipy", "lapx", "lapjv")
@@ -151,7 +152,7 @@ def digest(value: Any) -> str:
 
 
 def plain_data(value: Any) -> Any:
-    """``value`` as JSON data: dataclasses become objects, callables their import path.
+    """``value`` as JSON data: dataclasses become objects, registered functions their names.
 
     Raises TypeError for what has no such form.
     """
@@ -163,8 +164,8 @@ def plain_data(value: Any) -> Any:
         return value
     if isinstance(value, Sequence | set | frozenset):
         return [plain_data(v) for v in value]
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}:{value.__qualname__}"
+    if callable(value) and hasattr(value, "__name__"):
+        return registered_name(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"a row cannot hold a {type(value).__name__}")

@@ -21,6 +21,7 @@ from regraft.learning_transfer import transfer
 from regraft.networks import initialise
 from regraft.phases import Groups, Optimiser, Outcome, Phase, fine_tune, sgd, sgd_as_in_the_paper
 from regraft.recorder import Record
+from regraft.registry import register
 from regraft.studies.fast.setting import FastSetting
 from regraft.studies.rows import plain_data
 from regraft.studies.study import Measured, Method, Series, told_by
@@ -40,21 +41,25 @@ Preparation = Callable[[nn.Module, Adoption, FastSetting], None]
 # ---------------------------------------------------------------- plans
 
 
+@register
 def together(alpha: float | None, beta: float | None) -> tuple[Phase, ...]:
     """Head and features from the first step on, each with its rate."""
     return (Phase(alpha, beta),)
 
 
+@register
 def warm_up(alpha: float | None, beta: float | None) -> tuple[Phase, ...]:
     """The head alone until it gains no point in ten steps, the features at inference (Li and Hoiem, 2018)."""
     return (Phase(alpha, None, statistics=False, until=NoGain), Phase(alpha, beta))
 
 
+@register
 def warm_up_with_statistics(alpha: float | None, beta: float | None) -> tuple[Phase, ...]:
     """The head alone until it gains no point in ten steps, BatchNorm's running statistics updated meanwhile."""
     return (Phase(alpha, None, statistics=True, until=NoGain), Phase(alpha, beta))
 
 
+@register
 def probe_first(alpha: float | None, beta: float | None) -> tuple[Phase, ...]:
     """LP-FT (Kumar et al., 2022): a linear probe for a quarter of the steps, then both at the features' rate."""
     return (Phase(alpha, None, statistics=False, share=0.25), Phase(beta, beta))
@@ -127,11 +132,13 @@ def by_layer(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     return found
 
 
+@register
 def from_scratch(model: nn.Module, adopted: Adoption, setting: FastSetting) -> None:
     """Nothing is kept of the source."""
     fill_(model, initialise(model, setting.generator("values")))
 
 
+@register
 def transferred(model: nn.Module, adopted: Adoption, setting: FastSetting) -> None:
     """In place of the source, a fresh network to which the source's training is transferred (FGMT).
 
@@ -154,11 +161,13 @@ def transferred(model: nn.Module, adopted: Adoption, setting: FastSetting) -> No
     fill_(adopted.source_head, {name: moved[f"{adopted.name}.{name}"] for name in adopted.head.state_dict()})
 
 
+@register
 def xavier_fan_in(weight: Tensor, generator: torch.Generator | None = None) -> None:
     """Uniform with variance 1 / (6 features), as the paper prints it (section 5.1)."""
     _uniform_(weight, weight.shape[1], generator)
 
 
+@register
 def xavier_fan_out(weight: Tensor, generator: torch.Generator | None = None) -> None:
     """Uniform with variance 1 / (6 classes), as the paper prints it (section 5.1)."""
     _uniform_(weight, weight.shape[0], generator)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regraft.data import MissingData
 from regraft.networks import cifar_resnet18
+from regraft.registry import register
 
 
 def _convolution(
@@ -34,21 +35,25 @@ def _three_convolutions(channels: tuple[int, ...], num_classes: int) -> nn.Modul
     return nn.Sequential(*blocks, *_classifier(channels[-1], num_classes))
 
 
+@register
 def conv3(num_classes: int) -> nn.Module:
     """Three convolutions (32, 64, 128) with BatchNorm, ReLU and max-pooling; the mean over the image; linear."""
     return _three_convolutions((3, 32, 64, 128), num_classes)
 
 
+@register
 def grey_conv3(num_classes: int) -> nn.Module:
     """The same at half the width, for grey images."""
     return _three_convolutions((1, 16, 32, 64), num_classes)
 
 
+@register
 def small_resnet(num_classes: int) -> nn.Module:
     """ResNet-18 at an eighth of the width, for grey images."""
     return cifar_resnet18(num_classes, width=0.125, in_channels=1)
 
 
+@register
 def small_vgg(num_classes: int) -> nn.Module:
     """VGG for grey 14x14 images: four convolutions without BatchNorm, and three linear layers with dropout."""
     features: list[nn.Module] = []
@@ -72,6 +77,7 @@ class DenseLayer(nn.Module):
         return torch.cat([images, self.conv(F.relu(self.norm2(self.squeeze(F.relu(self.norm1(images))))))], 1)
 
 
+@register
 def small_densenet(num_classes: int) -> nn.Module:
     """DenseNet for grey images: three blocks of two layers, growth 8, transitions that halve channels and sides."""
     channels, growth = 16, 8
@@ -105,12 +111,14 @@ class GroupedBlock(nn.Module):
         return F.relu(self.main(images) + self.shortcut(images))
 
 
+@register
 def small_resnext(num_classes: int) -> nn.Module:
     """ResNeXt for grey images: three blocks of eight groups, 32, 64 and 128 channels out."""
     blocks = [GroupedBlock(16, 16, 32, 1), GroupedBlock(32, 32, 64, 2), GroupedBlock(64, 64, 128, 2)]
     return nn.Sequential(_convolution(1, 16), nn.ReLU(), *blocks, *_classifier(128, num_classes))
 
 
+@register
 def efficientnet_lite0(weights: str) -> nn.Module:
     """EfficientNet-Lite0 (Tan and Le, 2019): 4.7 million weights, 49 convolutions, pre-trained on ImageNet.
 

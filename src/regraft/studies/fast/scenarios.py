@@ -14,9 +14,8 @@ from functools import partial
 
 from regraft.data import CIFAR100_FUSION, CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW
 from regraft.fast import Normal
-from regraft.networks import digits_conv
+from regraft.networks import Torchvision, digits_conv
 from regraft.phases import adam, nesterov, radam
-from regraft.studies import torchvision_models as _tv
 from regraft.studies.fast import networks
 from regraft.studies.fast.methods import (
     FAN_IN,
@@ -202,12 +201,15 @@ _cifar100, _mnist, _caltech = (
     _task("caltech256", size=148),
 )
 _resnet18, _vgg19, _densenet201, _resnext101 = (
-    Origin(network, None, None, "IMAGENET1K_V1")
-    for network in (_tv.resnet18, _tv.vgg19, _tv.densenet201, _tv.resnext101)
+    Origin(Torchvision(name), None, None, "IMAGENET1K_V1")
+    for name in ("resnet18", "vgg19", "densenet201", "resnext101_32x8d")
 )
 # Section 6.2.1: CIFAR-100 for 120 epochs, from ImageNet, with a fan-in head.
 _resnet18_cifar100 = Origin(
-    _tv.resnet18, _cifar100, Recipe(epochs=120, lr=0.01, batch_size=100, schedule="constant"), "IMAGENET1K_V1"
+    Torchvision("resnet18"),
+    _cifar100,
+    Recipe(epochs=120, lr=0.01, batch_size=100, schedule="constant"),
+    "IMAGENET1K_V1",
 )
 _same_paper = Settings(_resnet18_cifar100, _cifar100, steps=1000, flip=True)
 _resnet_paper = replace(_same_paper, origin=_resnet18)

@@ -14,7 +14,6 @@ from typing import Any
 from regraft import networks
 from regraft.data import CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW
 from regraft.studies.study import Scenario, Task
-from regraft.studies.torchvision_models import resnet18
 from regraft.studies.transfer import sweeps
 from regraft.studies.transfer.methods import METHODS
 from regraft.studies.transfer.ports import PortSettings
@@ -162,7 +161,7 @@ conv8_pretrained_paper = replace(
 )
 imagenet_paper = Settings(
     task=Task("imagenet"),
-    model=resnet18,
+    model=networks.Torchvision("resnet18"),
     arguments={"num_classes": 1000},
     recipe=IMAGENET_RECIPE,
     # the first version's, for ImageNet alone: the second has no figure of it
