@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 
 from conftest import ROWS
-from regraft import front
 from regraft.data import MissingData
-from regraft.studies.run import crashed
+from regraft_bench import front
+from regraft_bench.run import crashed
 
 
 def test_scenario(benchmark, chosen, told, pytestconfig):

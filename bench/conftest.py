@@ -1,4 +1,4 @@
-"""`pytest bench --benchmark-only`: the options, and the summary at the end. What runs is in `regraft.studies`."""
+"""`pytest bench --benchmark-only`: the options, and the summary at the end. What runs is in `regraft_bench`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from regraft import front
-from regraft.studies import STUDIES
-from regraft.studies.rows import Row
-from regraft.studies.study import Place
+from regraft.core.guard import make_deterministic
+from regraft_bench import front
+from regraft_bench.rows import Row
+from regraft_bench.studies import STUDIES
+from regraft_bench.study import Place
 
 ROOT = Path(__file__).parents[1]
 ROWS = pytest.StashKey[dict[str, list[Row]]]()
@@ -55,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch finds no CUDA device here")
     if config.getoption("deterministic"):
-        front.deterministic()
+        make_deterministic()
     config.stash[ROWS] = {}
     if hasattr(config.option, "benchmark_quiet"):
         config.option.benchmark_quiet = True  # the summary below says more, in fewer lines

@@ -6,9 +6,9 @@ wandb.log({f"{row.scenario}/{row.method}/{name}": value for name, value in row.v
 import tempfile
 from pathlib import Path
 
-from regraft.studies import study
-from regraft.studies.run import run
-from regraft.studies.study import Place
+from regraft_bench.run import run
+from regraft_bench.studies import study
+from regraft_bench.study import Place
 
 transfer = study("transfer")
 with tempfile.TemporaryDirectory() as folder:

@@ -3,10 +3,10 @@
 import torch
 
 import regraft
-from regraft import networks
 from regraft.data import load
-from regraft.evaluation import accuracy
-from regraft.training import Recipe, train
+from regraft.networks import papers as networks
+from regraft.training.evaluation import accuracy
+from regraft.training.loop import Recipe, train
 
 data = load("digits")
 model = networks.digits_conv(data.num_classes)  # any classifier: timm's, torchvision's, your own

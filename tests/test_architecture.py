@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HARNESS = ("regraft.cli", "regraft.front", "regraft.__main__", "regraft.studies")
+HARNESS = ("regraft.cli", "regraft_bench.front", "regraft.__main__", "regraft_bench")
 TOOLS = ("pandas", "pytest", "plotly", "vl_convert", "sklearn", "torchvision.datasets", "tabulate")
 
 

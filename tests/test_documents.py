@@ -29,8 +29,8 @@ def names(monkeypatch) -> dict:
     """What the README's readers have: a model, its tensors from several starts, and batches."""
     import torchvision
 
-    from regraft.networks import small_cnn
-    from regraft.tensors import state
+    from regraft.core.tensors import state
+    from regraft.networks.papers import small_cnn
 
     def small(**_: object) -> nn.Module:
         return small_cnn(5)

@@ -13,18 +13,18 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "trace": "symmetry",
-    "with_output": "forward",
+    "with_output": "core.forward",
     "verify": "symmetry",
     "apply": "symmetry",
     "inverse": "symmetry",
     "PermutationSpec": "symmetry",
     "match": "matching",
     "Match": "matching",
-    "Trajectory": "trajectory",
+    "Trajectory": "learning_transfer",
     "transfer": "learning_transfer",
     "Transfer": "learning_transfer",
-    "transfer_to_many": "many_targets",
-    "Transfers": "many_targets",
+    "transfer_to_many": "learning_transfer",
+    "Transfers": "learning_transfer",
     "fuse": "fusion",
     "assign_gradient": "fusion",
     "port": "porting",
@@ -32,7 +32,14 @@ _PUBLIC = {
     "fuse_checkpoints": "porting",
 }
 
-_MODULES = ("activations", "fast", "fusion", "gradfix", "grids", "porting")
+_MODULES = {
+    "activations": "fusion.repair",
+    "fast": "finetuning.fast",
+    "fusion": "fusion",
+    "gradfix": "porting.gradfix",
+    "grids": "fusion.grids",
+    "porting": "porting",
+}
 
 __all__ = [
     "Match",
@@ -63,20 +70,24 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from regraft import activations, fast, fusion, gradfix, grids, porting
-    from regraft.forward import with_output
-    from regraft.fusion import assign_gradient, fuse
-    from regraft.learning_transfer import Transfer, transfer
-    from regraft.many_targets import Transfers, transfer_to_many
-    from regraft.matching import Match, match
-    from regraft.porting import fuse_checkpoints, match_checkpoints, port
+    from regraft import porting
+    from regraft.core.forward import with_output
+    from regraft.finetuning import fast
+    from regraft.fusion import grids
+    from regraft.fusion import repair as activations
+    from regraft.fusion import sums as fusion
+    from regraft.fusion.sums import assign_gradient, fuse
+    from regraft.learning_transfer.driver import Transfer, transfer
+    from regraft.learning_transfer.many import Transfers, transfer_to_many
+    from regraft.learning_transfer.trajectory import Trajectory
+    from regraft.matching.descent import Match, match
+    from regraft.porting import fuse_checkpoints, gradfix, match_checkpoints, port
     from regraft.symmetry import PermutationSpec, apply, inverse, trace, verify
-    from regraft.trajectory import Trajectory
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        value: Any = import_module(f"regraft.{name}")
+        value: Any = import_module(f"regraft.{_MODULES[name]}")
     elif name in _PUBLIC:
         value = getattr(import_module(f"regraft.{_PUBLIC[name]}"), name)
     else:

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from regraft.studies.micro.compiled import GOALS, MACHINES
-from regraft.studies.micro.machine_code import read
+from regraft_bench.kernels.compiled import GOALS, MACHINES
+from regraft_bench.kernels.machine_code import read
 from regraft_kernels.backend import HAS_TRITON
 from regraft_kernels.cases import kernels
 from regraft_kernels.tiles import FAMILIES
 
 COMPILE = """
 import json, re, sys
-from regraft.studies.micro.compiled import methods
+from regraft_bench.kernels.compiled import methods
 for method in methods():
     if re.search(sys.argv[1], method.name):
         found = method.run(None)

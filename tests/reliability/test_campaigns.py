@@ -1,12 +1,12 @@
-"""The campaigns of `regraft.studies.micro.reliability`, short: nothing silent, nothing raw, nothing that hangs."""
+"""The campaigns of `regraft_bench.micro.reliability`, short: nothing silent, nothing raw, nothing that hangs."""
 
 from __future__ import annotations
 
 import pytest
 
-from regraft.studies.micro.reliability import CAMPAIGNS, OUTCOMES, Campaign, campaigns, held, subjects
-from regraft.studies.micro.reliability.assignments import judged
-from regraft.studies.micro.reliability.attempt import CLEAR, HANG, RAW, SILENT, Case, attempt, tally
+from regraft_bench.micro.reliability import CAMPAIGNS, OUTCOMES, Campaign, campaigns, held, subjects
+from regraft_bench.micro.reliability.assignments import judged
+from regraft_bench.micro.reliability.attempt import CLEAR, HANG, RAW, SILENT, Case, attempt, tally
 
 SHORT = Campaign(every=23, kills=1, row_files=1, rows=25, folders=2, assignments=400, disks=(0, 100))
 

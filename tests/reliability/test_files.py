@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regraft import Trajectory
-from regraft.files import (
+from regraft.core.files import (
     alone,
     clean,
     only_writer,
@@ -26,9 +26,9 @@ from regraft.files import (
     write_tensors,
     write_text,
 )
+from regraft.learning_transfer.trajectory import INDEX
 from regraft.symmetry import PermutationSpec
-from regraft.training import Epoch
-from regraft.trajectory import INDEX
+from regraft.training.loop import Epoch
 
 DEAD = 2**22 + 1  # no process has this number
 
@@ -80,7 +80,7 @@ def test_a_path_that_cannot_be_saved_leaves_the_earlier_one(tmp_path, monkeypatc
             raise OSError(errno.ENOSPC, "its 84 bytes could not be written")
         write(*arguments)
 
-    monkeypatch.setattr("regraft.trajectory.write_tensors", full)
+    monkeypatch.setattr("regraft.learning_transfer.trajectory.write_tensors", full)
     with pytest.raises(OSError, match="bytes"):
         path(1).save(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -110,7 +110,7 @@ def test_a_killed_saves_leftovers_go_before_anything_is_written(tmp_path, monkey
         seen.extend(file.name for file in tmp_path.iterdir())
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr("regraft.trajectory.write_tensors", stopped)
+    monkeypatch.setattr("regraft.learning_transfer.trajectory.write_tensors", stopped)
     with pytest.raises(OSError, match="full"):
         path(1).save(tmp_path)
     assert not set(seen) & set(orphans) and len(seen) == 3

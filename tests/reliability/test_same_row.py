@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from regraft import fast, front, fuse, transfer
-from regraft.phases import Phase, fine_tune
-from regraft.recorder import Recorder
-from regraft.studies.micro.reliability import subjects as s
-from regraft.studies.rows import environment
-from regraft.tensors import digest
-from regraft.training import Diverged, train
+from regraft import fuse, transfer
+from regraft.core.guard import make_deterministic
+from regraft.core.tensors import digest
+from regraft.finetuning import fast
+from regraft.finetuning.phases import Phase, fine_tune
+from regraft.finetuning.recorder import Recorder
+from regraft.training.loop import Diverged, train
+from regraft_bench.micro.reliability import subjects as s
+from regraft_bench.rows import environment
 
 
 def everything(noise: int) -> list:
@@ -47,7 +49,7 @@ def test_the_same_seed_gives_the_same_bits():
 
 def test_a_row_says_whether_it_was_deterministic_and_with_how_many_threads():
     try:
-        front.deterministic()
+        make_deterministic()
         assert everything(1) == everything(2)
         found = environment()
         assert found.deterministic and found.threads == torch.get_num_threads()

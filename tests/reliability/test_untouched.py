@@ -11,18 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from regraft import Trajectory, assign_gradient, fast, fuse, match, trace, transfer, verify
-from regraft import evaluation as ev
-from regraft.activations import batch_statistics, repair_on, reset_on
+from regraft import Trajectory, assign_gradient, fuse, match, trace, transfer, verify
+from regraft.core.guard import same_streams, untouched
+from regraft.core.tensors import live_state, state
 from regraft.data import Dataset, Split
-from regraft.grids import evaluate
-from regraft.guard import same_streams, untouched
-from regraft.heads import find_head
-from regraft.learning_transfer import METHODS
-from regraft.networks import build
-from regraft.recorder import Recorder, scores
-from regraft.tensors import live_state, state
-from regraft.training import Recipe, train
+from regraft.finetuning import fast
+from regraft.finetuning.recorder import Recorder, scores
+from regraft.fusion.grids import evaluate
+from regraft.fusion.repair import batch_statistics, repair_on, reset_on
+from regraft.learning_transfer.driver import METHODS
+from regraft.networks.heads import find_head
+from regraft.networks.papers import build
+from regraft.training import evaluation as ev
+from regraft.training.loop import Recipe, train
 
 
 class Restless(nn.Module):

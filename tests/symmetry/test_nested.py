@@ -10,9 +10,9 @@ from nets import attention, grouped, proved
 from torch import Tensor
 
 import regraft
-from regraft.nested import Family
+from regraft.core.tensors import state
+from regraft.matching.nested import Family
 from regraft.reference import matching as reference
-from regraft.tensors import state
 
 MODELS = {"groups": lambda: grouped(3), "heads": lambda: attention(6, 3)}
 NESTED = {"groups": proved(grouped(3), 1, 2, 5, 5), "heads": proved(attention(6, 3), 2, 5, 3)}
@@ -20,7 +20,7 @@ NESTED = {"groups": proved(grouped(3), 1, 2, 5, 5), "heads": proved(attention(6,
 
 def planted(
     name: str, seed: int, noise: float = 0.0
-) -> tuple[regraft.PermutationSpec, regraft.tensors.Perm, dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[regraft.PermutationSpec, regraft.core.tensors.Perm, dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(seed)
     spec, source = NESTED[name], state(MODELS[name]())
     perm = spec.random(torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nets import proved, share
 from torch import Tensor, nn
 
-from regraft import networks
+from regraft.networks import papers as networks
 from regraft.symmetry import PermutationSpec, trace
 
 

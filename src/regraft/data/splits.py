@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from regraft.tensors import Pair
+from regraft.core.tensors import Pair
 
 
 @dataclass(frozen=True, eq=False)

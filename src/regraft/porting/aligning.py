@@ -11,17 +11,17 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from regraft.checkpoint_files import Checkpoint, Lazy, beside, check_free, keep_tensors, write_shards
-from regraft.clock import EVALUATION, Clock, Cost
-from regraft.evaluation import accuracy, batch_norms, interpolate
-from regraft.files import BadFile
-from regraft.matching import match_streamed
+from regraft.core.clock import EVALUATION, Clock, Cost
+from regraft.core.files import BadFile
+from regraft.core.tensors import Perm, check_finite
+from regraft.matching.descent import match_streamed
 from regraft.porting.card import told_seconds, write_card
+from regraft.porting.checkpoint_files import Checkpoint, Lazy, beside, check_free, keep_tensors, write_shards
 from regraft.porting.methods import Weights, learned
 from regraft.porting.plans import FLOAT, PROOF, PROVING, Plan, check_disk, check_memory, layout_like, streamed
 from regraft.porting.subject import Example, Model, Spec, lazy, numel, subject
 from regraft.symmetry import PermutationSpec
-from regraft.tensors import Perm, check_finite
+from regraft.training.evaluation import accuracy, batch_norms, interpolate
 from regraft_kernels import permute
 
 POINTS = 11

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from regraft import __version__
-from regraft.clock import Cost
-from regraft.files import write_text
+from regraft.core.clock import Cost
+from regraft.core.files import write_text
 from regraft.porting.plans import Plan
 
 NAME = "README.md"

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_map
 
+from regraft.core.files import BadFile
+from regraft.core.forward import split
+from regraft.core.tensors import Batch
 from regraft.data import load
-from regraft.files import BadFile
-from regraft.forward import split
-from regraft.models import Named, from_module
-from regraft.tensors import Batch
+from regraft.porting.models import Named, from_module
 
 BATCH = 64
 PARTS = ("train", "validation", "test")
@@ -96,7 +96,7 @@ def data_by_name(name: str, named: Named) -> Data:
 
 def data_of(given: object) -> Data:
     """Data of what a user has: `Data`, an iterable of batches, or a dictionary with "train", and perhaps "validation"
-    and "test". Batches are those of `regraft.forward`. Raises ValueError for anything else."""
+    and "test". Batches are those of `regraft.core.forward`. Raises ValueError for anything else."""
     if isinstance(given, Data):
         return given
     if isinstance(given, Mapping):

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from regraft.checkpoint_files import Checkpoint, Entry
-from regraft.files import BadFile
+from regraft.core.files import BadFile
+from regraft.core.tensors import check_finite, live_state
+from regraft.porting.checkpoint_files import Checkpoint, Entry
 from regraft.symmetry import PermutationSpec, Segment
 from regraft.symmetry.spec import groups_of
-from regraft.tensors import check_finite, live_state
 
 UNRELATED = 0.9
 """The relative distance from which on a fine-tune is not believed to come from a base. Independent weights have 1, and

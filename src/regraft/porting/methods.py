@@ -14,15 +14,15 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from regraft.checkpoint_files import Lazy
-from regraft.clock import Clock
-from regraft.forward import split
-from regraft.gradfix import transport
-from regraft.learning_transfer import transfer
-from regraft.matching import match_streamed
+from regraft.core.clock import Clock
+from regraft.core.forward import split
+from regraft.core.tensors import Batch, Perm, Tensors
+from regraft.learning_transfer.driver import transfer
+from regraft.learning_transfer.trajectory import Trajectory
+from regraft.matching.descent import match_streamed
+from regraft.porting.checkpoint_files import Lazy
+from regraft.porting.gradfix import transport
 from regraft.symmetry import PermutationSpec
-from regraft.tensors import Batch, Perm, Tensors
-from regraft.trajectory import Trajectory
 from regraft_kernels import graft
 
 Weights = Mapping[str, Tensor]
@@ -108,7 +108,8 @@ def fgmt(spec: PermutationSpec, base: Weights, tuned: Weights, new_base: Weights
 
 
 def masked(method: Method) -> Method:
-    """What another method moves, of it the entries that point down the new base's loss: `regraft.gradfix.transport`.
+    """What another method moves, of it the entries that point down the new base's loss:
+    `regraft.porting.gradfix.transport`.
 
     By majority over the images of the first `FEW` batches. A head that is carried over is no part of the task vector:
     it is put on the new base before.

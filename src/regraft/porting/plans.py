@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.checkpoint_files import Checkpoint, Entry, Layout, size
+from regraft.porting.checkpoint_files import Checkpoint, Entry, Layout, size
 from regraft.porting.data import Data
 from regraft.porting.fitting import Distances
 from regraft.porting.subject import Subject

@@ -11,10 +11,18 @@ from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
-from regraft.checkpoint_files import Checkpoint, Layout, Lazy, beside, check_free, keep_tensors, write_shards
-from regraft.clock import EVALUATION, Clock, Cost
-from regraft.evaluation import accuracy, batch_norms, reset_batchnorm
+from regraft.core.clock import EVALUATION, Clock, Cost
+from regraft.core.tensors import Perm, Tensors
 from regraft.porting.card import told_seconds, write_card
+from regraft.porting.checkpoint_files import (
+    Checkpoint,
+    Layout,
+    Lazy,
+    beside,
+    check_free,
+    keep_tensors,
+    write_shards,
+)
 from regraft.porting.fitting import check_base, distances
 from regraft.porting.methods import IN_MEMORY, METHODS, Ported, Weights, Work
 from regraft.porting.plans import (
@@ -28,7 +36,7 @@ from regraft.porting.plans import (
     streamed,
 )
 from regraft.porting.subject import Example, Model, Spec, Subject, lazy, numel, subject
-from regraft.tensors import Perm, Tensors
+from regraft.training.evaluation import accuracy, batch_norms, reset_batchnorm
 
 BASE, TUNED, NEW_BASE = ROLES = "base", "fine-tune", "new base"
 
@@ -39,7 +47,7 @@ STATISTICS_BATCHES = 20
 class Asked(TypedDict, total=False):
     """What may be said about a port.
 
-    model: a name as `regraft.models.by_name` takes it, or a module; what streams can do with ``spec`` alone.
+    model: a name as `regraft.porting.models.by_name` takes it, or a module; what streams can do with ``spec`` alone.
     inputs: example inputs of the model, batch first, or for a named model their shape; its usual ones if not given.
     spec: its proven permutation groups, or their file; traced and proven on the model if not given.
     data: a folder of images or ``module:function`` (`data_by_name`), or batches (`data_of`). Method "fgmt" takes
@@ -111,7 +119,7 @@ def port(
     integers are the new base's. A head of other classes than the bases' is carried over, permuted on its input side.
 
     Args:
-        base, tuned, new_base: checkpoints as `regraft.checkpoint_files.Checkpoint.open` reads them.
+        base, tuned, new_base: checkpoints as `regraft.porting.checkpoint_files.Checkpoint.open` reads them.
         out: a folder that is not there yet; it is made beside and renamed when it is complete.
         resume: go on from what an interrupted run with the same inputs and settings has finished.
         asked: see `Asked`.

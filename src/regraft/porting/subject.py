@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from regraft.checkpoint_files import Checkpoint, Lazy
-from regraft.files import BadFile
-from regraft.forward import mapped
-from regraft.heads import adopt
-from regraft.models import Named, by_name
+from regraft.core.files import BadFile
+from regraft.core.forward import mapped
+from regraft.core.tensors import Perm, Tensors
+from regraft.networks.heads import adopt
+from regraft.porting.checkpoint_files import Checkpoint, Lazy
 from regraft.porting.data import Data, data_by_name, data_of
 from regraft.porting.fitting import Anatomy, check_head, fit, new_parts, unfit, with_outputs
+from regraft.porting.models import Named, by_name
 from regraft.symmetry import PermutationSpec, apply, trace, verify
 from regraft.symmetry.calls import Call, Caller, ready
-from regraft.tensors import Perm, Tensors
 
 SAME_FUNCTION = 1e-3
 """The largest relative difference between a network's outputs and a permuted one's, in float32."""
@@ -115,8 +115,8 @@ def subject(
     """The network of a checkpoint, with a head of its classes, and the checkpoint under its names.
 
     Args:
-        model: a name as `regraft.models.by_name` takes it, or the module itself, which is not changed; None where
-            ``spec`` is proven.
+        model: a name as `regraft.porting.models.by_name` takes it, or the module itself, which is not changed;
+            None where ``spec`` is proven.
         inputs: of the model, batch first, or for a name their shape; its usual ones if not given.
         spec: its permutation groups, or their file; traced and proven on the model if not given.
 

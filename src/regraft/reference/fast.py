@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from regraft.tensors import Pair, Tensors
+from regraft.core.tensors import Pair, Tensors
 
 Features = Callable[[Tensors, Tensor], Tensor]
 Momentum = Callable[[Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from regraft.tensors import Tensors
+from regraft.core.tensors import Tensors
 
 
 def cumulative_gradient(start: Tensors, end: Tensors) -> Tensors:

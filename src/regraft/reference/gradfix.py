@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from regraft.tensors import Tensors
+from regraft.core.tensors import Tensors
 
 
 def majority(model: nn.Module, theta: Tensors, images: Tensor, labels: Tensor) -> Tensors:

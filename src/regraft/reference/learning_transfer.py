@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from regraft.core.tensors import Pair, Perm, Tensors
 from regraft.reference.matching import match, permuted
 from regraft.symmetry import PermutationSpec
-from regraft.tensors import Pair, Perm, Tensors
 
 Batches = Sequence[Pair]
 

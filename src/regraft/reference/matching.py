@@ -14,9 +14,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from regraft.nested import Family, nested_families
+from regraft.core.tensors import Perm, Tensors
+from regraft.matching.nested import Family, nested_families
 from regraft.symmetry import PermutationSpec
-from regraft.tensors import Perm, Tensors
 
 
 def permuted(spec: PermutationSpec, perm: Perm, tensors: Tensors) -> Tensors:

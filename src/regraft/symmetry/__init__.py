@@ -4,7 +4,6 @@
 a :class:`PermutationSpec` is plain data and can be written by hand (:mod:`regraft.symmetry.spec`).
 """
 
-from regraft.symmetry.describe import describe
 from regraft.symmetry.spec import Axis, PermutationSpec, Segment, apply, inverse, parameters_moved
 from regraft.symmetry.trace import trace
 from regraft.symmetry.verify import verify
@@ -14,7 +13,6 @@ __all__ = [
     "PermutationSpec",
     "Segment",
     "apply",
-    "describe",
     "inverse",
     "parameters_moved",
     "trace",

@@ -51,7 +51,8 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor, nn
 
-from regraft.files import parse_json, read_json, write_text
+from regraft.core.files import parse_json, read_json, write_text
+from regraft.core.tensors import Perm, Tensors
 from regraft.symmetry.axes import (
     Axis,
     Segment,
@@ -64,7 +65,6 @@ from regraft.symmetry.axes import (
     positions_of,
 )
 from regraft.symmetry.blocks import check_blocks, check_inside, families, outermost_first, random_inside
-from regraft.tensors import Perm, Tensors
 from regraft_kernels import Packing, permute
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from regraft.core.tensors import live_state
 from regraft.symmetry import products  # noqa: F401 (its rules register themselves)
 from regraft.symmetry.calls import Call, Caller, Forward, Output, cause, check_placed, ready, shadow
 from regraft.symmetry.choices import chosen
@@ -34,7 +35,6 @@ from regraft.symmetry.rules import RULES, Operation, freeze, operator_name
 from regraft.symmetry.spec import PermutationSpec, Segment
 from regraft.symmetry.verify import verify as prove
 from regraft.symmetry.views import ALIASES, VIEWS
-from regraft.tensors import live_state
 
 
 def trace(

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from regraft.core.tensors import Perm, check_finite, live_state, seeded
 from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, double, ready
 from regraft.symmetry.spec import PermutationSpec, Segment, apply, groups_of, like_state
-from regraft.tensors import Perm, check_finite, live_state, seeded
 from regraft_kernels import permute
 
 MAX_CANDIDATES = 256

@@ -1,0 +1,1 @@
+"""The benchmark suite: what reproduces the papers and compares methods, over one runner."""

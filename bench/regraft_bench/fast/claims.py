@@ -1,0 +1,129 @@
+"""What the paper says in comparisons, as our rows answer it: paired over seeds, with n and p."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from regraft_bench.report.tables import Comparison, Rows, Sheet, by_scenario, compare
+from regraft_bench.rows import Row
+
+EARLY = 21  # steps
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``more`` has more of ``value`` than ``less`` has. at_least: or as much."""
+
+    where: str
+    sentence: str
+    scenario: str
+    value: str
+    more: str
+    less: str
+    at_least: bool = False
+
+
+_TINY, _LARGE = "N(0, 1e-08²)", "N(0, 1²)"
+_AREA, _EARLY, _END, _SOURCE = "area", "early", "accuracy", "source_lowest"
+_EARLY_SCALE = "beta alone scaled down loses nothing in the first steps"
+_LATE_SCALE = "and gains at the end"
+
+CLAIMS = (
+    Claim("6.2, figure 3", "a tiny head forgets less", "initial-same", _SOURCE, _TINY, _LARGE),
+    Claim("6.2, figure 3", "and learns faster", "initial-same", _AREA, _TINY, _LARGE),
+    Claim("6.2, figure 5", "also where the tasks are unrelated: forgets less", "initial-other", _SOURCE, _TINY, _LARGE),
+    Claim("6.2, figure 5", "and learns faster", "initial-other", _AREA, _TINY, _LARGE),
+    Claim("6.3, figure 6", "a frozen random head slows learning", "frozen-head", _AREA, "alpha = beta", "alpha = 0"),
+    Claim(
+        "6.4, figure 7", "a tiny head without warm-up beats fan-in with it", "warm-up", _AREA,
+        "no warm-up: N(0, 1e-08²)", "fan-in",
+    ),
+    Claim(
+        "6.4, figure 7", "and needs none itself", "warm-up", _AREA,
+        "no warm-up: N(0, 1e-08²)", "N(0, 1e-08²), statistics", True,
+    ),
+    Claim("6.5, figure 8", "both rates scaled down lose early", "rates-resnet", _EARLY, "c, c", "c/10, c/10"),
+    Claim("6.5, figure 8", "and gain at the end", "rates-resnet", _END, "c/10, c/10", "c, c"),
+    Claim("6.5, figure 8", _EARLY_SCALE, "rates-resnet", _EARLY, "c, c/10", "c, c", True),
+    Claim("6.5, figure 8", _LATE_SCALE, "rates-resnet", _END, "c, c/10", "c, c"),
+    Claim("6.5, figure 9", _EARLY_SCALE, "rates-vgg", _EARLY, "c, c/10", "c, c", True),
+    Claim("6.5, figure 9", _LATE_SCALE, "rates-vgg", _END, "c, c/10", "c, c"),
+    Claim("6.5, figure 8", "two rates beat one: alpha alone scaled up", "rates-resnet", _AREA, "10c, c", "c, c"),
+    Claim("6.5, figure 9", "two rates beat one: alpha alone scaled up", "rates-vgg", _AREA, "10c, c", "c, c"),
+    *(
+        Claim(f"6.6, {figure}", f"FAST learns faster than every fan-in baseline, {name}, {network}",
+              f"optimisers-{network}", _AREA, f"{name}: fast", f"{name}: fan-in")
+        for figure, name in (("figure 10", "sgd"), ("figure 11", "adam"), ("figure 12", "radam"))
+        for network in ("densenet", "vgg")
+    ),
+    *(
+        Claim(where, sentence, scenario, value, "fast", "baseline", at_least)
+        for where, scenario in (("6.7, figure 14", "convergence-mnist"), ("6.7, figure 15", "convergence-digits"))
+        for sentence, value, at_least in (
+            ("FAST learns faster", _AREA, False),
+            ("with no worse end", _END, True),
+            ("and stays closer to the source", "closeness", False),
+        )
+    ),
+    *(
+        Claim("title", sentence, scenario, value, "fast", "fan-in")
+        for scenario in ("digits", "fashion-mnist", "cifar10-cifar100", "cifar10-cifar100-other")
+        for sentence, value in (("learns faster than fan-in", _AREA), ("forgets slower", "source_area"))
+    ),
+    Claim("title", "learns faster than fan-in", "imagenet-cifar100", _AREA, "fast", "fan-in"),
+)  # fmt: skip
+"""Where ``less`` is no method's name, it begins those of several rates, and the best of them by validation is taken."""
+
+
+def claims(rows: Rows) -> Iterator[Sheet]:
+    """One line a sentence whose scenario has been measured."""
+    own = by_scenario([_with_more(row) for row in rows])
+    lines = tuple(_line(claim, own[claim.scenario]) for claim in CLAIMS if claim.scenario in own)
+    if lines:
+        heading = ("the paper says", "where", "scenario", "of", "difference", "verdict")
+        notes = (
+            f"early: mean deployed accuracy over the checkpoints to step {EARLY}; accuracy: at the end; closeness: "
+            "minus the distance travelled",
+            "holds, holds not: p < 0.05, paired over seeds; that something is no worse is refuted or not, never shown",
+        )
+        yield Sheet("claims", heading, lines, notes)
+
+
+def _with_more(row: Row) -> Row:
+    """With what is made of a row's curves."""
+    more = {"closeness": None if (d := row.values.get("distance")) is None else -d}
+    if "deployed" in row.series:
+        first = [accuracy for step, accuracy in row.series["deployed"].points() if 0 < step <= EARLY]
+        more[_EARLY] = statistics.fmean(first) if first else None
+    return replace(row, values={**row.values, **more})
+
+
+def _line(claim: Claim, rows: Rows) -> tuple[str, ...]:
+    found = compare(rows, claim.more, other := _best(rows, claim.less), claim.value)
+    told = claim.sentence if other == claim.less else f"{claim.sentence} ({other})"
+    what = (told, claim.where, claim.scenario, claim.value)
+    if found is None:
+        return (*what, "–", "not measured")
+    return (*what, str(found), _verdict(found, claim.at_least))
+
+
+def _verdict(found: Comparison, at_least: bool) -> str:
+    if math.isnan(found.p) or (found.p >= 0.05 and not at_least):
+        return "not to be told"
+    if found.p >= 0.05:
+        return "not refuted"
+    return "holds" if found.difference > 0 else "holds not"
+
+
+def _best(rows: Rows, name: str) -> str:
+    """The method of this name, or of those that begin with it the one with the best mean validation."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        if row.method == name:
+            return name
+        if row.method.startswith(f"{name} ") and row.values.get("validation") is not None:
+            scores.setdefault(row.method, []).append(row.values["validation"])
+    return max(scores, key=lambda method: statistics.fmean(scores[method]), default=name)

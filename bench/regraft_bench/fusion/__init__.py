@@ -1,0 +1,18 @@
+"""Gradient assignment and fusion: "Rethinking the Dependence Between Gradients and the Initial Point" and controls."""
+
+from __future__ import annotations
+
+from regraft_bench.fusion.pages import FIGURE_PAGES, TABLES
+from regraft_bench.fusion.scenarios import DIGITS, SCENARIOS
+from regraft_bench.fusion.setting import FusionSetting
+from regraft_bench.study import Study
+
+STUDY = Study(
+    name="fusion",
+    title="Gradient assignment and fusion",
+    setting=FusionSetting,
+    scenarios=SCENARIOS,
+    quick=(DIGITS.name,),
+    tables=TABLES,
+    figures=FIGURE_PAGES,
+)

@@ -1,0 +1,236 @@
+"""Every kernel and tile, compiled ahead of time for every GPU family: what the machine code says, what it should say,
+and what it lets one expect of a GPU. Needs triton and no GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from regraft.core.clock import Clock
+from regraft.data import MissingData
+from regraft_bench.kernels.machine_code import Code, read
+from regraft_bench.study import Measured, Method, Setting
+from regraft_kernels.backend import HAS_TRITON, INTERPRETING, triton_dtype
+from regraft_kernels.cases import Variant, kernels
+
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+CODE = "This variant's machine code, compiled ahead of time and read: nothing is timed."
+
+
+def methods() -> tuple[Method, ...]:
+    """One for every variant that a kernel file exports."""
+    variants = [variant for kernel in kernels().values() for variant in kernel.VARIANTS]
+    variants.sort(key=lambda variant: list(TARGETS).index(variant.target))
+    return tuple(
+        Method(
+            f"{v.target} {v.label}", partial(_measure, v), {"warps": v.warps, "stages": v.stages}, about=CODE
+        )
+        for v in variants
+    )
+
+
+def _measure(variant: Variant, setting: Setting) -> Measured:
+    if not HAS_TRITON:
+        raise MissingData("compiling the kernels needs triton, which is not installed")
+    if INTERPRETING:
+        raise MissingData("Triton's interpreter compiles nothing: run without TRITON_INTERPRET")
+    clock = Clock()
+    with clock.phase("compile"):
+        built = built_for(variant)
+    values = values_of(variant, read(built))
+    missed = [goal.text(values) for goal in GOALS if goal.concerns(variant) and not goal.met(values)]
+    return Measured(values, cost=clock.seconds, notes={"beyond its goal": missed} if missed else {})
+
+
+def values_of(variant: Variant, code: Code) -> dict[str, float]:
+    """What is shown and checked of a variant's code, by name. Predicted values are of the machines in MACHINES."""
+    values = {
+        "registers": code.registers,
+        "spilled [bytes]": code.spilled,
+        "shared memory [bytes]": code.shared,
+        "instructions": code.instructions,
+        "loop instructions": code.loop,
+        "divisions": code.divisions,
+        "16-byte stores": sum(width >= 128 for width in code.stored),
+        "narrower stores": sum(width < 128 for width in code.stored),
+        "narrower loads in the loop": code.narrow_loads,
+        "narrower shared stores in the loop": code.narrow_shared_stores,
+        "matrix instructions": code.matrix,
+        "copies in flight": code.in_flight,
+    }
+    kernel = _kernel_of(variant)
+    if kernel in READS:
+        values["instructions per 16 bytes"] = _per_16_bytes(variant, code)
+    if variant.target == "sm_90":
+        share = (
+            partial(_share_of_copy, variant, code)
+            if kernel in READS
+            else partial(_share_of_products, variant, code)
+        )
+        values |= {f"predicted share, {name}": share(machine) for name, machine in MACHINES.items()}
+    return {name: float(value) for name, value in values.items()}
+
+
+def _kernel_of(variant: Variant) -> str:
+    return variant.label.split()[0]
+
+
+def _per_16_bytes(variant: Variant, code: Code) -> float:
+    """Instructions of a thread for each 16 bytes of tensors that it reads or writes."""
+    moved = variant.moved / (32 * variant.warps)
+    return code.executed(moved / (1 + READS[_kernel_of(variant)])) / (moved / 16)
+
+
+READS = {"permute": 1, "graft": 3, "combine": 2}
+"""Bytes read for each that is stored: graft with one scale, combine of two sources."""
+
+
+# ---------------------------------------------------------------- goals
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on one value of the variants whose target and label match a pattern: at least or at most."""
+
+    variants: str
+    value: str
+    most: float | None = None
+    least: float | None = None
+
+    def concerns(self, variant: Variant) -> bool:
+        return re.search(self.variants, f"{variant.target} {variant.label}") is not None
+
+    def met(self, values: Mapping[str, float]) -> bool:
+        found = values[self.value]
+        return (self.most is None or found <= self.most) and (self.least is None or found >= self.least)
+
+    def text(self, values: Mapping[str, float]) -> str:
+        bound = f"at most {self.most:g}" if self.most is not None else f"at least {self.least:g}"
+        return f"{self.value}: {values[self.value]:g}, {bound}"
+
+
+PRODUCTS = "similarity (float32 tf32|bfloat16|float16)"
+MOVES = "(permute|graft|combine)"
+GOALS = (
+    Goal("", "spilled [bytes]", most=0),
+    Goal("", "divisions", most=0),
+    Goal(f"sm.* {MOVES} .*aligned|similarity", "narrower stores", most=0),
+    Goal("sm.* permute int(32|64) .* aligned", "16-byte stores", least=4),
+    Goal("sm_90 permute int32 rows aligned", "instructions per 16 bytes", most=16),
+    Goal("sm_90 permute int32 columns aligned", "instructions per 16 bytes", most=40),
+    Goal("sm_90 combine two float32 aligned", "instructions per 16 bytes", most=16),
+    Goal(f"sm_90 {MOVES} .*(int32|float32) .*aligned", "registers", most=128),
+    Goal("sm_90 (permute|combine) .*(int32|float32) .*aligned", "registers", most=64),
+    Goal("sm.* similarity", "narrower loads in the loop", most=0),
+    Goal(f"sm.* {PRODUCTS}", "narrower shared stores in the loop", most=0),
+    Goal("sm.* similarity", "copies in flight", least=2),  # two of one stage: target's and source's
+    Goal(PRODUCTS, "matrix instructions", least=4),
+    Goal("sm_90 similarity (bfloat16|float16)", "loop instructions", most=150),
+    Goal("sm_90 similarity float32 tf32 ", "loop instructions", most=150),
+    Goal("sm_90 similarity float32 tf32x3 128x128x32", "loop instructions", most=550),
+)
+"""In one place: what every variant's code must show. The test of compiled code fails beyond them."""
+
+
+# ---------------------------------------------------------------- what to expect of a GPU
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU as the predictions see it: per multiprocessor and clock, four instructions of 32 threads each.
+
+    memory, cache: bytes a second, of the data sheet, and of the second-level cache as others measured it. flop: by
+    kind of product, per multiprocessor and clock. latency: seconds until a load of memory arrives.
+    """
+
+    multiprocessors: int
+    hertz: float
+    memory: float
+    cache: float
+    flop: Mapping[str, float]
+    latency: float = 600e-9
+    registers: int = 65536
+    threads: int = 2048
+    shared: int = 227 << 10
+
+    def resident(self, threads: int, code: Code) -> int:
+        """Blocks of so many threads at once on a multiprocessor."""
+        registers = self.registers // (-(-code.registers // 8) * 8 * threads)
+        return max(1, min(self.threads // threads, registers, self.shared // max(code.shared, 1)))
+
+
+_FLOP = {"half": 4096.0, "tf32": 2048.0, "tf32x3": 2048.0 / 3, "ieee": 256.0}
+MACHINES = {
+    "H100": Machine(132, 1.755e9, 3.35e12, 5.5e12, _FLOP),
+    "H200": Machine(132, 1.755e9, 4.8e12, 5.5e12, _FLOP),
+}
+
+
+def _share_of_copy(variant: Variant, code: Code, machine: Machine) -> float:
+    """Of the copy's bandwidth: what instructions can be issued for, and what the loads in flight can fetch.
+
+    Issue: 4 x 32 threads' instructions a clock on each multiprocessor, each 16 bytes moved costing `_per_16_bytes`. In
+    flight (Little's law): a thread's loads, 16 bytes each and as many as it stores, of all resident threads, once every
+    latency.
+    """
+    threads, reads = 32 * variant.warps, READS[_kernel_of(variant)]
+    issue = 128 * machine.multiprocessors * machine.hertz * 16 / _per_16_bytes(variant, code)
+    loaded = sum(code.stored_in_loop or code.stored) / 8 * reads
+    resident = machine.resident(threads, code) * threads * machine.multiprocessors
+    fetched = (1 + 1 / reads) * resident * loaded / machine.latency
+    return min(1.0, issue / machine.memory, fetched / machine.memory)
+
+
+def _share_of_products(variant: Variant, code: Code, machine: Machine) -> float:
+    """Of the matrix unit's rate: the clocks of one step's products over those that the step takes.
+
+    A step takes as long as its products, its instructions (four warps issue one each a clock) or its bytes from the
+    second-level cache; products and instructions one after the other where neither a second block is resident nor the
+    next product started before the last is done.
+    """
+    m, n, k = (variant.constants[name] for name in "MNK")
+    dtype, precision = variant.constants["DTYPE"], variant.constants["PRECISION"]
+    kind = "half" if dtype != torch.float32 else precision
+    blocks = machine.resident(32 * variant.warps, code)
+    products = 2 * m * n * k / machine.flop[kind]
+    issue = code.loop * variant.warps / 4
+    read = (m + n) * k * dtype.itemsize / (machine.cache / machine.multiprocessors / machine.hertz)
+    overlapped = blocks > 1 or code.overlapped or kind == "ieee"
+    step = max(products, issue) if overlapped else products + issue
+    return products / max(step, read)
+
+
+def built_for(variant: Variant) -> Any:
+    """Triton's compiled kernel; raises what the compiler raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    order = variant.kernel.arg_names
+    constants = {
+        k: triton_dtype(v) if isinstance(v, torch.dtype) else v for k, v in variant.constants.items()
+    }
+    signature = {name: variant.signature.get(name, "constexpr") for name in order}
+    aligned = {
+        (order.index(name),): [["tt.divisibility", 16]]
+        for name, kind in variant.signature.items()
+        if kind.startswith("*")
+    }
+    return triton.compile(
+        ASTSource(variant.kernel, signature, constants, aligned),
+        target=GPUTarget(*TARGETS[variant.target]),
+        options={"num_warps": variant.warps, "num_stages": variant.stages},
+    )

@@ -1,0 +1,1 @@
+"""Tables, figures and the page: functions of rows and of nothing else."""

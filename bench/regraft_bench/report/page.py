@@ -1,0 +1,168 @@
+"""The one HTML page: everything that rows say, in a file that needs no network.
+
+Figures are Vega-Lite, drawn when they come into sight; the tables are text that can be filtered, so that the page says
+the same with scripts off.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from regraft_bench.report.figures import COLOURS, VEGA_LITE, spec
+from regraft_bench.report.render import glossary, stored
+from regraft_bench.report.tables import Group, Sheet, by_scenario, current, groups
+from regraft_bench.rows import Row
+from regraft_bench.study import Study
+from regraft_bench.tracking import history
+
+LIBRARY = "window.embed = vegaEmbed;"
+
+
+def page(folder: Path, studies: Sequence[Study]) -> str:
+    """The page of a results folder: a leaderboard, and every table and figure of every study that has rows there."""
+    import vl_convert
+
+    figures: dict[str, Any] = {}
+    body, measured, leaders, tracks = "", [], [], []
+    for study in studies:  # of all studies' rows no two need be in memory at once
+        if rows := stored(folder, study):
+            measured.append(study.name)
+            body += _section(study, rows, figures)
+            leaders += _leaders(study, rows)
+            tracks += history.history(rows)
+    body += _history(history.sheet(tracks)) if tracks else ""
+    names = ["leaderboard"] * bool(leaders) + measured + ["history"] * bool(tracks)
+    links = "".join(f'<a href="#{name}">{name}</a>' for name in names)
+    data = {
+        "figures": figures,
+        "leaders": leaders,
+        "colours": COLOURS,
+        "clock": "CPU seconds (wall clock on a GPU), evaluation apart",
+    }
+    told = base64.b64encode(gzip.compress(json.dumps(data, allow_nan=False).encode(), mtime=0)).decode()
+    style, script = (
+        (files("regraft_bench.report") / f"page.{kind}").read_text("utf-8") for kind in ("css", "js")
+    )
+    library = (
+        vl_convert.javascript_bundle(LIBRARY, vl_version=VEGA_LITE).replace("</script", "<\\/script")
+        if measured
+        else ""
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>regraft: results</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'
+        f"<style>{style}</style></head><body>"
+        '<header><h1>regraft: results</h1><p class="dim">Learning moved from one network into another without '
+        "training it again, beside what training costs. Made of rows by <code>regraft report</code>.</p></header>"
+        f'<nav><div>{links}<input id="filter" type="search" placeholder="filter tables" aria-label="filter tables">'
+        f"</div></nav><main>{_board(leaders)}{body}</main>"
+        f'<script type="text/plain" id="data">{told}</script>'
+        f'<script type="module">{library}\n{script}</script></body></html>\n'
+    )
+
+
+def _section(study: Study, rows: Sequence[Row], figures: dict[str, Any]) -> str:
+    """A study's figures and tables; the figures' specifications go into `figures`."""
+    parts = [f'<h2 id="{study.name}">{escape(study.title)}</h2>']
+    for figure in study.figures:
+        if (drawing := spec(figure, rows)) is not None:
+            name = f"{study.name}/{figure.name}"
+            figures[name] = drawing
+            words = escape(f"{study.name} {figure.title}".lower())
+            parts.append(
+                f'<figure class="card" data-words="{words}"><div class="plot" data-figure="{name}"></div></figure>'
+            )
+    for table in study.tables:
+        sheets = table.made(rows)
+        if sheets:
+            parts.append(f"<h3>{escape(table.title)}</h3>")
+        parts += [
+            _table(sheet, f"{study.name} {table.title} {sheet.title}", len(sheets) > 4) for sheet in sheets
+        ]
+    return "".join([*parts, _glossary(study, rows)])
+
+
+def _glossary(study: Study, rows: Sequence[Row]) -> str:
+    lines = "".join(
+        f"<li><b>{escape(names)}</b>: {escape(about)}</li>" for about, names in glossary(study, rows).items()
+    )
+    return f'<details class="card" id="{study.name}-methods"><summary>The methods</summary><ul>{lines}</ul></details>'
+
+
+def _table(sheet: Sheet, words: str, folded: bool) -> str:
+    heads = "".join(f"<th>{escape(text)}</th>" for text in sheet.heading)
+    lines = "".join("<tr>" + "".join(f"<td>{escape(t)}</td>" for t in line) + "</tr>" for line in sheet.lines)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in sheet.notes)
+    return (
+        f'<div class="card" data-words="{escape(words.lower())}"><details{"" if folded else " open"}>'
+        f"<summary>{escape(sheet.title)}</summary>"
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+        f"{f'<ul>{notes}</ul>' if notes else ''}</details></div>"
+    )
+
+
+def _history(sheet: Sheet) -> str:
+    return f'<h2 id="history">History</h2>{_table(sheet, "history", True)}'
+
+
+def _board(leaders: Sequence[dict[str, Any]]) -> str:
+    names = dict.fromkeys(point["scenario"] for point in leaders)
+    if not names:
+        return ""
+    options = "".join(f"<option>{escape(name)}</option>" for name in names)
+    return (
+        '<h2 id="leaderboard">Accuracy against cost</h2><p>Every method of one scenario: mean and standard deviation '
+        "over seeds, against what it costs. The dashed line is plain training; the steps join the methods that no "
+        "other one beats at their cost.</p>"
+        f'<label>Scenario <select id="scenario">{options}</select></label>'
+        '<figure class="card"><div class="plot" id="leaders"></div></figure>'
+    )
+
+
+def _leaders(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """A point for each method of each scenario that has an accuracy and a cost."""
+    about = {(s.name, method.name): method.about for s in study.scenarios for method in s.methods}
+    for scenario, own in by_scenario(current(rows)).items():
+        points = [
+            p
+            for name, group in groups(own).items()
+            if (p := _point(name, group, about.get((scenario, name), ""))) is not None
+        ]
+        best = 0.0
+        for point in sorted(points, key=lambda p: (p["seconds"], -p["accuracy"])):
+            point["best"] = point["accuracy"] > best
+            best = max(best, point["accuracy"])
+        yield from ({"scenario": f"{study.name}: {scenario}", **point} for point in points if len(points) > 1)
+
+
+def _point(name: str, group: Group, about: str) -> dict[str, Any] | None:
+    accuracies = group.values("accuracy")
+    seconds = [row.seconds for row in group.rows if not row.failure and row.seconds > 0]
+    if not accuracies or not seconds:
+        return None
+    middle, cost = statistics.fmean(accuracies), statistics.fmean(seconds)
+    deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    shares = [own.seconds / plain.seconds for own, plain in group.beside() if plain.seconds]
+    row = group.rows[-1]
+    return {
+        "method": name,
+        "about": about,
+        "accuracy": round(middle, 4),
+        "deviation": round(deviation, 4),
+        "low": round(middle - deviation, 4),
+        "high": round(middle + deviation, 4),
+        "seconds": float(f"{cost:.4g}"),
+        "share": f"{statistics.fmean(shares):.1%} of plain training" if shares else "",
+        "seeds": len(group.rows),
+        "commit": (row.code.commit or "none")[:10] + (" with changes" if row.code.changed else ""),
+        "configuration": json.dumps(row.config, separators=(", ", ": "))[:240],
+    }

@@ -1,0 +1,143 @@
+"""The only page maker: rows -> Markdown, SVG, and the terminal's summary (`regraft_bench.report.page`: the HTML page).
+
+    report(Path("results"))     # every table and figure of every study, from results/<study>/rows.jsonl
+
+Pages are functions of rows and of nothing else. Documents written by hand quote tables between two marks,
+
+    <!-- table transfer/main digits-mlp -->
+    <!-- end -->
+
+whose inside is made anew with the pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from regraft.core.files import write_bytes, write_text
+from regraft_bench.report.figures import Figure, svg
+from regraft_bench.report.tables import COMMON, Column, Sheet, Table, by_method, current
+from regraft_bench.rows import Row, read
+from regraft_bench.study import Study
+
+__all__ = ["Column", "Figure", "Sheet", "Table", "for_papers", "report", "stored", "summary"]
+
+ROWS = "rows.jsonl"
+MARK = re.compile(r"(<!-- table (\S+)/(\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def stored(folder: Path, study: Study) -> list[Row]:
+    """The rows of a study below a results folder; none where it has not been run."""
+    path = folder / study.name / ROWS
+    return read(path) if path.is_file() else []
+
+
+def report(folder: Path, studies: Sequence[Study], documents: Sequence[Path] = ()) -> list[Path]:
+    """Write every study's tables (``<study>/tables.md``) and figures (``<study>/<figure>.svg``), and fill the marks of
+    the documents. Returns what was written.
+    """
+    made = []
+    for study in studies:
+        rows = stored(folder, study)
+        if not rows:
+            continue
+        texts = {folder / study.name / "tables.md": markdown(study, rows)}
+        for figure in study.figures:
+            if (drawing := svg(figure, rows)) is not None:
+                texts[folder / study.name / f"{figure.name}.svg"] = drawing
+        for path, text in texts.items():
+            write_text(path, text)
+            made.append(path)
+    for path in documents:
+        write_text(path, filled(path.read_text(encoding="utf-8"), folder, studies))
+        made.append(path)
+    return made
+
+
+def for_papers(folder: Path, studies: Sequence[Study]) -> list[Path]:
+    """Write every study's tables in LaTeX (``tables.tex``) and its figures as pixels (``<figure>.png``), beside those
+    of `report`, which made the figures. Returns what was written.
+    """
+    import vl_convert
+
+    made = []
+    for study in studies:
+        rows, place = stored(folder, study), folder / study.name
+        if not rows:
+            continue
+        sheets = (sheet for table in study.tables for sheet in table.made(rows))
+        write_text(place / "tables.tex", "\n".join(sheet.latex() for sheet in sheets))
+        drawn = [place / f"{figure.name}.svg" for figure in study.figures]
+        drawn = [path for path in drawn if path.is_file()]
+        for path in drawn:
+            pixels = vl_convert.svg_to_png(path.read_text(encoding="utf-8"), scale=2)
+            write_bytes(path.with_suffix(".png"), pixels)
+        made += [place / "tables.tex", *(path.with_suffix(".png") for path in drawn)]
+    return made
+
+
+def markdown(study: Study, rows: Sequence[Row]) -> str:
+    """All tables of a study."""
+    parts = [
+        f"# {study.title}",
+        "",
+        "Mean ± standard deviation over seeds. Made of rows.jsonl by `regraft report`.",
+        "",
+    ]
+    for table in study.tables:
+        sheets = table.made(rows)
+        if sheets:
+            parts += [f"## {table.title}", "", *(sheet.markdown(3) for sheet in sheets)]
+    parts += [
+        "## The methods",
+        "",
+        *(f"- **{names}**: {about}" for about, names in glossary(study, rows).items()),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def glossary(study: Study, rows: Sequence[Row]) -> dict[str, str]:
+    """What a study's methods do that have rows: a sentence, and the names of those of which it is true."""
+    measured = {(row.scenario, row.method) for row in rows}
+    found: dict[str, dict[str, None]] = {}
+    for scenario in study.scenarios:
+        for method in scenario.methods:
+            if (scenario.name, method.name) in measured:
+                name = method.name.removeprefix(f"{method.config.get('contest')}: ")
+                found.setdefault(method.about, {})[name] = None
+    return {about: _few(list(names)) for about, names in found.items()}
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f"; and {len(names) - 5} more" if len(names) > 6 else ""
+    return "; ".join(names[:5] if more else names) + more
+
+
+def filled(document: str, folder: Path, studies: Sequence[Study]) -> str:
+    """The document with the inside of its marks made anew.
+
+    Raises ValueError for a mark whose study, table or scenario there is not.
+    """
+    known = {study.name: study for study in studies}
+
+    def fill(found: re.Match[str]) -> str:
+        head, study, name, scenario, end = found.groups()
+        tables = {table.name: table for table in known[study].tables} if study in known else {}
+        if name not in tables:
+            raise ValueError(f"a document quotes table {study}/{name}, which there is not")
+        sheets = tables[name].made(stored(folder, known[study]))
+        sheets = [sheet for sheet in sheets if scenario is None or sheet.title == scenario]
+        if not sheets:
+            raise ValueError(f"a document quotes {study}/{name} {scenario or ''}, of which there are no rows")
+        body = "\n".join(sheet.markdown().split("\n", 2)[2].partition("\n\n")[0] + "\n" for sheet in sheets)
+        return f"{head}{body}{end}"
+
+    return MARK.sub(fill, document)
+
+
+def summary(study: Study, rows: Iterable[Row]) -> Iterator[Sheet]:
+    """What the bench says of a study at its end: each scenario's methods in the study's own few columns."""
+    for sheet in by_method(study.summary or COMMON)(current(list(rows))):
+        yield Sheet(f"{study.title}: {sheet.title}", sheet.heading, sheet.lines)

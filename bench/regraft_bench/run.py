@@ -1,0 +1,213 @@
+"""The only runner: pytest and the command call it; who measures the rows is an engine's affair.
+
+    for row in run(study, scenarios, place=place, rows=path, resume=True):
+        ...
+
+Rows are independent of one another and the same whoever runs them (`local`, or `regraft_bench.engines`). In one
+process, methods of one scenario and seed share a setting, so that what they all need (data, a trained source, a traced
+specification) is made once; it goes when they are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from regraft.data import MissingData
+from regraft_bench.rows import Environment, Row, append, code, identity, latest, read
+from regraft_bench.study import TUNING_SEED, Measured, Method, Place, Scenario, Setting, Study
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Rows that need not be measured again, by identity."""
+
+    rows: dict[str, Row]
+
+    @classmethod
+    def of(cls, path: Path, *, resume: bool, keep_older: bool) -> Earlier:
+        """From a file: rows of this code (``resume``), of any code (``keep_older``), or none.
+
+        A run that crashed is not kept; one that diverged is, as it would diverge again.
+        """
+        if not (resume or keep_older) or not path.is_file():
+            return cls({})
+        kept = [row for row in read(path) if keep_older or row.code.same(code())]
+        return cls({row.identity: row for row in latest(kept) if not crashed(row)})
+
+
+def run(
+    study: Study,
+    scenarios: Sequence[Scenario],
+    *,
+    place: Place,
+    rows: Path,
+    seeds: Sequence[int] | None = None,
+    resume: bool = False,
+    keep_older: bool = False,
+    engine: Engine | None = None,
+) -> Iterator[Row]:
+    """Measure what is asked for, append each row to the file, and yield it; rows that are kept are yielded, too.
+
+    Args:
+        seeds: instead of each scenario's own.
+        resume: rows of the same identity and the same code are taken as they are; keep_older: of any code.
+        engine: who measures the rows that are not there: this process (`local`) or one of `regraft_bench.engines`.
+
+    Raises MissingData before any work of a scenario whose data are not there. A run that fails or diverges is a
+    row that says how.
+    """
+    code()  # read before anything that runs could change the files
+    for scenario in scenarios:
+        _collect(parts(rows, scenario), rows)
+    how = _How(study, place, rows, Earlier.of(rows, resume=resume, keep_older=keep_older), engine or local)
+    for scenario in scenarios:
+        chosen: dict[str, Method] = {}
+        for method in scenario.methods:
+            if method.candidates:
+                tried = list(_tune(how, scenario, method))
+                yield from (row for _, row in tried)
+                chosen[method.name] = best(tried, method.tuned_by)
+            else:
+                chosen[method.name] = method
+        wanted = range(scenario.seeds) if seeds is None else seeds
+        yield from _run_all(how, scenario, wanted, list(chosen.values()))
+
+
+@dataclass(frozen=True)
+class _How:
+    """What all runs of one call share."""
+
+    study: Study
+    place: Place
+    path: Path
+    earlier: Earlier
+    engine: Engine
+
+
+def _collect(folder: Path, path: Path) -> None:
+    """Add what workers left for a runner that was gone when they came."""
+    for file in sorted(folder.glob("*.json")):
+        for row in read(file):
+            append(path, row)
+        file.unlink()
+
+
+def _tune(how: _How, scenario: Scenario, method: Method) -> Iterator[tuple[Method, Row]]:
+    """Every candidate on the tuning seed, each under the method's own name."""
+    variants = [Method(method.name, variant.run, variant.config) for variant in method.candidates]
+    yield from zip(variants, _run_all(how, scenario, [TUNING_SEED], variants), strict=True)
+
+
+def best(tried: Sequence[tuple[Method, Row]], value: str) -> Method:
+    """The candidate whose tuning row has the largest value; the first of several.
+
+    Raises ValueError where no candidate has one.
+    """
+    scored = [(row.values.get(value), method) for method, row in tried]
+    known = [(score, method) for score, method in scored if score is not None]
+    if not known:
+        raise ValueError(
+            f"no candidate of {tried[0][0].name!r} came to a value of {value!r}: {tried[0][1].failure}"
+        )
+    return max(known, key=lambda pair: pair[0])[1]
+
+
+def _run_all(how: _How, scenario: Scenario, seeds: Sequence[int], methods: Sequence[Method]) -> Iterator[Row]:
+    """All methods of each seed, in this order, in whatever order the engine brings them."""
+    folder = parts(how.path, scenario)
+    jobs = [Job(how.study, scenario, method, seed, how.place, folder) for seed in seeds for method in methods]
+    rows = dict(how.earlier.rows)
+    come = how.engine([job for job in jobs if job.identity not in rows])
+    for job in jobs:
+        while job.identity not in rows:
+            row = next(come)
+            append(how.path, row)
+            rows[row.identity] = row
+        yield rows[job.identity]
+    next(come, None)  # the engine tidies up
+
+
+# ---------------------------------------------------------------------------------------------------
+# One row, and who makes it
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row that is to be measured. parts: the folder for rows that other processes measure, a file each."""
+
+    study: Study
+    scenario: Scenario
+    method: Method
+    seed: int
+    place: Place
+    parts: Path
+
+    @property
+    def identity(self) -> str:
+        """Of its row."""
+        config, kind = self.scenario.config(self.method), self.place.device.partition(":")[0]
+        return identity(self.study.name, self.scenario.name, self.method.name, self.seed, config, kind)
+
+    def setting(self) -> Setting:
+        """What the job's method is handed; those of the same scenario and seed may share one."""
+        return self.study.setting(self.scenario, self.seed, self.place)
+
+
+Engine = Callable[[Sequence[Job]], Iterator[Row]]
+"""Brings the rows of jobs, each as soon as it is there, in any order; the runner has appended it when it asks for
+the next one. MissingData and interruptions are raised."""
+
+
+def local(jobs: Sequence[Job]) -> Iterator[Row]:
+    """In this process, one after the other."""
+    for seed, same in groupby(jobs, key=lambda job: job.seed):
+        own = list(same)
+        setting = own[0].setting()
+        for number, job in enumerate(own):
+            job.place.tell(f"{job.scenario.name}, seed {seed}: {job.method.name}", number, len(own))
+            yield execute(job, setting)
+
+
+def parts(path: Path, scenario: Scenario) -> Path:
+    """Where other processes leave the rows of a scenario for the runner, which adds them to the file ``path``."""
+    return path.parent / "parts" / scenario.name
+
+
+def execute(job: Job, setting: Setting) -> Row:
+    """Run one method and make its row. MissingData and interruptions are raised; other failures are in the row."""
+    setting.method, failure = job.method, None
+    try:
+        measured = job.method.run(setting)
+    except MissingData:
+        raise
+    except FloatingPointError as problem:
+        measured, failure = Measured({}), f"diverged: {problem}"
+    except Exception as problem:  # whatever it is, it is what the run came to, and is told with its row
+        measured, failure = Measured({}), f"{type(problem).__name__}: {problem}"
+    return row_of(job, setting.environment(), measured, failure)
+
+
+def row_of(job: Job, environment: Environment, measured: Measured, failure: str | None = None) -> Row:
+    """The row of a job that came to this."""
+    return Row(
+        study=job.study.name,
+        scenario=job.scenario.name,
+        method=job.method.name,
+        seed=job.seed,
+        config=job.scenario.config(job.method),
+        values=dict(measured.values),
+        series=dict(measured.series),
+        cost=dict(measured.cost),
+        notes=dict(measured.notes),
+        failure=failure,
+        environment=environment,
+        code=code(),
+    )
+
+
+def crashed(row: Row) -> bool:
+    """Whether the run ended by an error of code or input, not by diverging."""
+    return row.failure is not None and not row.failure.startswith("diverged")

@@ -1,0 +1,1 @@
+"""What became slower or less accurate: between rows, between commits, over time."""

@@ -1,0 +1,144 @@
+"""Are regressions found, and is unchanged code left in peace? Faults are planted in a copy of the packages, and the
+copy is compared with another that has none, as `regraft against` does it.
+
+A method is a fault (or none), a seed a trial.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+from regraft.core.clock import Cost
+from regraft_bench.study import Measured, Method, Setting
+from regraft_bench.tracking.compare import Change
+from regraft_bench.tracking.turns import Limits, by_turns, copy
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is added to the end of a module, and where it must be found.
+
+    text: Python; TRIAL in it becomes the trial's number. seen: the only quantity, and the only method (None: any), that
+    may be told. words: what is measured. limits: how it is judged.
+    """
+
+    module: str
+    text: str
+    seen: tuple[str, str | None] | None
+    words: tuple[str, ...]
+    limits: Limits = field(default_factory=Limits)
+    about: str = "The packages beside a copy of themselves: whatever is told is a false alarm."
+
+
+SLOW = """
+
+def _slowed(work):
+    import time
+
+    def slow(*arguments, **options):
+        begun = time.thread_time()
+        found = work(*arguments, **options)
+        end = time.thread_time()
+        end += 0.15 * (end - begun)
+        while time.thread_time() < end:
+            pass
+        return found
+
+    return slow
+
+
+train = _slowed(train)
+"""
+
+LOSS = """
+
+_spoiled, _right_as_it_was = torch.Generator().manual_seed(TRIAL), _right
+
+
+def _right(logits, labels):
+    spoiled = torch.rand(len(labels), generator=_spoiled) < 0.01
+    return _right_as_it_was(logits, torch.where(spoiled.to(labels.device), -1, labels))
+"""
+"""One answer in a hundred, drawn anew in every evaluation."""
+
+SPEED = (
+    *("--scenario", "systems", "--method", "training: by hand", "--method", "training: regraft"),
+    *("--method", "fast: by hand", "--method", "fast: regraft"),
+)
+ACCURACY = ("--scenario", "digits-mlp", "--method", "plain", "--method", "fgmt", "--seeds", "3")
+ONCE = Limits(least=1, most=1)
+FAULTS = {
+    "slower by 15 %": Fault(
+        "training/loop.py",
+        SLOW,
+        ("cost", "training: regraft"),
+        SPEED,
+        about="Training waits for 15 % of its time after every call.",
+    ),
+    "less accurate by a point": Fault(
+        "training/evaluation.py",
+        LOSS,
+        ("error", None),
+        ACCURACY,
+        ONCE,
+        "Every evaluation spoils one answer in a hundred, at random.",
+    ),
+    "the same code, speed": Fault("training/loop.py", "", None, SPEED),
+    "the same code, accuracy": Fault("training/evaluation.py", "", None, ACCURACY, ONCE),
+}
+
+
+def planted(fault: Fault, trial: int, folder: Path) -> Path:
+    """A copy of the packages with the fault in it."""
+    copy(folder)
+    module = folder / "src" / "regraft" / fault.module
+    text = module.read_text("utf-8") + fault.text.replace("TRIAL", str(trial))
+    module.write_text(text, encoding="utf-8")
+    return folder
+
+
+def _measure(name: str, setting: Setting) -> Measured:
+    fault = FAULTS[name]
+    with tempfile.TemporaryDirectory(prefix="regraft-regressions-") as place:
+        folder, begun = Path(place), time.perf_counter()
+        sides = copy(folder / "a"), planted(fault, setting.seed, folder / "b")
+        changes = by_turns(*sides, fault.words, folder / "rows", fault.limits)
+        return judged(fault, changes, time.perf_counter() - begun)
+
+
+def judged(fault: Fault, changes: list[Change], wall: float) -> Measured:
+    """Whether what was planted was told, and what else was."""
+    told = [change for change in changes if fault.limits.exceeded(change)]
+    due = [change for change in told if fault.seen and _is(change, *fault.seen)]
+    planted = [change for change in changes if fault.seen and _is(change, *fault.seen)]
+    largest = max((c.change for c in planted or changes if c.change is not None), default=None)
+    return Measured(
+        {
+            "found": float(bool(due)),
+            "false alarms": float(len(told) - len(due)),
+            "comparisons": float(len(changes)),
+            "change": largest,
+            "pairs of turns": float(max(change.n for change in changes)),
+        },
+        cost={"turns": Cost(wall, 0.0)},
+        notes={"told": [f"{c.method}: {c.quantity} {c.change:+.4f}" for c in told]},
+    )
+
+
+def _is(change: Change, quantity: str, method: str | None) -> bool:
+    return change.quantity == quantity and method in (None, change.method)
+
+
+METHODS = tuple(
+    Method(
+        name,
+        partial(_measure, name),
+        {"words": fault.words, "limits": asdict(fault.limits)},
+        about=fault.about,
+    )
+    for name, fault in FAULTS.items()
+)

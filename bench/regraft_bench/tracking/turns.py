@@ -1,0 +1,180 @@
+"""Two codes measured by turns, each turn a process of its own: the form of a comparison of speed that can be trusted.
+
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = extract("main", folder / "before"), copy(folder / "after")
+        changes = by_turns(before, after, ["--scenario", "systems"], folder / "rows")
+
+What else the machine does happens to both sides, turn after turn, and a pair of turns is one measurement. It goes on
+while something looks slower and the interval does not say yet whether it is.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from regraft_bench.rows import Row, read, tree_hash
+from regraft_bench.tracking.compare import NO_EVIDENCE, Change, compare
+
+SOURCES = ("src", "kernels", "bench")
+PACKAGES = ("src/regraft", "kernels/regraft_kernels", "bench/regraft_bench")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is allowed, and how many turns are taken to find out.
+
+    slowdown: share of a cost; error_rise: in shares of 1; least, most: turns.
+    """
+
+    slowdown: float = 0.1
+    error_rise: float = 0.005
+    least: int = 4
+    most: int = 12
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.most:
+            raise ValueError(f"turns must be at least 1, and at most no fewer: {self.least} to {self.most}")
+
+    def exceeded(self, change: Change) -> bool:
+        return change.beyond(self.slowdown, self.error_rise)
+
+    def open(self, change: Change) -> bool:
+        """Whether it looks slower by half of what is allowed, without evidence."""
+        looks_slower = change.quantity == "cost" and (change.change or 0.0) > self.slowdown / 2
+        return looks_slower and change.verdict == NO_EVIDENCE
+
+
+def copy(folder: Path) -> Path:
+    """The packages of this process, into ``folder``; returns it."""
+    import regraft
+    import regraft_bench
+    import regraft_kernels
+
+    for package, place in zip((regraft, regraft_kernels, regraft_bench), PACKAGES, strict=True):
+        source = Path(str(package.__file__)).parent
+        shutil.copytree(source, folder / place, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def extract(commit: str, folder: Path) -> Path:
+    """The packages as they are in a commit of the checkout that this process's package lies in, into ``folder``.
+
+    Raises ValueError where there is no checkout, or no such commit with these packages in it.
+    """
+    import regraft
+
+    root = Path(regraft.__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "archive", "--format=tar", commit, "--", *PACKAGES]
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        raise ValueError(f"cannot extract commit {commit!r}: {done.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def by_turns(
+    before: Path,
+    after: Path,
+    words: Sequence[str],
+    results: Path,
+    limits: Limits | None = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Change]:
+    """Run ``regraft bench`` with these words by turns with the code in two folders, and compare what it measured.
+
+    results: the rows of each side are left in its ``before`` and ``after``. tell: is told turns, done and at most.
+    Raises ChildProcessError, with the last line that was said, where a side cannot be run.
+    """
+    limits = limits or Limits()
+    changes: list[Change] = []
+    with ExitStack() as stack:
+        sides = [
+            stack.enter_context(_Side.started(name, code, words, results / name))
+            for name, code in (("before", before), ("after", after))
+        ]
+        for turn in range(limits.most):
+            tell(turn, limits.most)
+            for side in sides[:: 1 if turn % 2 == 0 else -1]:
+                side.take()
+            changes = compare(*(side.rows() for side in sides))
+            if turn + 1 >= limits.least and not any(map(limits.open, changes)):
+                break
+    return changes
+
+
+SERVER = """
+import os, sys
+from regraft import cli
+import regraft_bench.front
+import sklearn.datasets, torch._dynamo  # what is imported late; nothing is computed before the fork
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)
+        os._exit(cli.main(sys.argv[1:]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Forks for every turn, so that a turn has its own memory and pays no import."""
+
+
+@dataclass
+class _Side:
+    """A server with one side's code, and where its rows and its last words go."""
+
+    name: str
+    code: Path
+    results: Path
+    server: subprocess.Popen[str]
+    said: IO[str]
+
+    @classmethod
+    @contextmanager
+    def started(cls, name: str, code: Path, words: Sequence[str], results: Path) -> Iterator[_Side]:
+        path = os.pathsep.join(str((code / place).resolve()) for place in SOURCES)
+        command = [sys.executable, "-P", "-c", SERVER, "bench", *words]
+        command += ["--results", str(results), "--rows-only"]
+        with (
+            tempfile.TemporaryFile("w+") as said,
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path},
+            ) as server,
+        ):
+            try:
+                yield cls(name, code, results, server, said)
+            finally:
+                server.kill()
+
+    def take(self) -> None:
+        """One turn. Raises ChildProcessError where it cannot be run, or where it ran other code than it should."""
+        assert self.server.stdin is not None and self.server.stdout is not None
+        with suppress(BrokenPipeError):  # where it has ended, its status and its last words follow
+            print(file=self.server.stdin, flush=True)
+        status, found = self.server.stdout.readline().strip(), self.rows()
+        if status not in ("0", "1") or not found:
+            self.said.seek(0)
+            last = self.said.read().strip().rpartition("\n")[2]
+            raise ChildProcessError(
+                f"the side {self.name!r} could not be measured: {last or f'status {status}'}"
+            )
+        if found[-1].code.trees != tuple(tree_hash(self.code / package) for package in PACKAGES):
+            raise ChildProcessError(f"the side {self.name!r} ran other code than that in {self.code}")
+
+    def rows(self) -> list[Row]:
+        return [row for path in sorted(self.results.glob("*/rows.jsonl")) for row in read(path)]

@@ -1,0 +1,247 @@
+"""What the methods of the transfer study are given: a source that was trained, and a target that was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from regraft.core.clock import Clock, Cost
+from regraft.core.tensors import Batch, Tensors, fill_, seeded, state
+from regraft.data import Dataset
+from regraft.learning_transfer import driver as learning_transfer
+from regraft.learning_transfer.driver import Transfer
+from regraft.learning_transfer.trajectory import Trajectory
+from regraft.networks.heads import adopt
+from regraft.networks.papers import build
+from regraft.symmetry import PermutationSpec, trace
+from regraft.training import evaluation
+from regraft.training.loop import Recipe, Training, train
+from regraft_bench.study import Setting, Task
+
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What both networks learn, each from its own seed, before the trajectory that is transferred begins.
+
+    source_task, source_recipe: the source's, where they are others.
+    """
+
+    task: Task
+    recipe: Recipe
+    source_task: Task | None = None
+    source_recipe: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all methods of a scenario have in common.
+
+    model, arguments: ``model(**arguments)`` is the network; after pre-training it gets a new head for the task.
+    recipe: plain training, of the source and of the target. subsequent: the training that follows a transfer, if any.
+    steps, schedule: T of the path and its spacing, linear but for "recorded", the source's own checkpoints, as many
+    updates apart as they can be. gradient_batches: averaged in one gradient; gradient_batch: images in each, where
+    not as many as in training. bn_batches: re-estimate BatchNorm statistics. from_identity: every matching starts
+    there, not from the last permutation. init_scale: times all initial weights, biases apart. source_task,
+    source_recipe: what the source learned and how, where not as the target. looks: updates after which trainings are
+    evaluated too, beside their start and the ends of epochs.
+    """
+
+    task: Task
+    model: Callable[..., nn.Module]
+    recipe: Recipe
+    subsequent: Recipe | None
+    steps: int
+    schedule: Literal["uniform", "cosine", "recorded"]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    gradient_batches: int = 1
+    gradient_batch: int | None = None
+    bn_batches: int = 0
+    pretraining: Pretraining | None = None
+    from_identity: bool = False
+    init_scale: float = 1.0
+    source_task: Task | None = None
+    source_recipe: Recipe | None = None
+    looks: tuple[int, ...] = ()
+
+
+class TransferSetting(Setting):
+    """Source and target of one scenario and seed; everything is made when it is first asked for, and once."""
+
+    settings: Settings
+    target = "target"  # names the target's initial values and the order of its images
+
+    def beside(self, target: str) -> TransferSetting:
+        """The same source, with another target."""
+        other = TransferSetting(self.scenario, self.seed, self.place, self.method)
+        other.target = target
+        other.source, other.traced = self.source, self.traced
+        return other
+
+    @cached_property
+    def data(self) -> Dataset:
+        return self.dataset(self.settings.task, self.seed)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The network, with the target's values before the training that is transferred."""
+        return self._network(self.target)
+
+    @cached_property
+    def target_start(self) -> Tensors:
+        """theta_2^0, after pre-training where there is any."""
+        return state(self.model)
+
+    @cached_property
+    def source_start(self) -> Tensors:
+        """theta_1^0, alike."""
+        return state(self._network("source"))
+
+    def _network(self, role: str) -> nn.Module:
+        settings, data = self.settings, self.data
+        model = build(lambda: settings.model(**settings.arguments), self.generator("values", role))
+        model = model.to(self.device)
+        if settings.init_scale != 1.0:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(settings.init_scale if parameter.dim() > 1 else 1.0)
+        if settings.pretraining is not None:
+            task, recipe = settings.pretraining.task, settings.pretraining.recipe
+            if role == "source":
+                task = settings.pretraining.source_task or task
+                recipe = settings.pretraining.source_recipe or recipe
+            learned = self.train(
+                f"{role} pretraining", model, state(model), self.dataset(task, self.seed), recipe
+            )
+            fill_(model, learned.tensors)
+            with seeded(self.generator("head", role), self.device):
+                adopt(model, data.num_classes).head.reset_parameters()
+        return model
+
+    def learn(self, purpose: str, start: Tensors, recipe: Recipe, order: str | None = None) -> Training:
+        """Train on the scenario's own task, and follow test accuracy unless the run is a tuning one."""
+        looks = {"evaluate_at": self.settings.looks} if self.settings.looks else {}
+        return self.train(
+            purpose, self.model, start, self.data, recipe, order=order, test=not self.tuning, **looks
+        )
+
+    @cached_property
+    def source(self) -> Training:
+        data, recipe = self._source_data, self.settings.source_recipe or self.settings.recipe
+        return self.train("source", self.model, self.source_start, data, recipe, test=not self.tuning)
+
+    @property
+    def _source_data(self) -> Dataset:
+        task = self.settings.source_task
+        return self.data if task is None else self.dataset(task, self.seed)
+
+    @cached_property
+    def plain(self) -> Training:
+        return self.learn(self.target, self.target_start, self.settings.recipe)
+
+    @cached_property
+    def path(self) -> Trajectory:
+        """theta_1^0 .. theta_1^T."""
+        settings = self.settings
+        if settings.schedule == "recorded":
+            data, recipe = self._source_data, settings.source_recipe or settings.recipe
+            end = recipe.epochs * -(-len(data.train) // recipe.batch_size)
+            at = [round(end * t / settings.steps) for t in range(settings.steps + 1)]
+            return Trajectory.recorded(self.recorded("source", self.source_start, data, recipe, at))
+        return Trajectory.linear(self.source_start, self.source.tensors, settings.steps, settings.schedule)
+
+    def recorded(
+        self, purpose: str, start: Tensors, data: Dataset, recipe: Recipe, at: Sequence[int]
+    ) -> list[Tensors]:
+        """A training's values after these numbers of updates. It is not kept in the cache."""
+        kept: list[Tensors] = []
+        train(
+            self.model,
+            start,
+            data,
+            recipe,
+            generator=self.generator("order", purpose),
+            device=self.device,
+            record=lambda step, tensors: kept.append(tensors),
+            record_at=at,
+        )
+        return kept
+
+    @cached_property
+    def traced(self) -> tuple[PermutationSpec, Cost]:
+        """The network's permutation groups, and what finding them took: once for all methods, so charged to none."""
+        clock = Clock()
+        images, _ = next(iter(self.validation(2)))
+        with clock.phase("trace"):
+            spec = trace(self.model, (images,))
+        return spec, clock.cost
+
+    def validation(self, size: int = EVALUATION_BATCH) -> Iterable[Batch]:
+        """Batches of the validation split."""
+        return self.data.validation.batches(size, device=self.device)
+
+    def tests(self, size: int = EVALUATION_BATCH) -> Iterable[Batch]:
+        """Batches of the test split; a tuning run must not ask for them."""
+        if self.tuning:
+            raise ValueError("a tuning run must not look at test data")
+        return self.data.test.batches(size, device=self.device)
+
+    @cached_property
+    def gradient_flop(self) -> int:
+        """Floating-point operations of one gradient on one of the stream's batches, as torch counts them."""
+        with FlopCounterMode(display=False) as counter:
+            evaluation.gradients(self.model, self.target_start, [next(iter(self.stream()))])
+        return counter.get_total_flops()
+
+    def stream(self) -> Iterable[Batch]:
+        """Batches for gradients, drawn and augmented as training's are; the same ones for every method."""
+        recipe = self.settings.recipe
+        return self.data.train.batches(
+            self.settings.gradient_batch or recipe.batch_size,
+            generator=self.generator("gradients"),
+            augment=recipe.augment,
+            device=self.device,
+            drop_last=True,
+        )
+
+    def transfer(
+        self,
+        method: str | learning_transfer.Method,
+        *,
+        path: Trajectory | None = None,
+        target_end: Tensors | None = None,
+        evaluate: bool = True,
+    ) -> Transfer:
+        """By a method of the library, or one like those: the source's path, or another one.
+
+        evaluate: and keep the best step.
+        """
+        settings = self.settings
+        forget_peak_memory(self.device)
+        return learning_transfer.transfer(
+            self.model,
+            self.path if path is None else path,
+            self.target_start,
+            self.stream(),
+            method,
+            spec=self.traced[0],
+            target_end=target_end,
+            validation=self.validation() if evaluate else None,
+            gradient_batches=settings.gradient_batches,
+            bn_batches=settings.bn_batches,
+            from_identity=settings.from_identity,
+            generator=self.generator("sweeps"),
+        )
+
+
+def forget_peak_memory(device: str) -> None:
+    """Start a new peak on a GPU; that of a CPU is the process's own, and only rises."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)

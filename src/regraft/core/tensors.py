@@ -1,0 +1,123 @@
+"""Tensors by name: what every part of the library takes and returns, and the checks that all of them share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Tensors = dict[str, Tensor]
+"""Parameters and buffers by name."""
+
+Perm = dict[str, Tensor]
+"""Group name -> index vector, int64: ``(pi theta)[i] = theta[perm[i]]`` along each axis of the group."""
+
+Pair = tuple[Tensor, Tensor]
+"""(images, labels), as `regraft.data` makes them."""
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""What a model is called with: one tensor, positional arguments, or keyword arguments."""
+
+Batch = Pair | Sequence[Any] | Mapping[str, Any]
+"""Inputs and labels, in any form that `regraft.core.forward` knows: (images, labels), (inputs, labels),
+(first, second, ..., labels), or a mapping of keyword arguments and "labels"."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits, labels) -> the mean over the batch."""
+
+
+def state(model: nn.Module) -> Tensors:
+    """The model's parameters and buffers by name, as detached, contiguous copies."""
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in live_state(model).items()
+    }
+
+
+def live_state(model: nn.Module) -> Tensors:
+    """The model's own parameters and buffers by name: not copies. What its state dictionary does not hold
+    (buffers that are not persistent) is part of the function, not of the state."""
+    passing = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in passing}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def fill_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy `values` into the model's own parameters and buffers; those that `values` lacks raise KeyError."""
+    with torch.no_grad():
+        for name, tensor in live_state(model).items():
+            tensor.copy_(values[name])
+
+
+@contextmanager
+def seeded(generator: torch.Generator, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Inside, torch's global random state is one that the generator chose; afterwards it is as before.
+
+    For code that can only draw from the global state: module constructors, dropout. Takes one number
+    from the generator. Not for several threads at once: the global state is one for all of them.
+    """
+    device = torch.device(device)
+    accelerators = [device] if device.type == "cuda" else []
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=accelerators):
+        # Not torch.manual_seed, which reseeds every accelerator, those that are not restored included.
+        torch.default_generator.manual_seed(seed)
+        for accelerator in accelerators:
+            with torch.cuda.device(accelerator):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor, whatever their order."""
+    described = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes."""
+    # numpy knows no bfloat16, so the bytes are looked at as uint8
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    whole = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    whole.update(data.data)
+    return whole.hexdigest()
+
+
+def check_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_is: str, b_is: str) -> None:
+    """Raise a ValueError that names the first tensor in which `a` and `b` differ in name, shape, dtype or device."""
+    for one, other, missing_in in ((a, b, b_is), (b, a, a_is)):
+        for name in one:
+            if name not in other:
+                raise ValueError(f"{missing_in} has no tensor {name!r}")
+    for name, tensor in a.items():
+        for what in ("shape", "dtype", "device"):
+            left, right = getattr(tensor, what), getattr(b[name], what)
+            if left != right:
+                raise ValueError(
+                    f"tensor {name!r}: {what} {_plain(left)} in {a_is}, {_plain(right)} in {b_is}"
+                )
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise a ValueError that names the first tensor with a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise ValueError(f"tensor {name!r} of {where} holds a value that is not finite")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum is one pass over memory and not finite where an entry is not; only a sum of huge values is looked at again.
+    return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value

@@ -1,0 +1,1 @@
+"""FAST: a zero head and two learning rates, and the recorder of what would be deployed at any time."""

@@ -1,0 +1,285 @@
+"""Trajectory: the parameters along a training run, recorded or on a straight line.
+
+Every point of a path is written as ``theta^t = theta^0 + scale_t * (anchor_t - theta^0)``. A recorded
+path has one anchor a step and scale 1; a linear path has one anchor, the end, and scales from 0 to 1.
+Learning transfer needs nothing else: it moves ``theta^t - theta^0``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from msgspec import Struct
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from regraft.core.files import only_writer, read_sealed, write_sealed, write_tensors
+from regraft.core.tensors import Tensors, check_alike, check_finite, tensor_digest
+
+FORMAT = "regraft-trajectory-1"
+INDEX = "index.json"
+OURS = re.compile(r"[0-9a-f]{24}\.safetensors|\.([0-9a-f]{24}\.safetensors|index\.json)\.\d+-\d+\.part")
+
+
+def uniform(steps: int) -> list[float]:
+    """l_t = t / T for t = 0 .. T."""
+    return [t / steps for t in range(steps + 1)]
+
+
+def cosine(steps: int) -> list[float]:
+    """Steps l_{t+1} - l_t proportional to 1 + cos(pi t / T) (Chijiwa, section 3.3), t = 0 .. T-1."""
+    lengths = [1 + math.cos(math.pi * t / steps) for t in range(steps)]
+    fractions = [0.0]
+    for length in lengths:
+        fractions.append(fractions[-1] + length / sum(lengths))
+    return [*fractions[:-1], 1.0]
+
+
+SCHEDULES: dict[str, Callable[[int], list[float]]] = {"uniform": uniform, "cosine": cosine}
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A path ``theta^0 .. theta^T`` of parameters (and buffers).
+
+    Attributes:
+        anchors: the tensors that are stored, theta^0 first; any sequence, so also one that reads from disk.
+        legs: for each t = 0 .. T the anchor it leans on and the scale, as in the module's formula.
+        metadata: whatever the writer wants to keep with it (JSON values).
+    """
+
+    anchors: Sequence[Tensors]
+    legs: tuple[tuple[int, float], ...]
+    metadata: Mapping[str, Any]
+
+    @classmethod
+    def linear(
+        cls, start: Tensors, end: Tensors, steps: int = 30, schedule: str = "uniform", **metadata: Any
+    ) -> Trajectory:
+        """The straight line from `start` to `end` in `steps` steps.
+
+        Args:
+            start, end: parameters (and buffers) of the same names, shapes and dtypes.
+            steps: T, at least 1.
+            schedule: "uniform" (l_t = t/T) or "cosine" (steps proportional to 1 + cos(pi t/T)).
+
+        Raises:
+            ValueError: no step, an unknown schedule, tensors that differ in name, shape or dtype, or a
+                value that is not finite; the tensor is named.
+        """
+        if steps < 1:
+            raise ValueError(f"a trajectory needs at least one step, got steps={steps}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
+        check_alike(start, end, "the start", "the end")
+        for name, tensors in (("the start", start), ("the end", end)):
+            check_finite(tensors, name)
+        legs = tuple((1, fraction) for fraction in SCHEDULES[schedule](steps))
+        return cls((start, end), legs, {"schedule": schedule, **metadata})
+
+    @classmethod
+    def recorded(cls, checkpoints: Sequence[Tensors], **metadata: Any) -> Trajectory:
+        """The path through `checkpoints` = theta^0 .. theta^T (at least two, alike and finite, else ValueError)."""
+        if len(checkpoints) < 2:
+            raise ValueError(
+                f"a trajectory needs a start and at least one step, got {len(checkpoints)} checkpoints"
+            )
+        for t, tensors in enumerate(checkpoints):
+            check_alike(checkpoints[0], tensors, "checkpoint 0", f"checkpoint {t}")
+            check_finite(tensors, f"checkpoint {t}")
+        return cls(tuple(checkpoints), tuple((t, 1.0) for t in range(len(checkpoints))), metadata)
+
+    def __repr__(self) -> str:
+        kept = ", ".join(map(str, self.metadata)) or "nothing"
+        return f"Trajectory(steps={self.steps}, anchors={len(self.anchors)}, metadata of {kept})"
+
+    @property
+    def steps(self) -> int:
+        """T: the number of steps after the start."""
+        return len(self.legs) - 1
+
+    @cached_property
+    def start(self) -> Tensors:
+        """theta^0."""
+        return self.anchors[0]
+
+    @cached_property
+    def end(self) -> Tensors:
+        """theta^T."""
+        return self[self.steps]
+
+    def leg(self, t: int) -> tuple[Tensors, float]:
+        """(anchor, scale) with theta^t - theta^0 = scale * (anchor - theta^0), for 0 <= t <= T."""
+        if not 0 <= t <= self.steps:
+            raise IndexError(f"step {t} is not on a path of {self.steps} steps")
+        anchor, scale = self.legs[t]
+        return self.start if anchor == 0 else self.anchors[anchor], scale
+
+    def __len__(self) -> int:
+        return len(self.legs)
+
+    def __getitem__(self, t: int) -> Tensors:
+        anchor, scale = self.leg(t)
+        if scale == 1.0:
+            return anchor
+        return {name: _between(self.start[name], anchor[name], scale) for name in anchor}
+
+    def __iter__(self) -> Iterator[Tensors]:
+        return (self[t] for t in range(len(self)))
+
+    def to(self, device: torch.device | str) -> Trajectory:
+        """The same path with its anchors on `device`."""
+        moved = [{name: tensor.to(device) for name, tensor in anchor.items()} for anchor in self.anchors]
+        return Trajectory(tuple(moved), self.legs, self.metadata)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the path to `folder`: one safetensors file an anchor, and an index that comes last.
+
+        A kill at any moment leaves the earlier path or this one, never a mixture: the files have names
+        made from their content, and the index that names them replaces the old one in a single rename. What a
+        killed writer left goes first.
+
+        Raises:
+            ValueError: a value that is not finite; metadata that are no JSON data.
+            OSError: the folder is being written by somebody else (BlockingIOError), or a file, which is named with
+                its bytes, cannot be written; the earlier path is as it was.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_writer(folder):
+            _clean(folder)
+            try:
+                stored = [
+                    _Anchor.write(folder, tensors, f"anchor {i}") for i, tensors in enumerate(self.anchors)
+                ]
+                anchors = [{"file": a.file.name, "bytes": a.bytes, "sha256": a.digests} for a in stored]
+                index = {"anchors": anchors, "legs": self.legs, "metadata": dict(self.metadata)}
+                write_sealed(folder / INDEX, FORMAT, index)
+            finally:
+                _clean(folder)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Trajectory:
+        """A path saved by `save`; anchors are read, and their hashes checked, each time one is asked for.
+
+        Raises:
+            FileNotFoundError: no index or an anchor's file is missing; the path is named.
+            OSError: something else than a file lies in a file's place; the path is named.
+            ValueError: not a trajectory, an index that was changed, or a file whose size does not fit (truncated);
+                when an anchor is read, a tensor that differs from the index in name, dtype, shape or value, or that
+                is not finite.
+        """
+        folder = Path(folder)
+        path = folder / INDEX
+        if not path.exists():
+            raise FileNotFoundError(f"no trajectory in {folder}: {INDEX} is missing")
+        index = read_sealed(path, FORMAT, _Index)
+        stored = [_Anchor(folder / Path(a.file).name, a.bytes, a.sha256) for a in index.anchors]
+        for anchor in stored:
+            anchor.check_size()
+        fits = all(0 <= anchor < len(stored) and math.isfinite(scale) for anchor, scale in index.legs)
+        if len(index.legs) < 2 or not fits:
+            raise ValueError(f"{path}: the steps do not fit the {len(stored)} stored anchors")
+        return cls(_Stored(tuple(stored)), index.legs, index.metadata)
+
+
+class _File(Struct, forbid_unknown_fields=True):
+    file: str
+    bytes: int
+    sha256: dict[str, str]
+
+
+class _Index(Struct, forbid_unknown_fields=True):
+    anchors: list[_File]
+    legs: tuple[tuple[int, float], ...]
+    metadata: dict[str, Any]
+
+
+def _clean(folder: Path) -> None:
+    """Remove our files that the index does not name; none where there is an index that cannot be read."""
+    path = folder / INDEX
+    try:
+        named = {a.file for a in read_sealed(path, FORMAT, _Index).anchors} if path.exists() else set()
+    except (ValueError, OSError):
+        return
+    for file in folder.iterdir():
+        if OURS.fullmatch(file.name) and file.name not in named:
+            file.unlink()
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """One anchor's file, its size in bytes, and the digest of each tensor."""
+
+    file: Path
+    bytes: int
+    digests: Mapping[str, str]
+
+    @classmethod
+    def write(cls, folder: Path, tensors: Tensors, what: str) -> _Anchor:
+        """Write the file beside its place and rename it; it is named by its content."""
+        check_finite(tensors, what)
+        # clones, because safetensors refuses tensors that share memory and the index knows tensors by name alone
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        file = folder / f"{whole[:24]}.safetensors"
+        write_tensors(file, tensors)
+        return cls(file, file.stat().st_size, digests)
+
+    def check_size(self) -> None:
+        """Raise where the file is missing or has another size: that costs nothing, and finds what is truncated."""
+        if not self.file.is_file():
+            raise FileNotFoundError(f"{self.file} is missing or no plain file, though {INDEX} names it")
+        if self.file.stat().st_size != self.bytes:
+            raise ValueError(
+                f"{self.file} has {self.file.stat().st_size} bytes instead of {self.bytes}: "
+                "it is truncated or changed"
+            )
+
+    def read(self) -> Tensors:
+        """The tensors. Raises ValueError for any that is not what the index says, or not finite."""
+        try:
+            tensors = load_file(self.file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.file} cannot be read: {error}") from error
+        if odd := sorted(tensors.keys() ^ self.digests.keys()):
+            raise ValueError(f"{self.file}: tensor {odd[0]!r} stands in only one of file and index")
+        for name, expected in self.digests.items():
+            if tensor_digest(tensors[name]) != expected:
+                raise ValueError(
+                    f"{self.file}: tensor {name!r} does not have the digest that the index gives"
+                )
+        check_finite(tensors, str(self.file))
+        return tensors
+
+
+@dataclass(frozen=True)
+class _Stored(Sequence[Tensors]):
+    """Anchors on disk, read when they are asked for."""
+
+    anchors: tuple[_Anchor, ...]
+
+    def __len__(self) -> int:
+        return len(self.anchors)
+
+    def __getitem__(self, i: int) -> Tensors:  # type: ignore[override]
+        return self.anchors[i].read()
+
+
+def _between(start: Tensor, end: Tensor, fraction: float) -> Tensor:
+    """(1 - l) start + l end; counters (num_batches_tracked) are those of the end."""
+    return torch.lerp(start, end, fraction) if start.is_floating_point() else end

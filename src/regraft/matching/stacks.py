@@ -1,0 +1,272 @@
+"""What is matched: stacks of two networks' tensors, where a group's units stand in them, and the objective."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from regraft.core.tensors import Perm, Tensors, check_alike, check_finite
+from regraft.symmetry import PermutationSpec
+from regraft.symmetry.spec import groups_of
+from regraft_kernels import Term, similarity, similarity_many
+
+Gathers = dict[tuple[str, int], Tensor]  # (tensor, axis) -> index vector
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One axis of one tensor on which a group's units stand."""
+
+    name: str
+    axis: int
+    others: tuple[int, ...]  # the tensor's other axes that permutations move
+    groups: frozenset[str]  # which move them
+    positions: Tensor | None  # [n, mult], or None where position i is unit i
+    whole: bool  # the units fill the axis
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """What the similarity of one group is made of, and what it depends on."""
+
+    single: tuple[Place, ...]  # tensors that have the group on one axis: linear in its permutation
+    coupled: tuple[Place, ...]  # tensors that have it on several: quadratic
+    groups: tuple[str, ...]  # whose permutations the similarity depends on; itself where something is coupled
+
+
+@dataclass
+class Stacks:
+    """Pairs of tensors by name, [capacity, *shape] on each side, of which the first `steps` are filled."""
+
+    spec: PermutationSpec
+    target: Mapping[str, Tensor]
+    source: Mapping[str, Tensor]
+    steps: int
+
+    @classmethod
+    def of(cls, spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Stacks:
+        """Of given tensors, [*shape] or [T, *shape]; views of them, except for convolutions' kernels.
+
+        Raises ValueError as `regraft.match` says.
+        """
+        check_alike(target, source, "the target", "the source")
+        whole = _stacked(spec, target), _stacked(spec, source)
+        for side, where in zip(whole, ("the target", "the source"), strict=True):
+            check_finite(side, where)
+        left, right = ({n: _unfoldable(t) for n, t in side.items()} for side in whole)
+        return cls(spec, left, right, _steps(whole[0]))
+
+    @classmethod
+    def allocate(cls, spec: PermutationSpec, like: Tensors, capacity: int) -> Stacks:
+        """Empty ones, with room for `capacity` steps of tensors like those of `like`."""
+        left, right = ({name: _room(tensor, capacity) for name, tensor in like.items()} for _ in range(2))
+        return cls(spec, left, right, 0)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(iter(self.target.values())).device
+
+    @property
+    def groups(self) -> list[str]:
+        """Those that move one of the tensors, in the order of the specification."""
+        spec = self.spec
+        return [g for g in spec.groups if any(name in self.target for name, _ in spec.tensors_of(g))]
+
+    def append_(self, target: Tensors, source: Tensors) -> None:
+        """Add one step's tensors at the next free place."""
+        for stack, tensors in ((self.target, target), (self.source, source)):
+            for name, whole in stack.items():
+                whole[self.steps].copy_(tensors[name])
+        self.steps += 1
+
+    def around(self, group: str) -> Neighbourhood:
+        spec = self.spec
+        places = [
+            self._place(name, axis, group) for name, axis in spec.tensors_of(group) if name in self.target
+        ]
+        count = Counter(place.name for place in places)
+        single = tuple(place for place in places if count[place.name] == 1)
+        coupled = tuple(place for place in places if count[place.name] > 1)
+        neighbours = tuple(
+            other
+            for other in spec.groups
+            if (other != group or coupled) and any(name in count for name, _ in spec.tensors_of(other))
+        )
+        return Neighbourhood(single, coupled, neighbours)
+
+    def _place(self, name: str, axis: int, group: str) -> Place:
+        spec = self.spec
+        axes, positions = spec.axes[name], spec.positions(name, axis, group)
+        others = tuple(other for other in range(len(axes)) if other != axis and groups_of(axes[other]))
+        in_order = positions.shape == (spec.shapes[name][axis], 1) and _is_identity(positions)
+        return Place(
+            name,
+            axis,
+            others,
+            frozenset(moving for other in others for moving in groups_of(axes[other])),
+            None if in_order else positions.to(self.device),
+            positions.numel() == spec.shapes[name][axis],
+        )
+
+    def gathers(self, places: Sequence[Place], perm: Perm) -> Gathers:
+        """What a permutation means for the other axes of each place's tensor."""
+        return {
+            (place.name, other): cast(Tensor, self.spec.axis_index(place.name, other, perm))  # it moves
+            for place in places
+            for other in place.others
+        }
+
+    def terms(self, places: Sequence[Place], first: int, last: int, gathers: Gathers) -> list[Term]:
+        """The places' terms over the steps first .. last - 1, the source's other axes gathered."""
+        return [
+            Term(
+                target=self.target[place.name][first:last],
+                source=self.source[place.name][first:last],
+                axis=place.axis,
+                positions=place.positions,
+                gathers=tuple(
+                    gathers[place.name, axis] if axis in place.others else None
+                    for axis in range(len(self.spec.shapes[place.name]))
+                ),
+            )
+            for place in places
+        ]
+
+    def similarities(
+        self, places: Sequence[Sequence[Place]], gathers: Sequence[Gathers], backend: str
+    ) -> list[Tensor]:
+        """S [n, n] over all steps, of each sequence of places; none of them empty."""
+        terms = [self.terms(p, 0, self.steps, g) for p, g in zip(places, gathers, strict=True)]
+        return similarity_many(terms, backend=backend) if terms else []
+
+    def objective(self, names: Iterable[str], perm: Perm, first: int = 0) -> float:
+        """sum over the filled steps from `first` on of <G2[t], pi G1[t]> of the named tensors.
+
+        Rows are multiplied in the tensors' own dtype and added in float64.
+        """
+        total = 0.0
+        for name in names:
+            target, source = (side[name][first : self.steps] for side in (self.target, self.source))
+            for axis in range(len(self.spec.shapes[name])):
+                index = self.spec.axis_index(name, axis, perm)
+                if index is not None and not _is_identity(index):
+                    source = _gathered(source, axis + 1, index)
+            total += _dot(target, source)
+        return total
+
+
+class Streamed(Stacks):
+    """One pair of tensors at a time: each is read when it is asked for, and forgotten."""
+
+    @classmethod
+    def reading(
+        cls, spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]
+    ) -> Streamed:
+        """Of mappings that read: finite floating tensors of the spec's shapes, of the same names on both sides."""
+        return cls(spec, _Read(target), _Read(source), 1)
+
+    def similarities(
+        self, places: Sequence[Sequence[Place]], gathers: Sequence[Gathers], backend: str
+    ) -> list[Tensor]:
+        _trim()
+        return [self._sum(p, g, backend) for p, g in zip(places, gathers, strict=True)]
+
+    def _sum(self, places: Sequence[Place], gathers: Gathers, backend: str) -> Tensor:
+        total = similarity(self.terms(places[:1], 0, 1, gathers), backend=backend)
+        for place in places[1:]:
+            total += similarity(self.terms([place], 0, 1, gathers), backend=backend)
+        return total
+
+
+def _trim() -> None:
+    """Give freed memory back: among small results that stay, glibc keeps what large temporaries left."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other systems' libraries have none
+    if trim is not None:
+        trim(0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read(Mapping[str, Tensor]):
+    """Tensors as stacks of one step, made when asked for."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _unfoldable(self.tensors[name].detach()[None])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def _stacked(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> Tensors:
+    """The floating tensors as detached stacks [T, *shape]; a single set becomes a stack of one (a view)."""
+    stacks = {}
+    for name, tensor in tensors.items():
+        if name not in spec.shapes:
+            raise ValueError(f"the spec has no tensor {name!r}")
+        shape, found = spec.shapes[name], tuple(tensor.shape)
+        if shape not in (found, found[1:]):
+            raise ValueError(f"tensor {name!r} has shape {found}, neither {shape} nor a stack of them")
+        if tensor.is_floating_point():
+            stacks[name] = tensor.detach()[None] if found == shape else tensor.detach()
+    if not stacks:
+        raise ValueError("there is nothing to match: no floating-point tensor")
+    return stacks
+
+
+def _steps(stacks: Tensors) -> int:
+    first, *others = stacks
+    steps = len(stacks[first])
+    for name in others:
+        if len(stacks[name]) != steps:
+            raise ValueError(f"tensor {name!r} has {len(stacks[name])} steps, {first!r} has {steps}")
+    return steps
+
+
+def _room(like: Tensor, capacity: int) -> Tensor:
+    """Room for [capacity, *shape], the second axis innermost: then both of the axes that units stand on unfold
+    into matrices without a copy, whatever the size of the kernel between them."""
+    if like.dim() < 3:
+        return like.new_empty(capacity, *like.shape)
+    rows, columns, *tail = like.shape
+    return like.new_empty(capacity, rows, *tail, columns).movedim(-1, 2)
+
+
+def _unfoldable(stack: Tensor) -> Tensor:
+    """A stack in the layout of `_room`: copied once, where it has kernels larger than one in another."""
+    if stack.dim() < 4 or stack.movedim(2, -1).is_contiguous():
+        return stack
+    return _room(stack[0], len(stack)).copy_(stack) if len(stack) else stack
+
+
+def _gathered(stack: Tensor, dim: int, index: Tensor) -> Tensor:
+    """index_select that keeps the layout of `_room`."""
+    if stack.dim() < 4:
+        return stack.index_select(dim, index)
+    inner = stack.movedim(2, -1)
+    place = {1: 1, 2: stack.dim() - 1}.get(dim, dim - 1)
+    return inner.index_select(place, index).movedim(-1, 2)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    if a.dim() > 3:
+        a, b = a.movedim(2, -1), b.movedim(2, -1)
+    return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
+
+
+def _is_identity(index: Tensor) -> bool:
+    flat = index.reshape(-1)
+    return torch.equal(flat, torch.arange(len(flat), device=flat.device))

@@ -1,0 +1,197 @@
+"""The classifier of a model: which of its linear layers makes the logits, and how to put another in its place."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from regraft.core.guard import same_settings, same_streams
+from regraft.core.registry import register
+
+# ---------------------------------------------------------------------------------------------------
+# Finding it
+
+
+def find_head(model: nn.Module) -> str:
+    """The name of the model's classifier: the linear layer that makes its output.
+
+    A model that says so itself (timm's ``get_classifier``) is believed. Otherwise the model is traced by torch.fx,
+    without running it, and the last layer on the way to the output is taken. Where it cannot be traced, it is the one
+    linear layer whose output is no other linear layer's width.
+
+    Raises ValueError where this is not exactly one linear layer; the message says what there is instead.
+    """
+    linear = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linear:
+        raise ValueError(f"{type(model).__name__} has no linear layer that could be its classifier")
+    if hasattr(model, "get_classifier"):
+        found = cast(Any, model).get_classifier()
+        last = list(found) if isinstance(found, tuple | list) else [found]
+    else:
+        traced = _by_tracing(model)
+        last = _by_width(list(linear)) if traced is None else traced
+    names = [linear.get(module) for module in last]
+    if len(names) == 1 and names[0]:
+        return names[0]
+    what = type(model).__name__
+    if len(names) > 1 and all(names):
+        raise ValueError(
+            f"{what} has {len(names)} layers that could be its classifier: {', '.join(map(str, names))}; "
+            "name the one to use with head=..."
+        )
+    kinds = ", ".join(sorted({type(module).__name__ for module in last})) or "not one that could be found"
+    raise ValueError(
+        f"the last layer of {what} is not linear ({kinds}); if one of its linear layers makes the logits, "
+        f"name it with head=... (it has {', '.join(list(linear.values())[-5:])})"
+    )
+
+
+def check_head(model: nn.Module, head: str) -> str:
+    """The name, if it is that of a linear layer."""
+    modules = dict(model.named_modules())
+    if head not in modules:
+        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        raise ValueError(f"no layer {head!r}; the linear layers are {', '.join(linear[-5:]) or 'none'}")
+    if not isinstance(modules[head], nn.Linear):
+        raise ValueError(f"{head} is not linear but a {type(modules[head]).__name__}")
+    return head
+
+
+def linear_of(model: nn.Module, head: str) -> nn.Linear:
+    """The layer of a name that was found or checked."""
+    return cast(nn.Linear, model.get_submodule(head))
+
+
+def _by_tracing(model: nn.Module) -> list[nn.Module] | None:
+    """The last modules with parameters on every way to the output; None where fx cannot trace the model."""
+    tracer = fx.Tracer()
+    try:
+        # A copy, but for its parameters, which are symbols here: what runs may write to buffers and attributes.
+        symbolic = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        with same_settings(), same_streams():
+            graph = tracer.trace(symbolic)
+    except Exception:  # fx raises whatever the model raises when run on a symbol
+        return None
+    modules = dict(model.named_modules())
+    last: dict[nn.Module, None] = {}
+    seen: set[fx.Node] = set()
+    waiting = list(next(node for node in graph.nodes if node.op == "output").all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        module = modules[node.target] if node.op == "call_module" else None
+        if module is not None and next(module.parameters(), None) is not None:
+            last[module] = None
+        else:
+            waiting.extend(node.all_input_nodes)
+    return list(last)
+
+
+def _by_width(linear: list[nn.Linear]) -> list[nn.Module]:
+    """The linear layers that feed no other, going by their widths."""
+    inputs = {module.in_features for module in linear}
+    return [module for module in linear if module.out_features not in inputs]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Replacing it
+
+Initialiser = Callable[[Tensor, torch.Generator | None], object]
+"""Fills a classifier's weight [classes, features] in place; draws from the generator where it is random."""
+
+
+@register
+def zero(weight: Tensor, generator: torch.Generator | None = None) -> None:
+    """Zero, as FAST has it: every class equally probable whatever the image (section 4.1.2, equation 15)."""
+    nn.init.zeros_(weight)
+
+
+def torch_default(weight: Tensor, generator: torch.Generator | None = None) -> None:
+    """What torch's own constructor draws: uniform within 1 / sqrt(features)."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+
+
+@dataclass(frozen=True, eq=False)
+class Adoption:
+    """What `adopt` did: the classifier's name in the model, the new one, and the source's, detached.
+
+    ``source_head`` is no part of the model any more and takes no gradient; `regraft.finetuning.recorder` calls
+    it back to see what the features still know of the source task.
+    """
+
+    name: str
+    head: nn.Linear
+    source_head: nn.Linear
+
+
+def adopt(
+    model: nn.Module,
+    num_classes: int,
+    *,
+    head: str | None = None,
+    initialise: Initialiser = zero,
+    generator: torch.Generator | None = None,
+) -> Adoption:
+    """Give the model a new classifier for another task, in place, and keep the one that it had.
+
+    Args:
+        model: a classifier whose last layer is linear, of torchvision, timm or one's own. Only that layer is replaced;
+            the new one has the old one's width, device and dtype, and a bias (zero) where that had one.
+        num_classes: of the new task.
+        head: the name of the last layer, such as "fc" or "classifier.6", where it is not to be looked for.
+        initialise: of the new weight; `zero` unless a baseline is wanted. Global random states stay as they are.
+        generator: for an initialisation that is random; without one it draws from seed 0.
+
+    Raises ValueError where there is no linear last layer, where there are several candidates (the message names
+    them), where `head` names none, or where the layer's weight is shared with another one.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    name = find_head(model) if head is None else check_head(model, head)
+    old = linear_of(model, name)
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is old.weight and other != f"{name}.weight":
+            raise ValueError(f"{name}.weight is shared with {other}: replacing it would separate the two")
+    like = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+    # Not the constructor: it draws initial values from torch's global random stream.
+    fresh = torch.nn.utils.skip_init(nn.Linear, old.in_features, num_classes, **like).train(old.training)
+    if generator is None and not fresh.weight.is_meta:
+        generator = torch.Generator(device=fresh.weight.device).manual_seed(0)
+    with torch.no_grad(), same_streams(fresh.weight.device):
+        initialise(fresh.weight, generator)
+        if fresh.bias is not None:
+            fresh.bias.zero_()
+    model.set_submodule(name, fresh)
+    _say_classes(model, num_classes)
+    source = copy.deepcopy(old).requires_grad_(False).eval()
+    return Adoption(name, fresh, source)
+
+
+def _say_classes(model: nn.Module, num_classes: int) -> None:
+    """Where timm and transformers keep the number of classes, as their own ways to replace a head do."""
+    own: Any = model  # plain attributes, which torch does not know
+    if hasattr(own, "get_classifier") and isinstance(getattr(own, "num_classes", None), int):
+        own.num_classes = num_classes
+    holder: Any
+    for holder in (own, getattr(own, "config", None)):
+        if isinstance(getattr(holder, "num_labels", None), int):
+            holder.num_labels = num_classes
+
+
+def check_labels(labels: Tensor, num_classes: int, where: str = "the data") -> None:
+    """Raise ValueError, saying where, unless labels are integers from 0 to num_classes - 1."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"the labels of {where} must be integers, not {labels.dtype}")
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(
+            f"the labels of {where} run from {int(labels.min())} to {int(labels.max())}, "
+            f"but the classifier has classes 0 to {num_classes - 1}"
+        )

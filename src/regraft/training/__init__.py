@@ -1,0 +1,1 @@
+"""One training loop, its state on disk, and evaluation."""

@@ -1,0 +1,252 @@
+"""Planted regressions are found, unchanged code raises no alarm, and what proves nothing says so."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from regraft import cli
+from regraft.core.clock import Cost
+from regraft_bench import front
+from regraft_bench.rows import Row, Series, append, code, environment
+from regraft_bench.tracking.compare import (
+    BETTER,
+    CHANGED,
+    NO_EVIDENCE,
+    ONE_SIDED,
+    ROUNDS,
+    WORSE,
+    compare,
+    relative_costs,
+    sheet,
+)
+from regraft_bench.tracking.history import history, steps
+
+RESULTS = Path(__file__).parents[2] / "results"
+METHODS = ("plain", "naive", "weights", "fgmt", "gmt")
+
+
+def measured(
+    draw: random.Random,
+    *,
+    slower: float = 1.0,
+    lost: float = 0.0,
+    machine: float = 1.0,
+    commit: str = "a" * 40,
+    seeds: int = 2,
+    turns: int = 6,
+    noise: float = 0.03,
+) -> list[Row]:
+    """Rows as turns make them: `fgmt` alone is slower or less accurate; a machine's speed is everybody's and changes
+    from turn to turn. Other work can only make a round longer."""
+    found = []
+    for _ in range(turns):
+        pace = machine * draw.uniform(1, 2)
+        for seed, (number, method) in product(range(seeds), enumerate(METHODS)):
+            own = method == "fgmt"
+            base = (0.2 + 0.1 * number) * pace * (slower if own else 1.0) * draw.lognormvariate(0, noise)
+            costs = [base * (1 + draw.expovariate(5)) for _ in range(9)]
+            found.append(
+                Row(
+                    study="transfer",
+                    scenario="toy",
+                    method=method,
+                    seed=seed,
+                    config={"settings": {}, "method": {}},
+                    values={"accuracy": 0.9 - 0.01 * seed - (lost if own else 0.0)},
+                    series={ROUNDS: Series.over("round", range(1, 10), costs)},
+                    cost={"training": Cost(1.0, 1.0)},
+                    notes={},
+                    failure=None,
+                    environment=environment(),
+                    code=replace(code(), commit=commit, regraft=commit, changed=False),
+                    time=f"2026-01-{1 + (commit > 'b'):02d}T00:00:{len(found):02d}+00:00",
+                )
+            )
+    return found
+
+
+def elsewhere(rows: list[Row], **changes: object) -> list[Row]:
+    return [replace(row, environment=replace(row.environment, **changes)) for row in rows]
+
+
+def alarms(before: list[Row], after: list[Row]) -> list[tuple[str, str]]:
+    return [(c.method, c.quantity) for c in compare(before, after) if c.beyond(0.1, 0.005)]
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_a_planted_slow_down_of_15_percent_is_found_and_nothing_else(trial):
+    draw = random.Random(trial)
+    assert alarms(measured(draw), measured(draw, slower=1.15)) == [("fgmt", "cost")]
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_a_planted_loss_of_a_point_is_found_and_nothing_else(trial):
+    draw = random.Random(100 + trial)
+    assert alarms(measured(draw), measured(draw, lost=0.01)) == [("fgmt", "error")]
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_the_same_code_again_raises_no_alarm(trial):
+    draw = random.Random(200 + trial)
+    assert alarms(measured(draw), measured(draw)) == []
+
+
+def test_a_slower_machine_is_no_regression():
+    draw = random.Random(0)
+    assert alarms(measured(draw), measured(draw, machine=3.0)) == []
+
+
+def test_costs_of_different_machines_are_not_compared():
+    draw = random.Random(0)
+    other = elsewhere(measured(draw, slower=9), machine="another")
+    assert {c.quantity for c in compare(measured(draw), other)} == {"error"}
+
+
+def test_what_improved_is_better_and_no_alarm():
+    draw = random.Random(0)
+    found = compare(measured(draw), measured(draw, slower=0.7, lost=-0.02))
+    assert {(c.method, c.quantity): c.verdict for c in found if c.verdict != NO_EVIDENCE} == {
+        ("fgmt", "cost"): BETTER,
+        ("fgmt", "error"): BETTER,
+    }
+
+
+def test_one_seed_and_one_round_prove_nothing_and_say_so():
+    draw = random.Random(0)
+    few = {"seeds": 1, "turns": 1}
+    found = compare(measured(draw, **few), elsewhere(measured(draw, slower=2, lost=0.1, **few), versions={}))
+    assert {c.verdict for c in found} == {NO_EVIDENCE}
+    assert all(c.low is None for c in found)
+    assert "one measurement a side, which proves nothing" in " ".join(sheet(found).notes)
+
+
+def test_where_equal_code_gives_equal_bits_a_rise_of_one_seed_counts():
+    draw = random.Random(0)
+    before, after = measured(draw), measured(draw)
+    after = [replace(r, values={"accuracy": 0.87}) if (r.method, r.seed) == ("fgmt", 0) else r for r in after]
+    found = {c.method: c for c in compare(before, after) if c.quantity == "error"}
+    assert found["fgmt"].verdict == CHANGED
+    assert found["fgmt"].beyond(0.1, 0.005)
+    assert {c.verdict for name, c in found.items() if name != "fgmt"} == {NO_EVIDENCE}
+    other = compare(before, elsewhere(after, machine="another"))
+    assert not any(c.beyond(0.1, 0.005) for c in other)
+
+
+def test_the_rounds_of_one_process_are_one_measurement():
+    draw = random.Random(0)
+    lucky = compare(measured(draw, turns=1, noise=0.0), measured(draw, turns=1, slower=1.3, noise=0.0))
+    assert all(c.n == 2 for c in lucky if c.quantity == "cost")
+
+
+def test_a_control_is_the_one_that_was_measured_next_to_it():
+    draw = random.Random(0)
+    rows = measured(draw, turns=3, seeds=1, noise=0.0)
+    shares = [cost for row, cost in zip(rows, relative_costs(rows), strict=True) if row.method == "gmt"]
+    assert shares == pytest.approx([3.0] * 3, rel=0.2)
+    assert all(c is None for r, c in zip(rows, relative_costs(rows), strict=True) if r.method == "plain")
+
+
+def test_a_method_on_one_side_only_is_told():
+    draw = random.Random(0)
+    without = [row for row in measured(draw) if row.method != "gmt"]
+    assert [(c.method, c.verdict) for c in compare(measured(draw), without) if c.change is None] == [
+        ("gmt", ONE_SIDED)
+    ]
+
+
+def test_a_run_that_began_to_fail_is_worse():
+    draw = random.Random(0)
+    failed = [
+        replace(r, failure="diverged: x", values={}) if r.method == "fgmt" else r for r in measured(draw)
+    ]
+    found = {(c.method, c.quantity): c for c in compare(measured(draw), failed)}
+    assert found["fgmt", "error"].verdict == WORSE
+
+
+def test_sides_without_anything_in_common_are_refused():
+    draw = random.Random(0)
+    with pytest.raises(ValueError, match="no run of the same"):
+        compare(measured(draw), [replace(row, scenario="other") for row in measured(draw)])
+
+
+@pytest.fixture
+def results(tmp_path):
+    draw = random.Random(0)
+    for commit, how in (("a" * 40, {}), ("b" * 40, {"slower": 1.4})):
+        for row in measured(draw, commit=commit, **how):
+            append(tmp_path / "transfer" / "rows.jsonl", row)
+    return tmp_path
+
+
+def test_the_command_exits_1_with_a_message_that_names_what_is_worse(results, capsys):
+    words = ["compare", "aaaa", "last", "--results", str(results)]
+    assert cli.main(words) == 1
+    assert "transfer, toy, fgmt: cost +4" in capsys.readouterr().out
+    assert cli.main([*words, "--max-slowdown", "0.6"]) == 0
+    assert cli.main(["compare", "aaaa", "aaaa", "--results", str(results)]) == 0
+
+
+def test_the_command_speaks_json(results, capsys):
+    assert cli.main(["compare", "aaaa", "bbbb", "--results", str(results), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [(c["method"], c["quantity"]) for c in told["beyond"]] == [("fgmt", "cost")]
+
+
+def test_what_one_can_do_is_said_with_what_is_worse(results, capsys):
+    assert cli.main(["compare", "aaaa", "last", "--results", str(results)]) == 1
+    told = capsys.readouterr().out
+    assert "regraft against" in told
+    assert "make baseline" in told
+
+
+def test_the_committed_baseline_is_quiet_beside_itself_and_red_for_a_lost_point():
+    rows = front.found("baseline", RESULTS)
+    assert alarms(rows, rows) == []
+    worse = [
+        replace(r, values={**r.values, "accuracy": r.values["accuracy"] - 0.01}) if r.method == "fgmt" else r
+        for r in rows
+    ]
+    assert alarms(rows, worse) == [("fgmt", "error")]
+    assert alarms(rows, elsewhere(worse, machine="another")) == [("fgmt", "error")], "the same in every seed"
+
+
+def test_two_kinds_of_machine_are_told_and_cost_no_alarm(tmp_path, capsys):
+    draw = random.Random(0)
+    sides = measured(draw), elsewhere(measured(draw, slower=3), machine="another, 64 cores")
+    for name, rows in zip(("here", "there"), sides, strict=True):
+        for row in rows:
+            append(tmp_path / name / "transfer" / "rows.jsonl", row)
+    assert cli.main(["compare", str(tmp_path / "here"), str(tmp_path / "there")]) == 0
+    told = capsys.readouterr().out
+    assert "nothing changed" in told
+    assert "costs are not compared where they differ" in told
+    assert "another, 64 cores" in told
+
+
+def test_a_commit_without_rows_is_said(results, capsys):
+    assert cli.main(["compare", "cccc", "last", "--results", str(results)]) == 2
+    assert "no rows for 'cccc'" in capsys.readouterr().err
+
+
+def test_history_keeps_older_code_and_marks_the_step(results, capsys):
+    tracks = {(t.method, t.quantity): t for t in history(front.every(results))}
+    assert tracks["fgmt", "cost"].codes == ("a" * 10, "b" * 10)
+    assert tracks["fgmt", "cost"].steps == (1,)
+    assert tracks["gmt", "cost"].steps == ()
+    assert tracks["fgmt", "error"].steps == ()
+    assert cli.main(["history", "--results", str(results)]) == 0
+    assert "at bbbbbbbbbb" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_steps_are_where_the_level_changes_and_noise_is_none(at):
+    draw = random.Random(at)
+    level = [0.5 * (1.0 if number < at else 1.3) * draw.lognormvariate(0, 0.02) for number in range(9)]
+    assert steps(level, "cost") == (at,)
+    assert steps([0.5 * draw.lognormvariate(0, 0.02) for _ in range(9)], "cost") == ()

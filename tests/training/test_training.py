@@ -1,0 +1,480 @@
+"""Training: schedules, seeds, records, resuming to the bit, and what is refused."""
+
+import itertools
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from regraft.core import tensors
+from regraft.core.files import parse_json
+from regraft.data import Dataset, Split, load
+from regraft.networks import papers as networks
+from regraft.training import state as checkpoints
+from regraft.training.evaluation import accuracy
+from regraft.training.loop import Diverged, Epoch, Recipe, train
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def little(train=50, validation=20, test=20, size=4):
+    """A set small enough for dozens of runs: the class is the brighter half."""
+    parts = []
+    for number, count in enumerate((train, validation, test)):
+        images = torch.rand(count, 1, size, size, generator=seed(number))
+        labels = torch.arange(count) % 2
+        images[labels == 1, :, : size // 2] += 1
+        parts.append(Split(images, labels, (0.5,), (0.5,)))
+    return Dataset("little", *parts, ("low", "high"), (0.5,), (0.5,))
+
+
+class Network(nn.Module):
+    """With everything that has state: BatchNorm and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.3)
+        self.fc = nn.Linear(64, 2)
+
+    def forward(self, images):
+        return self.fc(self.drop(F.relu(self.norm(self.conv(images)))).flatten(1))
+
+
+@pytest.fixture
+def network():
+    model = networks.build(Network, seed())
+    return model, tensors.state(model)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+RECIPE = Recipe(epochs=4, lr=0.05, weight_decay=1e-3, batch_size=16)
+
+
+# --- recipes
+
+
+def test_the_cosine_schedule_warms_up_and_ends_near_zero():
+    recipe = Recipe(epochs=10, lr=0.1, warmup_epochs=2)
+    rates = [recipe.learning_rate(step, 5) for step in range(50)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) / 10 for step in range(10)])
+    assert rates[10:] == pytest.approx([0.05 * (1 + math.cos(math.pi * s / 40)) for s in range(40)])
+    assert Recipe(epochs=10, lr=0.1, schedule="constant").learning_rate(49, 5) == 0.1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": -1},
+        {"lr": -0.1},
+        {"lr": math.nan},
+        {"batch_size": 0},
+        {"warmup_epochs": 20},
+        {"schedule": "linear"},
+        {"optimizer": "lion"},
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError):
+        Recipe(**({"epochs": 10, "lr": 0.1} | wrong))
+
+
+# --- steps
+
+
+def test_training_is_the_textbooks_sgd():
+    """Against momentum, weight decay and the schedule written out, over two epochs of whole batches."""
+    data, recipe = little(), Recipe(epochs=2, lr=0.1, momentum=0.8, weight_decay=0.01, batch_size=25)
+    model = networks.build(lambda: networks.mlp([16, 8, 2]), seed())
+    trained = train(model, tensors.state(model), data, recipe, generator=seed(4))
+
+    values = {name: value.clone().requires_grad_() for name, value in tensors.state(model).items()}
+    velocity = {name: torch.zeros_like(value) for name, value in values.items()}
+    generator, step = seed(4), 0
+    for _ in range(2):
+        torch.randint(2**62, (), generator=generator)  # the seed for dropout
+        for images, labels in data.train.batches(25, generator=generator):
+            loss = F.cross_entropy(torch.func.functional_call(model, values, images), labels)
+            gradients = torch.autograd.grad(loss, list(values.values()))
+            rate = 0.05 * (1 + math.cos(math.pi * step / 4))
+            for (name, value), gradient in zip(values.items(), gradients, strict=True):
+                velocity[name] = 0.8 * velocity[name] + gradient + 0.01 * value.detach()
+                values[name] = (value.detach() - rate * velocity[name]).requires_grad_()
+            step += 1
+    for name, value in values.items():
+        assert torch.allclose(trained.tensors[name], value, atol=1e-6), name
+
+
+def test_digits_are_learned_and_the_history_says_so(digits):
+    model = networks.build(lambda: networks.mlp([64, 64, 10]), seed())
+    start = tensors.state(model)
+    kept = {name: value.clone() for name, value in start.items()}
+    shown = []
+    result = train(model, start, digits, Recipe(8, 0.05), generator=seed(), test=True, on_epoch=shown.append)
+    assert equal(start, kept) and equal(tensors.state(model), kept)
+    assert [row.epoch for row in result.history] == list(range(9)) and shown == list(result.history)
+    first, last = result.history[0], result.history[-1]
+    assert first.cost.wall == first.cost.cpu == 0 and first.train_loss is None and first.test_accuracy < 0.4
+    assert last.test_accuracy > 0.93 and last.validation_accuracy > 0.9
+    costs = [row.cost for row in result.history]
+    assert all(a.wall < b.wall and a.cpu < b.cpu for a, b in itertools.pairwise(costs))
+    assert result.cost == last.cost
+    assert accuracy(model, result.tensors, digits.test.batches(100)) == last.test_accuracy
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        replace(RECIPE, augment=True, nesterov=True, warmup_epochs=1),
+        replace(RECIPE, optimizer="adam", lr=1e-3, schedule="constant"),
+    ],
+    ids=["sgd", "augment-nesterov", "adam"],
+)
+def test_equal_generators_give_equal_runs(network, recipe):
+    data = little(size=8) if recipe.augment else little()
+    model, start = network
+    if recipe.augment:
+        model = networks.build(lambda: networks.digits_conv(2, width=0.25), seed())
+        start = tensors.state(model)
+    torch.manual_seed(1)
+    first = train(model, start, data, recipe, generator=seed(1))
+    before = torch.get_rng_state()
+    second = train(model, start, data, recipe, generator=seed(1))
+    assert torch.equal(torch.get_rng_state(), before)
+    third = train(model, start, data, recipe, generator=seed(2))
+    assert equal(first.tensors, second.tensors)
+    assert not equal(first.tensors, third.tensors)
+
+
+def test_the_last_values_are_contiguous_and_free(network):
+    result = train(*network, little(), RECIPE, generator=seed())
+    assert all(value.is_contiguous() and not value.requires_grad for value in result.tensors.values())
+    assert result.tensors["norm.num_batches_tracked"] == 4 * 4
+
+
+def test_zero_epochs_return_the_start(network):
+    result = train(*network, little(), replace(RECIPE, epochs=0), generator=seed())
+    assert equal(result.tensors, network[1]) and len(result.history) == 1
+
+
+# --- records and stops
+
+
+def test_records_at_the_ends_of_epochs(network):
+    recorded = {}
+    result = train(
+        *network,
+        little(),
+        RECIPE,
+        generator=seed(),
+        record=lambda step, values: recorded.update({step: values}),
+    )
+    assert list(recorded) == [0, 4, 8, 12, 16]
+    assert equal(recorded[0], network[1]) and equal(recorded[16], result.tensors)
+    assert not equal(recorded[8], recorded[12])
+
+
+def test_records_at_chosen_steps_do_not_disturb_the_run(network):
+    recorded = {}
+    plain = train(*network, little(), RECIPE, generator=seed())
+    result = train(
+        *network,
+        little(),
+        RECIPE,
+        generator=seed(),
+        record=lambda step, values: recorded.update({step: values}),
+        record_at={1, 2, 3, 5, 8, 13, 99},
+    )
+    assert list(recorded) == [1, 2, 3, 5, 8, 13]
+    assert equal(result.tensors, plain.tensors)
+    assert recorded[5]["norm.num_batches_tracked"] == 5
+
+
+def test_a_run_stops_when_told(network):
+    result = train(*network, little(), RECIPE, generator=seed(), stop=lambda row: row.epoch == 2)
+    assert result.history[-1].epoch == 2
+    at_once = train(*network, little(), RECIPE, generator=seed(), stop=lambda row: True)
+    assert len(at_once.history) == 1
+
+
+def test_rows_within_epochs_do_not_disturb_the_run(network):
+    plain = train(*network, little(), RECIPE, generator=seed(), test=True)
+    shown = []
+    result = train(
+        *network,
+        little(),
+        RECIPE,
+        generator=seed(),
+        test=True,
+        evaluate_at={1, 2, 6, 8, 99},
+        on_epoch=shown.append,
+    )
+    assert [row.epoch for row in result.history] == [0, 0.25, 0.5, 1, 1.5, 2, 3, 4]
+    assert shown == list(result.history)
+    assert equal(result.tensors, plain.tensors)
+    found = [row for row in result.history if row.epoch == round(row.epoch)]
+    for ours, theirs in zip(found, plain.history, strict=True):
+        assert replace(ours, cost=theirs.cost) == theirs
+    recorded = {}
+    train(
+        *network,
+        little(),
+        RECIPE,
+        generator=seed(),
+        record=lambda step, values: recorded.update(values),
+        record_at={1},
+    )
+    assert accuracy(network[0], recorded, little().test.batches(50)) == result.history[1].test_accuracy
+
+
+# --- what goes wrong
+
+
+def test_divergence_is_reported_with_its_step(digits):
+    model = networks.build(lambda: networks.mlp([64, 32, 10]), seed())
+    with pytest.raises(Diverged, match=r"step \d+ \(epoch 1\).*learning rate") as caught:
+        train(model, tensors.state(model), digits, Recipe(3, 1e9, schedule="constant"), generator=seed())
+    assert 1 <= caught.value.step < 10 and caught.value.epoch == 1
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize("label", [2, -100])
+def test_labels_without_an_output_are_refused_before_work(network, part, label):
+    data = little()
+    split = getattr(data, part)
+    split.labels[3] = label
+    with pytest.raises(ValueError, match=f"{label}.*classes 0 to 1"):
+        train(*network, data, RECIPE, generator=seed(), on_epoch=pytest.fail)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_tensors_that_do_not_fit_are_named(network, change):
+    model, start = network
+    start = dict(start)
+    if change == "missing":
+        del start["fc.bias"]
+    elif change == "extra":
+        start["fc.gain"] = torch.ones(2)
+    else:
+        start["fc.bias"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"fc\.(bias|gain)"):
+        train(model, start, little(), RECIPE, generator=seed())
+
+
+def test_no_validation_split_is_no_validation_accuracy(network):
+    data = little()
+    data = replace(data, validation=data.validation.subset(torch.empty(0, dtype=torch.int64)))
+    result = train(*network, data, RECIPE, generator=seed())
+    assert result.history[-1].validation_accuracy is None
+
+
+# --- checkpoints
+
+
+@pytest.fixture
+def every_epoch(monkeypatch):
+    """Checkpoints are written after every epoch, however short."""
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(epoch):
+    def on_epoch(row):
+        if row.epoch == epoch:
+            raise Interrupted
+
+    return on_epoch
+
+
+@pytest.mark.parametrize("optimizer, lr", [("sgd", 0.05), ("adam", 1e-3)])
+@pytest.mark.parametrize("epoch", [0, 1, 2.5, 4])
+def test_an_interrupted_run_resumes_to_the_bit(network, tmp_path, every_epoch, epoch, optimizer, lr):
+    """Interrupted while it tells of this epoch, it resumes from the end of the epoch before."""
+    recipe = replace(RECIPE, optimizer=optimizer, lr=lr)
+    how = {"evaluate_at": {10, 11}, "checkpoint": tmp_path / "run.safetensors"}
+    whole = train(*network, little(), recipe, generator=seed(1), evaluate_at={10, 11})
+    with pytest.raises(Interrupted):
+        train(*network, little(), recipe, generator=seed(1), on_epoch=interrupt_at(epoch), **how)
+    recorded, shown = [], []
+    resumed = train(
+        *network,
+        little(),
+        recipe,
+        generator=seed(1),
+        on_epoch=shown.append,
+        record=lambda step, _: recorded.append(step),
+        **how,
+    )
+    assert equal(resumed.tensors, whole.tensors)
+    assert [row.epoch for row in resumed.history] == [0, 1, 2, 2.5, 2.75, 3, 4]
+    done = math.ceil(epoch) - 1 if epoch > 1 else -1  # there is no file before the first epoch is over
+    assert [row.epoch for row in shown] == [n for n in (0, 1, 2, 2.5, 2.75, 3, 4) if n > done]
+    assert recorded == [4 * n for n in range(done + 1, 5)]
+    for ours, theirs in zip(resumed.history, whole.history, strict=True):
+        assert replace(ours, cost=theirs.cost) == theirs
+
+
+def test_the_cost_goes_on_from_the_checkpoint(network, tmp_path, every_epoch):
+    path = tmp_path / "run.safetensors"
+    told = []
+    with pytest.raises(Interrupted):
+        train(
+            *network,
+            little(),
+            RECIPE,
+            generator=seed(1),
+            checkpoint=path,
+            on_epoch=lambda row: told.append(row) or interrupt_at(3)(row),
+        )
+    resumed = train(*network, little(), RECIPE, generator=seed(1), checkpoint=path)
+    assert resumed.history[:3] == tuple(told[:3])
+    assert resumed.history[3].cost.wall > told[2].cost.wall > 0
+
+
+def test_short_epochs_share_a_checkpoint(network, tmp_path, monkeypatch):
+    """However many they are, and the finished run is there at the end."""
+    writes = []
+
+    def counted(tensors, part, metadata):
+        writes.append(part)
+        save_file(tensors, part, metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", counted)
+    monkeypatch.setattr(checkpoints, "SECONDS", 1e9)
+    path = tmp_path / "run.safetensors"
+    recipe = replace(RECIPE, epochs=60)
+    first = train(*network, little(), recipe, generator=seed(), checkpoint=path)
+    assert len(writes) == 1
+    again = train(*network, little(), recipe, generator=seed(), checkpoint=path, on_epoch=pytest.fail)
+    assert first.history == again.history and equal(first.tensors, again.tensors)
+    assert len(writes) == 1
+
+
+def test_a_stopped_run_is_not_run_again(network, tmp_path):
+    run = {
+        "generator": seed(),
+        "checkpoint": tmp_path / "run.safetensors",
+        "stop": lambda row: row.epoch == 2,
+    }
+    first = train(*network, little(), RECIPE, **run)
+    again = train(*network, little(), RECIPE, **run | {"generator": seed()}, on_epoch=pytest.fail)
+    assert first.history == again.history and len(first.history) == 3
+    further = train(*network, little(), RECIPE, **run | {"generator": seed(), "stop": None})
+    assert equal(further.tensors, train(*network, little(), RECIPE, generator=seed()).tensors)
+
+
+def test_a_finished_run_is_not_run_again(network, tmp_path):
+    path = tmp_path / "deep" / "run.safetensors"
+    first = train(*network, little(), RECIPE, generator=seed(), checkpoint=path)
+    again = train(*network, little(), RECIPE, generator=seed(), checkpoint=path)
+    assert equal(first.tensors, again.tensors) and first.history == again.history
+    assert [file.name for file in path.parent.iterdir()] == ["run.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"recipe": replace(RECIPE, lr=0.1)}, "recipe differ: lr is 0.05 there and 0.1 here"),
+        ({"data": little(train=60)}, "data"),
+        ({"generator": seed(9)}, "generator"),
+        ({"test": True}, "rows"),
+        ({"evaluate_at": {1}}, "rows"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused(network, tmp_path, change, words):
+    path = tmp_path / "run.safetensors"
+    run = {"data": little(), "recipe": RECIPE, "generator": seed(), "checkpoint": path}
+    train(*network, **run)
+    kept = path.read_bytes()
+    run = run | {"generator": seed()} | change
+    with pytest.raises(ValueError, match=words):
+        train(*network, **run)
+    assert path.read_bytes() == kept
+
+
+def test_another_start_is_refused(network, tmp_path):
+    model, start = network
+    path = tmp_path / "run.safetensors"
+    train(model, start, little(), RECIPE, generator=seed(), checkpoint=path)
+    other = start | {"fc.bias": start["fc.bias"] + 1}
+    with pytest.raises(ValueError, match="start"):
+        train(model, other, little(), RECIPE, generator=seed(), checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "history", "missing", "retyped", "foreign", "text", "folder"]
+)
+def test_a_damaged_checkpoint_is_refused(network, tmp_path, damage):
+    path = tmp_path / "run.safetensors"
+    train(*network, little(), RECIPE, generator=seed(), checkpoint=path)
+    content = path.read_bytes()
+    if damage in ("history", "missing", "retyped"):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if damage == "history":
+            metadata["history"] = metadata["history"].replace("0.", "1.", 1)
+        elif damage == "missing":
+            del held["optimiser/0/momentum_buffer"]
+        else:
+            held["model/fc.bias"] = held["model/fc.bias"].view(torch.int32)
+        save_file(held, path, metadata)
+    elif damage == "foreign":
+        save_file({"x": torch.ones(2)}, path)
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        flipped = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+        path.write_bytes({"truncated": content[:-10], "flipped": flipped, "text": b"hello"}[damage])
+    with pytest.raises((ValueError, OSError), match=r"run\.safetensors"):
+        train(*network, little(), RECIPE, generator=seed(), checkpoint=path)
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(network, tmp_path, monkeypatch, every_epoch):
+    """Killed while writing, the run resumes from the checkpoint before."""
+    path = tmp_path / "run.safetensors"
+    whole = train(*network, little(), RECIPE, generator=seed(1))
+    calls = []
+
+    def dying(tensors, part, metadata):
+        calls.append(part)
+        if len(calls) == 3:
+            part.write_bytes(b"half")
+            raise KeyboardInterrupt
+        save_file(tensors, part, metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train(*network, little(), RECIPE, generator=seed(1), checkpoint=path)
+    with safe_open(path, framework="pt") as file:
+        assert len(json.loads(file.metadata()["history"])) == 3
+    resumed = train(*network, little(), RECIPE, generator=seed(1), checkpoint=path)
+    assert equal(resumed.tensors, whole.tensors)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_rows_are_plain_data(network):
+    row = train(*network, little(), replace(RECIPE, epochs=1), generator=seed()).history[-1]
+    assert parse_json(json.dumps(asdict(row)), Epoch, "a row") == row
