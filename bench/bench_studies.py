@@ -11,7 +11,7 @@ import pytest
 from conftest import ROWS
 from regraft.data import MissingData
 from regraft_bench import front
-from regraft_bench.run import crashed
+from regraft_bench.run import is_crash
 
 
 def test_scenario(benchmark, chosen, told, pytestconfig):
@@ -26,5 +26,5 @@ def test_scenario(benchmark, chosen, told, pytestconfig):
     except MissingData as missing:
         pytest.skip(str(missing))
     pytestconfig.stash[ROWS].setdefault(study.name, []).extend(rows)
-    failures = [f"{row.method}, seed {row.seed}: {row.failure}" for row in rows if crashed(row)]
+    failures = [f"{row.method}, seed {row.seed}: {row.failure}" for row in rows if is_crash(row)]
     assert not failures, "; ".join(failures)

@@ -13,7 +13,7 @@ from regraft.core.guard import make_deterministic
 from regraft_bench import front
 from regraft_bench.rows import Row
 from regraft_bench.studies import STUDIES
-from regraft_bench.study import Place
+from regraft_bench.study import RunPaths
 
 ROOT = Path(__file__).parents[1]
 ROWS = pytest.StashKey[dict[str, list[Row]]]()
@@ -72,13 +72,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def place(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     cache = pytestconfig.getoption("cache") or tmp_path_factory.mktemp("trainings")
-    return Place(pytestconfig.getoption("data"), cache, pytestconfig.getoption("device"))
+    return RunPaths(pytestconfig.getoption("data"), cache, pytestconfig.getoption("device"))
 
 
 @pytest.fixture
-def told(place: Place, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) -> Any:
+def told(place: RunPaths, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) -> Any:
     """The place, with progress on the terminal that pytest itself writes to."""
     screen = pytestconfig.get_terminal_writer()
     console = Console(file=screen._file, force_terminal=screen.hasmarkup)

@@ -8,12 +8,16 @@ from pathlib import Path
 
 from regraft_bench.run import run
 from regraft_bench.studies import study
-from regraft_bench.study import Place
+from regraft_bench.study import RunPaths
 
 transfer = study("transfer")
 with tempfile.TemporaryDirectory() as folder:
     rows = run(
-        transfer, transfer.select(["digits-mlp"]), place=Place(), rows=Path(folder) / "rows.jsonl", seeds=[0]
+        transfer,
+        transfer.select(["digits-mlp"]),
+        place=RunPaths(),
+        rows=Path(folder) / "rows.jsonl",
+        seeds=[0],
     )
     for row in rows:
         values = {"accuracy": row.values["accuracy"], "seconds": round(row.seconds, 3)}

@@ -51,15 +51,15 @@ def bench(
 
     from regraft.data import MissingData
     from regraft_bench import front
-    from regraft_bench.run import crashed
-    from regraft_bench.study import Place
+    from regraft_bench.run import is_crash
+    from regraft_bench.study import RunPaths
 
     console = Console(markup=False)
     if deterministic:
         from regraft.core.guard import make_deterministic
 
         make_deterministic()
-    place = Place(data, device=device) if cache is None else Place(data, cache, device)
+    place = RunPaths(data, device=device) if cache is None else RunPaths(data, cache, device)
     measure = partial(front.measure, results=results, seeds=seeds, resume=resume, keep_older=keep_older)
     rows: dict[str, list] = {}
     for chosen in front.choose(study, scenario, method):
@@ -72,7 +72,7 @@ def bench(
         rows.setdefault(chosen[0].name, []).extend(own)
     if not rows_only:
         front.conclude(rows, results, console)
-    failures = [row for own in rows.values() for row in own if crashed(row)]
+    failures = [row for own in rows.values() for row in own if is_crash(row)]
     for row in failures:
         console.print(f"{row.scenario}, {row.method}, seed {row.seed}: {row.failure}")
     return 1 if failures or not rows else 0
@@ -111,7 +111,7 @@ def reproduce(
         engine: who measures the rows: this process, the workers of a Ray cluster, or jobs of SLURM.
     """
     from regraft_bench import front
-    from regraft_bench.study import Place
+    from regraft_bench.study import RunPaths
 
     if deterministic:
         from regraft.core.guard import make_deterministic
@@ -122,7 +122,7 @@ def reproduce(
         table,
         figure,
         paper=paper,
-        place=Place(data, cache, device),
+        place=RunPaths(data, cache, device),
         results=results,
         seeds=seeds,
         keep_older=keep_older,

@@ -26,7 +26,7 @@ from regraft.core.files import write_text
 from regraft.core.guard import make_deterministic
 from regraft.data import MissingData
 from regraft.data.load import default_root
-from regraft_bench.rows import Row, encoded, environment, read
+from regraft_bench.rows import Row, encode, environment, read
 from regraft_bench.run import Engine, Job, execute, local, row_of
 from regraft_bench.study import Measured
 
@@ -72,7 +72,7 @@ def work(job: Job, asking: Process) -> Row | MissingData:
     except MissingData as missing:
         return missing
     row = replace(row, environment=replace(row.environment, command=asking.command))
-    write_text(file, encoded(row).decode() + "\n")
+    write_text(file, encode(row).decode() + "\n")
     return row
 
 

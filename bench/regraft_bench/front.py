@@ -19,7 +19,7 @@ from regraft_bench.report.render import ROWS, Figure, Table, for_papers, report,
 from regraft_bench.rows import Row, read
 from regraft_bench.run import run
 from regraft_bench.studies import STUDIES, study
-from regraft_bench.study import Place, Scenario, Study, nearest
+from regraft_bench.study import RunPaths, Scenario, Study, nearest
 from regraft_bench.tracking import compare, history, turns
 from regraft_bench.tracking.compare import Change
 from regraft_bench.tracking.turns import Limits
@@ -62,7 +62,7 @@ def _choose(studies: Sequence[str], scenarios: Sequence[str]) -> list[Chosen]:
 def measure(
     chosen: Chosen,
     *,
-    place: Place,
+    place: RunPaths,
     results: Path,
     seeds: int | None = None,
     resume: bool = False,
@@ -89,7 +89,7 @@ def measure(
 
 
 @contextmanager
-def progress(place: Place, console: Console) -> Iterator[Place]:
+def progress(place: RunPaths, console: Console) -> Iterator[RunPaths]:
     """The place with a bar in the terminal for whatever runs there; as it is where the console is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -134,7 +134,7 @@ def reproduced(
     figures: Sequence[str],
     *,
     paper: bool,
-    place: Place,
+    place: RunPaths,
     results: Path,
     seeds: int | None = None,
     keep_older: bool = False,
@@ -236,7 +236,10 @@ def against(
 ) -> int:
     """Measure a commit and the present code by turns, and print what changed; 1 where it is worse than is allowed."""
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory(prefix="regraft-against-") as place, progress(Place(), console) as shown:
+    with (
+        tempfile.TemporaryDirectory(prefix="regraft-against-") as place,
+        progress(RunPaths(), console) as shown,
+    ):
         folder = Path(place)
         sides = turns.extract(commit, folder / "then"), turns.copy(folder / "now")
         changes = turns.by_turns(

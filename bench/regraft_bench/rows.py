@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from regraft.core.clock import Cost, charged
+from regraft.core.clock import Cost, total_charge
 from regraft.core.registry import registered_name
 
 SCHEMA = 1
@@ -137,7 +137,7 @@ class Row:
     @property
     def total(self) -> Cost:
         """What the method is charged: every phase but evaluation."""
-        return charged(self.cost)
+        return total_charge(self.cost)
 
     @property
     def seconds(self) -> float:
@@ -180,7 +180,7 @@ def plain_data(value: Any) -> Any:
 # ---------------------------------------------------------------- files
 
 
-def encoded(row: Row) -> bytes:
+def encode(row: Row) -> bytes:
     """The line of a row."""
     return msgspec.json.encode({"schema": SCHEMA, **{f.name: getattr(row, f.name) for f in fields(row)}})
 
@@ -189,7 +189,7 @@ def append(path: Path | str, row: Row) -> None:
     """Add one line, whole or not at all, whoever else is adding. Raises OSError where it cannot be written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = encoded(row)
+    line = encode(row)
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

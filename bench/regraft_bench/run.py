@@ -17,7 +17,7 @@ from pathlib import Path
 
 from regraft.data import MissingData
 from regraft_bench.rows import Environment, Row, append, code, identity, latest, read
-from regraft_bench.study import TUNING_SEED, Measured, Method, Place, Scenario, Setting, Study
+from regraft_bench.study import TUNING_SEED, Measured, Method, RunPaths, Scenario, Setting, Study
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Earlier:
         if not (resume or keep_older) or not path.is_file():
             return cls({})
         kept = [row for row in read(path) if keep_older or row.code.same(code())]
-        return cls({row.identity: row for row in latest(kept) if not crashed(row)})
+        return cls({row.identity: row for row in latest(kept) if not is_crash(row)})
 
 
 def run(
     study: Study,
     scenarios: Sequence[Scenario],
     *,
-    place: Place,
+    place: RunPaths,
     rows: Path,
     seeds: Sequence[int] | None = None,
     resume: bool = False,
@@ -81,7 +81,7 @@ class _How:
     """What all runs of one call share."""
 
     study: Study
-    place: Place
+    place: RunPaths
     path: Path
     earlier: Earlier
     engine: Engine
@@ -142,7 +142,7 @@ class Job:
     scenario: Scenario
     method: Method
     seed: int
-    place: Place
+    place: RunPaths
     parts: Path
 
     @property
@@ -208,6 +208,6 @@ def row_of(job: Job, environment: Environment, measured: Measured, failure: str 
     )
 
 
-def crashed(row: Row) -> bool:
+def is_crash(row: Row) -> bool:
     """Whether the run ended by an error of code or input, not by diverging."""
     return row.failure is not None and not row.failure.startswith("diverged")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from regraft_bench.report.figures import Figure
     from regraft_bench.report.tables import Column, Table
 
-__all__ = ["TUNING_SEED", "Measured", "Method", "Place", "Scenario", "Series", "Setting", "Study", "Task"]
+__all__ = ["TUNING_SEED", "Measured", "Method", "RunPaths", "Scenario", "Series", "Setting", "Study", "Task"]
 
 TUNING_SEED = 1000
 """The seed of runs that only choose among a method's candidates: no reported run has it."""
@@ -54,7 +54,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPaths:
     """Where a run finds and leaves things; no part of what it measures but for the kind of device.
 
     data: folder of the data sets (None: the library's default). cache: finished and interrupted trainings.
@@ -102,7 +102,7 @@ class Method:
     about: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "about", self.about or told_by(self.run))
+        object.__setattr__(self, "about", self.about or first_paragraph(self.run))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Setting:
 
     scenario: Scenario
     seed: int
-    place: Place
+    place: RunPaths
     method: Method | None = None  # the one that is running
 
     @property
@@ -184,7 +184,15 @@ class Setting:
         purpose: names the training within this seed. order: names the order of the images, where several trainings
         are to see the same one. Scenarios share a training of the same purpose, start, data and recipe.
         """
-        asked = [purpose, order, self.seed, recipe, repr(model), tensors.digest(start), _described(data)]
+        asked = [
+            purpose,
+            order,
+            self.seed,
+            recipe,
+            repr(model),
+            tensors.digest_tensors(start),
+            _described(data),
+        ]
         penalty, looks = how.get("penalty"), sorted(how.get("evaluate_at", ()))
         name = digest([*asked, None if penalty is None else penalty.identity, *([looks] if looks else [])])
         tell = self.place.tell
@@ -230,7 +238,7 @@ class Study:
         return [known[name] for name in names]
 
 
-def told_by(part: Any) -> str:
+def first_paragraph(part: Any) -> str:
     """How the docstring of a function, or of a class or object, begins: its first paragraph, in one line."""
     while isinstance(part, partial):
         part = part.func

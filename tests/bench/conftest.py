@@ -10,7 +10,7 @@ from regraft.core.clock import Cost
 from regraft_bench.report.figures import Figure, Panel, curves
 from regraft_bench.report.tables import COMMON, Table, by_method
 from regraft_bench.rows import Series
-from regraft_bench.study import Measured, Method, Place, Scenario, Setting, Study
+from regraft_bench.study import Measured, Method, RunPaths, Scenario, Setting, Study
 
 
 @dataclass(frozen=True)
@@ -62,5 +62,5 @@ def toy() -> Study:
 
 
 @pytest.fixture
-def place(tmp_path) -> Place:
-    return Place(cache=tmp_path / "cache")
+def place(tmp_path) -> RunPaths:
+    return RunPaths(cache=tmp_path / "cache")

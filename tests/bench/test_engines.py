@@ -18,9 +18,9 @@ import torch
 
 from regraft.data import MissingData
 from regraft_bench import engines
-from regraft_bench.rows import encoded, read
+from regraft_bench.rows import encode, read
 from regraft_bench.run import Job, local, parts, run
-from regraft_bench.study import Measured, Method, Place, Scenario, Setting, Study, Task
+from regraft_bench.study import Measured, Method, RunPaths, Scenario, Setting, Study, Task
 
 MANY = 33  # seeds of three methods, and one row that always takes its worker along: 100 rows
 KILLS = 20
@@ -71,13 +71,13 @@ def study_of(folder: Path, methods=METHODS, seeds: int = 2, seconds: float = 0.0
 
 
 def rows_of(study, path, engine, **how):
-    place = Place(cache=path.parent / "cache", data=path.parent)
+    place = RunPaths(cache=path.parent / "cache", data=path.parent)
     return list(run(study, study.scenarios, place=place, rows=path, engine=engine, **how))
 
 
 def plain(row):
     """What must be equal: all but when, and by what the time was spent."""
-    found = json.loads(encoded(row))
+    found = json.loads(encode(row))
     return {name: value for name, value in found.items() if name not in ("time", "cost")}
 
 
@@ -141,7 +141,7 @@ def test_where_there_is_no_cluster_it_is_said(slurm, tmp_path, monkeypatch):
 
 def job_of(study, path, method=METHODS[0], seed=0):
     (scenario,) = study.scenarios
-    place = Place(cache=path.parent / "cache", data=path.parent)
+    place = RunPaths(cache=path.parent / "cache", data=path.parent)
     return Job(study, scenario, method, seed, place, parts(path, scenario))
 
 

@@ -32,7 +32,7 @@ from regraft_bench.report.figures import svg
 from regraft_bench.report.tables import current, groups
 from regraft_bench.rows import Code, Environment, Row, Series, plain_data, read
 from regraft_bench.run import run
-from regraft_bench.study import TUNING_SEED, Place, Scenario
+from regraft_bench.study import TUNING_SEED, RunPaths, Scenario
 
 COMMITTED = Path(__file__).parents[2] / "results" / "fast" / "rows.jsonl"
 SCENARIOS = {scenario.name: scenario for scenario in STUDY.scenarios}
@@ -138,8 +138,8 @@ def tiny(*methods, **changes) -> Scenario:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return Place(cache=tmp_path_factory.mktemp("cache"))
+def place(tmp_path_factory) -> RunPaths:
+    return RunPaths(cache=tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

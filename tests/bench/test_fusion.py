@@ -20,7 +20,7 @@ from regraft_bench.fusion.setting import TWO_GRADIENTS, OntoTargets, Regime, Tar
 from regraft_bench.report.render import markdown
 from regraft_bench.rows import Code, Environment, Row, Series
 from regraft_bench.run import run
-from regraft_bench.study import TUNING_SEED, Place, Scenario, Task
+from regraft_bench.study import TUNING_SEED, RunPaths, Scenario, Task
 
 ONCE = Recipe(epochs=1, lr=0.02, batch_size=20)
 TINY = Regime(ONCE, ONCE, ONCE, width=1 / 32)
@@ -34,7 +34,7 @@ def scenario(name: str) -> Scenario:
 
 
 def measured(folder: Path, one: Scenario, **how) -> list[Row]:
-    place = Place(data=folder / "no data", cache=folder / "cache")
+    place = RunPaths(data=folder / "no data", cache=folder / "cache")
     rows = list(run(STUDY, [one], place=place, rows=folder / "rows.jsonl", seeds=[0], **how))
     assert [row.failure for row in rows if row.seed != TUNING_SEED and row.failure] == []
     return rows
@@ -222,7 +222,7 @@ def test_coefficients_are_chosen_on_validation_and_reported_on_test(folder, monk
 
 
 def test_smaller_scales_are_among_larger_ones(folder):
-    setting = STUDY.setting(Scenario("table-A18", (), PAIR), 0, Place(cache=folder / "cache"))
+    setting = STUDY.setting(Scenario("table-A18", (), PAIR), 0, RunPaths(cache=folder / "cache"))
     sets = [
         {tuple(image.flatten().tolist()) for image in setting.at_scale(LOW, scale).train.images}
         for scale in ("small", "medium", "large")
@@ -232,7 +232,7 @@ def test_smaller_scales_are_among_larger_ones(folder):
 
 
 def test_missing_data_are_told_before_any_work(tmp_path):
-    place = Place(data=tmp_path, cache=tmp_path / "cache")
+    place = RunPaths(data=tmp_path, cache=tmp_path / "cache")
     with pytest.raises(MissingData, match="cifar10"):
         list(run(STUDY, [scenario("table-6")], place=place, rows=tmp_path / "rows.jsonl", seeds=[0]))
 

@@ -23,7 +23,7 @@ from regraft_bench.micro.pages import SUMMARY
 from regraft_bench.report.render import markdown, summary
 from regraft_bench.report.tables import Table, by_method
 from regraft_bench.run import run
-from regraft_bench.study import Place, Scenario
+from regraft_bench.study import RunPaths, Scenario
 from regraft_bench.symmetry import proofs, zoo
 from regraft_bench.symmetry.proofs import loaded_error
 from regraft_bench.timing import Contender, alternate
@@ -86,7 +86,7 @@ def test_cpu_time_is_that_of_the_work_and_a_result_may_know_better():
 # ---------------------------------------------------------------- contests
 
 
-def held(contest: Contest, place: Place, tmp_path: Path, how: Timed | None = None):
+def held(contest: Contest, place: RunPaths, tmp_path: Path, how: Timed | None = None):
     """One short round of a contest through the runner: rows by contender."""
     scenario = Scenario("tiny", timed_methods([contest]), how or Timed(rounds=1, budget=0.1), seeds=1)
     rows = list(run(STUDY, [scenario], place=place, rows=tmp_path / "rows.jsonl"))

@@ -11,7 +11,7 @@ from regraft.networks import papers as networks
 from regraft.symmetry import apply
 from regraft.training.loop import Recipe
 from regraft_bench.run import run
-from regraft_bench.study import TUNING_SEED, Place, Scenario, Task
+from regraft_bench.study import TUNING_SEED, RunPaths, Scenario, Task
 from regraft_bench.transfer import STUDY, ports
 from regraft_bench.transfer.pages import PORT_QUESTIONS, port_questions, ported
 from regraft_bench.transfer.setting import Pretraining, TransferSetting
@@ -35,7 +35,7 @@ SCENARIO = Scenario("port-tiny", ports.methods((0.01, 0.05)), TINY, seeds=2)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return Place(cache=tmp_path_factory.mktemp("ports"))
+    return RunPaths(cache=tmp_path_factory.mktemp("ports"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def rows(place):
     return list(run(STUDY, [SCENARIO], place=place, rows=place.cache / "rows.jsonl"))
 
 
-def setting(place: Place, **changes) -> TransferSetting:
+def setting(place: RunPaths, **changes) -> TransferSetting:
     return TransferSetting(replace(SCENARIO, settings=replace(TINY, **changes)), 0, place)
 
 

@@ -7,7 +7,7 @@ from regraft_bench import front
 from regraft_bench import rows as rows_module
 from regraft_bench import run as run_module
 from regraft_bench.rows import read
-from regraft_bench.run import crashed, run
+from regraft_bench.run import is_crash, run
 from regraft_bench.study import TUNING_SEED, Measured, Method, Scenario, Setting, Task
 
 from .conftest import Toy, broken, diverging, ran
@@ -94,7 +94,7 @@ def test_a_run_that_fails_is_a_row_that_says_how(toy, place, tmp_path):
         "KeyError: 'no such tensor'",
         None,
     ]
-    assert [crashed(row) for row in found] == [False, True, False]
+    assert [is_crash(row) for row in found] == [False, True, False]
     again = measured(study, place, tmp_path / "rows.jsonl", resume=True)
     assert again[0] == found[0]
     assert len(read(tmp_path / "rows.jsonl")) == 4, "what crashed is tried again, what diverged is not"

@@ -16,7 +16,7 @@ from regraft_bench.report.figures import svg
 from regraft_bench.report.tables import Group, groups
 from regraft_bench.rows import Code, Environment, Row, Series, digest, plain_data, read
 from regraft_bench.run import run
-from regraft_bench.study import TUNING_SEED, Place, Scenario, Task
+from regraft_bench.study import TUNING_SEED, RunPaths, Scenario, Task
 from regraft_bench.transfer import STUDY, ports
 from regraft_bench.transfer.assumption import FIRST_GRADIENTS, UPDATES, distance
 from regraft_bench.transfer.cost import COUNTED
@@ -95,7 +95,7 @@ TINY = Settings(
 
 def measure(folder: Path, settings: Settings, methods=METHODS, seeds=(0,), name="tiny") -> list[Row]:
     scenario = Scenario(name, methods, settings)
-    place = Place(cache=folder / "cache")
+    place = RunPaths(cache=folder / "cache")
     return list(run(STUDY, [scenario], place=place, rows=folder / "rows.jsonl", seeds=seeds))
 
 
@@ -178,7 +178,7 @@ def test_pretrained_starts_batch_norm_and_augmentation(tmp_path):
     found = measure(tmp_path, settings)
     assert not [row.failure for row in found if row.failure]
     assert all("batchnorm" in row.cost for row in found if row.method != "plain")
-    setting = TransferSetting(Scenario("tiny", METHODS, settings), 0, Place(cache=tmp_path / "cache"))
+    setting = TransferSetting(Scenario("tiny", METHODS, settings), 0, RunPaths(cache=tmp_path / "cache"))
     assert not torch.equal(setting.source_start["conv1.weight"], setting.target_start["conv1.weight"])
     fresh = networks.build(
         lambda: settings.model(**settings.arguments), setting.generator("values", "target")
@@ -189,7 +189,7 @@ def test_pretrained_starts_batch_norm_and_augmentation(tmp_path):
 def test_gradients_see_the_images_that_training_sees(tmp_path):
     def first(augment):
         settings = replace(TINY, recipe=replace(BRIEF, augment=augment))
-        setting = TransferSetting(Scenario("tiny", METHODS, settings), 0, Place(cache=tmp_path))
+        setting = TransferSetting(Scenario("tiny", METHODS, settings), 0, RunPaths(cache=tmp_path))
         again, once = (next(iter(setting.stream()))[0] for _ in range(2))
         assert torch.equal(once, again), "every method sees the same ones"
         assert len(once) == settings.recipe.batch_size
@@ -201,7 +201,7 @@ def test_gradients_see_the_images_that_training_sees(tmp_path):
 def test_missing_data_are_named_before_any_work(tmp_path):
     settings = replace(TINY, pretraining=Pretraining(Task("cifar10"), BRIEF))
     scenario = Scenario("absent", METHODS, settings)
-    place = Place(data=tmp_path, cache=tmp_path / "cache")
+    place = RunPaths(data=tmp_path, cache=tmp_path / "cache")
     with pytest.raises(MissingData):
         list(run(STUDY, [scenario], place=place, rows=tmp_path / "rows.jsonl"))
     assert not (tmp_path / "rows.jsonl").exists() and not (tmp_path / "cache").exists()
@@ -345,7 +345,7 @@ def test_calibration_by_hand():
 
 def setting(folder: Path, **changes) -> TransferSetting:
     return TransferSetting(
-        Scenario("tiny", METHODS, replace(TINY, **changes)), 0, Place(cache=folder / "cache")
+        Scenario("tiny", METHODS, replace(TINY, **changes)), 0, RunPaths(cache=folder / "cache")
     )
 
 
@@ -390,7 +390,7 @@ def test_chance_is_told_and_not_hidden_behind_the_best_step(tmp_path):
 
 
 def test_a_tuning_run_is_refused_test_data(tmp_path):
-    tuning = TransferSetting(Scenario("tiny", METHODS, TINY), TUNING_SEED, Place(cache=tmp_path))
+    tuning = TransferSetting(Scenario("tiny", METHODS, TINY), TUNING_SEED, RunPaths(cache=tmp_path))
     with pytest.raises(ValueError, match="test data"):
         tuning.tests()
 

@@ -10,7 +10,7 @@ import torch
 
 from regraft import fuse, transfer
 from regraft.core.guard import make_deterministic
-from regraft.core.tensors import digest
+from regraft.core.tensors import digest_tensors
 from regraft.finetuning import fast
 from regraft.finetuning.phases import Phase, fine_tune
 from regraft.finetuning.recorder import Recorder
@@ -32,12 +32,12 @@ def everything(noise: int) -> list:
     fine_tune(network, adopted.head, [Phase(0.1, 0.01)], s.batches(), 2, recorder=recorder)
     record = recorder.finish()
     return [
-        digest(trained.tensors),
+        digest_tensors(trained.tensors),
         [row.train_loss for row in trained.history],
-        digest(moved.params),
+        digest_tensors(moved.params),
         moved.accuracies,
         moved.objectives,
-        digest(fuse([moved.params, trained.tensors], [0.3, 0.7])),
+        digest_tensors(fuse([moved.params, trained.tensors], [0.3, 0.7])),
         [row.scores for row in record.validations],
         [row.distance for row in record.deployments],
     ]

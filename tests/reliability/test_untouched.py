@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from regraft import Trajectory, assign_gradient, fuse, match, trace, transfer, verify
-from regraft.core.guard import same_streams, untouched
+from regraft.core.guard import preserve_state, same_streams
 from regraft.core.tensors import live_state, state
 from regraft.data import Dataset, Split
 from regraft.finetuning import fast
@@ -230,7 +230,7 @@ def test_a_loader_goes_on_from_batch_to_batch():
 
 def test_the_guard_restores_what_was_added_taken_and_replaced():
     model = network()
-    with untouched(model), same_streams():
+    with preserve_state(model), same_streams():
         model.extra = nn.Linear(2, 2)
         model.hook = model.fc.register_forward_hook(lambda *_: None)
         del model.norm

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from regraft.core.clock import Clock
 from regraft.core.registry import register
-from regraft.core.tensors import fill_, seeded
+from regraft.core.tensors import fill_, use_generator
 from regraft.finetuning import fast
 from regraft.finetuning.fast import Adoption, Initialiser, NoGain, Normal
 from regraft.finetuning.phases import Groups, Optimiser, Outcome, Phase, fine_tune, sgd, sgd_as_in_the_paper
@@ -26,7 +26,7 @@ from regraft.learning_transfer.trajectory import Trajectory
 from regraft.networks.papers import initialise
 from regraft_bench.fast.setting import FastSetting
 from regraft_bench.rows import plain_data
-from regraft_bench.study import Measured, Method, Series, told_by
+from regraft_bench.study import Measured, Method, Series, first_paragraph
 
 Rates = tuple[float | None, float | None]
 """Of the head and of the body (the features); None: that part stays as it is."""
@@ -234,7 +234,7 @@ class FineTuning:
         first = self.prepare.initialise if isinstance(self.prepare, Draw) else self.prepare
         bias = " No bias." if isinstance(self.prepare, Draw) and not self.prepare.bias else ""
         head = "Classifier: " if isinstance(self.prepare, Draw) else ""
-        return f"{head}{told_by(first)}{bias} {told_by(self.plan)} {told_by(self.optimiser)}"
+        return f"{head}{first_paragraph(first)}{bias} {first_paragraph(self.plan)} {first_paragraph(self.optimiser)}"
 
     def __call__(self, setting: FastSetting) -> Measured:
         """Values and curves of what would be deployed. A run that diverges is judged by the best state that it had,
@@ -243,11 +243,11 @@ class FineTuning:
         clock = Clock()
         with (
             clock.phase("prepare", setting.device),
-            seeded(setting.generator("preparation"), setting.device),
+            use_generator(setting.generator("preparation"), setting.device),
         ):
             self.prepare(model, adopted, setting)
         recorder = setting.recorder(model, adopted)
-        with seeded(setting.generator("dropout"), setting.device):
+        with use_generator(setting.generator("dropout"), setting.device):
             outcome = fine_tune(
                 model,
                 adopted.head,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.core.forward import call
-from regraft.core.tensors import Batch, Tensors, check_alike, digest
+from regraft.core.tensors import Batch, Tensors, check_alike, digest_tensors
 from regraft.data import Dataset, Split, normalise
 from regraft.training.evaluation import complete, evaluating, gradients, mode
 
@@ -100,7 +100,7 @@ class Consolidation:
 
     @property
     def identity(self) -> str:
-        return f"{self.strength} {digest(self.anchor)} {digest(self.importance)}"
+        return f"{self.strength} {digest_tensors(self.anchor)} {digest_tensors(self.importance)}"
 
     def __call__(self, network: nn.Module) -> None:
         with torch.no_grad():

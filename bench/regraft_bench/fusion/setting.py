@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from regraft.core.clock import EVALUATION, Clock, Cost
 from regraft.core.files import write_text
 from regraft.core.tensors import Batch, Tensors, tensor_digest
-from regraft.core.tensors import digest as tensors_digest
+from regraft.core.tensors import digest_tensors as tensors_digest
 from regraft.data import Dataset, MissingData
 from regraft.fusion.grids import evaluate
 from regraft.fusion.repair import batch_statistics

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from regraft.core.clock import Clock, Cost, charged
+from regraft.core.clock import Clock, Cost, total_charge
 from regraft.core.tensors import Perm, Tensors
 from regraft.learning_transfer.driver import transfer
 from regraft.learning_transfer.trajectory import Trajectory
@@ -141,7 +141,7 @@ def _make_fgmt(setting: MicroSetting) -> dict[str, Contender]:
         return transfer(model, path, target, sample, "fgmt", spec=spec)
 
     def without_gradients(found: Any) -> Cost:
-        return charged({phase: cost for phase, cost in found.seconds.items() if phase != "gradients"})
+        return total_charge({phase: cost for phase, cost in found.seconds.items() if phase != "gradients"})
 
     return {
         BY_HAND: Contender(

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.learning_transfer import driver as learning_transfer
-from regraft_bench.study import Measured, Method, told_by
+from regraft_bench.study import Measured, Method, first_paragraph
 from regraft_bench.transfer import methods
 from regraft_bench.transfer.setting import TransferSetting
 
@@ -63,7 +63,7 @@ def plain(setting: TransferSetting) -> Measured:
 COUNTED = (
     Method("plain", plain),
     *(
-        Method(name, partial(counted, name), about=f"{told_by(steps)} Its operations are counted.")
+        Method(name, partial(counted, name), about=f"{first_paragraph(steps)} Its operations are counted.")
         for name, steps in learning_transfer.METHODS.items()
     ),
 )

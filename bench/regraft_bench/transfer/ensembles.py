@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from regraft.core.clock import Cost, charged
+from regraft.core.clock import Cost, total_charge
 from regraft.core.forward import call
 from regraft.core.tensors import Tensors
 from regraft.learning_transfer.many import transfer_to_many
@@ -92,7 +92,7 @@ def _together(setting: TransferSetting, members: Sequence[Member]) -> Measured:
             cost[phase] = cost.get(phase, Cost()) + seconds
     probabilities, labels = _probabilities(setting, networks)
     values = judged_together(probabilities, labels)
-    return Measured(values | {"total [CPU s]": charged(cost).cpu, "members": len(networks)}, cost=cost)
+    return Measured(values | {"total [CPU s]": total_charge(cost).cpu, "members": len(networks)}, cost=cost)
 
 
 def _probabilities(setting: TransferSetting, networks: Sequence[Tensors]) -> tuple[Tensor, Tensor]:

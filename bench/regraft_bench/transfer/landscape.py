@@ -15,7 +15,7 @@ from regraft.learning_transfer.driver import Transfer
 from regraft.matching.descent import match
 from regraft.symmetry import apply
 from regraft.training.evaluation import batch_norms, interpolate, plane
-from regraft_bench.study import Measured, Method, Series, told_by
+from regraft_bench.study import Measured, Method, Series, first_paragraph
 from regraft_bench.transfer.setting import TransferSetting
 
 Ends = tuple[Tensors, Tensors]
@@ -118,15 +118,23 @@ LINES = (
     Method(
         "target to fgmt, trained on",
         partial(line, partial(target_and_tuned, "fgmt")),
-        about=told_by(target_and_tuned),
+        about=first_paragraph(target_and_tuned),
     ),
-    Method("target to source, permuted", partial(line, target_and_source), about=told_by(target_and_source)),
+    Method(
+        "target to source, permuted",
+        partial(line, target_and_source),
+        about=first_paragraph(target_and_source),
+    ),
     Method(
         "target to source",
         partial(line, target_and_source_as_it_is),
-        about=told_by(target_and_source_as_it_is),
+        about=first_paragraph(target_and_source_as_it_is),
     ),
-    Method("target to another order", partial(line, target_and_another), about=told_by(target_and_another)),
+    Method(
+        "target to another order",
+        partial(line, target_and_another),
+        about=first_paragraph(target_and_another),
+    ),
 )
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.core.clock import Cost, charged
+from regraft.core.clock import Cost, total_charge
 from regraft.core.tensors import Tensors
 from regraft.learning_transfer import driver as learning_transfer
 from regraft.learning_transfer.driver import Transfer
 from regraft.symmetry import apply
 from regraft.training.evaluation import accuracy
 from regraft.training.loop import Training
-from regraft_bench.study import Measured, Method, Series, told_by
+from regraft_bench.study import Measured, Method, Series, first_paragraph
 from regraft_bench.transfer.setting import TransferSetting, forget_peak_memory
 
 # ---------------------------------------------------------------- methods
@@ -69,7 +69,7 @@ def oracle(setting: TransferSetting) -> Measured:
 METHODS = (
     Method("plain", plain),
     *(
-        Method(name, oracle if name == "oracle" else partial(moved, name), about=told_by(steps))
+        Method(name, oracle if name == "oracle" else partial(moved, name), about=first_paragraph(steps))
         for name, steps in learning_transfer.METHODS.items()
     ),
 )
@@ -129,7 +129,7 @@ def judged(
         purpose = f"after {setting.method.name}"
         after = setting.learn(purpose, params, setting.settings.subsequent, "subsequent")
         values |= {"accuracy": after.history[0].test_accuracy, "final": after.history[-1].test_accuracy}
-        series |= curve(after, charged(cost))
+        series |= curve(after, total_charge(cost))
     return Measured(values, series, cost, notes or {})
 
 

@@ -23,7 +23,7 @@ from regraft.matching.descent import match
 from regraft.symmetry import PermutationSpec, apply
 from regraft.training.evaluation import accuracy, evaluating
 from regraft.training.loop import train_steps_
-from regraft_bench.study import Measured, Method, told_by
+from regraft_bench.study import Measured, Method, first_paragraph
 from regraft_bench.transfer.methods import judged, measured
 from regraft_bench.transfer.setting import TransferSetting
 from regraft_kernels import assign
@@ -205,10 +205,10 @@ def _as_start(setting: TransferSetting, params: Tensors, clock: Clock, gradients
 
 
 PEERS = (
-    Method("random", partial(permuted, random), about=told_by(random)),
-    Method("end-weights", partial(permuted, end_weights), about=told_by(end_weights)),
-    Method("end-activations", partial(permuted, end_activations), about=told_by(end_activations)),
-    Method("end-sinkhorn", partial(permuted, end_sinkhorn), about=told_by(end_sinkhorn)),
+    Method("random", partial(permuted, random), about=first_paragraph(random)),
+    Method("end-weights", partial(permuted, end_weights), about=first_paragraph(end_weights)),
+    Method("end-activations", partial(permuted, end_activations), about=first_paragraph(end_activations)),
+    Method("end-sinkhorn", partial(permuted, end_sinkhorn), about=first_paragraph(end_sinkhorn)),
     Method("warm-start", warm_start),
     Method("shrink-and-perturb", shrink_and_perturb),
     Method("brief", brief),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.core.clock import Clock, Cost
-from regraft.core.tensors import Batch, Tensors, fill_, seeded, state
+from regraft.core.tensors import Batch, Tensors, fill_, state, use_generator
 from regraft.data import Dataset
 from regraft.learning_transfer import driver as learning_transfer
 from regraft.learning_transfer.driver import Transfer
@@ -121,7 +121,7 @@ class TransferSetting(Setting):
                 f"{role} pretraining", model, state(model), self.dataset(task, self.seed), recipe
             )
             fill_(model, learned.tensors)
-            with seeded(self.generator("head", role), self.device):
+            with use_generator(self.generator("head", role), self.device):
                 adopt(model, data.num_classes).head.reset_parameters()
         return model
 

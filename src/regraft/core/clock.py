@@ -26,7 +26,7 @@ class Cost:
         return Cost(self.wall + other.wall, self.cpu + other.cpu)
 
 
-def charged(seconds: Mapping[str, Cost]) -> Cost:
+def total_charge(seconds: Mapping[str, Cost]) -> Cost:
     """The sum over phases, evaluation apart."""
     return sum((cost for phase, cost in seconds.items() if phase != EVALUATION), Cost())
 
@@ -60,7 +60,7 @@ class Clock:
     @property
     def cost(self) -> Cost:
         """The sum over phases, evaluation apart."""
-        return charged(self.seconds)
+        return total_charge(self.seconds)
 
 
 def synchronise(device: torch.device | str) -> None:

@@ -54,23 +54,23 @@ def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
-def mapped(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Any:
+def map_inputs(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Any:
     """The inputs with every tensor changed."""
     plain = dict(inputs) if isinstance(inputs, Mapping) else inputs
     return pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, plain)
 
 
-def named(inputs: Inputs) -> Tensors:
+def name_inputs(inputs: Inputs) -> Tensors:
     """The tensors among the inputs by a name for messages; one alone is "images"."""
     if isinstance(inputs, Tensor):
         return {"images": inputs}
-    leaves, _ = pytree.tree_flatten_with_path(mapped(lambda x: x, inputs))
+    leaves, _ = pytree.tree_flatten_with_path(map_inputs(lambda x: x, inputs))
     return {pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def examples(inputs: Inputs) -> int:
     """How many examples there are: the length of the first tensor. Raises ValueError where there is none."""
-    first = next((tensor for tensor in named(inputs).values() if tensor.ndim), None)
+    first = next((tensor for tensor in name_inputs(inputs).values() if tensor.ndim), None)
     if first is None:
         raise ValueError("the inputs hold no tensor of examples")
     return len(first)
@@ -79,7 +79,7 @@ def examples(inputs: Inputs) -> int:
 def portion(inputs: Inputs, begin: int, end: int) -> Any:
     """The inputs of the examples begin .. end - 1; tensors that have another length are every example's."""
     count = examples(inputs)
-    return mapped(lambda x: x[begin:end] if x.ndim and len(x) == count else x, inputs)
+    return map_inputs(lambda x: x[begin:end] if x.ndim and len(x) == count else x, inputs)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def _explained(
             raise
         held = dict(ours.named_parameters()) if isinstance(ours, nn.Module) else ours
         for kind in ("device", "dtype"):
-            a, b = _kinds(held, kind), _kinds(named(theirs), kind)
+            a, b = _kinds(held, kind), _kinds(name_inputs(theirs), kind)
             if a and b and not b <= a:
                 said = str(problem).partition("\n")[0]
                 raise ValueError(

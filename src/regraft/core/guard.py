@@ -1,4 +1,4 @@
-"""The user's objects stay as they are: whatever runs a user's model does so inside `untouched`.
+"""The user's objects stay as they are: whatever runs a user's model does so inside `preserve_state`.
 
 Values are safe in another way: a model is run on copies of them (`torch.func.functional_call`), never on the user's.
 """
@@ -40,7 +40,7 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[None]:
     """Inside, anything may happen to the model; afterwards it is as before.
 
     That is: every attribute of every module (mode, hooks, which parameters, buffers and submodules it has, counters,

@@ -59,7 +59,7 @@ def fill_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def seeded(generator: torch.Generator, device: torch.device | str = "cpu") -> Iterator[None]:
+def use_generator(generator: torch.Generator, device: torch.device | str = "cpu") -> Iterator[None]:
     """Inside, torch's global random state is one that the generator chose; afterwards it is as before.
 
     For code that can only draw from the global state: module constructors, dropout. Takes one number
@@ -77,7 +77,7 @@ def seeded(generator: torch.Generator, device: torch.device | str = "cpu") -> It
         yield
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor, whatever their order."""
     described = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from regraft.data.sets import READERS, ROOT_VARIABLE, Place, Raw
+from regraft.data.sets import READERS, ROOT_VARIABLE, DataSource, Raw
 from regraft.data.splits import ImageFiles, Split, normalise, stratified_split
 
 FILE_SAMPLE = 2000  # so many image files are decoded for a mean and a deviation
@@ -87,7 +87,7 @@ def load(
     family, _, path = name.partition(":")
     if family not in READERS or bool(path) != (family == "folder"):
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(READERS)}:PATH")
-    place = Place(
+    place = DataSource(
         name=name,
         root=Path(path) if path else Path(root) if root is not None else default_root(),
         download=download,

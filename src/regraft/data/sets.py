@@ -51,7 +51,7 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Place:
+class DataSource:
     """What a reader is told: the set's name, the root folder, and how image files are decoded.
 
     ``classes`` are those asked for, which tell the CIFAR-100 reader whether its extract would do.
@@ -103,7 +103,7 @@ SPLITS = ({"split": "train"}, {"split": "test"})
 
 
 @dataclass(frozen=True)
-class Torchvision:
+class TorchvisionReader:
     """A data set that torchvision reads.
 
     cls: its name in torchvision.datasets. folder: where its files lie, under the root. halves: what the class is
@@ -121,7 +121,7 @@ class Torchvision:
     files: bool = False
     how: str | None = None
 
-    def __call__(self, place: Place) -> Raw:
+    def __call__(self, place: DataSource) -> Raw:
         train, test = (
             place.construct(self.cls, self.folder, self.how, place.root / self.root, **half)
             for half in self.halves
@@ -129,7 +129,7 @@ class Torchvision:
         kept, tests = (self._split(place, part) for part in (train, test))
         return Raw(kept, tests, tuple(self.classes or train.classes))
 
-    def _split(self, place: Place, part: Any) -> Split:
+    def _split(self, place: DataSource, part: Any) -> Split:
         labels = torch.as_tensor(self.labels(part), dtype=torch.int64)
         return place.files(part, labels) if self.files else Split(_channels_first(part.data), labels)
 
@@ -142,7 +142,7 @@ def _channels_first(pixels: Any) -> Tensor:
     return pixels.permute(0, 3, 1, 2) if pixels.shape[3] == 3 else pixels
 
 
-def digits(place: Place) -> Raw:
+def digits(place: DataSource) -> Raw:
     """scikit-learn's 1,797 digits, 8x8. They have no test split: ours is fixed, so that seeds share it."""
     from sklearn.datasets import load_digits
 
@@ -154,7 +154,9 @@ def digits(place: Place) -> Raw:
 
 
 def image_folder(
-    place: Place, folder: str = "", how: str = "Images go into one folder per class, under train and test."
+    place: DataSource,
+    folder: str = "",
+    how: str = "Images go into one folder per class, under train and test.",
 ) -> Raw:
     """``folder``/{train,test or val}/<class>/<image>."""
     place = replace(place, root=place.root / folder)
@@ -171,7 +173,7 @@ def image_folder(
     return Raw(place.files(train, train.targets), place.files(test, test.targets), tuple(train.classes))
 
 
-def cifar100_extract(place: Place) -> Raw:
+def cifar100_extract(place: DataSource) -> Raw:
     """Some classes of CIFAR-100 as image files, read into memory."""
     how = "Write the images of the classes there as <class>/<image>.png, or load all of cifar100."
     raw = image_folder(replace(place, size=32, channels=3), EXTRACT, how)
@@ -181,10 +183,10 @@ def cifar100_extract(place: Place) -> Raw:
 EXTRACT = "cifar-100-18"
 
 
-def cifar100(place: Place) -> Raw:
+def cifar100(place: DataSource) -> Raw:
     """All of CIFAR-100, or its 18-class extract where only that is there and holds what is wanted."""
     try:
-        return Torchvision("CIFAR100", "cifar-100-python", HALVES)(place)
+        return TorchvisionReader("CIFAR100", "cifar-100-python", HALVES)(place)
     except MissingData as missing:
         extract = place.root / EXTRACT / "train"
         if not extract.is_dir():
@@ -202,7 +204,7 @@ def cifar100(place: Place) -> Raw:
         return cifar100_extract(place)
 
 
-def caltech256(place: Place) -> Raw:
+def caltech256(place: DataSource) -> Raw:
     """Caltech-256 without its 257th folder, which is clutter; a fixed fifth of it are the test images."""
     source = place.construct("Caltech256", "caltech256/256_ObjectCategories", None, place.root)
     names = [name for name in source.categories if "clutter" not in name]
@@ -213,7 +215,7 @@ def caltech256(place: Place) -> Raw:
     return Raw(everything.subset(kept), everything.subset(held), classes)
 
 
-def cub200(place: Place) -> Raw:
+def cub200(place: DataSource) -> Raw:
     """CUB-200-2011 by its four tables."""
     folder = place.root / "CUB_200_2011"
 
@@ -263,19 +265,19 @@ _CARS = (
 )
 _IMAGENET = "Unpack the training and validation images there, one folder per class (train/n01440764/...)."
 
-READERS: dict[str, Callable[[Place], Raw]] = {
+READERS: dict[str, Callable[[DataSource], Raw]] = {
     "digits": digits,
-    "mnist": Torchvision("MNIST", "MNIST/raw", HALVES, classes=TEN_DIGITS),
-    "fashion-mnist": Torchvision("FashionMNIST", "FashionMNIST/raw", HALVES),
-    "cifar10": Torchvision("CIFAR10", "cifar-10-batches-py", HALVES),
+    "mnist": TorchvisionReader("MNIST", "MNIST/raw", HALVES, classes=TEN_DIGITS),
+    "fashion-mnist": TorchvisionReader("FashionMNIST", "FashionMNIST/raw", HALVES),
+    "cifar10": TorchvisionReader("CIFAR10", "cifar-10-batches-py", HALVES),
     "cifar100": cifar100,
     "cifar100-18": cifar100_extract,
-    "stl10": Torchvision("STL10", "stl10_binary", SPLITS, attrgetter("labels")),
-    "svhn": Torchvision("SVHN", "svhn", SPLITS, attrgetter("labels"), classes=TEN_DIGITS, root="svhn"),
+    "stl10": TorchvisionReader("STL10", "stl10_binary", SPLITS, attrgetter("labels")),
+    "svhn": TorchvisionReader("SVHN", "svhn", SPLITS, attrgetter("labels"), classes=TEN_DIGITS, root="svhn"),
     "caltech256": caltech256,
     # The labels of these two are not public; the alternative is to decode every image to learn them.
-    "food101": Torchvision("Food101", "food-101", SPLITS, attrgetter("_labels"), files=True),
-    "cars": Torchvision(
+    "food101": TorchvisionReader("Food101", "food-101", SPLITS, attrgetter("_labels"), files=True),
+    "cars": TorchvisionReader(
         "StanfordCars",
         "stanford_cars",
         SPLITS,

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.core.forward import named, run
-from regraft.core.guard import same_streams, untouched
+from regraft.core.forward import name_inputs, run
+from regraft.core.guard import preserve_state, same_streams
 from regraft.core.registry import register
 from regraft.core.tensors import Inputs, Pair, check_finite, live_state
 from regraft.data import Split, normalise
@@ -211,9 +211,9 @@ def features_of(model: nn.Module, head: nn.Linear, inputs: Inputs) -> Tensor:
     """
     if not isinstance(head, nn.Linear) or all(module is not head for module in model.modules()):
         raise ValueError(f"the head must be a linear layer of the model, not this {type(head).__name__}")
-    check_finite(named(inputs), "the batch")
+    check_finite(name_inputs(inputs), "the batch")
     kept: list[Tensor] = []
-    with untouched(model), same_streams(head.weight.device), torch.no_grad():
+    with preserve_state(model), same_streams(head.weight.device), torch.no_grad():
         head.register_forward_pre_hook(lambda _module, given: kept.append(given[0].detach().clone()))
         run(model, copies(model, live_state(model)), inputs)
     if len(kept) != 1:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.core.forward import named, split
+from regraft.core.forward import name_inputs, split
 from regraft.core.registry import register
 from regraft.core.tensors import Batch, check_finite, live_state
 from regraft.finetuning.fast import param_groups, start_momentum_at_zero_
@@ -138,7 +138,7 @@ def _checked(batches: Iterable[Batch], num_classes: int) -> Iterator[Batch]:
         inputs, labels = split(batch, number)
         if number == 0 or labels.device.type == "cpu":
             check_labels(labels, num_classes, f"batch {number}")
-            check_finite(named(inputs), f"batch {number}")
+            check_finite(name_inputs(inputs), f"batch {number}")
         yield inputs, labels
 
 

@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regraft.core.clock import EVALUATION, Clock, Cost, charged, synchronise
+from regraft.core.clock import EVALUATION, Clock, Cost, synchronise, total_charge
 from regraft.core.forward import call, split
 from regraft.core.guard import same_streams
 from regraft.core.tensors import Batch, Tensors, live_state
 from regraft.networks.heads import check_head, check_labels, find_head, linear_of
-from regraft.training.evaluation import checked, evaluating
+from regraft.training.evaluation import check_batches, evaluating
 
 # ---------------------------------------------------------------------------------------------------
 # When
@@ -129,7 +129,7 @@ class Record:
     @property
     def cost(self) -> Cost:
         """Of training, evaluation apart."""
-        return charged(self.seconds)
+        return total_charge(self.seconds)
 
     def at_checkpoints(self) -> tuple[Deployment, ...]:
         """The deployments at the checkpoints proper."""
@@ -202,7 +202,7 @@ def _scores(model: nn.Module, states: Sequence[Tensors], batches: Iterable[Batch
     count = 0
     totals: list[Tensor] = [torch.zeros((), dtype=torch.float64) for _ in states]
     with torch.inference_mode(), evaluating(model):
-        for number, (inputs, labels) in enumerate(checked(batches)):
+        for number, (inputs, labels) in enumerate(check_batches(batches)):
             count += len(labels)
             for k, tensors in enumerate(states):
                 logits = call(model, tensors, inputs)

@@ -24,9 +24,9 @@ from msgspec import Struct
 from torch import Tensor, nn
 
 from regraft.core.files import clean, read_sealed, write_sealed
-from regraft.core.forward import call, examples, mapped, named, portion, run
+from regraft.core.forward import call, examples, map_inputs, name_inputs, portion, run
 from regraft.core.guard import same_settings, same_streams
-from regraft.core.tensors import Inputs, Tensors, check_finite, digest
+from regraft.core.tensors import Inputs, Tensors, check_finite, digest_tensors
 from regraft.fusion.repair import Finish, hooks, reads_batches
 from regraft.fusion.sums import check, fuse_many
 from regraft.networks.heads import check_labels
@@ -122,7 +122,7 @@ def evaluate(
         raise ValueError("the data set is empty: there is nothing to evaluate on")
     if labels.shape != (count,):
         raise ValueError(f"{count} images need {count} labels, got shape {tuple(labels.shape)}")
-    check_finite(named(images), "the data set")
+    check_finite(name_inputs(images), "the data set")
     model = copy.deepcopy(model).eval()
     sources = [{name: tensor.clone() for name, tensor in source.items()} for source in sources]
     if labels.device.type == "cpu":
@@ -150,8 +150,10 @@ def evaluate(
 def _probe(model: nn.Module, tensors: Tensors, images: Inputs) -> tuple[int, int]:
     """(the head's classes, bytes of activations that one image keeps alive, about)."""
     # two, because a BatchNorm that reads its batch wants more than one value a channel
-    two = mapped(lambda x: x.expand(2, *x.shape[1:]) if x.ndim and len(x) == 1 else x, portion(images, 0, 1))
-    sizes = [x.numel() * x.element_size() for x in named(two).values()]
+    two = map_inputs(
+        lambda x: x.expand(2, *x.shape[1:]) if x.ndim and len(x) == 1 else x, portion(images, 0, 1)
+    )
+    sizes = [x.numel() * x.element_size() for x in name_inputs(two).values()]
 
     def see(_name: str, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -212,10 +214,10 @@ class _Points:
     def fingerprint(self, rows: Tensor) -> str:
         """Everything that a result depends on; of `finish` only its name, and the batch size where it matters."""
         tensors = {f"{i}: {name}": t for i, source in enumerate(self.sources) for name, t in source.items()}
-        tensors |= {"points": rows, **named(self.images), "labels": self.labels}
+        tensors |= {"points": rows, **name_inputs(self.images), "labels": self.labels}
         finish = getattr(self.finish, "__qualname__", repr(self.finish))
         batch_size = self.batch_size if reads_batches(self.model) else None
-        described = json.dumps([repr(self.model), finish, batch_size, digest(tensors)])
+        described = json.dumps([repr(self.model), finish, batch_size, digest_tensors(tensors)])
         return hashlib.sha256(described.encode()).hexdigest()
 
 

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from regraft.core.forward import portion, run
 from regraft.core.tensors import Batch, Inputs, Tensors
-from regraft.training.evaluation import checked, copies, evaluating, reset_batchnorm
+from regraft.training.evaluation import check_batches, copies, evaluating, reset_batchnorm
 
 Finish = Callable[[Tensors, Tensor], Tensors]
 """(summed tensors, their coefficients [m]) -> mended tensors."""
@@ -101,7 +101,7 @@ def repair_on(model: nn.Module, sources: Sequence[Tensors], batches: Iterable[Ba
         ValueError: when finishing, if all coefficients are 0; when made, if `batches` is empty or has an image that
             is not finite, or a layer is called twice.
     """
-    seen = list(checked(batches))
+    seen = list(check_batches(batches))
     if not seen:
         raise ValueError("repair_on: there are no batches to take activations from")
     layers = _biased_layers(model, sources[0], seen[0][0])

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from regraft.core.clock import EVALUATION, Clock, Cost, charged
-from regraft.core.forward import arguments, mapped, portion, split
+from regraft.core.clock import EVALUATION, Clock, Cost, total_charge
+from regraft.core.forward import arguments, map_inputs, portion, split
 from regraft.core.tensors import Batch, Loss, Perm, Tensors, check_alike, check_finite
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.matching.descent import Descent, Match, clear_, descend_, match, restart_
@@ -72,7 +72,7 @@ class Transfer:
     @property
     def cost(self) -> Cost:
         """What the method took: the sum over the phases, evaluation apart."""
-        return charged(self.seconds)
+        return total_charge(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Sample:
         first = next(self.batches)
         self.batches = chain([first], self.batches)
         device = next(self.model.parameters()).device
-        example = mapped(lambda x: x.to(device), portion(split(first)[0], 0, 2))
+        example = map_inputs(lambda x: x.to(device), portion(split(first)[0], 0, 2))
         return trace(self.model, *arguments(example))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from regraft.core.clock import Clock, Cost, charged
+from regraft.core.clock import Clock, Cost, total_charge
 from regraft.core.tensors import Batch, Loss, Perm, Tensors
 from regraft.learning_transfer.driver import Sample, check_tensors, sampled
 from regraft.learning_transfer.trajectory import Trajectory
@@ -40,7 +40,7 @@ class Transfers:
     @property
     def cost(self) -> Cost:
         """The sum over the phases."""
-        return charged(self.seconds)
+        return total_charge(self.seconds)
 
     def target(self, number: int) -> Tensors:
         """The parameters and buffers of one target; views."""

@@ -35,10 +35,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.core.clock import Clock, Cost, charged
+from regraft.core.clock import Clock, Cost, total_charge
 from regraft.core.tensors import Perm
 from regraft.matching.nested import Family, nested_families
-from regraft.matching.stacks import Gathers, Neighbourhood, Place, Stacks, Streamed
+from regraft.matching.stacks import Gathers, Neighbourhood, Slot, Stacks, Streamed
 from regraft.symmetry import PermutationSpec
 from regraft_kernels import Assignment, assign_many, similarity, similarity_update_
 
@@ -74,7 +74,7 @@ class Match:
     @property
     def cost(self) -> Cost:
         """The sum over the phases."""
-        return charged(self.seconds)
+        return total_charge(self.seconds)
 
 
 def match(
@@ -133,7 +133,7 @@ class _Cached:
     """The similarity of one group and what it was built from."""
 
     similarity: Tensor  # [n, n], the terms in which the group stands on one axis only
-    places: tuple[Place, ...]  # whose terms are in it
+    places: tuple[Slot, ...]  # whose terms are in it
     steps: int
     indices: Gathers  # what the other axes were gathered with
     corrections: int = 0
@@ -368,7 +368,7 @@ def _accept_(descent: Descent, group: str, own: Tensor, candidate: Tensor) -> bo
     return True
 
 
-def _known(descent: Descent, group: str) -> tuple[Place, ...]:
+def _known(descent: Descent, group: str) -> tuple[Slot, ...]:
     """The places that count for a group's similarity: those whose other axes are fixed, or moved by placed groups."""
     return tuple(p for p in descent.around[group].single if p.groups.isdisjoint(descent.unplaced))
 
@@ -405,7 +405,7 @@ def _similarities_(descent: Descent, groups: Sequence[str]) -> dict[str, Tensor]
     return {group: descent.cached[group].similarity for group in groups}
 
 
-def _correct_(descent: Descent, group: str, places: tuple[Place, ...], current: Gathers) -> None:
+def _correct_(descent: Descent, group: str, places: tuple[Slot, ...], current: Gathers) -> None:
     """Bring a group's similarity up to date: first for changed neighbours over the old steps, then for new steps and
     for tensors of which it had nothing."""
     cached, stacks = descent.cached[group], descent.stacks
@@ -427,7 +427,7 @@ def _correct_(descent: Descent, group: str, places: tuple[Place, ...], current: 
     cached.places, cached.steps, cached.indices = places, stacks.steps, current
 
 
-def _worth_correcting(descent: Descent, group: str, places: tuple[Place, ...], current: Gathers) -> bool:
+def _worth_correcting(descent: Descent, group: str, places: tuple[Slot, ...], current: Gathers) -> bool:
     cached, stacks = descent.cached.get(group), descent.stacks
     if cached is None or not cached.places:
         return False

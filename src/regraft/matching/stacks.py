@@ -21,7 +21,7 @@ Gathers = dict[tuple[str, int], Tensor]  # (tensor, axis) -> index vector
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Slot:
     """One axis of one tensor on which a group's units stand."""
 
     name: str
@@ -36,8 +36,8 @@ class Place:
 class Neighbourhood:
     """What the similarity of one group is made of, and what it depends on."""
 
-    single: tuple[Place, ...]  # tensors that have the group on one axis: linear in its permutation
-    coupled: tuple[Place, ...]  # tensors that have it on several: quadratic
+    single: tuple[Slot, ...]  # tensors that have the group on one axis: linear in its permutation
+    coupled: tuple[Slot, ...]  # tensors that have it on several: quadratic
     groups: tuple[str, ...]  # whose permutations the similarity depends on; itself where something is coupled
 
 
@@ -101,12 +101,12 @@ class Stacks:
         )
         return Neighbourhood(single, coupled, neighbours)
 
-    def _place(self, name: str, axis: int, group: str) -> Place:
+    def _place(self, name: str, axis: int, group: str) -> Slot:
         spec = self.spec
         axes, positions = spec.axes[name], spec.positions(name, axis, group)
         others = tuple(other for other in range(len(axes)) if other != axis and groups_of(axes[other]))
         in_order = positions.shape == (spec.shapes[name][axis], 1) and _is_identity(positions)
-        return Place(
+        return Slot(
             name,
             axis,
             others,
@@ -115,7 +115,7 @@ class Stacks:
             positions.numel() == spec.shapes[name][axis],
         )
 
-    def gathers(self, places: Sequence[Place], perm: Perm) -> Gathers:
+    def gathers(self, places: Sequence[Slot], perm: Perm) -> Gathers:
         """What a permutation means for the other axes of each place's tensor."""
         return {
             (place.name, other): cast(Tensor, self.spec.axis_index(place.name, other, perm))  # it moves
@@ -123,7 +123,7 @@ class Stacks:
             for other in place.others
         }
 
-    def terms(self, places: Sequence[Place], first: int, last: int, gathers: Gathers) -> list[Term]:
+    def terms(self, places: Sequence[Slot], first: int, last: int, gathers: Gathers) -> list[Term]:
         """The places' terms over the steps first .. last - 1, the source's other axes gathered."""
         return [
             Term(
@@ -140,7 +140,7 @@ class Stacks:
         ]
 
     def similarities(
-        self, places: Sequence[Sequence[Place]], gathers: Sequence[Gathers], backend: str
+        self, places: Sequence[Sequence[Slot]], gathers: Sequence[Gathers], backend: str
     ) -> list[Tensor]:
         """S [n, n] over all steps, of each sequence of places; none of them empty."""
         terms = [self.terms(p, 0, self.steps, g) for p, g in zip(places, gathers, strict=True)]
@@ -173,12 +173,12 @@ class Streamed(Stacks):
         return cls(spec, _Read(target), _Read(source), 1)
 
     def similarities(
-        self, places: Sequence[Sequence[Place]], gathers: Sequence[Gathers], backend: str
+        self, places: Sequence[Sequence[Slot]], gathers: Sequence[Gathers], backend: str
     ) -> list[Tensor]:
         _trim()
         return [self._sum(p, g, backend) for p, g in zip(places, gathers, strict=True)]
 
-    def _sum(self, places: Sequence[Place], gathers: Gathers, backend: str) -> Tensor:
+    def _sum(self, places: Sequence[Slot], gathers: Gathers, backend: str) -> Tensor:
         total = similarity(self.terms(places[:1], 0, 1, gathers), backend=backend)
         for place in places[1:]:
             total += similarity(self.terms([place], 0, 1, gathers), backend=backend)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.core.registry import register
-from regraft.core.tensors import Tensors, live_state, seeded, state
+from regraft.core.tensors import Tensors, live_state, state, use_generator
 
 
 def build(factory: Callable[[], nn.Module], generator: torch.Generator) -> nn.Module:
@@ -26,7 +26,7 @@ def build(factory: Callable[[], nn.Module], generator: torch.Generator) -> nn.Mo
 
     For any constructor, torchvision's included: ``build(lambda: resnet18(num_classes=10), generator)``.
     """
-    with seeded(generator):
+    with use_generator(generator):
         return factory()
 
 
@@ -37,7 +37,7 @@ def initialise(model: nn.Module, generator: torch.Generator) -> Tensors:
     parameter that belongs to a module without that method: use `build` for such a model.
     """
     fresh = copy.deepcopy(model).cpu()
-    with seeded(generator):
+    with use_generator(generator):
         # Parts before wholes: a module that resets what it is made of has the last word.
         for name, module in reversed(list(fresh.named_modules())):
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regraft.core.forward import portion
 from regraft.core.tensors import Batch, Loss, Tensors, check_finite
-from regraft.training.evaluation import check_gradients, checked, copies, evaluating, gradient
+from regraft.training.evaluation import check_batches, check_gradients, copies, evaluating, gradient
 
 Direction = Callable[[nn.Module, Mapping[str, Tensor], Iterable[Batch], Loss], Tensors]
 """(model, theta, batches, loss) -> for each parameter where the loss rises; only signs count."""
@@ -42,7 +42,7 @@ def majority(
     votes = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     images_seen = 0
     with evaluating(model):
-        for number, (inputs, labels) in enumerate(checked(batches)):
+        for number, (inputs, labels) in enumerate(check_batches(batches)):
             for i, label in enumerate(labels.split(1)):
                 image = (portion(inputs, i, i + 1), label)
                 found = gradient(model, values, parameters, image, loss, number)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.core.files import BadFile
-from regraft.core.forward import mapped
+from regraft.core.forward import map_inputs
 from regraft.core.tensors import Perm, Tensors
 from regraft.networks.heads import adopt
 from regraft.porting.checkpoint_files import Checkpoint, Lazy
@@ -85,7 +85,7 @@ class Subject:
         """Of the model with these values, on its example inputs. Needs a model."""
         assert self.named is not None
         device = next(iter(theta.values())).device
-        call = Call.of(mapped(lambda x: x.to(device), self.named.inputs))
+        call = Call.of(map_inputs(lambda x: x.to(device), self.named.inputs))
         caller = Caller(self.named.model, call)
         with torch.inference_mode(), ready(caller):
             values = {f"model.{name}": tensor for name, tensor in theta.items()}
@@ -141,7 +141,7 @@ def subject(
         adopt(named.model, min(outputs), head=head)
         anatomy = Anatomy.of_model(named.model)
     named.model.to(device).requires_grad_(False)
-    at = mapped(lambda x: x.to(device), named.inputs)
+    at = map_inputs(lambda x: x.to(device), named.inputs)
     if spec is None:
         spec = trace(named.model, at)
     if not spec.proven:

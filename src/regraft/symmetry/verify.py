@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regraft.core.tensors import Perm, check_finite, live_state, seeded
+from regraft.core.tensors import Perm, check_finite, live_state, use_generator
 from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, double, ready
 from regraft.symmetry.spec import PermutationSpec, Segment, apply, groups_of, like_state
 from regraft_kernels import permute
@@ -141,7 +141,7 @@ def _run(
     """The outputs that count, and the ids of all tensors that were read. What is random is other each time: a model
     that draws numbers must not pass for one that does not."""
     device = next((tensor.device for tensor in live_state(model).values()), "cpu")
-    with ready(model, heads=heads), seeded(generator, device), _Exact() as exact:
+    with ready(model, heads=heads), use_generator(generator, device), _Exact() as exact:
         try:
             return call.run(model, heads=heads)[0], exact.read
         except (RuntimeError, TypeError) as error:

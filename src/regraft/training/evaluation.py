@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from regraft.core.forward import call, loss_of, named, run, split
-from regraft.core.guard import same_streams, untouched
-from regraft.core.tensors import Batch, Inputs, Loss, Tensors, check_finite, live_state, seeded
+from regraft.core.forward import call, loss_of, name_inputs, run, split
+from regraft.core.guard import preserve_state, same_streams
+from regraft.core.tensors import Batch, Inputs, Loss, Tensors, check_finite, live_state, use_generator
 from regraft.networks.heads import check_labels
 
 
@@ -36,7 +36,7 @@ class NotFinite(FloatingPointError, ValueError):
 @contextmanager
 def mode(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
     """Inside, each submodule is in training mode where ``training(submodule)``; then all is as it was before."""
-    with untouched(model):
+    with preserve_state(model):
         for module in model.modules():
             module.training = training(module)
         yield
@@ -62,14 +62,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in live_state(model).values()), torch.device("cpu"))
 
 
-def checked(batches: Iterable[Batch]) -> Iterator[tuple[Inputs, Tensor]]:
+def check_batches(batches: Iterable[Batch]) -> Iterator[tuple[Inputs, Tensor]]:
     """(inputs, labels) of each batch. Raises ValueError, with the batch's number (from 0), for inputs that are not
     finite, for images and labels that differ in number, and as `regraft.core.forward.split`."""
     for number, batch in enumerate(batches):
         inputs, labels = split(batch, number)
         if isinstance(inputs, Tensor) and len(inputs) != len(labels):
             raise ValueError(f"batch {number} has {len(inputs)} images and {len(labels)} labels")
-        check_finite(named(inputs), f"batch {number}")
+        check_finite(name_inputs(inputs), f"batch {number}")
         yield inputs, labels
 
 
@@ -118,7 +118,7 @@ def loss_and_accuracy(
     right: int | Tensor = 0  # on the device
     total: float | Tensor = 0.0
     with torch.inference_mode(), evaluating(model):
-        for number, (inputs, labels) in enumerate(checked(batches)):
+        for number, (inputs, labels) in enumerate(check_batches(batches)):
             logits = call(model, values, inputs)
             _check_answers(logits, labels, number)
             count += labels.numel()
@@ -147,7 +147,7 @@ def ensemble_accuracy(
     count = 0
     right: int | Tensor = 0  # on the device
     with torch.inference_mode(), evaluating(model):
-        for number, (inputs, labels) in enumerate(checked(batches)):
+        for number, (inputs, labels) in enumerate(check_batches(batches)):
             logits = torch.stack([call(model, tensors, inputs) for tensors in values]).mean(0)
             _check_answers(logits, labels, number)
             count += labels.numel()
@@ -204,7 +204,7 @@ def gradients(
     if generator is None:
         with mode(model, lambda module: not isinstance(module, nn.modules.dropout._DropoutNd)):
             return _mean_gradients(model, parameters, buffers, batches, loss, lambda: same_streams(device))
-    with same_streams(device), seeded(generator, device), mode(model, lambda _: True):
+    with same_streams(device), use_generator(generator, device), mode(model, lambda _: True):
         return _mean_gradients(model, parameters, buffers, batches, loss, nullcontext)
 
 
@@ -219,7 +219,7 @@ def _mean_gradients(
     """around: what each forward pass runs in; the batches draw from their own streams, outside of it."""
     total: list[Tensor] | tuple[Tensor, ...] | None = None
     count = 0
-    for inputs, labels in checked(batches):
+    for inputs, labels in check_batches(batches):
         with around():
             found = gradient(model, {**parameters, **buffers}, parameters, (inputs, labels), loss, count)
         total = list(found) if total is None else torch._foreach_add(total, found)
@@ -299,7 +299,7 @@ def reset_batchnorm(
     with torch.no_grad(), mode(model, lambda module: module in norms.values()):
         for module in norms.values():
             module.momentum = None  # torch's name for a cumulative average
-        for inputs, _ in islice(checked(batches), limit):
+        for inputs, _ in islice(check_batches(batches), limit):
             with same_streams(device):
                 run(model, values, inputs)
             count += 1

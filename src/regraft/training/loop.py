@@ -31,17 +31,17 @@ from regraft.core.tensors import (
     Batch,
     Tensors,
     check_finite,
-    digest,
+    digest_tensors,
     fill_,
     live_state,
-    seeded,
     state,
     tensor_digest,
+    use_generator,
 )
 from regraft.data import Batches, Dataset, Split
 from regraft.networks.heads import check_labels
 from regraft.training.evaluation import accuracy, complete
-from regraft.training.state import Checkpoint
+from regraft.training.state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def train(
     history, saved = [], None
     if checkpoint is not None:
         identity = _identity(start, data, recipe, generator, penalty) | {"rows": [sorted(rows_at), test]}
-        saved = Checkpoint(Path(checkpoint), identity, network, loop.optimiser, generator)
+        saved = TrainingState(Path(checkpoint), identity, network, loop.optimiser, generator)
         history = list(saved.resume_(partial(_history, recipe=recipe, path=Path(checkpoint))))
     loop.clock.add({"train": history[-1].cost if history else Cost()})
 
@@ -259,7 +259,7 @@ def train_one_epoch(loop: Loop, epoch: int, pauses: Container[int] = ()) -> Iter
     stream, losses = iter(batches), torch.empty(0, device=device)
     if batches.generator is None:
         raise ValueError("training draws dropout masks: its batches need a generator")
-    with seeded(batches.generator, device):  # dropout draws from the global state
+    with use_generator(batches.generator, device):  # dropout draws from the global state
         for stretch in _stretches(steps, pauses):
             with loop.clock.phase("train", device), _named(epoch):
                 made = train_steps_(
@@ -367,7 +367,7 @@ def _try_one_step(network: nn.Module, data: Dataset, batches: Batches) -> None:
     """
     few = data.train.subset(torch.arange(min(batches.size, len(data.train))))
     throwaway = copy.deepcopy(network)
-    with seeded(torch.Generator()):
+    with use_generator(torch.Generator()):
         logits, labels = answer(throwaway, next(iter(few.batches(batches.size, device=batches.device))))
         for name in ("train", "validation", "test"):
             split: Split = getattr(data, name)
@@ -429,7 +429,7 @@ def _identity(
             "mean": list(data.mean),
             "labels": tensor_digest(data.train.labels),
         },
-        "start": digest(start),
+        "start": digest_tensors(start),
         "generator": tensor_digest(generator.get_state()),
         "penalty": None if penalty is None else penalty.identity,
     }

@@ -30,7 +30,7 @@ SECONDS = 2.0
 
 
 @dataclass
-class Checkpoint:
+class TrainingState:
     """Where a run keeps network, optimiser, generator and history, at ends of epochs.
 
     identity: JSON data that is equal exactly for the same run.

@@ -52,8 +52,11 @@ class Writer:
 def _trajectory(folder: Path) -> int | None:
     if not (folder / "path" / "index.json").exists():
         return None
-    ends = [tensors.digest(anchor) for anchor in Trajectory.open(folder / "path").anchors]
-    known = [[tensors.digest(s.weights(2 * n)), tensors.digest(s.weights(2 * n + 1))] for n in (0, 1)]
+    ends = [tensors.digest_tensors(anchor) for anchor in Trajectory.open(folder / "path").anchors]
+    known = [
+        [tensors.digest_tensors(s.weights(2 * n)), tensors.digest_tensors(s.weights(2 * n + 1))]
+        for n in (0, 1)
+    ]
     return known.index(ends)
 
 
