@@ -12,7 +12,7 @@ from torch.func import functional_call
 import regraft.reference.fusion as reference
 from regraft.core.files import write_sealed
 from regraft.fusion import grids
-from regraft.fusion.grids import FORMAT, FirstLayer, evaluate, harmonic_mean, lattice
+from regraft.fusion.grids import GRID_FORMAT, FirstLayer, evaluate, harmonic_mean, lattice
 from regraft.fusion.repair import batch_statistics, reset_on
 from regraft.networks.papers import initialise, mlp, residual8, small_cnn
 
@@ -188,7 +188,7 @@ def test_a_state_that_no_grid_can_have_is_refused(tmp_path, change):
     evaluate(model, sources, POINTS, images, labels, resume=path)
     state = json.loads(path.read_text())
     if isinstance(change, dict):
-        write_sealed(path, FORMAT, {**state["content"], "correct": [0], "nonfinite": [0], **change})
+        write_sealed(path, GRID_FORMAT, {**state["content"], "correct": [0], "nonfinite": [0], **change})
     else:
         path.write_bytes(change if isinstance(change, bytes) else change.encode())
     with pytest.raises(ValueError, match=r"grid\.json: not a regraft-grid-1 file"):

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from regraft.core.files import BadFile, only_writer
-from regraft.porting.checkpoint_files import INDEX, Checkpoint, Layout, beside, parse_size, write_shards
+from regraft.porting.checkpoint_files import (
+    INDEX_FILE,
+    CheckpointFile,
+    Layout,
+    beside,
+    parse_size,
+    write_shards,
+)
 
 WEIGHTS = {"fc.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.ones(2), "steps": torch.tensor(3)}
 
@@ -23,7 +30,7 @@ def layout(tensors: dict[str, torch.Tensor], limit: int = 10**6) -> Layout:
     return Layout.of({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, limit)
 
 
-def same(found: Checkpoint, expected: dict[str, torch.Tensor]) -> bool:
+def same(found: CheckpointFile, expected: dict[str, torch.Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[n], t) for n, t in expected.items())
 
 
@@ -41,8 +48,8 @@ def test_what_is_written_is_read_to_the_bit_whatever_the_size_of_a_file(kinds, l
     tensors = {f"t{i}": torch.randn(shape).mul(3).to(dtype) for i, (dtype, shape) in enumerate(kinds)}
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), layout(tensors, limit), tensors)
-        assert same(Checkpoint.open(folder), tensors)
-        assert same(Checkpoint.open(Path(folder) / INDEX), tensors)
+        assert same(CheckpointFile.open(folder), tensors)
+        assert same(CheckpointFile.open(Path(folder) / INDEX_FILE), tensors)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model.", "net."])
@@ -50,7 +57,7 @@ def test_what_is_written_is_read_to_the_bit_whatever_the_size_of_a_file(kinds, l
 def test_prefixes_and_nests_are_taken_away_and_said(prefix, nested, tmp_path):
     named = {prefix + name: tensor for name, tensor in WEIGHTS.items()}
     torch.save(named if nested is None else {nested: named, "epoch": 3}, tmp_path / "a.pt")
-    found = Checkpoint.open(tmp_path / "a.pt").named_as(WEIGHTS)
+    found = CheckpointFile.open(tmp_path / "a.pt").named_as(WEIGHTS)
     assert same(found, WEIGHTS)
     assert any("away from all names" in note for note in found.notes)
     assert nested is None or any(nested in note for note in found.notes)
@@ -59,9 +66,9 @@ def test_prefixes_and_nests_are_taken_away_and_said(prefix, nested, tmp_path):
 def test_a_prefix_of_the_models_own_stays_or_is_put_back(tmp_path):
     own = {f"model.{name}": tensor for name, tensor in WEIGHTS.items()}
     save_file(own, tmp_path / "a.safetensors")
-    assert same(Checkpoint.open(tmp_path / "a.safetensors").named_as(own), own)
+    assert same(CheckpointFile.open(tmp_path / "a.safetensors").named_as(own), own)
     save_file(WEIGHTS, tmp_path / "b.safetensors")
-    put_back = Checkpoint.open(tmp_path / "b.safetensors").named_as(
+    put_back = CheckpointFile.open(tmp_path / "b.safetensors").named_as(
         {f"bert.{name}" for name in WEIGHTS}, "bert."
     )
     assert set(put_back) == {f"bert.{name}" for name in WEIGHTS}
@@ -70,7 +77,7 @@ def test_a_prefix_of_the_models_own_stays_or_is_put_back(tmp_path):
 
 def test_what_is_no_tensor_is_said(tmp_path):
     torch.save({"state_dict": {**WEIGHTS, "version": 3}}, tmp_path / "a.ckpt")
-    assert any("version" in note for note in Checkpoint.open(tmp_path / "a.ckpt").notes)
+    assert any("version" in note for note in CheckpointFile.open(tmp_path / "a.ckpt").notes)
 
 
 class Hostile:
@@ -80,7 +87,7 @@ class Hostile:
 
 def sharded(folder: Path) -> Path:
     write_shards(folder, layout(WEIGHTS, 16), WEIGHTS)
-    return folder / INDEX
+    return folder / INDEX_FILE
 
 
 def _hostile(folder: Path) -> Path:
@@ -91,7 +98,7 @@ def _hostile(folder: Path) -> Path:
 def _truncated(folder: Path) -> Path:
     path = sorted(sharded(folder).parent.glob("*.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:-3])
-    return folder / INDEX
+    return folder / INDEX_FILE
 
 
 def _truncated_torch(folder: Path) -> Path:
@@ -139,14 +146,14 @@ def test_a_bad_file_is_refused_by_name(make, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = make(tmp_path)
     with pytest.raises(BadFile, match=said):
-        Checkpoint.open(path)
+        CheckpointFile.open(path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_where_there_is_nothing(tmp_path):
     for path in (tmp_path, tmp_path / "absent.safetensors"):
         with pytest.raises(FileNotFoundError, match=str(path)):
-            Checkpoint.open(path)
+            CheckpointFile.open(path)
 
 
 # ---------------------------------------------------------------- writing
@@ -176,8 +183,8 @@ def test_an_interrupted_one_goes_on_for_the_same_inputs_alone(tmp_path):
     ):
         pass
     with beside(out, {"inputs": 1}, resume=True) as part:
-        assert same(Checkpoint.open(part), WEIGHTS)
-    assert same(Checkpoint.open(out), WEIGHTS)
+        assert same(CheckpointFile.open(part), WEIGHTS)
+    assert same(CheckpointFile.open(out), WEIGHTS)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

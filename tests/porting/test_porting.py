@@ -19,7 +19,7 @@ from regraft.core.files import BadFile
 from regraft.core.tensors import Tensors
 from regraft.matching.descent import match, match_streamed
 from regraft.porting import ports
-from regraft.porting.checkpoint_files import Checkpoint, Entry
+from regraft.porting.checkpoint_files import CheckpointFile, Entry
 from regraft.symmetry import PermutationSpec
 
 CLASSES = 5
@@ -641,4 +641,4 @@ def test_a_classifier_of_transformers_in_shards(tmp_path):
     )
     assert not any(told.values())
     assert any("cls.predictions" in note for note in done.plan.notes)
-    assert set(Checkpoint.open(done.out)) == set(loaded.state_dict())
+    assert set(CheckpointFile.open(done.out)) == set(loaded.state_dict())

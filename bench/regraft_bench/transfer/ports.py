@@ -31,7 +31,7 @@ from regraft.learning_transfer.trajectory import Trajectory
 from regraft.matching.descent import match
 from regraft.networks.heads import find_head
 from regraft.porting import gradfix
-from regraft.porting.checkpoint_files import Checkpoint
+from regraft.porting.checkpoint_files import CheckpointFile
 from regraft.symmetry import apply
 from regraft.training.evaluation import accuracy, evaluating, gradients, loss_and_accuracy, reset_batchnorm
 from regraft.training.loop import Training, train_steps_
@@ -213,7 +213,7 @@ def by_command(setting: TransferSetting, seen: Few, clock: Clock) -> Tensors:
             steps=setting.settings.steps,
         )
         clock.add(made.seconds)
-        return dict(Checkpoint.open(made.out))
+        return dict(CheckpointFile.open(made.out))
 
 
 # ---------------------------------------------------------------- training on the few images

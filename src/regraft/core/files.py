@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-T = TypeVar("T")
+_T = TypeVar("T")
 
 LARGEST_JSON = 1 << 30
 """Bytes: nothing that is read as JSON comes near it."""
@@ -130,7 +130,7 @@ def check_file(path: Path) -> None:
         raise OSError(errno.EINVAL, f"{path} is not a plain file")
 
 
-def read_json(path: Path, kind: type[T], what: str) -> T:
+def read_json(path: Path, kind: type[_T], what: str) -> _T:
     """A file's JSON as a ``kind``. Raises as `check_file` and `parse_json`, naming the path and what it should be."""
     check_file(path)
     if path.stat().st_size > LARGEST_JSON:
@@ -138,7 +138,7 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     return parse_json(path.read_bytes(), kind, f"{path}: not {what}")
 
 
-def parse_json(data: bytes | str, kind: type[T], where: str) -> T:
+def parse_json(data: bytes | str, kind: type[_T], where: str) -> _T:
     """JSON as a ``kind`` (a msgspec.Struct, a dataclass, a dictionary of ...).
 
     Raises ValueError that says where, and which key, for what is not JSON, not UTF-8, nested without end, or of
@@ -169,7 +169,7 @@ def write_sealed(path: Path, name: str, content: Any) -> None:
     write_text(path, f'{{"format": {json.dumps(name)}, "sha256": {seal},\n"content": {text}}}\n')
 
 
-def read_sealed(path: Path, name: str, kind: type[T]) -> T:
+def read_sealed(path: Path, name: str, kind: type[_T]) -> _T:
     """What `write_sealed` wrote, as a ``kind``.
 
     Raises as `read_json`, and ValueError for another format or a content that is not what was written.

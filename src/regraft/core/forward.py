@@ -101,7 +101,7 @@ def run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
     both, for values and inputs of dtypes or devices that do not go together.
     """
     args, kwargs = arguments(inputs)
-    with _explained(tensors, inputs):
+    with _explain_mismatch(tensors, inputs):
         return torch.func.functional_call(model, dict(tensors), args, kwargs)
 
 
@@ -109,14 +109,14 @@ def answer(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """(logits, labels) of the model with its own values, for a training step. Raises as `split` and `call`."""
     inputs, labels = split(batch)
     args, kwargs = arguments(inputs)
-    with _explained(model, inputs):
+    with _explain_mismatch(model, inputs):
         output = model(*args, **kwargs)
     return logits_of(output, model), labels
 
 
 def loss_of(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
     """``loss(logits, labels)``. Raises ValueError, naming both, for dtypes or devices that do not go together."""
-    with _explained({"logits": logits}, {"labels": labels}, "the logits are", "the labels"):
+    with _explain_mismatch({"logits": logits}, {"labels": labels}, "the logits are", "the labels"):
         return loss(logits, labels)
 
 
@@ -168,7 +168,7 @@ def with_output(model: nn.Module, output: str | int | Callable[[Any], Tensor]) -
 
 
 @contextmanager
-def _explained(
+def _explain_mismatch(
     ours: Mapping[str, Tensor] | nn.Module,
     theirs: Inputs,
     what: str = "the parameters are",

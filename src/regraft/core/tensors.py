@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,6 +75,30 @@ def use_generator(generator: torch.Generator, device: torch.device | str = "cpu"
             with torch.cuda.device(accelerator):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all entries together, summed in float64; 0 where there is no tensor."""
+    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) for tensor in tensors]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """``sum_i weights[i] tensors[i]`` of floating tensors of one shape and dtype: a new tensor."""
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        if weight:
+            total.add_(tensor, alpha=weight)
+    return total
+
+
+def sum_networks(networks: Sequence[Mapping[str, Tensor]], weights: Sequence[float], name: str) -> Tensor:
+    """The tensor ``name`` of a weighted sum of networks: integers are the first's, a variance stays at least 0."""
+    first = networks[0][name]
+    if not first.is_floating_point():
+        return first
+    total = weighted_sum([first, *(network[name] for network in networks[1:])], weights)
+    return total.clamp_(min=0) if name.endswith("running_var") else total
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -106,7 +106,7 @@ def fine_tune(
     """
     if validation is None and any(phase.until is not None for phase in phases):
         raise ValueError("a phase that ends by validation accuracy needs validation batches")
-    stream = _checked(batches, head.out_features)
+    stream = _check_as_read(batches, head.out_features)
     done = 0
     ends: list[int] = []
     for phase in phases:
@@ -132,7 +132,7 @@ def fine_tune(
     return Outcome(done, None, tuple(ends))
 
 
-def _checked(batches: Iterable[Batch], num_classes: int) -> Iterator[Batch]:
+def _check_as_read(batches: Iterable[Batch], num_classes: int) -> Iterator[Batch]:
     """The batches, looked at; elsewhere than on a CPU the first one alone (each look waits for the device)."""
     for number, batch in enumerate(batches):
         inputs, labels = split(batch, number)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from regraft.core.clock import EVALUATION, Clock, Cost, synchronise, total_charge
 from regraft.core.forward import call, split
 from regraft.core.guard import same_streams
-from regraft.core.tensors import Batch, Tensors, live_state
+from regraft.core.tensors import Batch, Tensors, live_state, norm
 from regraft.networks.heads import check_head, check_labels, find_head, linear_of
 from regraft.training.evaluation import check_batches, evaluating
 
@@ -382,10 +382,8 @@ class Recorder:
 
     def _geometry(self, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
         """(||W||_F, ||theta - theta_source||_2)."""
-        body = [tensors[name].detach() for name in self._origin]
-        moved = torch._foreach_sub(body, list(self._origin.values()))
-        norms = torch.stack(torch._foreach_norm(moved)) if moved else torch.zeros(1)
-        return float(tensors[f"{self.head}.weight"].detach().norm()), float(norms.norm())
+        distance = norm(tensors[name].detach() - start for name, start in self._origin.items())
+        return norm([tensors[f"{self.head}.weight"]]), distance
 
     def _drop_unneeded(self) -> None:
         needed = {state for _, state, _ in self._pending} | {self._best}

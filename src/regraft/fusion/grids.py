@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from regraft.core.files import clean, read_sealed, write_sealed
 from regraft.core.forward import call, examples, map_inputs, name_inputs, portion, run
 from regraft.core.guard import same_settings, same_streams
-from regraft.core.tensors import Inputs, Tensors, check_finite, digest_tensors
+from regraft.core.tensors import Inputs, Tensors, check_finite, digest_tensors, weighted_sum
 from regraft.fusion.repair import Finish, hooks, reads_batches
 from regraft.fusion.sums import check, fuse_many
 from regraft.networks.heads import check_labels
@@ -189,7 +189,7 @@ class _Points:
         cut = self.cut
         if self.finish is not None:
             mended = [self.finish(network, row) for network, row in zip(networks, rows, strict=True)]
-            if cut is not None and cut.moved(networks, mended):
+            if cut is not None and cut.differs(networks, mended):
                 cut = None
             networks = mended
         if cut is not None:
@@ -204,7 +204,7 @@ class _Points:
                 if cut is None:
                     logits = call(self.model, network, images)
                 else:
-                    logits = cut.run(network, _weighted_sum(firsts, row), images)
+                    logits = cut.run(network, weighted_sum(firsts, row), images)
                 finite = logits.isfinite().all(-1)
                 counts[0, k] += ((logits.argmax(-1) == labels) & finite).sum()
                 counts[1, k] += (~finite).sum()
@@ -219,14 +219,6 @@ class _Points:
         batch_size = self.batch_size if reads_batches(self.model) else None
         described = json.dumps([repr(self.model), finish, batch_size, digest_tensors(tensors)])
         return hashlib.sha256(described.encode()).hexdigest()
-
-
-def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    total = parts[0] * coefficients[0]
-    for part, coefficient in zip(parts[1:], coefficients[1:], strict=True):
-        if coefficient:
-            total.add_(part, alpha=coefficient)
-    return total
 
 
 # ---------------------------------------------------------------- the network, with its first layer split off
@@ -320,7 +312,7 @@ class FirstLayer:
         """The tensors of the rest."""
         return {name: tensor for name, tensor in tensors.items() if not name.startswith(self.prefix)}
 
-    def moved(self, before: Sequence[Tensors], after: Sequence[Tensors]) -> bool:
+    def differs(self, before: Sequence[Tensors], after: Sequence[Tensors]) -> bool:
         """Whether the first layer of any network is another one now."""
         pairs = zip(before, after, strict=True)
         return any(
@@ -357,7 +349,7 @@ def _use_fast_pooling(model: nn.Module) -> None:
 # ---------------------------------------------------------------- resuming after an interruption
 
 
-FORMAT = "regraft-grid-1"
+GRID_FORMAT = "regraft-grid-1"
 
 
 class _Kept(Struct, forbid_unknown_fields=True):
@@ -383,14 +375,14 @@ class _Counts:
         clean(path)
         if not path.exists():
             return
-        kept = read_sealed(path, FORMAT, _Kept)
+        kept = read_sealed(path, GRID_FORMAT, _Kept)
         if kept.grid != grid:
             raise ValueError(f"{path}: belongs to a grid with other networks, points, images or batches")
         self.correct, self.nonfinite = kept.correct, kept.nonfinite
         try:
             self._check()
         except ValueError as problem:
-            raise ValueError(f"{path}: not a {FORMAT} file: {problem}") from None
+            raise ValueError(f"{path}: not a {GRID_FORMAT} file: {problem}") from None
 
     def _check(self) -> None:
         """Raise ValueError for counts that no grid of so many points and images can have."""
@@ -405,4 +397,4 @@ class _Counts:
         self.nonfinite += nonfinite
         if self.path is not None:
             state = {"grid": self.grid, "correct": self.correct, "nonfinite": self.nonfinite}
-            write_sealed(self.path, FORMAT, state)
+            write_sealed(self.path, GRID_FORMAT, state)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from regraft.core.forward import portion, run
-from regraft.core.tensors import Batch, Inputs, Tensors
+from regraft.core.tensors import Batch, Inputs, Tensors, weighted_sum
 from regraft.training.evaluation import check_batches, copies, evaluating, reset_batchnorm
 
 Finish = Callable[[Tensors, Tensor], Tensors]
@@ -112,19 +112,14 @@ def repair_on(model: nn.Module, sources: Sequence[Tensors], batches: Iterable[Ba
         if total == 0:
             raise ValueError("repair_on: all coefficients are 0, there is no activation to aim at")
         shares = (coefficients.abs() / total).tolist()
-        goals = {layer: _weighted(shares, [m[layer] for m in moments]) for layer in layers}
+        goals: Moments = {}
+        for layer in layers:
+            means, deviations = zip(*(of[layer] for of in moments), strict=True)
+            goals[layer] = weighted_sum(means, shares), weighted_sum(deviations, shares)
         mended = _rescale(tensors, _corrections(model, tensors, seen, goals), goals)
         return reset_batchnorm(model, mended, seen)  # a model without BatchNorm gets its tensors back
 
     return finish
-
-
-def _weighted(shares: Sequence[float], moments: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The weighted means of the means and of the deviations."""
-    mean, deviation = (
-        sum(w * m for w, m in zip(shares, of, strict=True)) for of in zip(*moments, strict=True)
-    )
-    return mean, deviation
 
 
 def _biased_layers(model: nn.Module, tensors: Tensors, inputs: Inputs) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def initialise(model: nn.Module, generator: torch.Generator) -> Tensors:
     return {name: tensor.to(live_state(model)[name].device) for name, tensor in state(fresh).items()}
 
 
-def _scaled(width: float, *channels: int) -> list[int]:
+def _scale_channels(width: float, *channels: int) -> list[int]:
     """Numbers of channels times a width factor, at least one each."""
     if width <= 0:
         raise ValueError(f"the width factor must be positive, not {width}")
@@ -113,7 +113,7 @@ def small_cnn(num_classes: int = 10, in_channels: int = 3, size: int = 32) -> nn
 @register
 def digits_conv(num_classes: int = 10, in_channels: int = 1, width: float = 1.0) -> nn.Module:
     """A small convolutional network for 8x8 images: 3x3 convolutions 32, 64, 64 and linear 256-64-classes."""
-    a, b, c = _scaled(width, 32, 64, 64)
+    a, b, c = _scale_channels(width, 32, 64, 64)
     features = [
         *_conv(in_channels, a), *_conv(a, b), nn.MaxPool2d(2), *_conv(b, c), nn.MaxPool2d(2),
     ]  # fmt: skip
@@ -136,7 +136,7 @@ def conv8(num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> nn
     512-256-256-classes. (The table prints a ninth convolution, row 13, which is not part of it, and gives its last
     layer 512 inputs, but what flows into it are the 256 outputs of the one before.)
     """
-    *stages, hidden = _scaled(width, 64, 128, 256, 512, 256)
+    *stages, hidden = _scale_channels(width, 64, 128, 256, 512, 256)
     features = [*_pairs(in_channels, *stages), nn.MaxPool2d(4)]
     return ConvNet(features, [stages[-1], hidden, hidden, num_classes])
 
@@ -150,7 +150,7 @@ def conv6(num_classes: int = 10, width: float = 1.0, in_channels: int = 3, size:
     """
     if size < 8:
         raise ValueError(f"conv6 halves its images three times: they need at least 8 pixels, not {size}")
-    stages = _scaled(width, 64, 128, 256)
+    stages = _scale_channels(width, 64, 128, 256)
     features = [*_pairs(in_channels, *stages), nn.MaxPool2d(2)]
     return ConvNet(features, [stages[-1] * (size // 8) ** 2, stages[-1], num_classes])
 
@@ -180,7 +180,7 @@ class CifarResNet18(nn.Module):
 
     def __init__(self, num_classes: int, width: float, in_channels: int) -> None:
         super().__init__()
-        stages = _scaled(width, 64, 128, 256, 512)
+        stages = _scale_channels(width, 64, 128, 256, 512)
         self.conv1 = nn.Conv2d(in_channels, stages[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stages[0])
         blocks, channels = [], stages[0]
@@ -209,7 +209,7 @@ class Residual8(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int, width: float) -> None:
         super().__init__()
-        counts = [in_channels, *_scaled(width, 64, 128, 128, 128, 256, 512, 512, 512)]
+        counts = [in_channels, *_scale_channels(width, 64, 128, 128, 128, 256, 512, 512, 512)]
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, padding=1), nn.BatchNorm2d(fan_out), nn.ReLU())
             for fan_in, fan_out in pairwise(counts)

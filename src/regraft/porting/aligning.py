@@ -16,7 +16,14 @@ from regraft.core.files import BadFile
 from regraft.core.tensors import Perm, check_finite
 from regraft.matching.descent import match_streamed
 from regraft.porting.card import told_seconds, write_card
-from regraft.porting.checkpoint_files import Checkpoint, Lazy, beside, check_free, keep_tensors, write_shards
+from regraft.porting.checkpoint_files import (
+    CheckpointFile,
+    Lazy,
+    beside,
+    check_free,
+    keep_tensors,
+    write_shards,
+)
 from regraft.porting.methods import Weights, learned
 from regraft.porting.plans import FLOAT, PROOF, PROVING, Plan, check_disk, check_memory, layout_like, streamed
 from regraft.porting.subject import Example, Model, Spec, lazy, numel, subject
@@ -169,7 +176,7 @@ def _planned(
 ) -> Plan:
     """Checked: the checkpoints are alike and finite, and there is room. result: the role whose dtypes are written."""
     check_free(out)
-    opened = {role: Checkpoint.open(path) for role, path in paths.items()}
+    opened = {role: CheckpointFile.open(path) for role, path in paths.items()}
     first, allowed, device = next(iter(opened)), known.get("max_memory"), known.get("device", "cpu")
     whole, found = FLOAT * numel(opened[first]), None
     if wants_model or known.get("model") is not None or known.get("data") is not None:
@@ -195,7 +202,7 @@ def _planned(
     return Plan(method, opened, found, layout, data, config, None, memory, data is not None)
 
 
-def _check_alike(checkpoints: Mapping[str, Checkpoint]) -> None:
+def _check_alike(checkpoints: Mapping[str, CheckpointFile]) -> None:
     (_, first), *others = checkpoints.items()
     for _, other in others:
         for one, two in ((first, other), (other, first)):

@@ -48,7 +48,7 @@ IN_FOLDER = (
     "*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt"
 )  # fmt: skip
 
-INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 PART = "regraft-part-1"
 
 DTYPES = {
@@ -114,7 +114,7 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class Checkpoint(Mapping[str, Tensor]):
+class CheckpointFile(Mapping[str, Tensor]):
     """A checkpoint's tensors by name, each read when it is asked for.
 
     notes: what was done to its names, in words.
@@ -125,7 +125,7 @@ class Checkpoint(Mapping[str, Tensor]):
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, path: Path | str) -> Checkpoint:
+    def open(cls, path: Path | str) -> CheckpointFile:
         """What lies at ``path``; only names, shapes and dtypes are read, and the prefixes `WRAPPERS` taken away.
 
         Raises OSError where there is nothing, and BadFile, naming the file, for one that is truncated or damaged, that
@@ -163,7 +163,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 whole.update(hashlib.file_digest(file, "sha256").digest())
         return whole.hexdigest()
 
-    def named_as(self, wanted: Collection[str], base_prefix: str = "") -> Checkpoint:
+    def named_as(self, wanted: Collection[str], base_prefix: str = "") -> CheckpointFile:
         """With the names of ``wanted``, as far as taking `PREFIXES` away, or putting ``base_prefix`` (which
         transformers leaves out when it saves a model without a head) before all of them, brings them nearer."""
 
@@ -181,7 +181,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 )
         return found
 
-    def without(self, names: Collection[str], why: str) -> Checkpoint:
+    def without(self, names: Collection[str], why: str) -> CheckpointFile:
         """Lacking some tensors; the note says so."""
         if not names:
             return self
@@ -190,7 +190,7 @@ class Checkpoint(Mapping[str, Tensor]):
         )
         return replace(self, entries=_lacking(self.entries, names), notes=(*self.notes, told))
 
-    def _stripped(self, prefixes: Sequence[str], known: Callable[[Collection[str]], int]) -> Checkpoint:
+    def _stripped(self, prefixes: Sequence[str], known: Callable[[Collection[str]], int]) -> CheckpointFile:
         """Without the prefixes that all names share; of all such forms the shortest that ``known`` counts most for."""
         best, best_taken, taken, names = dict(self.entries), "", "", dict(self.entries)
         while prefix := next((p for p in prefixes if all(name.startswith(p) for name in names)), None):
@@ -388,9 +388,10 @@ def write_shards(folder: Path, layout: Layout, tensors: Mapping[str, Tensor]) ->
             )
     where = {name: layout.file(number) for number, names in enumerate(layout.shards) for name in names}
     write_text(
-        folder / INDEX, json.dumps({"metadata": {"total_size": layout.bytes}, "weight_map": where}, indent=1)
+        folder / INDEX_FILE,
+        json.dumps({"metadata": {"total_size": layout.bytes}, "weight_map": where}, indent=1),
     )
-    _check_written(folder / INDEX, layout)
+    _check_written(folder / INDEX_FILE, layout)
 
 
 def _as_written(name: str, layout: Layout, tensor: Tensor) -> Tensor:

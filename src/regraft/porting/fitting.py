@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regraft.core.files import BadFile
 from regraft.core.tensors import check_finite, live_state
-from regraft.porting.checkpoint_files import Checkpoint, Entry
+from regraft.porting.checkpoint_files import CheckpointFile, Entry
 from regraft.symmetry import PermutationSpec, Segment
 from regraft.symmetry.spec import groups_of
 
@@ -68,7 +68,7 @@ class Anatomy:
         return cls(spec.shapes, optional=spec.optional)
 
 
-def fit(checkpoint: Checkpoint, anatomy: Anatomy, *, is_base: bool) -> Checkpoint:
+def fit(checkpoint: CheckpointFile, anatomy: Anatomy, *, is_base: bool) -> CheckpointFile:
     """The checkpoint under the model's names, each shared tensor once.
 
     is_base: parts that the model does not have at all (another task's head) are left out, and the note says so.
@@ -98,7 +98,7 @@ def fit(checkpoint: Checkpoint, anatomy: Anatomy, *, is_base: bool) -> Checkpoin
     return found
 
 
-def unfit(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
+def unfit(checkpoint: CheckpointFile, anatomy: Anatomy) -> list[str]:
     """The model's tensors that the checkpoint lacks, or has in another shape."""
     entries = checkpoint.entries
     return [
@@ -109,7 +109,7 @@ def unfit(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
     ]
 
 
-def new_parts(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
+def new_parts(checkpoint: CheckpointFile, anatomy: Anatomy) -> list[str]:
     """The tensors of the model's last parts, of which the checkpoint has none: what a task puts behind a body, such as
     "classifier" or "bert.pooler". A numbered part ("blocks.11") is a layer that is lacking, and no new one."""
     outer = {name.partition(".")[0] for name in checkpoint.entries}
@@ -124,7 +124,7 @@ def new_parts(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
     return found
 
 
-def check_head(checkpoint: Checkpoint, anatomy: Anatomy, names: list[str]) -> str:
+def check_head(checkpoint: CheckpointFile, anatomy: Anatomy, names: list[str]) -> str:
     """The module that holds the tensors ``names``, if it alone, and only in its number of outputs, is other.
 
     Raises BadFile, naming file and tensor, where it is not so.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regraft.core.forward import portion
 from regraft.core.tensors import Batch, Loss, Tensors, check_finite
-from regraft.training.evaluation import check_batches, check_gradients, copies, evaluating, gradient
+from regraft.training.evaluation import batch_gradient, check_batches, check_gradients, copies, evaluating
 
 Direction = Callable[[nn.Module, Mapping[str, Tensor], Iterable[Batch], Loss], Tensors]
 """(model, theta, batches, loss) -> for each parameter where the loss rises; only signs count."""
@@ -45,7 +45,7 @@ def majority(
         for number, (inputs, labels) in enumerate(check_batches(batches)):
             for i, label in enumerate(labels.split(1)):
                 image = (portion(inputs, i, i + 1), label)
-                found = gradient(model, values, parameters, image, loss, number)
+                found = batch_gradient(model, values, parameters, image, loss, number)
                 check_gradients(list(parameters), found)  # the sign of NaN would be 0
                 torch._foreach_add_(list(votes.values()), [g.sign() for g in found])
                 images_seen += 1

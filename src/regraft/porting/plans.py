@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regraft.porting.checkpoint_files import Checkpoint, Entry, Layout, size
+from regraft.porting.checkpoint_files import CheckpointFile, Entry, Layout, size
 from regraft.porting.data import Data
 from regraft.porting.fitting import Distances
 from regraft.porting.subject import Subject
@@ -44,7 +44,7 @@ class Plan:
     """
 
     method: str
-    checkpoints: Mapping[str, Checkpoint]
+    checkpoints: Mapping[str, CheckpointFile]
     subject: Subject | None
     layout: Layout
     data: Data | None
@@ -102,7 +102,7 @@ class Plan:
         }
 
 
-def layout_like(result: Checkpoint, dtypes_of: Checkpoint, max_memory: int | None) -> Layout:
+def layout_like(result: CheckpointFile, dtypes_of: CheckpointFile, max_memory: int | None) -> Layout:
     """The result's tensors in the dtypes of another checkpoint; what that lacks in the dtype that most of it has."""
     floating = [e for e in dtypes_of.entries.values() if e.dtype.is_floating_point]
     common = max({e.dtype for e in floating}, key=lambda d: sum(e.numel for e in floating if e.dtype == d))

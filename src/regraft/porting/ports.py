@@ -15,7 +15,7 @@ from regraft.core.clock import EVALUATION, Clock, Cost
 from regraft.core.tensors import Perm, Tensors
 from regraft.porting.card import told_seconds, write_card
 from regraft.porting.checkpoint_files import (
-    Checkpoint,
+    CheckpointFile,
     Layout,
     Lazy,
     beside,
@@ -180,9 +180,9 @@ def _check_asked(asked: Asked) -> None:
         raise ValueError(f"steps must be at least 1, got {asked['steps']}")
 
 
-def _fitted(paths: Sequence[Path | str], asked: Asked) -> tuple[Subject, dict[str, Checkpoint]]:
+def _fitted(paths: Sequence[Path | str], asked: Asked) -> tuple[Subject, dict[str, CheckpointFile]]:
     """The network, proven, and the three checkpoints under its names."""
-    opened = {role: Checkpoint.open(path) for role, path in zip(ROLES, paths, strict=True)}
+    opened = {role: CheckpointFile.open(path) for role, path in zip(ROLES, paths, strict=True)}
     if asked["spec"] is None:
         check_memory(PROOF * FLOAT * numel(opened[TUNED]), PROVING, asked["max_memory"])
     found, tuned = subject(opened[TUNED], asked["model"], asked["inputs"], asked["spec"], asked["device"])
@@ -207,7 +207,7 @@ def _why(asked: Asked) -> str:
     return f"method {asked['method']!r} ({how})"
 
 
-def _alike(checkpoints: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
+def _alike(checkpoints: dict[str, CheckpointFile]) -> dict[str, CheckpointFile]:
     """With the head tensors that only some have taken out of all but the fine-tune, and no counter that one lacks."""
     tuned = checkpoints[TUNED]
     lacking = {name for name in tuned for role in (BASE, NEW_BASE) if name not in checkpoints[role]}
@@ -305,7 +305,7 @@ def _measured(made: Plan, sides: list[Lazy], ported: Ported, work: Work) -> dict
     return {"accuracy": found, "measured_on": where}
 
 
-def _copy_config(tuned: Checkpoint, part: Path) -> None:
+def _copy_config(tuned: CheckpointFile, part: Path) -> None:
     """transformers finds a model by the config.json that stands beside its weights."""
     config = tuned.path.parent / "config.json"
     if config.is_file():

@@ -15,7 +15,7 @@ from regraft.core.files import BadFile
 from regraft.core.forward import map_inputs
 from regraft.core.tensors import Perm, Tensors
 from regraft.networks.heads import adopt
-from regraft.porting.checkpoint_files import Checkpoint, Lazy
+from regraft.porting.checkpoint_files import CheckpointFile, Lazy
 from regraft.porting.data import Data, data_by_name, data_of
 from regraft.porting.fitting import Anatomy, check_head, fit, new_parts, unfit, with_outputs
 from regraft.porting.models import Named, by_name
@@ -50,7 +50,7 @@ class Subject:
     def model(self) -> nn.Module | None:
         return None if self.named is None else self.named.model
 
-    def fitted(self, checkpoint: Checkpoint) -> Checkpoint:
+    def fitted(self, checkpoint: CheckpointFile) -> CheckpointFile:
         """A base under the model's names, without the tensors of another head.
 
         Raises BadFile, naming file and tensor, where anything but a head does not fit.
@@ -106,12 +106,12 @@ class Subject:
 
 
 def subject(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointFile,
     model: Model | None,
     inputs: Example = None,
     spec: Spec | None = None,
     device: str = "cpu",
-) -> tuple[Subject, Checkpoint]:
+) -> tuple[Subject, CheckpointFile]:
     """The network of a checkpoint, with a head of its classes, and the checkpoint under its names.
 
     Args:
@@ -149,7 +149,7 @@ def subject(
     return Subject(spec, anatomy, named), found
 
 
-def _of_spec(checkpoint: Checkpoint, spec: PermutationSpec) -> tuple[Subject, Checkpoint]:
+def _of_spec(checkpoint: CheckpointFile, spec: PermutationSpec) -> tuple[Subject, CheckpointFile]:
     if not spec.proven:
         raise ValueError(
             "the specification is not proven: give the model too, or make it with `regraft symmetry NAME --save FILE`"
@@ -175,7 +175,7 @@ def _named(model: Model, inputs: Example) -> Named:
 # ---------------------------------------------------------------- tensors of checkpoints, as methods take them
 
 
-def lazy(checkpoint: Checkpoint, like: Checkpoint, device: str) -> Lazy:
+def lazy(checkpoint: CheckpointFile, like: CheckpointFile, device: str) -> Lazy:
     """The names of ``like``, floating in float32 on a device; what the checkpoint lacks is zero there."""
 
     def read(name: str) -> Tensor:
@@ -187,6 +187,6 @@ def lazy(checkpoint: Checkpoint, like: Checkpoint, device: str) -> Lazy:
     return Lazy(tuple(like.entries), read)
 
 
-def numel(checkpoint: Checkpoint) -> int:
+def numel(checkpoint: CheckpointFile) -> int:
     """Of all tensors together."""
     return sum(math.prod(entry.shape) for entry in checkpoint.entries.values())

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from regraft.core.forward import call, loss_of, name_inputs, run, split
 from regraft.core.guard import preserve_state, same_streams
-from regraft.core.tensors import Batch, Inputs, Loss, Tensors, check_finite, live_state, use_generator
+from regraft.core.tensors import (
+    Batch,
+    Inputs,
+    Loss,
+    Tensors,
+    check_finite,
+    live_state,
+    sum_networks,
+    use_generator,
+)
 from regraft.networks.heads import check_labels
 
 
@@ -221,7 +229,9 @@ def _mean_gradients(
     count = 0
     for inputs, labels in check_batches(batches):
         with around():
-            found = gradient(model, {**parameters, **buffers}, parameters, (inputs, labels), loss, count)
+            found = batch_gradient(
+                model, {**parameters, **buffers}, parameters, (inputs, labels), loss, count
+            )
         total = list(found) if total is None else torch._foreach_add(total, found)
         count += 1
     if total is None:
@@ -232,7 +242,7 @@ def _mean_gradients(
     return {name: g.contiguous() for name, g in zip(parameters, total, strict=True)}
 
 
-def gradient(
+def batch_gradient(
     model: nn.Module,
     values: Tensors,
     parameters: Tensors,
@@ -425,20 +435,7 @@ def plane(
 
 
 def _combine(sources: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
-    """Weighted sum of floating tensors; others are the first source's. A variance stays at least 0."""
-    first = sources[0]
-    combined: Tensors = {
-        name: cast(
-            Tensor, sum(weight * source[name] for weight, source in zip(weights, sources, strict=True))
-        )
-        if value.is_floating_point()
-        else value
-        for name, value in first.items()
-    }
-    for name in combined:
-        if name.endswith("running_var"):
-            combined[name] = combined[name].clamp(min=0)
-    return combined
+    return {name: sum_networks(sources, weights, name) for name in sources[0]}
 
 
 def _at(

@@ -261,7 +261,7 @@ def train_one_epoch(loop: Loop, epoch: int, pauses: Container[int] = ()) -> Iter
         raise ValueError("training draws dropout masks: its batches need a generator")
     with use_generator(batches.generator, device):  # dropout draws from the global state
         for stretch in _stretches(steps, pauses):
-            with loop.clock.phase("train", device), _named(epoch):
+            with loop.clock.phase("train", device), _name_epoch(epoch):
                 made = train_steps_(
                     loop.network,
                     loop.optimiser,
@@ -322,7 +322,7 @@ def train_steps_(
 
 
 @contextmanager
-def _named(epoch: int) -> Iterator[None]:
+def _name_epoch(epoch: int) -> Iterator[None]:
     """Inside, a divergence says in which epoch it was."""
     try:
         yield

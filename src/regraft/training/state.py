@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from regraft.core.files import check_file, clean, parse_json, write_tensors
 from regraft.core.tensors import Tensors, check_alike, check_finite, fill_, state, tensor_digest
 
-T = TypeVar("T")
+_T = TypeVar("T")
 
 UNUSED = "unused"
 """The slot of a parameter for which the optimiser keeps nothing."""
@@ -54,7 +54,7 @@ class TrainingState:
         write_tensors(self.path, tensors, metadata)
         self._rows, self._written = len(history), time.monotonic()
 
-    def resume_(self, read: Callable[[str], list[T]]) -> list[T]:
+    def resume_(self, read: Callable[[str], list[_T]]) -> list[_T]:
         """Put the file's state into network, optimiser and generator; the history, empty where there is no file.
 
         read: makes rows of the history's JSON text; raises ValueError, naming the file, where they are none.
