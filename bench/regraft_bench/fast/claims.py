@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from regraft_bench.report.tables import Comparison, Rows, Sheet, by_scenario, compare
+from regraft_bench.report.claims import NO_WORSE, Claim, PairedTest
+from regraft_bench.report.tables import Rows, Sheet, by_scenario
 from regraft_bench.rows import Row
 
 EARLY = 21  # steps
-
-
-@dataclass(frozen=True)
-class Claim:
-    """``more`` has more of ``value`` than ``less`` has. at_least: or as much."""
-
-    where: str
-    sentence: str
-    scenario: str
-    value: str
-    more: str
-    less: str
-    at_least: bool = False
 
 
 _TINY, _LARGE = "N(0, 1e-08²)", "N(0, 1²)"
@@ -31,7 +18,8 @@ _AREA, _EARLY, _END, _SOURCE = "area", "early", "accuracy", "source_lowest"
 _EARLY_SCALE = "beta alone scaled down loses nothing in the first steps"
 _LATE_SCALE = "and gains at the end"
 
-CLAIMS = (
+
+FAST_CLAIMS = (
     Claim("6.2, figure 3", "a tiny head forgets less", "initial-same", _SOURCE, _TINY, _LARGE),
     Claim("6.2, figure 3", "and learns faster", "initial-same", _AREA, _TINY, _LARGE),
     Claim("6.2, figure 5", "also where the tasks are unrelated: forgets less", "initial-other", _SOURCE, _TINY, _LARGE),
@@ -43,13 +31,13 @@ CLAIMS = (
     ),
     Claim(
         "6.4, figure 7", "and needs none itself", "warm-up", _AREA,
-        "no warm-up: N(0, 1e-08²)", "N(0, 1e-08²), statistics", True,
+        "no warm-up: N(0, 1e-08²)", "N(0, 1e-08²), statistics", NO_WORSE,
     ),
     Claim("6.5, figure 8", "both rates scaled down lose early", "rates-resnet", _EARLY, "c, c", "c/10, c/10"),
     Claim("6.5, figure 8", "and gain at the end", "rates-resnet", _END, "c/10, c/10", "c, c"),
-    Claim("6.5, figure 8", _EARLY_SCALE, "rates-resnet", _EARLY, "c, c/10", "c, c", True),
+    Claim("6.5, figure 8", _EARLY_SCALE, "rates-resnet", _EARLY, "c, c/10", "c, c", NO_WORSE),
     Claim("6.5, figure 8", _LATE_SCALE, "rates-resnet", _END, "c, c/10", "c, c"),
-    Claim("6.5, figure 9", _EARLY_SCALE, "rates-vgg", _EARLY, "c, c/10", "c, c", True),
+    Claim("6.5, figure 9", _EARLY_SCALE, "rates-vgg", _EARLY, "c, c/10", "c, c", NO_WORSE),
     Claim("6.5, figure 9", _LATE_SCALE, "rates-vgg", _END, "c, c/10", "c, c"),
     Claim("6.5, figure 8", "two rates beat one: alpha alone scaled up", "rates-resnet", _AREA, "10c, c", "c, c"),
     Claim("6.5, figure 9", "two rates beat one: alpha alone scaled up", "rates-vgg", _AREA, "10c, c", "c, c"),
@@ -60,12 +48,12 @@ CLAIMS = (
         for network in ("densenet", "vgg")
     ),
     *(
-        Claim(where, sentence, scenario, value, "fast", "baseline", at_least)
+        Claim(where, sentence, scenario, value, "fast", "baseline", test)
         for where, scenario in (("6.7, figure 14", "convergence-mnist"), ("6.7, figure 15", "convergence-digits"))
-        for sentence, value, at_least in (
-            ("FAST learns faster", _AREA, False),
-            ("with no worse end", _END, True),
-            ("and stays closer to the source", "closeness", False),
+        for sentence, value, test in (
+            ("FAST learns faster", _AREA, PairedTest()),
+            ("with no worse end", _END, NO_WORSE),
+            ("and stays closer to the source", "closeness", PairedTest()),
         )
     ),
     *(
@@ -78,10 +66,10 @@ CLAIMS = (
 """Where ``less`` is no method's name, it begins those of several rates, and the best of them by validation is taken."""
 
 
-def claims(rows: Rows) -> Iterator[Sheet]:
+def list_fast_claims(rows: Rows) -> Iterator[Sheet]:
     """One line a sentence whose scenario has been measured."""
     own = by_scenario([_with_more(row) for row in rows])
-    lines = tuple(_line(claim, own[claim.scenario]) for claim in CLAIMS if claim.scenario in own)
+    lines = tuple(_line(claim, own) for claim in FAST_CLAIMS if claim.scenario in own)
     if lines:
         heading = ("the paper says", "where", "scenario", "of", "difference", "verdict")
         notes = (
@@ -101,21 +89,11 @@ def _with_more(row: Row) -> Row:
     return replace(row, values={**row.values, **more})
 
 
-def _line(claim: Claim, rows: Rows) -> tuple[str, ...]:
-    found = compare(rows, claim.more, other := _best(rows, claim.less), claim.value)
-    told = claim.sentence if other == claim.less else f"{claim.sentence} ({other})"
-    what = (told, claim.where, claim.scenario, claim.value)
-    if found is None:
-        return (*what, "–", "not measured")
-    return (*what, str(found), _verdict(found, claim.at_least))
-
-
-def _verdict(found: Comparison, at_least: bool) -> str:
-    if math.isnan(found.p) or (found.p >= 0.05 and not at_least):
-        return "not to be told"
-    if found.p >= 0.05:
-        return "not refuted"
-    return "holds" if found.difference > 0 else "holds not"
+def _line(claim: Claim, rows: Mapping[str, Rows]) -> tuple[str, ...]:
+    best = replace(claim, less=_best(rows[claim.scenario], str(claim.less)))
+    sentence = claim.sentence if best.less == claim.less else f"{claim.sentence} ({best.less})"
+    difference = str(best.compare(rows) or "–")
+    return sentence, claim.where, claim.scenario, claim.metric, difference, best.verdict(rows)
 
 
 def _best(rows: Rows, name: str) -> str:

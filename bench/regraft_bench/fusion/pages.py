@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 
-from regraft_bench.fusion.claims import claims
+from regraft_bench.fusion.claims import list_fusion_claims
 from regraft_bench.fusion.nearness import Grid, in_numbers, ours
 from regraft_bench.fusion.paper import Published, published
 from regraft_bench.fusion.recipe_pages import recipes, retained, whole_tables, widths
@@ -215,7 +215,12 @@ TABLES = (
         (DIGITS.name,),
         by_method((*COMMON, *BOTH_TASKS[:2], *CHOSEN)),
     ),
-    Table("claims", "What the paper says", tuple(f"table-{number}" for number in published()), claims),
+    Table(
+        "claims",
+        "What the paper says",
+        tuple(f"table-{number}" for number in published()),
+        list_fusion_claims,
+    ),
     Table("recipes", "Which recipe", tuple(s.name for s in RECIPES), recipes),
     Table(
         "whole-tables",
