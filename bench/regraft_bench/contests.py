@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
-
 from regraft_bench.rows import Environment, Series
 from regraft_bench.study import Measured, Method, Setting
 from regraft_bench.timing import Contender, Timing, alternate
-from regraft_kernels.cases import BY_HAND, COPY, OURS, PRODUCT, Case
 
 TIME = "time [ms]"
+OURS, BY_HAND, COPY, PRODUCT = "regraft", "by hand", "copy", "one product"
 ABOUT = {
     OURS: "This project's way, as its users call it.",
     BY_HAND: "What one would write without this project: what the others are compared with.",
@@ -30,8 +28,6 @@ ABOUT = {
     "a copy of the state": "Parameters and buffers copied, as at a validation that finds a better state.",
 }
 """What a contender is, where its name is not a solver's."""
-
-__all__ = ["BY_HAND", "OURS", "TIME", "Contest", "MicroSetting", "Timed", "of_case", "timed_methods"]
 
 
 @dataclass(frozen=True)
@@ -108,12 +104,3 @@ def _measure(contest: Contest, contender: str, setting: MicroSetting) -> Measure
     rounds = timing.milliseconds()
     series = {"time by round [ms]": Series.over("round", range(1, len(rounds) + 1), rounds)}
     return Measured(values, series, {"call": timing.median}, {"clock": timing.clock})
-
-
-def of_case(case: Case) -> Contest:
-    """A kernel's case as a contest."""
-
-    def make(setting: MicroSetting) -> dict[str, Contender]:
-        return {name: Contender(run) for name, run in case.make(torch.device(setting.device)).items()}
-
-    return Contest(case.name, case.contenders, make, case.bytes, case.flop)

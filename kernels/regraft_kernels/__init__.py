@@ -1,7 +1,6 @@
 """Kernels of regraft: permute, graft, combine, similarity, assign. Importable alone.
 
-Needs torch, numpy and scipy. Triton (GPU tensors) and lapx or lapjv (faster assignment) are optional. Every file of a
-kernel exports VARIANTS, what to compile of it, and CASES, what to time.
+Needs torch, numpy and scipy. Triton (GPU tensors) and lapx or lapjv (faster assignment) are optional.
 """
 
 from regraft_kernels.assignment import Assignment, Duals, assign, assign_many

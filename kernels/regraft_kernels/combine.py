@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -11,21 +11,6 @@ import torch
 from torch import Tensor
 
 from regraft_kernels.backend import on, resolve, tl, triton, triton_dtype
-from regraft_kernels.cases import (
-    BY_HAND,
-    COPY,
-    FLOATING,
-    NETWORKS,
-    OURS,
-    PLANS,
-    Case,
-    Network,
-    Variant,
-    copy_of,
-    dtype_name,
-    each_family,
-    size,
-)
 from regraft_kernels.moves import RUN_TIME, accumulator, aligned, launch_bytes, memory_of, on_device, pointer
 from regraft_kernels.operators import needs_operator, one_by_one
 from regraft_kernels.packing import Packing, Tensors, allocate, check_addable
@@ -42,7 +27,7 @@ from regraft_kernels.tables import (
     lay_out,
     uploaded,
 )
-from regraft_kernels.tiles import FAMILIES, FlatTile, family
+from regraft_kernels.tiles import FlatTile, family
 
 
 def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[str, Tensor]:
@@ -354,59 +339,3 @@ def _backward(ctx, gradients):
 
 _operator.register_autograd(_backward, setup_context=_remember)
 _operator.register_vmap(one_by_one(torch.ops.regraft.combine))
-
-
-# ---------------------------------------------------------------- what to compile, what to time
-
-
-SIGNATURE = {
-    "addresses": "*i64",
-    "count": "i32",
-    "segments": "*i64",
-    "tiles": "*i32",
-    "moved": "fp32",
-    "steps": "i32",
-    "sources": "i32",
-}
-
-
-def _variants(target: str) -> list[Variant]:
-    found, tile = [], FAMILIES[target].flat
-    for dtype in FLOATING:
-        wide = accumulator(dtype)
-        signature = {**SIGNATURE, "coefficients": "*fp64" if wide == torch.float64 else "*fp32"}
-        for pair in (True, False):
-            for kind in (Kind(dtype, False, True), Kind(dtype, False, False)):
-                constants = {
-                    "DTYPE": dtype,
-                    "WIDE": wide,
-                    "VEC": kind.vector,
-                    "PAIR": pair,
-                    "BLOCK": block_of(tile, kind),
-                }
-                label = f"combine {'two' if pair else 'many'} {dtype_name(dtype)} {kind.alignment}"
-                moved = 3 * block_of(tile, kind) * dtype.itemsize
-                found.append(
-                    Variant(_combine_kernel, target, label, signature, constants, tile.warps, moved=moved)
-                )
-    return found
-
-
-def _case(network: str, into_given: bool, count: int) -> Case:
-    def make(device: torch.device) -> dict[str, Callable[[], object]]:
-        net = Network.of(NETWORKS[network](), device)
-        a, b = net.draw(0), net.draw(1)
-        table = [[0.1 * k + 0.5, 0.5 - 0.1 * k] for k in range(count)]
-        out = combine([a, b], table) if into_given else None
-        return {
-            OURS: lambda: combine([a, b], table, out=out),
-            BY_HAND: lambda: {name: [x * a[name] + y * b[name] for x, y in table] for name in a},
-            COPY: copy_of(a, 2 + count, out=into_given),
-        }
-
-    name = f"combine, {network}, 2 sources, {count} result{'s' * (count > 1)}{', out' * into_given}"
-    return Case(name, make, (OURS, BY_HAND, COPY), bytes=(2 + count) * size(NETWORKS[network]()))
-
-
-VARIANTS = each_family(_variants)
-CASES = tuple(_case(*plan, count) for plan in PLANS for count in (1, 4))

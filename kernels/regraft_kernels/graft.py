@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from regraft_kernels.backend import resolve, tl, triton, triton_dtype
-from regraft_kernels.cases import (
-    BY_HAND,
-    COPY,
-    FLOATING,
-    NETWORKS,
-    OURS,
-    PLANS,
-    Case,
-    Network,
-    Variant,
-    copy_of,
-    each_family,
-    size,
-)
 from regraft_kernels.indices import Indices
 from regraft_kernels.moves import (
     RUN_TIME,
-    SIGNATURE,
     accumulator,
     aligned,
     find_tile,
@@ -37,14 +22,10 @@ from regraft_kernels.moves import (
     memory_of,
     on_device,
     pointer,
-    shape_of,
-    tile_of,
 )
 from regraft_kernels.operators import needs_operator, one_by_one, operator_vectors, packing_of
 from regraft_kernels.packing import Packing, Tensors, allocate, check_addable
 from regraft_kernels.permute import Scratch, permute_reference, row_blocks
-from regraft_kernels.tables import Kind
-from regraft_kernels.tiles import FAMILIES
 
 
 def graft_reference(
@@ -405,48 +386,3 @@ def _check_move(tensors: Tensors, base: Tensors, packing: Packing, what: str) ->
                 f"{what}: {kind} of {name!r} is {getattr(tensor, kind)}, in base {getattr(wanted, kind)}"
             )
     return needed
-
-
-# ---------------------------------------------------------------- what to compile, what to time
-
-
-def _variants(target: str) -> list[Variant]:
-    tiles, found = FAMILIES[target], []
-    for dtype in FLOATING:
-        wide = accumulator(dtype)
-        signature = {**SIGNATURE, "scales": "*fp64" if wide == torch.float64 else "*fp32", "steps": "i32"}
-        for kind in (Kind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
-            tile = tile_of(tiles, kind, LIVE)
-            constants = {"DTYPE": dtype, "WIDE": wide, **shape_of(tile, kind)}
-            moved = 4 * tile.size * dtype.itemsize
-            label = f"graft {kind.label}"
-            found.append(Variant(_graft_kernel, target, label, signature, constants, tile.warps, moved=moved))
-    return found
-
-
-def _case(network: str, into_given: bool, count: int) -> Case:
-    def make(device: torch.device) -> dict[str, Callable[[], object]]:
-        net = Network.of(NETWORKS[network](), device)
-        base, start, end = (net.draw(seed) for seed in range(3))
-        scales = [(k + 1) / count for k in range(count)]
-        out = graft(base, start, end, scales, net.indices, net.packing) if into_given else None
-
-        def by_hand() -> dict[str, list[Tensor]]:
-            result = {}
-            for name, tensor in base.items():
-                moved = net.moved(name, end[name] - start[name])
-                result[name] = [tensor + scale * moved for scale in scales]
-            return result
-
-        return {
-            OURS: lambda: graft(base, start, end, scales, net.indices, net.packing, out=out),
-            BY_HAND: by_hand,
-            COPY: copy_of(base, 3 + count, out=into_given),
-        }
-
-    name = f"graft, {network}, {count} scale{'s' * (count > 1)}{', out' * into_given}"
-    return Case(name, make, (OURS, BY_HAND, COPY), bytes=(3 + count) * size(NETWORKS[network]()))
-
-
-VARIANTS = each_family(_variants)
-CASES = tuple(_case(*plan, count) for plan in PLANS for count in (1, 4))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -10,23 +10,9 @@ import torch
 from torch import Tensor
 
 from regraft_kernels.backend import resolve, tl, triton
-from regraft_kernels.cases import (
-    BY_HAND,
-    COPY,
-    NETWORKS,
-    OURS,
-    PLANS,
-    Case,
-    Network,
-    Variant,
-    copy_of,
-    each_family,
-    size,
-)
 from regraft_kernels.indices import Indices
 from regraft_kernels.moves import (
     RUN_TIME,
-    SIGNATURE,
     aligned,
     find_tile,
     launch_bytes,
@@ -34,13 +20,9 @@ from regraft_kernels.moves import (
     layout_of,
     memory_of,
     pointer,
-    shape_of,
-    tile_of,
 )
 from regraft_kernels.operators import needs_operator, one_by_one, operator_vectors, packing_of
 from regraft_kernels.packing import Packing, Tensors, allocate
-from regraft_kernels.tables import Kind
-from regraft_kernels.tiles import FAMILIES
 
 BLOCK_BYTES = 1 << 20
 """The torch path moves a block of rows of this size at a time: what it gathers first is still in the cache."""
@@ -290,44 +272,3 @@ def _backward(ctx, gradients):
 
 _operator.register_autograd(_backward, setup_context=_remember)
 _operator.register_vmap(one_by_one(torch.ops.regraft.permute))
-
-
-# ---------------------------------------------------------------- what to compile, what to time
-
-
-def _variants(target: str) -> list[Variant]:
-    tiles, found = FAMILIES[target], []
-    for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
-        for kind in (Kind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
-            tile = tile_of(tiles, kind, LIVE)
-            found.append(
-                Variant(
-                    _permute_kernel,
-                    target,
-                    f"permute {kind.label}",
-                    SIGNATURE,
-                    {"DTYPE": dtype, **shape_of(tile, kind)},
-                    tile.warps,
-                    moved=2 * tile.size * dtype.itemsize,
-                )
-            )
-    return found
-
-
-def _case(network: str, into_given: bool) -> Case:
-    def make(device: torch.device) -> dict[str, Callable[[], object]]:
-        net = Network.of(NETWORKS[network](), device)
-        tensors = net.draw(0)
-        out = net.draw(1) if into_given else None
-        return {
-            OURS: lambda: permute(tensors, net.indices, net.packing, out=out),
-            BY_HAND: lambda: {name: net.moved(name, tensor) for name, tensor in tensors.items()},
-            COPY: copy_of(tensors, 2, out=into_given),
-        }
-
-    name = f"permute, {network}{', out' * into_given}"
-    return Case(name, make, (OURS, BY_HAND, COPY), bytes=2 * size(NETWORKS[network]()))
-
-
-VARIANTS = each_family(_variants)
-CASES = tuple(_case(*plan) for plan in PLANS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from regraft_kernels.backend import INTERPRETING, resolve, tl, triton, triton_dtype
-from regraft_kernels.cases import BY_HAND, OURS, PRODUCT, Case, Variant, dtype_name, each_family
 from regraft_kernels.packing import check_index, check_ranges
 from regraft_kernels.similarity_operator import flatten, register, unflatten
 from regraft_kernels.similarity_torch import similarity_torch, update_torch_
@@ -25,7 +24,7 @@ from regraft_kernels.terms import (
     operands_of,
     unfold,
 )
-from regraft_kernels.tiles import FAMILIES, DotTile, dot_choice, family
+from regraft_kernels.tiles import DotTile, dot_choice, family
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
@@ -362,82 +361,3 @@ def _float32_products(device: torch.device, precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
-
-
-# ---------------------------------------------------------------- what to compile, what to time
-
-
-def _variants(target: str) -> list[Variant]:
-    tiles = FAMILIES[target]
-    kinds = [(torch.float32, p) for p in PRECISIONS if p not in tiles.substitutes]
-    kinds += [(torch.bfloat16, "half"), (torch.float16, "half")]
-    return [_variant(target, *kind, tile) for kind in kinds for tile in dict.fromkeys(tiles.dot[kind[1]])]
-
-
-def _variant(target: str, dtype: torch.dtype, precision: str, tile: DotTile) -> Variant:
-    signature = {"programs": "*i64", "parts": "*i64", "rows": "*i64", "out": "*fp32"}
-    constants = {
-        "DTYPE": dtype,
-        "FACTOR": dtype,
-        "PRECISION": "ieee" if precision == "half" else precision,
-        "M": tile.m,
-        "N": tile.n,
-        "K": tile.k,
-    }
-    kind = dtype_name(dtype) if precision == "half" else f"{dtype_name(dtype)} {precision}"
-    label = f"similarity {kind} {tile.m}x{tile.n}x{tile.k}"
-    return Variant(_similarity_kernel, target, label, signature, constants, tile.warps, tile.stages)
-
-
-def _case(steps: int, rows: int, columns: int, area: int, axis: int) -> Case:
-    """One term, the other axis gathered. Ours is given channels last, the user's way PyTorch's own order."""
-    n = (rows, columns)[axis]
-
-    def make(device: torch.device) -> dict[str, Callable[[], object]]:
-        g = torch.Generator(device).manual_seed(0)
-        stacks = torch.randn(2, steps, rows, area, columns, generator=g, device=device).movedim(-1, 3)
-        target, source = stacks
-        plain = target.contiguous(), source.contiguous()
-        index = torch.randperm((rows, columns)[1 - axis], generator=g, device=device)
-        left, right = torch.randn(2, n, target.numel() // n, generator=g, device=device)
-        term = Term(target, source, axis, None, (None, index, None) if axis == 0 else (index, None, None))
-
-        def by_hand() -> Tensor:
-            moved = plain[1].index_select(2 - axis, index)
-            rows = [stack.movedim(axis + 1, 0).reshape(n, -1) for stack in (plain[0], moved)]
-            return rows[0] @ rows[1].T
-
-        return {OURS: lambda: similarity([term]), BY_HAND: by_hand, PRODUCT: lambda: left @ right.T}
-
-    name = f"similarity, [{steps}, {rows}, {columns}, {area}], axis {axis}"
-    return Case(name, make, (OURS, BY_HAND, PRODUCT), flop=2 * n * steps * rows * columns * area)
-
-
-def _update_case(n: int, changed: int) -> Case:
-    """Some of a neighbour's units changed, against building the term again."""
-
-    def make(device: torch.device) -> dict[str, Callable[[], object]]:
-        g = torch.Generator(device).manual_seed(0)
-        target, source = torch.randn(2, 1, n, n, generator=g, device=device)
-        old = torch.randperm(n, generator=g, device=device)
-        new = old.clone()
-        new[:changed] = old[:changed].roll(1)
-        total, term = torch.zeros(n, n, device=device), Term(target, source, 0)
-        anew = Term(target, source, 0, None, (None, new))
-        return {
-            OURS: lambda: similarity_update_(total, term, 1, old, new),
-            BY_HAND: lambda: similarity([anew]),
-        }
-
-    return Case(f"similarity_update_, n = {n}, {changed} changed", make, (OURS, BY_HAND))
-
-
-VARIANTS = each_family(_variants)
-CASES = (
-    _case(10, 256, 256, 9, 0),
-    _case(10, 256, 256, 9, 1),
-    _case(10, 512, 512, 1, 0),
-    _case(10, 512, 512, 1, 1),
-    _case(10, 512, 512, 9, 0),
-    _update_case(1024, 50),
-)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from regraft_bench.kernels.compiled import GOALS, MACHINES
-from regraft_bench.kernels.machine_code import read
+from regraft_bench.kernels.machine_code import read_machine_code
+from regraft_bench.kernels.variants import operators
 from regraft_kernels.backend import HAS_TRITON
-from regraft_kernels.cases import kernels
 from regraft_kernels.tiles import FAMILIES
 
 COMPILE = """
@@ -45,14 +45,14 @@ def compiled():
 
 
 def test_every_kernel_has_variants_for_every_family():
-    for name, kernel in kernels().items():
-        assert {variant.target for variant in kernel.VARIANTS} == set(FAMILIES), name
-        labels = [(variant.target, variant.label) for variant in kernel.VARIANTS]
+    for name, operator in operators().items():
+        assert {variant.target for variant in operator.VARIANTS} == set(FAMILIES), name
+        labels = [(variant.target, variant.label) for variant in operator.VARIANTS]
         assert len(set(labels)) == len(labels), name
 
 
 def test_every_goal_concerns_something():
-    variants = [variant for kernel in kernels().values() for variant in kernel.VARIANTS]
+    variants = [variant for operator in operators().values() for variant in operator.VARIANTS]
     for goal in GOALS:
         assert any(goal.concerns(variant) for variant in variants), goal
 
@@ -60,7 +60,7 @@ def test_every_goal_concerns_something():
 def test_machine_code_meets_its_goals(compiled):
     for start in WANTED:
         assert any(re.search(start, name) for name in compiled), start
-    assert {name.split()[1] for name in compiled if name.startswith("sm_90")} == set(kernels())
+    assert {name.split()[1] for name in compiled if name.startswith("sm_90")} == set(operators())
     assert {name.split()[0] for name in compiled} == set(FAMILIES)
     for name, (values, _) in compiled.items():
         assert values["registers"] > 0, name
@@ -107,7 +107,7 @@ def test_amds_loop_is_the_innermost_that_works():
     .vgpr_spill_count: 1
 """
     asm = {"amdgcn": text, "llir": "%1 = sdiv i64 %a, %b\n"}
-    code = read(SimpleNamespace(asm=asm, metadata=SimpleNamespace(shared=7)))
+    code = read_machine_code(SimpleNamespace(asm=asm, metadata=SimpleNamespace(shared=7)))
     assert (code.registers, code.spilled, code.shared, code.divisions) == (12, 4, 7, 1)
     assert (code.instructions, code.loop, code.matrix) == (8, 3, 1)
     assert (code.loads, code.narrow_loads, code.stored) == (1, 1, (128, 16))

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regraft_kernels as rk
+from regraft_bench.kernels.networks import Network, resnet50
 from regraft_kernels import backend, tables
-from regraft_kernels.cases import Network, resnet50
 
 NO_WORK = {"empty", "empty_like", "new_empty", "view", "slice", "select", "lift_fresh", "detach", "alias"}
 """Operators that ask nothing of a device: memory from the allocator's pool, and views."""

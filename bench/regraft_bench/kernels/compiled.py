@@ -14,10 +14,10 @@ import torch
 
 from regraft.core.clock import Clock
 from regraft.data import MissingData
-from regraft_bench.kernels.machine_code import Code, read
+from regraft_bench.kernels.machine_code import MachineCode, read_machine_code
+from regraft_bench.kernels.variants import Variant, operators
 from regraft_bench.study import Measured, Method, Setting
 from regraft_kernels.backend import HAS_TRITON, INTERPRETING, triton_dtype
-from regraft_kernels.cases import Variant, kernels
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -32,7 +32,7 @@ CODE = "This variant's machine code, compiled ahead of time and read: nothing is
 
 def methods() -> tuple[Method, ...]:
     """One for every variant that a kernel file exports."""
-    variants = [variant for kernel in kernels().values() for variant in kernel.VARIANTS]
+    variants = [variant for operator in operators().values() for variant in operator.VARIANTS]
     variants.sort(key=lambda variant: list(TARGETS).index(variant.target))
     return tuple(
         Method(
@@ -50,12 +50,12 @@ def _measure(variant: Variant, setting: Setting) -> Measured:
     clock = Clock()
     with clock.phase("compile"):
         built = built_for(variant)
-    values = values_of(variant, read(built))
-    missed = [goal.text(values) for goal in GOALS if goal.concerns(variant) and not goal.met(values)]
+    values = values_of(variant, read_machine_code(built))
+    missed = [goal.text(values) for goal in GOALS if goal.concerns(variant) and not goal.is_met(values)]
     return Measured(values, cost=clock.seconds, notes={"beyond its goal": missed} if missed else {})
 
 
-def values_of(variant: Variant, code: Code) -> dict[str, float]:
+def values_of(variant: Variant, code: MachineCode) -> dict[str, float]:
     """What is shown and checked of a variant's code, by name. Predicted values are of the machines in MACHINES."""
     values = {
         "registers": code.registers,
@@ -71,31 +71,20 @@ def values_of(variant: Variant, code: Code) -> dict[str, float]:
         "matrix instructions": code.matrix,
         "copies in flight": code.in_flight,
     }
-    kernel = _kernel_of(variant)
-    if kernel in READS:
+    if variant.reads:
         values["instructions per 16 bytes"] = _per_16_bytes(variant, code)
     if variant.target == "sm_90":
-        share = (
-            partial(_share_of_copy, variant, code)
-            if kernel in READS
-            else partial(_share_of_products, variant, code)
-        )
-        values |= {f"predicted share, {name}": share(machine) for name, machine in MACHINES.items()}
+        share = _share_of_copy if variant.reads else _share_of_products
+        values |= {
+            f"predicted share, {name}": share(variant, code, machine) for name, machine in MACHINES.items()
+        }
     return {name: float(value) for name, value in values.items()}
 
 
-def _kernel_of(variant: Variant) -> str:
-    return variant.label.split()[0]
-
-
-def _per_16_bytes(variant: Variant, code: Code) -> float:
+def _per_16_bytes(variant: Variant, code: MachineCode) -> float:
     """Instructions of a thread for each 16 bytes of tensors that it reads or writes."""
     moved = variant.moved / (32 * variant.warps)
-    return code.executed(moved / (1 + READS[_kernel_of(variant)])) / (moved / 16)
-
-
-READS = {"permute": 1, "graft": 3, "combine": 2}
-"""Bytes read for each that is stored: graft with one scale, combine of two sources."""
+    return code.instructions_to_store(moved / (1 + variant.reads)) / (moved / 16)
 
 
 # ---------------------------------------------------------------- goals
@@ -113,7 +102,7 @@ class Goal:
     def concerns(self, variant: Variant) -> bool:
         return re.search(self.variants, f"{variant.target} {variant.label}") is not None
 
-    def met(self, values: Mapping[str, float]) -> bool:
+    def is_met(self, values: Mapping[str, float]) -> bool:
         found = values[self.value]
         return (self.most is None or found <= self.most) and (self.least is None or found >= self.least)
 
@@ -166,7 +155,7 @@ class Machine:
     threads: int = 2048
     shared: int = 227 << 10
 
-    def resident(self, threads: int, code: Code) -> int:
+    def resident(self, threads: int, code: MachineCode) -> int:
         """Blocks of so many threads at once on a multiprocessor."""
         registers = self.registers // (-(-code.registers // 8) * 8 * threads)
         return max(1, min(self.threads // threads, registers, self.shared // max(code.shared, 1)))
@@ -179,14 +168,14 @@ MACHINES = {
 }
 
 
-def _share_of_copy(variant: Variant, code: Code, machine: Machine) -> float:
+def _share_of_copy(variant: Variant, code: MachineCode, machine: Machine) -> float:
     """Of the copy's bandwidth: what instructions can be issued for, and what the loads in flight can fetch.
 
     Issue: 4 x 32 threads' instructions a clock on each multiprocessor, each 16 bytes moved costing `_per_16_bytes`. In
     flight (Little's law): a thread's loads, 16 bytes each and as many as it stores, of all resident threads, once every
     latency.
     """
-    threads, reads = 32 * variant.warps, READS[_kernel_of(variant)]
+    threads, reads = 32 * variant.warps, variant.reads
     issue = 128 * machine.multiprocessors * machine.hertz * 16 / _per_16_bytes(variant, code)
     loaded = sum(code.stored_in_loop or code.stored) / 8 * reads
     resident = machine.resident(threads, code) * threads * machine.multiprocessors
@@ -194,7 +183,7 @@ def _share_of_copy(variant: Variant, code: Code, machine: Machine) -> float:
     return min(1.0, issue / machine.memory, fetched / machine.memory)
 
 
-def _share_of_products(variant: Variant, code: Code, machine: Machine) -> float:
+def _share_of_products(variant: Variant, code: MachineCode, machine: Machine) -> float:
     """Of the matrix unit's rate: the clocks of one step's products over those that the step takes.
 
     A step takes as long as its products, its instructions (four warps issue one each a clock) or its bytes from the

@@ -18,9 +18,10 @@ from torch import Tensor
 import regraft_kernels as rk
 from regraft.core.clock import Clock
 from regraft.data import MissingData
-from regraft_bench.contests import BY_HAND, OURS, MicroSetting
+from regraft_bench.contests import BY_HAND, OURS, Contest, MicroSetting
+from regraft_bench.kernels.networks import NETWORKS, Network
+from regraft_bench.kernels.variants import operators
 from regraft_bench.study import Measured, Method
-from regraft_kernels.cases import NETWORKS, Case, Network, kernels
 from regraft_kernels.similarity import similarity_reference
 
 REPEATS = 20
@@ -86,40 +87,43 @@ def device_seconds(run: Callable[[], object], only: str = "", repeats: int = REP
 
 
 def methods() -> tuple[Method, ...]:
-    """Ceilings, correctness, every case of every kernel, similarity in each precision, FGMT."""
-    found = [
-        Method("ceilings", _ceilings, about="What a plain copy and a matrix product reach on this device.")
-    ]
-    found += [
-        Method(
-            f"correctness, {name}",
-            partial(_correctness, name),
-            about="Every kernel beside its reference in torch.",
-        )
-        for name in NETWORKS
-    ]
-    for name, kernel in kernels().items():
-        found += [
-            Method(case.name, partial(_case, name, case), about="One case of a kernel, timed on the device.")
-            for case in kernel.CASES
-        ]
-    for precision in ("tf32x3", "tf32", "bfloat16"):
-        found.append(
+    """Ceilings, correctness, every contest of every kernel, similarity in each precision, FGMT."""
+    return (
+        Method("ceilings", _ceilings, about="What a plain copy and a matrix product reach on this device."),
+        *(
+            Method(
+                f"correctness, {name}",
+                partial(_correctness, name),
+                about="Every kernel beside its reference in torch.",
+            )
+            for name in NETWORKS
+        ),
+        *(
+            Method(
+                contest.name,
+                partial(_contest, name, contest),
+                about="One case of a kernel, timed on the device.",
+            )
+            for name, operator in operators().items()
+            for contest in operator.CONTESTS
+        ),
+        *(
             Method(
                 f"similarity, [30, 512, 512, 9], {precision}",
                 partial(_similarity, precision),
                 about="Similarity at this precision, beside one product of as many operations.",
             )
-        )
-    found += [
-        Method(
-            f"FGMT, Conv8, T = 30, {run} run",
-            _fgmt,
-            about="A whole transfer; the second run finds its kernels compiled.",
-        )
-        for run in ("first", "second")
-    ]
-    return tuple(found)
+            for precision in ("tf32x3", "tf32", "bfloat16")
+        ),
+        *(
+            Method(
+                f"FGMT, Conv8, T = 30, {run} run",
+                _fgmt,
+                about="A whole transfer; the second run finds its kernels compiled.",
+            )
+            for run in ("first", "second")
+        ),
+    )
 
 
 def _ceilings(setting: GpuSetting) -> Measured:
@@ -128,11 +132,11 @@ def _ceilings(setting: GpuSetting) -> Measured:
     return Measured({"copy [TB/s]": setting.copy_rate / 1e12, **products})
 
 
-def _case(kernel: str, case: Case, setting: GpuSetting) -> Measured:
-    """One case on the device beside what a user writes, and its share of the ceiling: all that a call does there, its
-    checks and what it lays out first included; and its kernel alone."""
+def _contest(kernel: str, contest: Contest, setting: GpuSetting) -> Measured:
+    """One contest on the device: regraft's whole call there (checks and tables included) against what one would write
+    by hand, its share of the ceiling, and the kernel alone."""
     setting.check()
-    contenders = case.make(torch.device(setting.device))
+    contenders = {name: contender.run for name, contender in contest.make(setting).items()}
     own, by_hand = (device_seconds(contenders[name]) for name in (OURS, BY_HAND))
     values = {
         "time [ms]": 1e3 * own,
@@ -140,10 +144,10 @@ def _case(kernel: str, case: Case, setting: GpuSetting) -> Measured:
         "ratio to by hand": own / by_hand,
         "kernel alone [ms]": 1e3 * device_seconds(contenders[OURS], only=f"_{kernel}_kernel"),
     }
-    if case.bytes:
-        values["share of the ceiling"] = case.bytes / own / setting.copy_rate
-    if case.flop:
-        values["share of the ceiling"] = case.flop / own / setting.product_rates["tf32x3"]
+    if contest.bytes:
+        values["share of the ceiling"] = contest.bytes / own / setting.copy_rate
+    if contest.flop:
+        values["share of the ceiling"] = contest.flop / own / setting.product_rates["tf32x3"]
     return Measured(values)
 
 
@@ -202,12 +206,12 @@ def _moves(net: Network) -> dict[str, float]:
     back = rk.permute(moved, net.indices, net.packing, inverse=True, backend="triton")
     grafted = rk.graft(a, b, c, [0.5, 1.0], net.indices, net.packing, backend="triton")
     combined = rk.combine([a, b, c], [[0.5, -1.0, 2.0]], backend="triton")
-    exact = all(torch.equal(moved[n], net.moved(n, a[n])) and torch.equal(back[n], a[n]) for n in a)
+    exact = all(torch.equal(moved[n], net.permute_by_hand(n, a[n])) and torch.equal(back[n], a[n]) for n in a)
     worst = {"permute": 0.0 if exact else math.inf, "graft": 0.0, "combine": 0.0}
     for name in a:
         x, y, z = (tensors[name].double() for tensors in (a, b, c))
         for kernel, found, truth in (
-            ("graft", grafted[name][0], x + 0.5 * net.moved(name, z - y)),
+            ("graft", grafted[name][0], x + 0.5 * net.permute_by_hand(name, z - y)),
             ("combine", combined[name][0], 0.5 * x - y + 2 * z),
         ):
             worst[kernel] = max(worst[kernel], float((found - truth).abs().max()) / 1e-5)

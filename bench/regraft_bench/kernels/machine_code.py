@@ -16,7 +16,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Code:
+class MachineCode:
     """One compiled kernel. Counts are static and of one thread; `loop` is the loop that does the work: the innermost
     with a matrix instruction; where there is none, that stores and loads as often or oftener, or that multiplies.
 
@@ -41,7 +41,7 @@ class Code:
     in_flight: int
     overlapped: bool
 
-    def executed(self, stored: float) -> float:
+    def instructions_to_store(self, stored: float) -> float:
         """Instructions of a thread that stores so many bytes: the loop as often as that takes, the rest once."""
         if not self.stored_in_loop:
             return self.instructions
@@ -50,8 +50,8 @@ class Code:
 
 
 @dataclass(frozen=True)
-class _Family:
-    """How a family of machines writes what is counted: patterns of an instruction's name, or of all of its text."""
+class _Dialect:
+    """How a vendor's disassembly writes what is counted: patterns of an instruction's name, or of all of its text."""
 
     label: str
     branch: str
@@ -63,7 +63,7 @@ class _Family:
     filler: str
 
 
-_NVIDIA = _Family(
+_NVIDIA = _Dialect(
     label=r"\s*(\.L_x_\d+):",
     branch=r"BRA\b.*`\((\.L_x_\d+)\)",
     matrix=r"(HGMMA|HMMA|UTC\w*MMA)\b",
@@ -73,7 +73,7 @@ _NVIDIA = _Family(
     shared_store=r"STS\b",
     filler=r"NOP\b",
 )
-_AMD = _Family(
+_AMD = _Dialect(
     label=r"(\.LBB\w+):",
     branch=r"s_c?branch\w*\s+(\.LBB\w+)",
     matrix=r"v_mfma",
@@ -85,68 +85,68 @@ _AMD = _Family(
 )
 
 
-def read(built: Any) -> Code:
+def read_machine_code(built: Any) -> MachineCode:
     """Read what Triton compiled. Raises ValueError where the compiler's report lacks what is looked for."""
     if "amdgcn" in built.asm:
         text = built.asm["amdgcn"]
-        registers = int(_found(r"\.vgpr_count:\s*(\d+)", text))
-        spilled = 4 * int(_found(r"\.vgpr_spill_count:\s*(\d+)", text))
+        registers = int(_search(r"\.vgpr_count:\s*(\d+)", text))
+        spilled = 4 * int(_search(r"\.vgpr_spill_count:\s*(\d+)", text))
         lines = re.findall(r"^(?:\.LBB\w+:|\s+(?:[svd]|ds|buffer|global|flat)_\w+.*)", text, re.MULTILINE)
-        family, instructions = _AMD, [line.strip() for line in lines]
+        dialect, instructions = _AMD, [line.strip() for line in lines]
     else:
         usage, text = _disassemble(built.asm["cubin"])
-        registers, stack, local = (int(_found(rf"{k}:(\d+)", usage)) for k in ("REG", "STACK", "LOCAL"))
+        registers, stack, local = (int(_search(rf"{k}:(\d+)", usage)) for k in ("REG", "STACK", "LOCAL"))
         spilled = stack + local
         pattern = r"^\s*(?:/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S.*?);|(\.L_x_\d+:))"
-        family, instructions = _NVIDIA, ["".join(pair) for pair in re.findall(pattern, text, re.MULTILINE)]
+        dialect, instructions = _NVIDIA, ["".join(pair) for pair in re.findall(pattern, text, re.MULTILINE)]
     divisions = len(re.findall(r"= [su](?:div|rem) ", built.asm["llir"]))
-    return _count(family, instructions, registers, spilled, built.metadata.shared, divisions)
+    return _count(dialect, instructions, registers, spilled, built.metadata.shared, divisions)
 
 
 def _count(
-    family: _Family, lines: Sequence[str], registers: int, spilled: int, shared: int, divisions: int
-) -> Code:
-    def counted(lines: Sequence[str], pattern: str) -> list[str]:
+    dialect: _Dialect, lines: Sequence[str], registers: int, spilled: int, shared: int, divisions: int
+) -> MachineCode:
+    def select(lines: Sequence[str], pattern: str) -> list[str]:
         return [line for line in lines if re.match(pattern, line)]
 
-    def real(lines: Sequence[str]) -> list[str]:
-        return [x for x in lines if not re.match(f"{family.filler}|{family.label}", x)]
+    def drop_fillers(lines: Sequence[str]) -> list[str]:
+        return [x for x in lines if not re.match(f"{dialect.filler}|{dialect.label}", x)]
 
-    def stored(lines: Sequence[str]) -> tuple[int, ...]:
-        return tuple(_width(line) for line in counted(lines, family.store))
+    def store_widths(lines: Sequence[str]) -> tuple[int, ...]:
+        return tuple(_width(line) for line in select(lines, dialect.store))
 
-    loop = _working_loop(family, lines)
+    loop = _working_loop(dialect, lines)
     waits = [int(x, 0) for line in loop for x in re.findall(r"^DEPBAR\.LE SB\d, (\w+)", line)]
     products = [int(x, 0) for line in loop for x in re.findall(r"^WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", line)]
-    loads = counted(loop, family.load)
-    return Code(
+    loads = select(loop, dialect.load)
+    return MachineCode(
         registers=registers,
         spilled=spilled,
         shared=shared,
-        instructions=len(real(lines)),
-        loop=len(real(loop)),
+        instructions=len(drop_fillers(lines)),
+        loop=len(drop_fillers(loop)),
         divisions=divisions,
-        stored=stored(lines),
-        stored_in_loop=stored(loop),
-        matrix=len(counted(loop, family.matrix)),
+        stored=store_widths(lines),
+        stored_in_loop=store_widths(loop),
+        matrix=len(select(loop, dialect.matrix)),
         loads=len(loads),
         narrow_loads=len([line for line in loads if _width(line) < 128]),
-        narrow_shared_stores=len([x for x in counted(loop, family.shared_store) if _width(x) < 128]),
+        narrow_shared_stores=len([x for x in select(loop, dialect.shared_store) if _width(x) < 128]),
         in_flight=min(waits, default=0),
         overlapped=min(products, default=0) > 0,
     )
 
 
-def _working_loop(family: _Family, lines: Sequence[str]) -> Sequence[str]:
+def _working_loop(dialect: _Dialect, lines: Sequence[str]) -> Sequence[str]:
     """The lines from a label to a branch back to it; none where the code has no loop that works."""
-    labels = {found[1]: k for k, line in enumerate(lines) if (found := re.match(family.label, line))}
+    labels = {found[1]: k for k, line in enumerate(lines) if (found := re.match(dialect.label, line))}
     loops = []
     for end, line in enumerate(lines):
-        found = re.match(family.branch, line)
+        found = re.match(dialect.branch, line)
         if found and labels.get(found[1], end) < end:
             loops.append(lines[labels[found[1]] : end + 1])
-    products, multiplies = ([x for x in loops if _matching(p, x)] for p in (family.matrix, family.multiply))
-    moves = [x for x in loops if 0 < _matching(family.store, x) <= _matching(family.load, x)]
+    products, multiplies = ([x for x in loops if _matching(p, x)] for p in (dialect.matrix, dialect.multiply))
+    moves = [x for x in loops if 0 < _matching(dialect.store, x) <= _matching(dialect.load, x)]
     return min(products or moves or multiplies, key=len, default=[])
 
 
@@ -186,7 +186,7 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _found(pattern: str, text: str) -> str:
+def _search(pattern: str, text: str) -> str:
     found = re.search(pattern, text)
     if found is None:
         raise ValueError(f"the compiler's report has no {pattern}")

@@ -60,7 +60,7 @@ def phase(name: str) -> Callable[[Group], str]:
     return cell
 
 
-def told(group: Group) -> str:
+def format_warnings(group: Group) -> str:
     """A cell: what the tracer warned of."""
     return "; ".join(text for row in group.rows for text in row.notes.get("warnings", [])) or "–"
 
@@ -75,7 +75,7 @@ MODELS = (
     Column("trace, s", phase("trace")),
     Column("verify, s", phase("verify")),
     Column("check, s", phase("check")),
-    Column("what stays, and why", told),
+    Column("what stays, and why", format_warnings),
 )
 COMPILED = (
     *(
@@ -150,8 +150,8 @@ def of_compiled(rows: Rows) -> Iterator[Sheet]:
     """Every variant's code, the model of the predictions, and what is beyond its goal."""
     for sheet in by_method(COMPILED)(rows):
         missed = [f"{row.method}: {text}" for row in rows for text in row.notes.get("beyond its goal", [])]
-        told = ["Beyond its goal: " + "; ".join(missed) if missed else "All code is within its goals."]
-        yield Sheet(sheet.title, sheet.heading, sheet.lines, (MODEL, *told, *sheet.notes))
+        goals = "Beyond its goal: " + "; ".join(missed) if missed else "All code is within its goals."
+        yield Sheet(sheet.title, sheet.heading, sheet.lines, (MODEL, goals, *sheet.notes))
 
 
 def total(name: str) -> Callable[[Group], str]:

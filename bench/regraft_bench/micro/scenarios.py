@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-from regraft_bench.contests import Contest, Timed, of_case, timed_methods
+from regraft_bench.contests import Contest, Timed, timed_methods
 from regraft_bench.kernels import assignment, compiled, gpu
+from regraft_bench.kernels.variants import operators
 from regraft_bench.micro import library, matching, reliability, systems
 from regraft_bench.study import Scenario
 from regraft_bench.symmetry import proofs
 from regraft_bench.tracking import regressions
-from regraft_kernels.cases import kernels
 
 
-def timed(name: str, *contests: Contest, how: Timed | None = None) -> Scenario:
+def timed_scenario(name: str, *contests: Contest, how: Timed | None = None) -> Scenario:
     """A scenario whose methods are the contenders of these contests."""
     return Scenario(name, timed_methods(contests), how or Timed(), seeds=1)
 
 
-CASES = [case for kernel in kernels().values() for case in kernel.CASES]
-FIRST = [kernel.CASES[0] for kernel in kernels().values()]
-RESNET18 = [case for case in CASES if "ResNet-18" in case.name]
-OTHERS = [case for case in CASES if case not in FIRST and case not in RESNET18]
+ON_KERNELS = [contest for operator in operators().values() for contest in operator.CONTESTS]
+FIRST = [operator.CONTESTS[0] for operator in operators().values()]
+ON_RESNET18 = [contest for contest in ON_KERNELS if "ResNet-18" in contest.name]
+REST = [contest for contest in ON_KERNELS if contest not in FIRST and contest not in ON_RESNET18]
 
 SCENARIOS = (
-    timed("kernels", *map(of_case, FIRST), how=Timed(budget=1.0)),
-    timed("kernels-more", *map(of_case, OTHERS)),
-    timed("kernels-resnet18", *map(of_case, RESNET18)),
-    timed("kernels-resnet18-new-pages", *map(of_case, RESNET18), how=Timed(keep_pages=False)),
-    timed("assignment", assignment.contest("real gradients", 512), how=Timed(budget=1.0)),
+    timed_scenario("kernels", *FIRST, how=Timed(budget=1.0)),
+    timed_scenario("kernels-more", *REST),
+    timed_scenario("kernels-resnet18", *ON_RESNET18),
+    timed_scenario("kernels-resnet18-new-pages", *ON_RESNET18, how=Timed(keep_pages=False)),
+    timed_scenario("assignment", assignment.contest("real gradients", 512), how=Timed(budget=1.0)),
     *(
-        timed(f"assignment-{n}", *(assignment.contest(kind, n) for kind in assignment.KINDS))
+        timed_scenario(f"assignment-{n}", *(assignment.contest(kind, n) for kind in assignment.KINDS))
         for n in assignment.SIZES
     ),
-    timed("assignment-small", *assignment.SMALL, how=Timed(budget=1.0)),
-    timed("assignment-many", assignment.MANY, how=Timed(rounds=5, clock="wall")),
-    timed("matching-mlp", matching.mlp_contest(1024), how=Timed(rounds=4, budget=60.0)),
-    timed("matching-resnet18", matching.RESNET18, how=Timed(rounds=4, budget=60.0)),
-    timed("matching-fgmt", matching.FGMT, how=Timed(rounds=3, budget=20.0)),
-    timed("grids", library.grid(2_000), how=Timed(rounds=2, budget=60.0)),
-    timed("grids-residual", library.grid(100, library.residual), how=Timed(rounds=2, budget=60.0)),
-    timed("recorder", library.RECORDER),
-    timed("systems", *systems.CONTESTS, how=Timed(budget=0.6)),
+    timed_scenario("assignment-small", *assignment.SMALL, how=Timed(budget=1.0)),
+    timed_scenario("assignment-many", assignment.MANY, how=Timed(rounds=5, clock="wall")),
+    timed_scenario("matching-mlp", matching.mlp_contest(1024), how=Timed(rounds=4, budget=60.0)),
+    timed_scenario("matching-resnet18", matching.RESNET18, how=Timed(rounds=4, budget=60.0)),
+    timed_scenario("matching-fgmt", matching.FGMT, how=Timed(rounds=3, budget=20.0)),
+    timed_scenario("grids", library.grid(2_000), how=Timed(rounds=2, budget=60.0)),
+    timed_scenario("grids-residual", library.grid(100, library.residual), how=Timed(rounds=2, budget=60.0)),
+    timed_scenario("recorder", library.RECORDER),
+    timed_scenario("systems", *systems.CONTESTS, how=Timed(budget=0.6)),
     Scenario("compiled", compiled.methods(), None, seeds=1),
     Scenario("gpu", gpu.methods(), None, seeds=1),
     Scenario("regressions", regressions.METHODS, None, seeds=10),

@@ -1,17 +1,21 @@
 """What is timed compares like with like: the operation, and what a user writes by hand, give the same."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from regraft_kernels.cases import BY_HAND, NETWORKS, OURS, kernels
+from regraft_bench.contests import BY_HAND, OURS
+from regraft_bench.kernels.networks import NETWORKS
+from regraft_bench.kernels.variants import operators
 
 
-@pytest.mark.parametrize("kernel", kernels())
+@pytest.mark.parametrize("kernel", operators())
 def test_by_hand_computes_the_same(kernel):
-    case = kernels()[kernel].CASES[0]
-    contenders = case.make(torch.device("cpu"))
-    assert tuple(contenders) == case.contenders
-    ours, by_hand = contenders[OURS](), contenders[BY_HAND]()
+    contest = operators()[kernel].CONTESTS[0]
+    contenders = contest.make(SimpleNamespace(device="cpu"))
+    assert tuple(contenders) == contest.contenders
+    ours, by_hand = contenders[OURS].run(), contenders[BY_HAND].run()
     if kernel == "similarity":
         ours, by_hand = {"S": ours}, {"S": by_hand}
     assert ours.keys() == by_hand.keys()
@@ -20,8 +24,8 @@ def test_by_hand_computes_the_same(kernel):
         torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-3 if kernel == "similarity" else 1e-5)
 
 
-def test_names_of_cases_differ():
-    names = [case.name for kernel in kernels().values() for case in kernel.CASES]
+def test_names_of_contests_differ():
+    names = [contest.name for operator in operators().values() for contest in operator.CONTESTS]
     assert len(set(names)) == len(names)
 
 

@@ -1,80 +1,15 @@
-"""What every kernel file exports beside its operation: VARIANTS, what to compile, and CASES, what to time."""
+"""The networks that the kernels are timed on: shapes, permutations, and what one would write by hand."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft_kernels.packing import Packing, Tensors
-from regraft_kernels.tiles import FAMILIES
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A kernel with one set of compile-time arguments, for one GPU family (a name in FAMILIES).
-
-    `signature`: argument -> Triton's name of its type; `constants`: argument -> value, dtypes as torch's. `moved`:
-    bytes of tensors that a program reads and writes, where that is what it does.
-    """
-
-    kernel: Any
-    target: str
-    label: str
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    warps: int
-    stages: int = 3
-    moved: int = 0
-
-
-@dataclass(frozen=True)
-class Case:
-    """Something to time. `make(device)` draws its inputs and returns the contenders, functions of no arguments.
-
-    OURS is the operation, BY_HAND what a PyTorch user would write; COPY, of as many bytes, and PRODUCT, of matrices
-    of as many elements, are the floors. `bytes` are read and written, `flop` computed, by one call.
-    """
-
-    name: str
-    make: Callable[[torch.device], Mapping[str, Callable[[], object]]]
-    contenders: tuple[str, ...]
-    bytes: int = 0
-    flop: int = 0
-
-
-OURS, BY_HAND, COPY, PRODUCT = "regraft", "by hand", "copy", "one product"
-
-
-def each_family(variants: Callable[[str], list[Variant]]) -> tuple[Variant, ...]:
-    """The variants of all GPU families."""
-    return tuple(variant for name in FAMILIES for variant in variants(name))
-
-
-def kernels() -> dict[str, ModuleType]:
-    """The modules of this package that export VARIANTS and CASES, by name: a new kernel is a new file."""
-    package = __name__.rpartition(".")[0]
-    names = [module.name for module in iter_modules([os.path.dirname(__file__)])]
-    modules = {name: import_module(f"{package}.{name}") for name in names}
-    return {name: module for name, module in modules.items() if hasattr(module, "CASES")}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-# ---------------------------------------------------------------- networks
 
 
 @dataclass(frozen=True)
@@ -98,7 +33,7 @@ class Network:
         shapes = self.packing.shapes
         return {n: torch.randn(shape, generator=g, device=self.device) for n, shape in shapes.items()}
 
-    def moved(self, name: str, tensor: Tensor) -> Tensor:
+    def permute_by_hand(self, name: str, tensor: Tensor) -> Tensor:
         """pi of one tensor as one would write it: axis after axis."""
         for axis, slot in enumerate(self.packing.axes[name]):
             if slot is not None:
@@ -106,13 +41,13 @@ class Network:
         return tensor
 
 
-def size(packing: Packing) -> int:
+def packing_bytes(packing: Packing) -> int:
     """Bytes of one set of the tensors in float32."""
     return 4 * sum(segment.size for segment in packing.segments.values())
 
 
 def copy_of(tensors: Tensors, moved: int, *, out: bool = False) -> Callable[[], object]:
-    """Copies of as many bytes as are in `moved` sets of tensors, read or written: into new tensors, or given ones."""
+    """A copy of as many bytes as `moved` sets of tensors have, read or written: to new tensors, or to given ones."""
     whole, half = divmod(moved, 2)
     parts = list(tensors.values()) * whole
     parts += [tensor.flatten()[: tensor.numel() // 2] for tensor in tensors.values()] * half

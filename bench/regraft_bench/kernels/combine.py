@@ -1,0 +1,72 @@
+"""combine of two networks, against a x + b y tensor by tensor."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
+from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
+from regraft_bench.kernels.variants import FLOATING, Variant, dtype_name, for_each_family
+from regraft_bench.timing import Contender
+from regraft_kernels import combine
+from regraft_kernels.combine import _combine_kernel, block_of
+from regraft_kernels.moves import accumulator
+from regraft_kernels.tables import Kind
+from regraft_kernels.tiles import FAMILIES
+
+SIGNATURE = {
+    "addresses": "*i64",
+    "count": "i32",
+    "segments": "*i64",
+    "tiles": "*i32",
+    "moved": "fp32",
+    "steps": "i32",
+    "sources": "i32",
+}
+
+
+def _variants(target: str) -> list[Variant]:
+    variants, tile = [], FAMILIES[target].flat
+    for dtype in FLOATING:
+        wide = accumulator(dtype)
+        signature = {**SIGNATURE, "coefficients": "*fp64" if wide == torch.float64 else "*fp32"}
+        for pair in (True, False):
+            for kind in (Kind(dtype, False, True), Kind(dtype, False, False)):
+                block = block_of(tile, kind)
+                variants.append(
+                    Variant(
+                        _combine_kernel,
+                        target,
+                        f"combine {'two' if pair else 'many'} {dtype_name(dtype)} {kind.alignment}",
+                        signature,
+                        {"DTYPE": dtype, "WIDE": wide, "VEC": kind.vector, "PAIR": pair, "BLOCK": block},
+                        tile.warps,
+                        moved=3 * block * dtype.itemsize,
+                        reads=2,  # of two sources
+                    )
+                )
+    return variants
+
+
+def _make(network: str, into_given: bool, count: int, setting: MicroSetting) -> dict[str, Contender]:
+    net = Network.of(NETWORKS[network](), torch.device(setting.device))
+    a, b = net.draw(0), net.draw(1)
+    table = [[0.1 * k + 0.5, 0.5 - 0.1 * k] for k in range(count)]
+    out = combine([a, b], table) if into_given else None
+    return {
+        OURS: Contender(lambda: combine([a, b], table, out=out)),
+        BY_HAND: Contender(lambda: {name: [x * a[name] + y * b[name] for x, y in table] for name in a}),
+        COPY: Contender(copy_of(a, 2 + count, out=into_given)),
+    }
+
+
+def _contest(network: str, into_given: bool, count: int) -> Contest:
+    name = f"combine, {network}, 2 sources, {count} result{'s' * (count > 1)}{', out' * into_given}"
+    moved = (2 + count) * packing_bytes(NETWORKS[network]())
+    return Contest(name, (OURS, BY_HAND, COPY), partial(_make, network, into_given, count), bytes=moved)
+
+
+VARIANTS = for_each_family(_variants)
+CONTESTS = tuple(_contest(*plan, count) for plan in PLANS for count in (1, 4))

@@ -1,0 +1,70 @@
+"""graft, against subtracting, permuting, scaling and adding tensor by tensor."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
+from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
+from regraft_bench.kernels.variants import FLOATING, Variant, for_each_family
+from regraft_bench.timing import Contender
+from regraft_kernels import graft
+from regraft_kernels.graft import LIVE, _graft_kernel
+from regraft_kernels.moves import SIGNATURE, accumulator, shape_of, tile_of
+from regraft_kernels.tables import Kind
+from regraft_kernels.tiles import FAMILIES
+
+
+def _variants(target: str) -> list[Variant]:
+    variants = []
+    for dtype in FLOATING:
+        wide = accumulator(dtype)
+        signature = {**SIGNATURE, "scales": "*fp64" if wide == torch.float64 else "*fp32", "steps": "i32"}
+        for kind in (Kind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
+            tile = tile_of(FAMILIES[target], kind, LIVE)
+            variants.append(
+                Variant(
+                    _graft_kernel,
+                    target,
+                    f"graft {kind.label}",
+                    signature,
+                    {"DTYPE": dtype, "WIDE": wide, **shape_of(tile, kind)},
+                    tile.warps,
+                    moved=4 * tile.size * dtype.itemsize,
+                    reads=3,  # with one scale
+                )
+            )
+    return variants
+
+
+def _make(network: str, into_given: bool, count: int, setting: MicroSetting) -> dict[str, Contender]:
+    net = Network.of(NETWORKS[network](), torch.device(setting.device))
+    base, start, end = (net.draw(seed) for seed in range(3))
+    scales = [(k + 1) / count for k in range(count)]
+    out = graft(base, start, end, scales, net.indices, net.packing) if into_given else None
+
+    def by_hand() -> dict[str, list[Tensor]]:
+        result = {}
+        for name, tensor in base.items():
+            change = net.permute_by_hand(name, end[name] - start[name])
+            result[name] = [tensor + scale * change for scale in scales]
+        return result
+
+    return {
+        OURS: Contender(lambda: graft(base, start, end, scales, net.indices, net.packing, out=out)),
+        BY_HAND: Contender(by_hand),
+        COPY: Contender(copy_of(base, 3 + count, out=into_given)),
+    }
+
+
+def _contest(network: str, into_given: bool, count: int) -> Contest:
+    name = f"graft, {network}, {count} scale{'s' * (count > 1)}{', out' * into_given}"
+    moved = (3 + count) * packing_bytes(NETWORKS[network]())
+    return Contest(name, (OURS, BY_HAND, COPY), partial(_make, network, into_given, count), bytes=moved)
+
+
+VARIANTS = for_each_family(_variants)
+CONTESTS = tuple(_contest(*plan, count) for plan in PLANS for count in (1, 4))

@@ -1,0 +1,60 @@
+"""permute, against index_select axis after axis."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
+from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
+from regraft_bench.kernels.variants import Variant, for_each_family
+from regraft_bench.timing import Contender
+from regraft_kernels import permute
+from regraft_kernels.moves import SIGNATURE, shape_of, tile_of
+from regraft_kernels.permute import LIVE, _permute_kernel
+from regraft_kernels.tables import Kind
+from regraft_kernels.tiles import FAMILIES
+
+
+def _variants(target: str) -> list[Variant]:
+    variants = []
+    for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+        for kind in (Kind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
+            tile = tile_of(FAMILIES[target], kind, LIVE)
+            variants.append(
+                Variant(
+                    _permute_kernel,
+                    target,
+                    f"permute {kind.label}",
+                    SIGNATURE,
+                    {"DTYPE": dtype, **shape_of(tile, kind)},
+                    tile.warps,
+                    moved=2 * tile.size * dtype.itemsize,
+                    reads=1,
+                )
+            )
+    return variants
+
+
+def _make(network: str, into_given: bool, setting: MicroSetting) -> dict[str, Contender]:
+    net = Network.of(NETWORKS[network](), torch.device(setting.device))
+    tensors = net.draw(0)
+    out = net.draw(1) if into_given else None
+    return {
+        OURS: Contender(lambda: permute(tensors, net.indices, net.packing, out=out)),
+        BY_HAND: Contender(
+            lambda: {name: net.permute_by_hand(name, tensor) for name, tensor in tensors.items()}
+        ),
+        COPY: Contender(copy_of(tensors, 2, out=into_given)),
+    }
+
+
+def _contest(network: str, into_given: bool) -> Contest:
+    name = f"permute, {network}{', out' * into_given}"
+    moved = 2 * packing_bytes(NETWORKS[network]())
+    return Contest(name, (OURS, BY_HAND, COPY), partial(_make, network, into_given), bytes=moved)
+
+
+VARIANTS = for_each_family(_variants)
+CONTESTS = tuple(_contest(*plan) for plan in PLANS)

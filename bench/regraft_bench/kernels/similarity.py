@@ -1,0 +1,98 @@
+"""similarity, against index_select, movedim and matmul; its update, against building the term again."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from regraft_bench.contests import BY_HAND, OURS, PRODUCT, Contest, MicroSetting
+from regraft_bench.kernels.variants import Variant, dtype_name, for_each_family
+from regraft_bench.timing import Contender
+from regraft_kernels import Term, similarity, similarity_update_
+from regraft_kernels.similarity import PRECISIONS, _similarity_kernel
+from regraft_kernels.tiles import FAMILIES, DotTile
+
+SIGNATURE = {"programs": "*i64", "parts": "*i64", "rows": "*i64", "out": "*fp32"}
+
+
+def _variants(target: str) -> list[Variant]:
+    tiles = FAMILIES[target]
+    kinds = [(torch.float32, p) for p in PRECISIONS if p not in tiles.substitutes]
+    kinds += [(torch.bfloat16, "half"), (torch.float16, "half")]
+    return [_variant(target, *kind, tile) for kind in kinds for tile in dict.fromkeys(tiles.dot[kind[1]])]
+
+
+def _variant(target: str, dtype: torch.dtype, precision: str, tile: DotTile) -> Variant:
+    constants = {
+        "DTYPE": dtype,
+        "FACTOR": dtype,
+        "PRECISION": "ieee" if precision == "half" else precision,
+        "M": tile.m,
+        "N": tile.n,
+        "K": tile.k,
+    }
+    kind = dtype_name(dtype) if precision == "half" else f"{dtype_name(dtype)} {precision}"
+    label = f"similarity {kind} {tile.m}x{tile.n}x{tile.k}"
+    return Variant(_similarity_kernel, target, label, SIGNATURE, constants, tile.warps, tile.stages)
+
+
+def _make(shape: tuple[int, int, int, int], axis: int, setting: MicroSetting) -> dict[str, Contender]:
+    """One term of stacks [steps, rows, columns, area], the other axis gathered.
+
+    Ours is given channels last, the user's way PyTorch's own order.
+    """
+    steps, rows, columns, area = shape
+    n = shape[1 + axis]
+    g = torch.Generator(setting.device).manual_seed(0)
+    stacks = torch.randn(2, steps, rows, area, columns, generator=g, device=setting.device).movedim(-1, 3)
+    target, source = stacks
+    plain = target.contiguous(), source.contiguous()
+    index = torch.randperm(shape[2 - axis], generator=g, device=setting.device)
+    left, right = torch.randn(2, n, target.numel() // n, generator=g, device=setting.device)
+    term = Term(target, source, axis, None, (None, index, None) if axis == 0 else (index, None, None))
+
+    def by_hand() -> Tensor:
+        gathered = plain[1].index_select(2 - axis, index)
+        a, b = (stack.movedim(axis + 1, 0).reshape(n, -1) for stack in (plain[0], gathered))
+        return a @ b.T
+
+    return {
+        OURS: Contender(lambda: similarity([term])),
+        BY_HAND: Contender(by_hand),
+        PRODUCT: Contender(lambda: left @ right.T),
+    }
+
+
+def _contest(steps: int, rows: int, columns: int, area: int, axis: int) -> Contest:
+    shape = (steps, rows, columns, area)
+    name = f"similarity, [{steps}, {rows}, {columns}, {area}], axis {axis}"
+    flop = 2 * shape[1 + axis] * steps * rows * columns * area
+    return Contest(name, (OURS, BY_HAND, PRODUCT), partial(_make, shape, axis), flop=flop)
+
+
+def _make_update(n: int, count: int, setting: MicroSetting) -> dict[str, Contender]:
+    """So many of a neighbour's units changed."""
+    g = torch.Generator(setting.device).manual_seed(0)
+    target, source = torch.randn(2, 1, n, n, generator=g, device=setting.device)
+    old = torch.randperm(n, generator=g, device=setting.device)
+    new = old.clone()
+    new[:count] = old[:count].roll(1)
+    total, term = torch.zeros(n, n, device=setting.device), Term(target, source, 0)
+    rebuilt = Term(target, source, 0, None, (None, new))
+    return {
+        OURS: Contender(lambda: similarity_update_(total, term, 1, old, new)),
+        BY_HAND: Contender(lambda: similarity([rebuilt])),
+    }
+
+
+VARIANTS = for_each_family(_variants)
+CONTESTS = (
+    _contest(10, 256, 256, 9, 0),
+    _contest(10, 256, 256, 9, 1),
+    _contest(10, 512, 512, 1, 0),
+    _contest(10, 512, 512, 1, 1),
+    _contest(10, 512, 512, 9, 0),
+    Contest("similarity_update_, n = 1024, 50 changed", (OURS, BY_HAND), partial(_make_update, 1024, 50)),
+)
