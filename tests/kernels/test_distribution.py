@@ -1,25 +1,29 @@
-"""The package alone: quick to import, and at work without triton, lapx and lapjv."""
+"""The distribution of its own: what it needs and carries, and that it works without triton, lapx, lapjv and regraft."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 
 from regraft_kernels import Packing, assign, backend, permute
 
-ALONE = """
-import sys
+ROOT = Path(__file__).parents[2]
+REFUSE = """
+import importlib.util, sys
+REFUSED = ("triton", "lap", "lapjv", "regraft", "regraft_bench")
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "lap", "lapjv", "regraft"):
+        if name.split(".")[0] in REFUSED:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
-import importlib.util
 real = importlib.util.find_spec
-def find_spec(name, package=None):
-    return None if name in ("triton", "lap", "lapjv", "regraft") else real(name, package)
-importlib.util.find_spec = find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in REFUSED else real(name, package)
+"""
+WITHOUT_OPTIONAL = """
 import torch, regraft_kernels as rk
 S = torch.eye(4).roll(1, 1)
 found = rk.assign(S)
@@ -47,14 +51,32 @@ def run(code):
     return done.stdout
 
 
-def test_works_without_its_optional_packages():
-    run(ALONE)
+def test_works_without_its_optional_packages_and_without_regraft():
+    run(REFUSE + WITHOUT_OPTIONAL)
 
 
-def test_importing_it_loads_nothing_heavy_but_torch_and_triton():
+def test_the_example_of_its_readme_runs_alone():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "kernels" / "README.md").read_text(), re.DOTALL)
+    run(REFUSE + example)
+
+
+def test_importing_it_loads_nothing_but_its_dependencies():
     code = "import sys, torch; before = set(sys.modules); import regraft_kernels; print(*set(sys.modules) - before)"
-    loaded = {name.split(".")[0] for name in run(code).split()}
-    assert not loaded & {"lap", "lapjv", "scipy", "regraft", "pandas"}
+    loaded = {name.split(".")[0] for name in run(code).split()} - set(sys.stdlib_module_names)
+    assert loaded - {"triton", "numpy", "torch", "cython_runtime"} == {"regraft_kernels"}
+
+
+def test_both_distributions_carry_it_with_the_same_requirements():
+    whole, alone = (
+        tomllib.loads((ROOT / place / "pyproject.toml").read_text()) for place in (".", "kernels")
+    )
+    assert alone["project"]["dependencies"] == ["torch>=2.11", "numpy>=1.26", "scipy>=1.14"]
+    assert set(alone["project"]["dependencies"]) <= set(whole["project"]["dependencies"])
+    extras = [project["project"]["optional-dependencies"]["assignment"] for project in (whole, alone)]
+    assert extras[0] == extras[1]
+    wheels = [project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] for project in (whole, alone)]
+    assert wheels == [["src/regraft", "kernels/regraft_kernels", "bench/regraft_bench"], ["regraft_kernels"]]
+    assert (ROOT / "kernels" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
