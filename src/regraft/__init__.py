@@ -77,8 +77,7 @@ if TYPE_CHECKING:
     from regraft.fusion import repair as activations
     from regraft.fusion import sums as fusion
     from regraft.fusion.sums import assign_gradient, fuse
-    from regraft.learning_transfer.driver import Transfer, transfer
-    from regraft.learning_transfer.many import Transfers, transfer_to_many
+    from regraft.learning_transfer.driver import Transfer, Transfers, transfer, transfer_to_many
     from regraft.learning_transfer.trajectory import Trajectory
     from regraft.matching.descent import Match, match
     from regraft.porting import fuse_checkpoints, gradfix, match_checkpoints, port

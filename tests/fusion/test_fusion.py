@@ -49,13 +49,13 @@ def test_gradient_assignment_is_the_papers(cnn):
     start, end, target = networks(cnn, 3)
     g = gradient(start, end)
     same(g, reference.cumulative_gradient(start, end))
-    same(assign_gradient(target, g, 5.0), reference.assign_gradient(target, g, 5.0), 1e-5)
+    same(assign_gradient(target, g, 5.0), reference.assign_scaled_gradient(target, g, 5.0), 1e-5)
 
 
 def test_fusions_are_the_papers(cnn):
     a, b, start = networks(cnn, 3)
     same(fuse([b, a], [1, 0.7]), reference.assign_weights(b, a, 0.7))
-    same(fuse([a, b], [2.0, 3.0]), reference.fuse(a, b, 2.0, 3.0))
+    same(fuse([a, b], [2.0, 3.0]), reference.fuse_pair(a, b, 2.0, 3.0))
     two = fuse([start, gradient(start, a), gradient(start, b)], [1, 0.6, 1.0])
     same(two, reference.assign_two_gradients(start, gradient(start, a), gradient(start, b), 0.6, 1.0))
 
@@ -89,7 +89,7 @@ def test_many_at_once(cnn):
     rows = torch.tensor([[1.0, 0.0], [0.3, -2.0], [50.0, 40.0]])
     stack = fuse_many([a, b], rows)
     for k, (x, y) in enumerate(rows.tolist()):
-        same({name: tensor[k] for name, tensor in stack.items()}, reference.fuse(a, b, x, y), 1e-5)
+        same({name: tensor[k] for name, tensor in stack.items()}, reference.fuse_pair(a, b, x, y), 1e-5)
 
 
 @pytest.mark.parametrize(

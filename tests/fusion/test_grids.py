@@ -242,7 +242,7 @@ def test_resetting_statistics_point_by_point():
     rows = [[1.0, 0.0], [0.5, 0.5]]
     found = evaluate(model, sources, rows, images, labels, finish=finish)
     for k, row in enumerate(rows):
-        tensors = finish(reference.fuse(*sources, *row), torch.tensor(row))
+        tensors = finish(reference.fuse_pair(*sources, *row), torch.tensor(row))
         with torch.no_grad():
             logits = functional_call(model.eval(), tensors, (images,))
         assert abs(int(found.correct[k]) - reference.correct_answers(logits, labels)) <= 1

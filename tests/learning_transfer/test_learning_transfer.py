@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import regraft
 from regraft.core.clock import EVALUATION, Cost
-from regraft.learning_transfer import driver as learning_transfer
-from regraft.learning_transfer.driver import METHODS
+from regraft.learning_transfer import work as work_module
+from regraft.learning_transfer.methods import TRANSFER_METHODS
 from regraft.matching.descent import colours
 from regraft.matching.stacks import Stacks
 from regraft.reference import learning_transfer as reference
@@ -74,7 +74,7 @@ def learned(model: nn.Module, start: dict[str, Tensor], seed: int = 9) -> dict[s
     """A few real steps of gradient descent."""
     theta = dict(start)
     for batch in islice(cycle(sample(seed, 3)), 12):
-        g = reference.gradient(model, theta, [batch])
+        g = reference.batch_gradient(model, theta, [batch])
         theta = {n: t - 0.3 * g[n] if n in g else t for n, t in theta.items()}
     return theta
 
@@ -104,7 +104,9 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], but: str = "num_batches") 
 def test_fgmt_is_algorithm_2(factory):
     model, spec, path, target = setting(factory)
     batches = sample(3, STEPS)
-    theta, perms = reference.fgmt(model, spec, list(path), target, [[b] for b in batches], order(spec, model))
+    theta, perms = reference.algorithm_2(
+        model, spec, list(path), target, [[b] for b in batches], order(spec, model)
+    )
     found = regraft.transfer(model, path, target, batches, "fgmt", spec=spec, bn_batches=0)
     for a, b in zip(perms, found.perms[1:], strict=True):
         assert all(torch.equal(a[group], b[group]) for group in spec.groups)
@@ -117,7 +119,7 @@ def test_gmt_is_algorithm_1(factory):
     batches = sample(3, STEPS * (STEPS + 1))
     flat = iter(batches)
     nested = [[[next(flat), next(flat)] for _ in range(s)] for s in range(1, STEPS + 1)]
-    theta, perms = reference.gmt(model, spec, list(path), target, nested, order(spec, model))
+    theta, perms = reference.algorithm_1(model, spec, list(path), target, nested, order(spec, model))
     found = regraft.transfer(model, path, target, batches, "gmt", spec=spec, gradient_batches=2, bn_batches=0)
     for a, b in zip(perms, found.perms[1:], strict=True):
         assert all(torch.equal(a[group], b[group]) for group in spec.groups)
@@ -131,13 +133,13 @@ def test_a_recorded_path_is_followed_point_by_point():
         n: t + 0.05 * torch.sin(torch.arange(t.numel()).double()).view(t.shape) for n, t in bent[2].items()
     }
     batches = sample(3, STEPS)
-    theta, _ = reference.fgmt(model, spec, bent, target, [[b] for b in batches], order(spec, model))
+    theta, _ = reference.algorithm_2(model, spec, bent, target, [[b] for b in batches], order(spec, model))
     found = regraft.transfer(model, regraft.Trajectory.recorded(bent), target, batches, "fgmt", spec=spec)
     close(theta[-1], found.params)
 
 
 @pytest.mark.parametrize("factory", [mlp, normalised])
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "naive"])
+@pytest.mark.parametrize("method", [m for m in TRANSFER_METHODS if m != "naive"])
 def test_a_permuted_start_gets_the_permuted_end(method, factory):
     """Where theta_2^0 = pi theta_1^0, all methods must find pi, and the transfer is the permuted source itself."""
     model, spec, path, _ = setting(factory)
@@ -185,7 +187,7 @@ def test_both_networks_see_the_same_batches():
 
 
 @pytest.mark.parametrize("factory", [mlp, normalised])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRANSFER_METHODS)
 def test_every_step_from_the_start_on_has_its_accuracy_and_the_best_is_kept(method, factory):
     model, spec, path, target = setting(factory)
     batches, validation, told = sample(3, 4), sample(8, 4), []
@@ -224,7 +226,7 @@ def test_a_start_that_is_better_than_every_step_is_no_transfer():
     assert found.best_step >= 1 and found.best_accuracy == found.accuracies[found.best_step]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRANSFER_METHODS)
 def test_without_validation_the_last_step_is_the_result(method):
     model, spec, path, target = setting()
     end, told = learned(model, target), []
@@ -254,8 +256,8 @@ def test_no_step_is_made_twice(method, grafts, monkeypatch):
         scales.extend(scale)
         return original(base, start, end, scale, *rest, **options)
 
-    original = learning_transfer.graft
-    monkeypatch.setattr(learning_transfer, "graft", counting)
+    original = work_module.graft
+    monkeypatch.setattr(work_module, "graft", counting)
     regraft.transfer(model, path, target, sample(3, 4), method, spec=spec, validation=sample(8, 1))
     assert scales == [scale for _, scale in path.legs[1:]] and len(scales) == grafts
 
@@ -265,7 +267,7 @@ def test_a_new_method_is_one_function(monkeypatch):
         perm = problem.spec.random(problem.generator)
         return ((t, perm) for t in range(1, problem.path.steps + 1))
 
-    monkeypatch.setitem(METHODS, "mine", shuffled)
+    monkeypatch.setitem(TRANSFER_METHODS, "mine", shuffled)
     model, spec, path, target = setting()
     named, found = (
         regraft.transfer(
@@ -281,7 +283,7 @@ def test_a_new_method_is_one_function(monkeypatch):
 
 def test_the_start_is_charged_to_evaluation_and_the_cost_leaves_evaluation_out(monkeypatch):
     model, spec, path, target = setting(normalised)
-    monkeypatch.setitem(METHODS, "nothing", lambda problem, work: iter(()))
+    monkeypatch.setitem(TRANSFER_METHODS, "nothing", lambda problem, work: iter(()))
     found = regraft.transfer(model, path, target, sample(3, 4), "nothing", spec=spec, validation=sample(8, 1))
     assert len(found.accuracies) == 1 and found.seconds.keys() == {EVALUATION} and found.cost == Cost()
     found = regraft.transfer(model, path, target, sample(3, 4), "fgmt", spec=spec, validation=sample(8, 1))

@@ -6,8 +6,7 @@ from test_learning_transfer import fresh, mlp, normalised, sample, values
 from torch import nn
 
 import regraft
-from regraft.learning_transfer.driver import transfer
-from regraft.learning_transfer.many import transfer_to_many
+from regraft.learning_transfer.driver import transfer, transfer_to_many
 from regraft.symmetry import apply
 
 STEPS, TARGETS = 3, 3

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import regraft
 from regraft.core.clock import Cost
-from regraft.matching.descent import Descent, colours, descend_
+from regraft.matching.descent import Descent, colours
 from regraft.matching.stacks import Stacks
 from regraft.reference import matching as reference
 
@@ -90,7 +90,9 @@ def order(spec: regraft.PermutationSpec, names, generator=None) -> list[str]:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_fast_descent_finds_what_the_literal_one_finds(spec, seed):
     target, source = normal(spec, seed), normal(spec, seed + 100)
-    perm, objectives = reference.match(spec, unstack(target), unstack(source), order(spec, target))
+    perm, objectives = reference.coordinate_descent(
+        spec, unstack(target), unstack(source), order(spec, target)
+    )
     found = regraft.match(spec, target, source)
     assert found.objective == pytest.approx(objectives[-1], rel=1e-9)
     for group in perm:
@@ -101,7 +103,9 @@ def test_a_group_that_stands_twice_in_a_tensor_is_solved_until_it_rests():
     spec = regraft.trace(Residual(), (torch.zeros(2, 5),))
     for seed in range(8):
         target, source = ({"mix.weight": normal(spec, s)["mix.weight"]} for s in (seed, seed + 100))
-        perm, objectives = reference.match(spec, unstack(target), unstack(source), order(spec, target))
+        perm, objectives = reference.coordinate_descent(
+            spec, unstack(target), unstack(source), order(spec, target)
+        )
         found = regraft.match(spec, target, source)
         assert found.objective == pytest.approx(objectives[-1], rel=1e-9)
         assert all(torch.equal(found.perm[group], perm[group]) for group in perm)
@@ -138,7 +142,7 @@ def test_it_is_not_below_the_best_of_five_random_orders_from_the_identity():
         generator = torch.Generator().manual_seed(seed)
         orders = [order(spec, target, generator) for _ in range(5)]
         pair = unstack(target), unstack(source)
-        best = max(reference.match(spec, *pair, o, start=spec.identity())[1][-1] for o in orders)
+        best = max(reference.coordinate_descent(spec, *pair, o, start=spec.identity())[1][-1] for o in orders)
         ratios.append(regraft.match(spec, target, source).objective / best)
     assert sum(ratios) / len(ratios) > 1.01
 
@@ -231,7 +235,7 @@ def test_appending_steps_equals_matching_them_all_at_once(spec):
     for s in range(6):
         start = dict(descent.perm) if s else None
         descent.stacks.append_({n: t[s] for n, t in target.items()}, {n: t[s] for n, t in source.items()})
-        found = descend_(descent)
+        found = descent.descend_()
         anew = regraft.match(
             spec,
             {n: t[: s + 1] for n, t in target.items()},
@@ -250,7 +254,7 @@ def test_rounding_does_not_pile_up_over_many_corrections():
     descent = Descent.over(Stacks.allocate(spec, {n: t[0] for n, t in target.items()}, 60))
     for s in range(60):
         descent.stacks.append_({n: t[s] for n, t in target.items()}, {n: t[s] for n, t in source.items()})
-        found = descend_(descent)
+        found = descent.descend_()
     true = reference.objective(spec, unstack(target), unstack(source), found.perm)
     assert found.objective == pytest.approx(true, rel=1e-5)
     for group, cached in descent.cached.items():
@@ -266,7 +270,7 @@ def test_dead_units_are_ties_and_the_objective_decides(spec):
         dead = spec.positions(name, axis, group)[:3].reshape(-1)
         target[name].index_fill_(axis + 1, dead, 0.0)
         source[name].index_fill_(axis + 1, dead, 0.0)
-    _, objectives = reference.match(spec, unstack(target), unstack(source), order(spec, target))
+    _, objectives = reference.coordinate_descent(spec, unstack(target), unstack(source), order(spec, target))
     assert regraft.match(spec, target, source).objective == pytest.approx(objectives[-1], rel=1e-9)
 
 

@@ -78,7 +78,7 @@ def test_the_algorithms_are_what_the_drop_in_does(net, batches, form, start):
     rates = (0.3, 0.05) if start == "zero" else (0.1, 0.1)
     hot = [(x, one_hot(labels)) for x, labels in batches]
     momentum = paper.paper_momentum if form == "paper" else paper.torch_momentum
-    expected, expected_w = paper.fine_tune(
+    expected, expected_w = paper.fine_tune_by_hand(
         phi(net), theta(net), head.weight.detach().clone(), hot, rates, momentum
     )
 
@@ -201,6 +201,6 @@ def test_nothing_that_is_handed_in_changes(net, batches):
     before = theta(net)
     w = torch.randn(N, D).double()
     kept, kept_w = copy.deepcopy(before), w.clone()
-    paper.fine_tune(phi(net), before, w, [(x, one_hot(y)) for x, y in batches], (0.1, 0.1))
+    paper.fine_tune_by_hand(phi(net), before, w, [(x, one_hot(y)) for x, y in batches], (0.1, 0.1))
     assert torch.equal(w, kept_w)
     assert all(torch.equal(before[name], kept[name]) for name in before)

@@ -19,7 +19,7 @@ from regraft.finetuning import fast
 from regraft.finetuning.recorder import Recorder, scores
 from regraft.fusion.grids import evaluate
 from regraft.fusion.repair import batch_statistics, repair_on, reset_on
-from regraft.learning_transfer.driver import METHODS
+from regraft.learning_transfer.methods import TRANSFER_METHODS
 from regraft.networks.heads import find_head
 from regraft.networks.papers import build
 from regraft.training import evaluation as ev
@@ -147,7 +147,7 @@ CALLS: dict[str, Callable] = {
     "trace": lambda m, a, b, d: spec_of(m),
     "verify": lambda m, a, b, d: verify(spec_of(m), m, d[0][0][:2], tolerance=1.0),
     "match": lambda m, a, b, d: match(spec_of(m), a, b),
-    **{f"transfer {method}": moved(method) for method in METHODS},
+    **{f"transfer {method}": moved(method) for method in TRANSFER_METHODS},
     "transfer, traced": lambda m, a, b, d: transfer(m, Trajectory.linear(a, b, 1), a, d),
     "accuracy": lambda m, a, b, d: ev.accuracy(m, a, d),
     "loss_and_accuracy": lambda m, a, b, d: ev.loss_and_accuracy(m, a, d),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import regraft
 from regraft.core.tensors import state
-from regraft.matching.nested import Family
+from regraft.matching.nested import BlockAssignment
 from regraft.reference import matching as reference
 
 MODELS = {"groups": lambda: grouped(3), "heads": lambda: attention(6, 3)}
@@ -43,7 +43,7 @@ def test_the_literal_descent_finds_the_same(name):
     spec, _, target, source = planted(name, 0, 0.3)
     order = [groups[0] for groups in spec.families if len(groups) == 1 and spec.tensors_of(groups[0])]
     stacked = ([{n: t for n, t in side.items() if t.is_floating_point()}] for side in (target, source))
-    perm, objectives = reference.match(spec, *stacked, order)
+    perm, objectives = reference.coordinate_descent(spec, *stacked, order)
     spec.check(perm)
     assert regraft.match(spec, target, source).objective == pytest.approx(objectives[-1], rel=1e-5)
 
@@ -57,7 +57,7 @@ def test_blocks_are_assigned_as_well_as_trying_all_of_them():
         def worth(perm, scores=scores):
             return sum(float(s[torch.arange(len(s)), perm[group]].sum()) for group, s in scores.items())
 
-        best, current = Family(spec, ("blocks", "units"), scores).candidates(spec.identity())
+        best, current = BlockAssignment(spec, ("blocks", "units"), scores).candidates(spec.identity())
         every = [
             worth(
                 {

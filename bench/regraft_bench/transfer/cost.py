@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from regraft.learning_transfer import driver as learning_transfer
+from regraft.learning_transfer.methods import TRANSFER_METHODS
 from regraft_bench.study import Measured, Method, first_paragraph
 from regraft_bench.transfer import methods
 from regraft_bench.transfer.setting import TransferSetting
@@ -64,6 +64,6 @@ COUNTED = (
     Method("plain", plain),
     *(
         Method(name, partial(counted, name), about=f"{first_paragraph(steps)} Its operations are counted.")
-        for name, steps in learning_transfer.METHODS.items()
+        for name, steps in TRANSFER_METHODS.items()
     ),
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from regraft.core.clock import Cost, total_charge
 from regraft.core.forward import call
 from regraft.core.tensors import Tensors
-from regraft.learning_transfer.many import transfer_to_many
+from regraft.learning_transfer.driver import transfer_to_many
 from regraft.training.evaluation import evaluating
 from regraft.training.loop import Training
 from regraft_bench.study import Measured, Method

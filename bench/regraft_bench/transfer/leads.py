@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from regraft.learning_transfer.driver import Problem, Steps, Work
-from regraft.matching.descent import Descent
+from regraft.learning_transfer.methods import Steps
+from regraft.learning_transfer.work import Problem, Work
 from regraft.matching.stacks import Stacks
 from regraft_bench.study import Method
 from regraft_bench.transfer.methods import moved
@@ -18,16 +18,15 @@ PAIRS = 4
 
 def nfgmt(problem: Problem, work: Work) -> Steps:
     """FGMT with `PAIRS` pairs of gradients a step, each gradient divided by its norm: no step decides alone."""
-    like = problem.parameters(problem.target_start)
-    stacks = Stacks.allocate(problem.spec, like, PAIRS * problem.path.steps)
-    descent = Descent.over(stacks, generator=problem.generator, backend=problem.backend)
-    perm = problem.spec.identity()
+    descents = work.descents(PAIRS * problem.path.steps)
+    perms = [problem.identity()] * len(descents)
     for s in range(1, problem.path.steps + 1):
         for _ in range(PAIRS):
-            work.append_(descent, perm, s - 1)
-            normalise_(stacks)
-        perm = work.descend_(descent)
-        yield s, perm
+            work.append_(descents, perms, s - 1)
+            for descent in descents:
+                normalise_(descent.stacks)
+        perms = work.descend_(descents)
+        yield s, perms
 
 
 def normalise_(stacks: Stacks) -> None:

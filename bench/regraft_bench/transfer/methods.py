@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from regraft.core.clock import Cost, total_charge
 from regraft.core.tensors import Tensors
-from regraft.learning_transfer import driver as learning_transfer
 from regraft.learning_transfer.driver import Transfer
+from regraft.learning_transfer.methods import TRANSFER_METHODS, TransferMethod
 from regraft.symmetry import apply
 from regraft.training.evaluation import accuracy
 from regraft.training.loop import Training
@@ -55,7 +55,7 @@ def plain(setting: TransferSetting) -> Measured:
     )
 
 
-def moved(method: str | learning_transfer.Method, setting: TransferSetting) -> Measured:
+def moved(method: str | TransferMethod, setting: TransferSetting) -> Measured:
     """Move the source's path by a method of the library, or by one like those."""
     return measured(setting, setting.transfer(method))
 
@@ -70,7 +70,7 @@ METHODS = (
     Method("plain", plain),
     *(
         Method(name, oracle if name == "oracle" else partial(moved, name), about=first_paragraph(steps))
-        for name, steps in learning_transfer.METHODS.items()
+        for name, steps in TRANSFER_METHODS.items()
     ),
 )
 

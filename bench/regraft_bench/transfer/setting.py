@@ -16,6 +16,7 @@ from regraft.core.tensors import Batch, Tensors, fill_, state, use_generator
 from regraft.data import Dataset
 from regraft.learning_transfer import driver as learning_transfer
 from regraft.learning_transfer.driver import Transfer
+from regraft.learning_transfer.methods import TransferMethod
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.networks.heads import adopt
 from regraft.networks.papers import build
@@ -213,7 +214,7 @@ class TransferSetting(Setting):
 
     def transfer(
         self,
-        method: str | learning_transfer.Method,
+        method: str | TransferMethod,
         *,
         path: Trajectory | None = None,
         target_end: Tensors | None = None,

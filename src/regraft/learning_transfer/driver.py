@@ -1,40 +1,27 @@
-"""Learning transfer: a training run's parameter changes, permuted, added to another start.
+"""The driver of learning transfer: it follows a method's permutations and keeps the best step, for P targets.
 
-``theta_2^t = theta_2^0 + pi (theta_1^t - theta_1^0)`` (Chijiwa, Transferring Learning Trajectories of Neural
-Networks, sections 3 and 4.1). The methods differ in how they find pi:
-
-- ``naive``: pi is the identity.
-- ``weights``: pi matches the two starts' weights, as a Git Re-Basin user would do.
-- ``oracle``: pi matches what a real training of theta_2 learned with ``theta_1^T - theta_1^0``: a bound, no method.
-- ``gmt`` (Algorithm 1): for s = 1..T pi_s matches the gradients along both paths up to s, all computed anew.
-- ``fgmt`` (Algorithm 2): the same, but only the newest pair of gradients is computed and the earlier ones are kept.
-
-A method is a function ``method(problem, work)`` that yields (t, pi_t) for t = 1 .. T, in order, and stands in
-`METHODS`; `Problem` is what it is given and `Work` what it may have done. All else (the transferred parameters,
-BatchNorm statistics, evaluation, which step is the best) is `transfer`'s.
+`transfer` moves a path to one target, `transfer_to_many` to several. The methods are in
+`regraft.learning_transfer.methods`, and what they compute with in `regraft.learning_transfer.work`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from regraft.core.clock import EVALUATION, Clock, Cost, total_charge
-from regraft.core.forward import arguments, map_inputs, portion, split
+from regraft.core.clock import EVALUATION, Cost, total_charge
 from regraft.core.tensors import Batch, Loss, Perm, Tensors, check_alike, check_finite
+from regraft.learning_transfer.methods import TRANSFER_METHODS, TransferMethod
 from regraft.learning_transfer.trajectory import Trajectory
-from regraft.matching.descent import Descent, Match, clear_, descend_, match, restart_
-from regraft.matching.stacks import Stacks
-from regraft.symmetry import PermutationSpec, trace
-from regraft.training.evaluation import NotFinite, accuracy, batch_norms, gradients, reset_batchnorm
-from regraft_kernels import graft
-from regraft_kernels.backend import resolve
+from regraft.learning_transfer.work import Problem, Work, open_sample, stack_tensors
+from regraft.symmetry import PermutationSpec
+from regraft.training.evaluation import accuracy, reset_batchnorm
 
 OnStep = Callable[[int, float | None], None]
 
@@ -76,210 +63,29 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What is to be transferred to whom.
+class Transfers:
+    """One path, transferred to P targets.
 
     Attributes:
-        path: theta_1^0 .. theta_1^T.
-        target_start: theta_2^0.
-        target_end: theta_2^T of a real training, where there is one.
-        from_identity: start every matching from the identity instead of from the last pi.
-        generator: draws the order in which groups are visited.
-        backend: of the kernels.
+        params: the ends of the transferred paths, name -> [P, *shape], parameters and buffers: what `torch.vmap` takes.
+        perms: pi of each target.
+        gradients: batch gradients computed: (1 + P) T gradient_batches.
+        seconds: by phase.
     """
 
-    model: nn.Module
-    spec: PermutationSpec
-    path: Trajectory
-    target_start: Tensors
-    target_end: Tensors | None = None
-    from_identity: bool = False
-    generator: torch.Generator | None = None
-    backend: str = "auto"
+    params: Tensors
+    perms: tuple[Perm, ...]
+    gradients: int
+    seconds: dict[str, Cost]
 
     @property
-    def device(self) -> torch.device:
-        return next(iter(self.target_start.values())).device
+    def cost(self) -> Cost:
+        """The sum over the phases."""
+        return total_charge(self.seconds)
 
-    def placed(self, perm: Perm) -> Perm:
-        """The permutation on the problem's device."""
-        return {group: index.to(self.device) for group, index in perm.items()}
-
-    def parameters(self, theta: Mapping[str, torch.Tensor]) -> Tensors:
-        """The model's parameters among `theta`."""
-        return {name: theta[name] for name, _ in self.model.named_parameters()}
-
-    def learned(self, end: Tensors, start: Tensors) -> Tensors:
-        """``end - start``, parameters alone."""
-        return {name: tensor - start[name] for name, tensor in self.parameters(end).items()}
-
-
-@dataclass
-class Sample:
-    """Gradients of several networks on the same batches, averaged over `size` of them; `taken` were computed."""
-
-    model: nn.Module
-    batches: Iterator[Batch]
-    size: int
-    loss: Loss
-    taken: int = 0
-
-    def gradients(self, *thetas: Tensors) -> list[Tensors]:
-        """Of each theta, in training mode, on the next `size` batches."""
-        batches = list(islice(self.batches, self.size))
-        self.taken += len(thetas) * len(batches)
-        return [gradients(self.model, theta, batches, self.loss) for theta in thetas]
-
-    def traced(self) -> PermutationSpec:
-        """The model's permutation groups, traced on a part of the next batch, which is still the next one."""
-        first = next(self.batches)
-        self.batches = chain([first], self.batches)
-        device = next(self.model.parameters()).device
-        example = map_inputs(lambda x: x.to(device), portion(split(first)[0], 0, 2))
-        return trace(self.model, *arguments(example))
-
-
-def sampled(
-    model: nn.Module, batches: Iterable[Batch], loss: Loss, gradient_batches: int, bn_batches: int
-) -> tuple[Sample, list[Batch]]:
-    """What gradients are taken on, and what BatchNorm statistics are estimated from: nothing without BatchNorm.
-
-    Raises ValueError where there is no batch, or for fewer batches than 1 and 0.
-    """
-    if gradient_batches < 1:
-        raise ValueError(f"gradient_batches must be at least 1, got {gradient_batches}")
-    if bn_batches < 0:
-        raise ValueError(f"bn_batches must not be negative, got {bn_batches}")
-    endless = _cycle(batches)
-    first = next(endless)
-    statistics = list(islice(_cycle(batches), bn_batches)) if bn_batches and batch_norms(model) else []
-    return Sample(model, chain([first], endless), gradient_batches, loss), statistics
-
-
-@dataclass
-class Work:
-    """What a method works with: every call charges its time to a phase of the clock."""
-
-    problem: Problem
-    sample: Sample
-    clock: Clock = field(default_factory=Clock)
-    objectives: list[float] = field(default_factory=list)
-    _last: tuple[int, Perm, Tensors] | None = None
-
-    @torch.no_grad()
-    def graft(self, perm: Perm, t: int) -> Tensors:
-        """theta_2^t = theta_2^0 + pi (theta_1^t - theta_1^0). The last one is kept, for FGMT's next gradient."""
-        problem = self.problem
-        if t == 0:
-            return problem.target_start
-        if self._last is None or self._last[0] != t or self._last[1] is not perm:
-            with self.clock.phase("graft", problem.device):
-                anchor, scale = problem.path.leg(t)
-                grafted = graft(
-                    problem.target_start,
-                    problem.path.start,
-                    anchor,
-                    [scale],
-                    problem.spec.indices(problem.placed(perm)),
-                    problem.spec.packing(),
-                    backend=problem.backend,
-                )
-                self._last = t, perm, {name: tensor[0] for name, tensor in grafted.items()}
-        return self._last[2]
-
-    def descent(self) -> Descent:
-        """An empty descent, from the identity, with room for a pair of gradients a step."""
-        problem = self.problem
-        like = problem.parameters(problem.target_start)
-        stacks = Stacks.allocate(problem.spec, like, problem.path.steps)
-        return Descent.over(stacks, generator=problem.generator, backend=problem.backend)
-
-    def append_(self, descent: Descent, perm: Perm, t: int) -> None:
-        """Lines 3 to 5 of Algorithm 1: the gradients at theta_1^t and theta_2^t (under pi) on one sample."""
-        theta = self.graft(perm, t)
-        with self.clock.phase("gradients", self.problem.device):
-            try:
-                source, target = self.sample.gradients(self.problem.path[t], theta)
-            except NotFinite as problem:
-                raise NotFinite(f"step {t} of the path: {problem}") from None
-            descent.stacks.append_(target, source)
-
-    def descend_(self, descent: Descent) -> Perm:
-        """Line 7 of Algorithm 1: pi of all pairs in the descent."""
-        if self.problem.from_identity:
-            restart_(descent, self.problem.spec.identity())
-        return self._noted(descend_(descent))
-
-    def match(self, target: Tensors, source: Tensors) -> Perm:
-        """The permutation that brings `source` closest to `target`, parameters by name."""
-        problem = self.problem
-        return self._noted(
-            match(problem.spec, target, source, generator=problem.generator, backend=problem.backend)
-        )
-
-    def _noted(self, found: Match) -> Perm:
-        self.objectives.append(found.objective)
-        self.clock.add(found.seconds)
-        return found.perm
-
-
-Steps = Iterator[tuple[int, Perm]]
-
-Method = Callable[[Problem, Work], Steps]
-
-
-def naive(problem: Problem, work: Work) -> Steps:
-    """The source's path as it is, no unit permuted."""
-    return _everywhere(problem, problem.placed(problem.spec.identity()))
-
-
-def weights(problem: Problem, work: Work) -> Steps:
-    """One permutation: that which matches the two starts' weights (Git Re-Basin, Ainsworth et al., 2023)."""
-    start = problem.parameters(problem.target_start)
-    return _everywhere(problem, work.match(start, problem.parameters(problem.path.start)))
-
-
-def oracle(problem: Problem, work: Work) -> Steps:
-    """A bound, no method: the target is trained after all, and one permutation matches what both have learned."""
-    if problem.target_end is None:
-        raise ValueError("method 'oracle' needs target_end, the end of a real training from target_start")
-    learned = problem.learned(problem.target_end, problem.target_start)
-    source = problem.learned(problem.path.end, problem.path.start)
-    return _everywhere(problem, work.match(learned, source))
-
-
-def gmt(problem: Problem, work: Work) -> Steps:
-    """Gradient matching along the transferred path, all gradients anew at every step (Algorithm 1)."""
-    descent, perm = work.descent(), problem.spec.identity()
-    for s in range(1, problem.path.steps + 1):
-        clear_(descent)
-        for t in range(s):
-            work.append_(descent, perm, t)
-        perm = work.descend_(descent)
-        yield s, perm
-
-
-def fgmt(problem: Problem, work: Work) -> Steps:
-    """Gradient matching along the transferred path, earlier gradients kept (Algorithm 2): two gradients a step."""
-    descent, perm = work.descent(), problem.spec.identity()
-    for s in range(1, problem.path.steps + 1):
-        work.append_(descent, perm, s - 1)
-        perm = work.descend_(descent)
-        yield s, perm
-
-
-METHODS: dict[str, Method] = {
-    "naive": naive,
-    "weights": weights,
-    "oracle": oracle,
-    "fgmt": fgmt,
-    "gmt": gmt,
-}
-
-
-def _everywhere(problem: Problem, perm: Perm) -> Steps:
-    """All steps by one permutation."""
-    return ((t, perm) for t in range(1, problem.path.steps + 1))
+    def target(self, number: int) -> Tensors:
+        """The parameters and buffers of one target; views."""
+        return {name: tensor[number] for name, tensor in self.params.items()}
 
 
 def transfer(
@@ -287,7 +93,7 @@ def transfer(
     path: Trajectory,
     target_start: Tensors,
     batches: Iterable[Batch],
-    method: str | Method = "fgmt",
+    method: str | TransferMethod = "fgmt",
     *,
     spec: PermutationSpec | None = None,
     target_end: Tensors | None = None,
@@ -309,7 +115,7 @@ def transfer(
         target_start: theta_2^0, alike.
         batches: (images, labels), or any form that `regraft.core.forward` knows: the sample for gradients and
             for BatchNorm statistics; iterated over again when it ends. Both networks see the same ones.
-        method: a name of `METHODS`: "naive", "weights", "oracle", "fgmt" or "gmt"; or a function like those.
+        method: a name of `TRANSFER_METHODS`: "naive", "weights", "oracle", "fgmt" or "gmt"; or a function like those.
         spec: the model's permutation groups; traced on a batch when not given.
         target_end: theta_2^T of a real training, which "oracle" alone wants.
         validation: batches on which every theta_2^t is evaluated; the best one is kept ("early stopping", section 4.1).
@@ -328,65 +134,126 @@ def transfer(
             and spec; a value that is not finite in the path (its step is named), the start or a gradient; no batch;
             "oracle" without `target_end`. The message names the tensor.
     """
-    if not callable(method) and method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    resolve(backend, next(model.parameters()).device)
+    if not callable(method) and method not in TRANSFER_METHODS:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(TRANSFER_METHODS)}")
+    name, steps = (method, TRANSFER_METHODS[method]) if isinstance(method, str) else (method.__name__, method)
     check_tensors(model, path, target_start, target_end)
-    sample, statistics = sampled(model, batches, loss, gradient_batches, bn_batches)
-    spec = spec or sample.traced()
-    spec.validate(target_start)
-    work = Work(
-        Problem(model, spec, path, target_start, target_end, from_identity, generator, backend), sample
+    sample, statistics = open_sample(model, batches, loss, gradient_batches, bn_batches)
+    ends = [] if target_end is None else [target_end]
+    spec = spec or sample.trace_model()
+    work = Work(Problem(model, spec, path, [target_start], ends, from_identity, generator, backend), sample)
+    (course,) = _drive(steps, work, statistics, validation, on_step)
+    return Transfer(
+        name,
+        course.params,
+        course.perms[course.best_step],
+        course.best_step,
+        course.accuracies[course.best_step] if course.accuracies else None,
+        tuple(course.accuracies),
+        tuple(course.perms),
+        tuple(work.objectives),
+        sample.taken,
+        work.clock.seconds,
     )
-    name, steps = (method, METHODS[method]) if isinstance(method, str) else (method.__name__, method)
-    return _drive(name, steps, work, statistics, validation, on_step or (lambda t, value: None))
+
+
+def transfer_to_many(
+    model: nn.Module,
+    path: Trajectory,
+    target_starts: Sequence[Tensors],
+    batches: Iterable[Batch],
+    *,
+    spec: PermutationSpec | None = None,
+    gradient_batches: int = 1,
+    bn_batches: int = 20,
+    loss: Loss = cross_entropy,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> Transfers:
+    """Transfer `path` to each of P networks, to its end, as `regraft.transfer` does by "fgmt" (Chijiwa, Algorithm 2).
+
+    The source's gradient of a step is the same for every target: it is computed once, and (1 + P) T gradients are taken
+    where P transfers take 2 P T. All paths are grafted at once. Without `generator` each permutation is that which a
+    transfer to this target alone finds on the same batches.
+
+    Args:
+        model: as `regraft.transfer` takes it.
+        path: theta_1^0 .. theta_1^T, of the model's parameters and buffers, on the device to compute on.
+        target_starts: theta_2^0 of each target, alike; P of them. In memory are P pairs of T gradients.
+        batches: (images, labels), or any form that `regraft.core.forward` knows; iterated over again when it ends. All
+            networks see the same ones.
+        spec: the model's permutation groups; traced on a batch when not given.
+        gradient_batches: batches over which one gradient is averaged.
+        bn_batches: batches from which running statistics are estimated anew for the result.
+        loss: of (logits, labels), averaged over the batch.
+        generator: draws the order in which groups are visited, for one target after the other.
+        backend: of the kernels, "auto", "torch" or "triton".
+
+    Raises:
+        ValueError: no target, and all that `regraft.transfer` refuses; the message names the target.
+    """
+    if not target_starts:
+        raise ValueError("there is no target")
+    for number, start in enumerate(target_starts):
+        try:
+            check_tensors(model, path, start)
+        except ValueError as error:
+            raise ValueError(f"target {number}: {error}") from None
+    sample, statistics = open_sample(model, batches, loss, gradient_batches, bn_batches)
+    spec = spec or sample.trace_model()
+    work = Work(Problem(model, spec, path, target_starts, generator=generator, backend=backend), sample)
+    courses = _drive(TRANSFER_METHODS["fgmt"], work, statistics)
+    params = stack_tensors([course.params for course in courses])
+    return Transfers(params, tuple(course.perms[-1] for course in courses), sample.taken, work.clock.seconds)
+
+
+@dataclass
+class _Course:
+    """One target's way: what `Transfer` says of it."""
+
+    params: Tensors
+    best_step: int = 0
+    perms: list[Perm] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
 
 
 def _drive(
-    name: str,
-    steps: Method,
+    method: TransferMethod,
     work: Work,
     statistics: list[Batch],
-    validation: Iterable[Batch] | None,
-    on_step: OnStep,
-) -> Transfer:
-    """Follow the method's permutations: graft, estimate BatchNorm statistics, evaluate, keep the best."""
-    model, device, clock = work.problem.model, work.problem.device, work.clock
+    validation: Iterable[Batch] | None = None,
+    on_step: OnStep | None = None,
+) -> list[_Course]:
+    """Follow the method's permutations: graft, estimate BatchNorm statistics, evaluate, keep the best step.
 
-    def made(perm: Perm, t: int) -> Tensors:
-        theta = work.graft(perm, t)
+    Without `validation` that is the last one. `on_step` hears of the first target.
+    """
+    problem, clock = work.problem, work.clock
+    courses = [_Course(start) for start in problem.starts]
+
+    def transferred_networks(perms: Sequence[Perm], t: int) -> list[Tensors]:
+        thetas = work.graft(perms, t)
         if not statistics:
-            return theta
-        with clock.phase("batchnorm" if t else EVALUATION, device):
-            return reset_batchnorm(model, theta, statistics, len(statistics))
+            return thetas
+        with clock.phase("batchnorm" if t else EVALUATION, problem.device):
+            return [reset_batchnorm(problem.model, theta, statistics, len(statistics)) for theta in thetas]
 
-    perms: list[Perm] = []
-    accuracies: list[float] = []
-    best_step, params = 0, work.problem.target_start
-    start = 0, work.problem.placed(work.problem.spec.identity())
-    for t, perm in chain([start], steps(work.problem, work)):
-        perms.append(perm)
+    for t, yielded in chain([(0, problem.identity())], method(problem, work)):
+        perms = [yielded] * len(courses) if isinstance(yielded, dict) else yielded
+        for course, perm in zip(courses, perms, strict=True):
+            course.perms.append(perm)
         if validation is not None:
-            theta = made(perm, t)
-            with clock.phase(EVALUATION, device):
-                accuracies.append(accuracy(model, theta, validation))
-            if t <= 1 or accuracies[t] > accuracies[best_step]:  # step 1 takes the start's place in any case
-                best_step, params = t, theta
-        on_step(t, accuracies[t] if accuracies else None)
+            for course, theta in zip(courses, transferred_networks(perms, t), strict=True):
+                with clock.phase(EVALUATION, problem.device):
+                    course.accuracies.append(accuracy(problem.model, theta, validation))
+                if t <= 1 or course.accuracies[t] > course.accuracies[course.best_step]:
+                    course.best_step, course.params = t, theta  # step 1 takes the start's place in any case
+        if on_step is not None:
+            on_step(t, courses[0].accuracies[t] if validation is not None else None)
     if validation is None:
-        best_step, params = t, made(perm, t)
-    return Transfer(
-        name,
-        params,
-        perms[best_step],
-        best_step,
-        accuracies[best_step] if accuracies else None,
-        tuple(accuracies),
-        tuple(perms),
-        tuple(work.objectives),
-        work.sample.taken,
-        clock.seconds,
-    )
+        for course, theta in zip(courses, transferred_networks(perms, t), strict=True):
+            course.best_step, course.params = t, theta
+    return courses
 
 
 def check_tensors(
@@ -416,16 +283,3 @@ def _anchors(path: Trajectory) -> Iterator[tuple[str, Tensors]]:
     steps = {0: 0} | {anchor: t for t, (anchor, _) in enumerate(path.legs)}
     for anchor, t in steps.items():
         yield f"step {t} of the path", path.start if anchor == 0 else path.anchors[anchor]
-
-
-def _cycle(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches over and over; a ValueError where there is none (or no more, of an iterator that cannot restart)."""
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError(
-                "there is no batch to compute gradients on: the loader is empty, or an exhausted iterator"
-            )

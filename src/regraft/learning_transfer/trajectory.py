@@ -26,17 +26,17 @@ from torch import Tensor
 from regraft.core.files import only_writer, read_sealed, write_sealed, write_tensors
 from regraft.core.tensors import Tensors, check_alike, check_finite, tensor_digest
 
-FORMAT = "regraft-trajectory-1"
-INDEX = "index.json"
+TRAJECTORY_FORMAT = "regraft-trajectory-1"
+INDEX_FILE = "index.json"
 OURS = re.compile(r"[0-9a-f]{24}\.safetensors|\.([0-9a-f]{24}\.safetensors|index\.json)\.\d+-\d+\.part")
 
 
-def uniform(steps: int) -> list[float]:
+def uniform_schedule(steps: int) -> list[float]:
     """l_t = t / T for t = 0 .. T."""
     return [t / steps for t in range(steps + 1)]
 
 
-def cosine(steps: int) -> list[float]:
+def cosine_schedule(steps: int) -> list[float]:
     """Steps l_{t+1} - l_t proportional to 1 + cos(pi t / T) (Chijiwa, section 3.3), t = 0 .. T-1."""
     lengths = [1 + math.cos(math.pi * t / steps) for t in range(steps)]
     fractions = [0.0]
@@ -45,7 +45,7 @@ def cosine(steps: int) -> list[float]:
     return [*fractions[:-1], 1.0]
 
 
-SCHEDULES: dict[str, Callable[[int], list[float]]] = {"uniform": uniform, "cosine": cosine}
+SCHEDULES: dict[str, Callable[[int], list[float]]] = {"uniform": uniform_schedule, "cosine": cosine_schedule}
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Trajectory:
                 ]
                 anchors = [{"file": a.file.name, "bytes": a.bytes, "sha256": a.digests} for a in stored]
                 index = {"anchors": anchors, "legs": self.legs, "metadata": dict(self.metadata)}
-                write_sealed(folder / INDEX, FORMAT, index)
+                write_sealed(folder / INDEX_FILE, TRAJECTORY_FORMAT, index)
             finally:
                 _clean(folder)
 
@@ -180,10 +180,10 @@ class Trajectory:
                 is not finite.
         """
         folder = Path(folder)
-        path = folder / INDEX
+        path = folder / INDEX_FILE
         if not path.exists():
-            raise FileNotFoundError(f"no trajectory in {folder}: {INDEX} is missing")
-        index = read_sealed(path, FORMAT, _Index)
+            raise FileNotFoundError(f"no trajectory in {folder}: {INDEX_FILE} is missing")
+        index = read_sealed(path, TRAJECTORY_FORMAT, _Index)
         stored = [_Anchor(folder / Path(a.file).name, a.bytes, a.sha256) for a in index.anchors]
         for anchor in stored:
             anchor.check_size()
@@ -207,9 +207,11 @@ class _Index(Struct, forbid_unknown_fields=True):
 
 def _clean(folder: Path) -> None:
     """Remove our files that the index does not name; none where there is an index that cannot be read."""
-    path = folder / INDEX
+    path = folder / INDEX_FILE
     try:
-        named = {a.file for a in read_sealed(path, FORMAT, _Index).anchors} if path.exists() else set()
+        named = (
+            {a.file for a in read_sealed(path, TRAJECTORY_FORMAT, _Index).anchors} if path.exists() else set()
+        )
     except (ValueError, OSError):
         return
     for file in folder.iterdir():
@@ -243,7 +245,7 @@ class _Anchor:
     def check_size(self) -> None:
         """Raise where the file is missing or has another size: that costs nothing, and finds what is truncated."""
         if not self.file.is_file():
-            raise FileNotFoundError(f"{self.file} is missing or no plain file, though {INDEX} names it")
+            raise FileNotFoundError(f"{self.file} is missing or no plain file, though {INDEX_FILE} names it")
         if self.file.stat().st_size != self.bytes:
             raise ValueError(
                 f"{self.file} has {self.file.stat().st_size} bytes instead of {self.bytes}: "

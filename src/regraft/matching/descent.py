@@ -37,8 +37,8 @@ from torch import Tensor
 
 from regraft.core.clock import Clock, Cost, total_charge
 from regraft.core.tensors import Perm
-from regraft.matching.nested import Family, nested_families
-from regraft.matching.stacks import Gathers, Neighbourhood, Slot, Stacks, Streamed
+from regraft.matching.nested import BlockAssignment, nested_families
+from regraft.matching.stacks import AxisIndices, Neighbourhood, Slot, Stacks, Streamed
 from regraft.symmetry import PermutationSpec
 from regraft_kernels import Assignment, assign_many, similarity, similarity_update_
 
@@ -57,7 +57,7 @@ RENEW_DUALS = 0.2
 
 @dataclass(frozen=True)
 class Match:
-    """What `match` found.
+    """The result of `match`.
 
     Attributes:
         perm: group -> int64 index vector [n]; (pi theta)[i] = theta[perm[i]].
@@ -108,7 +108,7 @@ def match(
     """
     stacks = Stacks.of(spec, target, source)
     descent = Descent.over(stacks, start=start, generator=generator, backend=backend)
-    return descend_(descent, max_sweeps=max_sweeps, assignment=assignment)
+    return descent.descend_(max_sweeps=max_sweeps, assignment=assignment)
 
 
 def match_streamed(
@@ -122,10 +122,10 @@ def match_streamed(
 
     Similarities are built anew at every visit, as none is kept but the last.
     """
-    descent = Descent.over(Streamed.reading(spec, target, source))
+    descent = Descent.over(Streamed(spec, target, source))
     descent.colours = tuple((group,) for colour in descent.colours for group in colour)
-    descent.cached, descent.solutions = _Newest(), _Newest()  # which hold a similarity each
-    return descend_(descent)
+    descent.cached, descent.solutions = _Newest(), _Newest()
+    return descent.descend_()
 
 
 @dataclass
@@ -133,18 +133,18 @@ class _Cached:
     """The similarity of one group and what it was built from."""
 
     similarity: Tensor  # [n, n], the terms in which the group stands on one axis only
-    places: tuple[Slot, ...]  # whose terms are in it
+    slots: tuple[Slot, ...]  # whose terms are in it
     steps: int
-    indices: Gathers  # what the other axes were gathered with
+    indices: AxisIndices  # what the other axes were gathered with
     corrections: int = 0
 
 
 class _Newest(dict[str, Any]):
-    """What there is of one group, the last."""
+    """Holds one entry, the last: each entry keeps a similarity matrix in memory."""
 
-    def __setitem__(self, group: str, held: Any) -> None:
+    def __setitem__(self, group: str, value: Any) -> None:
         self.clear()
-        super().__setitem__(group, held)
+        super().__setitem__(group, value)
 
 
 @dataclass
@@ -198,51 +198,46 @@ class Descent:
             set(groups) if start is None else set(),
         )
 
+    def restart_(self, perm: Perm) -> None:
+        """Let the next descent begin at `perm`."""
+        for group, index in perm.items():
+            index = index.to(self.perm[group].device)
+            if not torch.equal(index, self.perm[group]):
+                self.perm[group] = index
+                self.version[group] += 1
+        self.counted, self.objective = 0, 0.0
+        self.unplaced.clear()
+        self.solved.clear()
 
-def restart_(descent: Descent, perm: Perm) -> None:
-    """Let the next descent begin at `perm`."""
-    for group, index in perm.items():
-        index = index.to(descent.perm[group].device)
-        if not torch.equal(index, descent.perm[group]):
-            descent.perm[group] = index
-            descent.version[group] += 1
-    descent.counted, descent.objective = 0, 0.0
-    descent.unplaced.clear()
-    descent.solved.clear()
+    def clear_(self) -> None:
+        """Forget all steps and what was computed from them; keep the permutation and the duals to start from."""
+        self.stacks.steps = 0
+        self.counted, self.objective = 0, 0.0
+        self.cached.clear()
+        self.solved.clear()
 
+    def descend_(self, *, max_sweeps: int = 100, assignment: str = "auto") -> Match:
+        """Place the groups that have no permutation yet, then sweep over all until nothing improves.
 
-def clear_(descent: Descent) -> None:
-    """Forget all steps and what was computed from them; keep the permutation and the duals to start from."""
-    descent.stacks.steps = 0
-    descent.counted, descent.objective = 0, 0.0
-    descent.cached.clear()
-    descent.solved.clear()
-
-
-def descend_(descent: Descent, *, max_sweeps: int = 100, assignment: str = "auto") -> Match:
-    """Place the groups where they are not, and sweep over them until nothing improves; moves `descent.perm` and
-    returns what was found.
-
-    Raises:
-        ValueError: no step, or fewer than one sweep.
-    """
-    stacks, clock = descent.stacks, Clock()
-    if stacks.steps < 1:
-        raise ValueError("there is nothing to match: zero steps")
-    if max_sweeps < 1:
-        raise ValueError(f"max_sweeps must be at least 1, got {max_sweeps}")
-    if descent.unplaced:
-        _place_(descent, clock, assignment)
-    with clock.phase("objective", stacks.device):
-        descent.objective += stacks.objective(stacks.target, descent.perm, descent.counted)
-        descent.counted = stacks.steps
-    sweeps, improved = 0, True
-    while improved and sweeps < max_sweeps:
-        improved = any([_visit_(descent, colour, clock, assignment) for colour in descent.colours])
-        for family in nested_families(stacks.spec):
-            improved |= _visit_family_(descent, family, clock, assignment)
-        sweeps += 1
-    return Match(dict(descent.perm), descent.objective, sweeps, clock.seconds)
+        Updates `perm`. Raises ValueError for no step, or fewer than one sweep.
+        """
+        stacks, clock = self.stacks, Clock()
+        if stacks.steps < 1:
+            raise ValueError("there is nothing to match: zero steps")
+        if max_sweeps < 1:
+            raise ValueError(f"max_sweeps must be at least 1, got {max_sweeps}")
+        if self.unplaced:
+            _place_(self, clock, assignment)
+        with clock.phase("objective", stacks.device):
+            self.objective += stacks.objective(stacks.target, self.perm, self.counted)
+            self.counted = stacks.steps
+        sweeps, improved = 0, True
+        while improved and sweeps < max_sweeps:
+            improved = any([_visit_(self, colour, clock, assignment) for colour in self.colours])
+            for family in nested_families(stacks.spec):
+                improved |= _visit_family_(self, family, clock, assignment)
+            sweeps += 1
+        return Match(dict(self.perm), self.objective, sweeps, clock.seconds)
 
 
 def _place_(descent: Descent, clock: Clock, assignment: str) -> None:
@@ -258,17 +253,17 @@ def _place_(descent: Descent, clock: Clock, assignment: str) -> None:
         _visit_(descent, (group,), clock, assignment)
         descent.unplaced.discard(group)
         with clock.phase("objective", device):
-            known = descent.cached[group].places
+            slots = descent.cached[group].slots
             if all(
-                place.whole for place in known
+                slot.whole for slot in slots
             ):  # then all of their tensors' other axes have been placed before
-                objective += _collected(descent.cached[group].similarity, descent.perm[group])
-                for place in known:
-                    del rest[place.name]
+                objective += _sum_matched(descent.cached[group].similarity, descent.perm[group])
+                for slot in slots:
+                    del rest[slot.name]
     with clock.phase("objective", device):
         objective += stacks.objective(rest, descent.perm)
         if stacks.objective(stacks.target, identity) > objective:
-            restart_(descent, identity)
+            descent.restart_(identity)
         else:
             descent.objective, descent.counted = objective, stacks.steps
 
@@ -316,8 +311,8 @@ def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, assignment:
     improved = False
     with clock.phase("objective", device):
         for group, solution in zip(stale, solutions, strict=True):
-            moved = _changed_share(descent.perm[group].cpu(), solution.perm)
-            if group not in descent.solutions or moved > RENEW_DUALS:
+            changed = _share_changed(descent.perm[group].cpu(), solution.perm)
+            if group not in descent.solutions or changed > RENEW_DUALS:
                 descent.solutions[group] = solution
             descent.solved[group] = _depends_on(descent, group)
             improved |= _accept_(descent, group, own[group], solution.perm.to(device))
@@ -325,37 +320,40 @@ def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, assignment:
 
 
 def _visit_family_(descent: Descent, family: tuple[str, ...], clock: Clock, assignment: str) -> bool:
-    """Solve groups that are nested in one another; true if the true objective rose, or they had no place yet."""
+    """Solve groups that are nested in one another; true if the true objective rose, or they had no permutation yet."""
     stacks, others = descent.stacks, descent.unplaced.difference(family)
-    held = {g: descent.around[g] for g in family if g in descent.around}
-    depends = stacks.steps, *(descent.version[other] for g in held for other in (g, *held[g].groups))
+    around = {g: descent.around[g] for g in family if g in descent.around}
+    depends = stacks.steps, *(descent.version[other] for g in around for other in (g, *around[g].groups))
     if descent.solved.get(family[0]) == depends:
         return False
-    places = {g: [p for p in (*n.single, *n.coupled) if p.groups.isdisjoint(others)] for g, n in held.items()}
+    slots = {
+        g: [slot for slot in (*n.single, *n.coupled) if slot.groups.isdisjoint(others)]
+        for g, n in around.items()
+    }
+    members = [g for g in around if slots[g]]
     with clock.phase("similarity", stacks.device):
-        known = [g for g in held if places[g]]
-        gathers = [stacks.gathers(places[g], descent.perm) for g in known]
-        found = stacks.similarities([places[g] for g in known], gathers, descent.backend)
+        indices = [stacks.axis_indices(slots[g], descent.perm) for g in members]
+        scores = stacks.similarities([slots[g] for g in members], indices, descent.backend)
     descent.solved[family[0]] = depends
-    if not found:
+    if not scores:
         return False
-    nested = Family(stacks.spec, family, dict(zip(known, (s.cpu() for s in found), strict=True)), assignment)
-    names, improved = {place.name for g in held for place in places[g]}, False
-    for candidate in nested.candidates(descent.perm):
-        moved = descent.perm | {group: index.to(stacks.device) for group, index in candidate.items()}
+    on_cpu = dict(zip(members, (score.cpu() for score in scores), strict=True))
+    names, improved = sorted({slot.name for g in around for slot in slots[g]}), False
+    for part in BlockAssignment(stacks.spec, family, on_cpu, assignment).candidates(descent.perm):
+        candidate = descent.perm | {group: index.to(stacks.device) for group, index in part.items()}
         with clock.phase("objective", stacks.device):
-            before, after = (stacks.objective(sorted(names), perm) for perm in (descent.perm, moved))
-        if after - before > RELATIVE_GAIN[found[0].dtype] * max(abs(before), abs(after)):
+            before, after = (stacks.objective(names, perm) for perm in (descent.perm, candidate))
+        if after - before > RELATIVE_GAIN[scores[0].dtype] * max(abs(before), abs(after)):
             for group in family:
-                descent.version[group] += not torch.equal(descent.perm[group], moved[group])
-            descent.perm, descent.objective, improved = moved, descent.objective + after - before, True
+                descent.version[group] += not torch.equal(descent.perm[group], candidate[group])
+            descent.perm, descent.objective, improved = candidate, descent.objective + after - before, True
     return improved
 
 
 def _accept_(descent: Descent, group: str, own: Tensor, candidate: Tensor) -> bool:
     """Move to `candidate` if the true objective rises by more than rounding; true if it did."""
     current = descent.perm[group]
-    before, after = _collected(own, current), _collected(own, candidate)
+    before, after = _sum_matched(own, current), _sum_matched(own, candidate)
     if descent.around[group].coupled and group not in descent.unplaced:
         before += _coupled_objective(descent, group, current)
         after += _coupled_objective(descent, group, candidate)
@@ -368,8 +366,8 @@ def _accept_(descent: Descent, group: str, own: Tensor, candidate: Tensor) -> bo
     return True
 
 
-def _known(descent: Descent, group: str) -> tuple[Slot, ...]:
-    """The places that count for a group's similarity: those whose other axes are fixed, or moved by placed groups."""
+def _usable_slots(descent: Descent, group: str) -> tuple[Slot, ...]:
+    """The slots that count for a group's similarity: those whose other axes are fixed, or moved by placed groups."""
     return tuple(p for p in descent.around[group].single if p.groups.isdisjoint(descent.unplaced))
 
 
@@ -378,7 +376,7 @@ def _depends_on(descent: Descent, group: str) -> tuple[object, ...]:
     around = descent.around[group]
     coupled = around.coupled if group not in descent.unplaced else ()
     versions = tuple(descent.version[other] for other in around.groups)
-    return descent.stacks.steps, len(_known(descent, group)), len(coupled), versions
+    return descent.stacks.steps, len(_usable_slots(descent, group)), len(coupled), versions
 
 
 def _similarities_(descent: Descent, groups: Sequence[str]) -> dict[str, Tensor]:
@@ -389,82 +387,82 @@ def _similarities_(descent: Descent, groups: Sequence[str]) -> dict[str, Tensor]
     of all such groups at once.
     """
     stacks = descent.stacks
-    places = {group: _known(descent, group) for group in groups}
-    current = {group: stacks.gathers(places[group], descent.perm) for group in groups}
-    anew = [group for group in groups if not _worth_correcting(descent, group, places[group], current[group])]
-    known = [group for group in anew if places[group]]
-    sums = stacks.similarities([places[g] for g in known], [current[g] for g in known], descent.backend)
+    slots = {group: _usable_slots(descent, group) for group in groups}
+    current = {group: stacks.axis_indices(slots[group], descent.perm) for group in groups}
+    anew = [group for group in groups if not _worth_correcting(descent, group, slots[group], current[group])]
+    known = [group for group in anew if slots[group]]
+    sums = stacks.similarities([slots[g] for g in known], [current[g] for g in known], descent.backend)
     built = dict(zip(known, sums, strict=True))
     for group in anew:
         n = stacks.spec.groups[group]
         total = built[group] if group in built else next(iter(stacks.target.values())).new_zeros(n, n)
-        descent.cached[group] = _Cached(total, places[group], stacks.steps, current[group])
+        descent.cached[group] = _Cached(total, slots[group], stacks.steps, current[group])
     for group in groups:
         if group not in anew:
-            _correct_(descent, group, places[group], current[group])
+            _correct_(descent, group, slots[group], current[group])
     return {group: descent.cached[group].similarity for group in groups}
 
 
-def _correct_(descent: Descent, group: str, places: tuple[Slot, ...], current: Gathers) -> None:
+def _correct_(descent: Descent, group: str, slots: tuple[Slot, ...], current: AxisIndices) -> None:
     """Bring a group's similarity up to date: first for changed neighbours over the old steps, then for new steps and
     for tensors of which it had nothing."""
     cached, stacks = descent.cached[group], descent.stacks
-    for place in cached.places:
-        for other in place.others:
-            old, new = cached.indices[place.name, other], current[place.name, other]
+    for slot in cached.slots:
+        for other in slot.others:
+            old, new = cached.indices[slot.name, other], current[slot.name, other]
             if torch.equal(old, new):
                 continue
-            (term,) = stacks.terms([place], 0, cached.steps, cached.indices)
+            (term,) = stacks.terms([slot], 0, cached.steps, cached.indices)
             similarity_update_(cached.similarity, term, other, old, new, backend=descent.backend)
-            cached.indices[place.name, other] = new
+            cached.indices[slot.name, other] = new
             cached.corrections += 1
-    missing = [place for place in places if place not in cached.places]
+    missing = [slot for slot in slots if slot not in cached.slots]
     terms = stacks.terms(missing, 0, stacks.steps, current)
     if cached.steps < stacks.steps:
-        terms += stacks.terms(cached.places, cached.steps, stacks.steps, current)
+        terms += stacks.terms(cached.slots, cached.steps, stacks.steps, current)
     if terms:
         cached.similarity += similarity(terms, backend=descent.backend)
-    cached.places, cached.steps, cached.indices = places, stacks.steps, current
+    cached.slots, cached.steps, cached.indices = slots, stacks.steps, current
 
 
-def _worth_correcting(descent: Descent, group: str, places: tuple[Slot, ...], current: Gathers) -> bool:
+def _worth_correcting(descent: Descent, group: str, slots: tuple[Slot, ...], current: AxisIndices) -> bool:
     cached, stacks = descent.cached.get(group), descent.stacks
-    if cached is None or not cached.places:
+    if cached is None or not cached.slots:
         return False
     if cached.corrections >= CORRECTIONS_BEFORE_REBUILD and cached.similarity.dtype != torch.float64:
         return False
     whole = correct = 0.0
-    for place in places:
-        work = math.prod(stacks.spec.shapes[place.name])
+    for slot in slots:
+        work = math.prod(stacks.spec.shapes[slot.name])
         whole += work * stacks.steps
-        if place not in cached.places:
+        if slot not in cached.slots:
             correct += work * stacks.steps
             continue
         correct += work * (stacks.steps - cached.steps)
-        for other in place.others:
-            old, new = cached.indices[place.name, other], current[place.name, other]
-            correct += work * cached.steps * _changed_share(old, new)
-    return correct < whole * (WORTH_CORRECTING if len(places) == len(cached.places) else 1)
+        for other in slot.others:
+            old, new = cached.indices[slot.name, other], current[slot.name, other]
+            correct += work * cached.steps * _share_changed(old, new)
+    return correct < whole * (WORTH_CORRECTING if len(slots) == len(cached.slots) else 1)
 
 
 def _coupled_similarity(descent: Descent, group: str) -> Tensor | None:
     """S of the tensors in which `group` stands on several axes: the objective's gradient at the current permutation."""
-    places, stacks = descent.around[group].coupled, descent.stacks
-    if not places or group in descent.unplaced:
+    slots, stacks = descent.around[group].coupled, descent.stacks
+    if not slots or group in descent.unplaced:
         return None
-    terms = stacks.terms(places, 0, stacks.steps, stacks.gathers(places, descent.perm))
+    terms = stacks.terms(slots, 0, stacks.steps, stacks.axis_indices(slots, descent.perm))
     return similarity(terms, backend=descent.backend)
 
 
 def _coupled_objective(descent: Descent, group: str, candidate: Tensor) -> float:
-    names = sorted({place.name for place in descent.around[group].coupled})
+    names = sorted({slot.name for slot in descent.around[group].coupled})
     return descent.stacks.objective(names, {**descent.perm, group: candidate})
 
 
-def _collected(similarity: Tensor, perm: Tensor) -> float:
+def _sum_matched(similarity: Tensor, perm: Tensor) -> float:
     """sum_i S[i, perm[i]] in float64."""
     return float(similarity.gather(1, perm[:, None]).sum(dtype=torch.float64))
 
 
-def _changed_share(old: Tensor, new: Tensor) -> float:
+def _share_changed(old: Tensor, new: Tensor) -> float:
     return 0.0 if old is new else float((old != new).float().mean())

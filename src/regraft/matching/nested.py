@@ -25,7 +25,7 @@ def nested_families(spec: PermutationSpec) -> list[tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
-class Family:
+class BlockAssignment:
     """Groups that permute together (one of ``spec.families``), and their similarities.
 
     scores: group -> [n, n] on the CPU; groups that no tensor holds are absent. backend: of `regraft_kernels.assign`.
@@ -42,17 +42,17 @@ class Family:
         Each is optimal in what it assigns, but where the units of several blocks must move alike: there blocks are
         compared as if they need not.
         """
-        found: Perm = {}
-        self._place_(found, None, 0, 0)
-        yield self._filled(found)
-        yield self._filled({group: perm[group].cpu() for group in found})
+        outer: Perm = {}
+        self._assign_blocks_(outer, None, 0, 0)
+        yield self._fill(outer)
+        yield self._fill({group: perm[group].cpu() for group in outer})
 
     def _inside(self, outer: str | None) -> list[str]:
         """The groups whose blocks move as ``outer`` (None: those that are in no blocks)."""
         return [group for group in self.groups if self.spec.blocks.get(group, (None,))[0] == outer]
 
-    def _place_(self, found: Perm, outer: str | None, row: int, column: int) -> float:
-        """What it is worth to move block ``column`` of ``outer`` to ``row``; fills ``found`` for the blocks inside."""
+    def _assign_blocks_(self, perm: Perm, outer: str | None, row: int, column: int) -> float:
+        """What it is worth to move block ``column`` of ``outer`` to ``row``; fills ``perm`` for the blocks inside."""
         worth = 0.0
         for group in self._inside(outer):
             count = self.spec.groups[group] // (1 if outer is None else self.spec.groups[outer])
@@ -64,17 +64,17 @@ class Family:
             if self._inside(group):
                 for i, j in product(range(count), repeat=2):
                     parts[i, j] = {}
-                    values[i, j] += self._place_(parts[i, j], group, rows + i, columns + j)
+                    values[i, j] += self._assign_blocks_(parts[i, j], group, rows + i, columns + j)
             best = assign(values, backend=self.backend)
             worth += best.objective
             if parts:
                 index = torch.zeros(self.spec.groups[group], dtype=torch.int64)
                 index[rows : rows + count] = columns + best.perm
                 for part in ({group: index}, *(parts[pair] for pair in enumerate(best.perm.tolist()))):
-                    _add_(found, part)
+                    _add_(perm, part)
         return worth
 
-    def _filled(self, holding: Perm) -> Perm:
+    def _fill(self, holding: Perm) -> Perm:
         """The permutation of all groups, given those of the groups that hold blocks."""
         perm = dict(holding)
         for group in self.groups:  # the outermost first
@@ -113,7 +113,7 @@ class Family:
         return values
 
 
-def _add_(found: Perm, part: Perm) -> None:
+def _add_(perm: Perm, part: Perm) -> None:
     """What was found for some blocks of a group (everything else in ``part`` is zero) beside that for others."""
     for group, index in part.items():
-        found[group] = found[group] + index if group in found else index
+        perm[group] = perm[group] + index if group in perm else index

@@ -17,7 +17,7 @@ from regraft.symmetry import PermutationSpec
 from regraft.symmetry.spec import groups_of
 from regraft_kernels import Term, similarity, similarity_many
 
-Gathers = dict[tuple[str, int], Tensor]  # (tensor, axis) -> index vector
+AxisIndices = dict[tuple[str, int], Tensor]  # (tensor, axis) -> index vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Stacks:
         Raises ValueError as `regraft.match` says.
         """
         check_alike(target, source, "the target", "the source")
-        whole = _stacked(spec, target), _stacked(spec, source)
+        whole = _stack_all(spec, target), _stack_all(spec, source)
         for side, where in zip(whole, ("the target", "the source"), strict=True):
             check_finite(side, where)
         left, right = ({n: _unfoldable(t) for n, t in side.items()} for side in whole)
@@ -88,12 +88,12 @@ class Stacks:
 
     def around(self, group: str) -> Neighbourhood:
         spec = self.spec
-        places = [
-            self._place(name, axis, group) for name, axis in spec.tensors_of(group) if name in self.target
+        slots = [
+            self._slot(name, axis, group) for name, axis in spec.tensors_of(group) if name in self.target
         ]
-        count = Counter(place.name for place in places)
-        single = tuple(place for place in places if count[place.name] == 1)
-        coupled = tuple(place for place in places if count[place.name] > 1)
+        count = Counter(slot.name for slot in slots)
+        single = tuple(slot for slot in slots if count[slot.name] == 1)
+        coupled = tuple(slot for slot in slots if count[slot.name] > 1)
         neighbours = tuple(
             other
             for other in spec.groups
@@ -101,7 +101,7 @@ class Stacks:
         )
         return Neighbourhood(single, coupled, neighbours)
 
-    def _place(self, name: str, axis: int, group: str) -> Slot:
+    def _slot(self, name: str, axis: int, group: str) -> Slot:
         spec = self.spec
         axes, positions = spec.axes[name], spec.positions(name, axis, group)
         others = tuple(other for other in range(len(axes)) if other != axis and groups_of(axes[other]))
@@ -115,35 +115,35 @@ class Stacks:
             positions.numel() == spec.shapes[name][axis],
         )
 
-    def gathers(self, places: Sequence[Slot], perm: Perm) -> Gathers:
+    def axis_indices(self, slots: Sequence[Slot], perm: Perm) -> AxisIndices:
         """What a permutation means for the other axes of each place's tensor."""
         return {
-            (place.name, other): cast(Tensor, self.spec.axis_index(place.name, other, perm))  # it moves
-            for place in places
-            for other in place.others
+            (slot.name, other): cast(Tensor, self.spec.axis_index(slot.name, other, perm))  # it moves
+            for slot in slots
+            for other in slot.others
         }
 
-    def terms(self, places: Sequence[Slot], first: int, last: int, gathers: Gathers) -> list[Term]:
-        """The places' terms over the steps first .. last - 1, the source's other axes gathered."""
+    def terms(self, slots: Sequence[Slot], first: int, last: int, gathers: AxisIndices) -> list[Term]:
+        """The slots' terms over the steps first .. last - 1, the source's other axes gathered."""
         return [
             Term(
-                target=self.target[place.name][first:last],
-                source=self.source[place.name][first:last],
-                axis=place.axis,
-                positions=place.positions,
+                target=self.target[slot.name][first:last],
+                source=self.source[slot.name][first:last],
+                axis=slot.axis,
+                positions=slot.positions,
                 gathers=tuple(
-                    gathers[place.name, axis] if axis in place.others else None
-                    for axis in range(len(self.spec.shapes[place.name]))
+                    gathers[slot.name, axis] if axis in slot.others else None
+                    for axis in range(len(self.spec.shapes[slot.name]))
                 ),
             )
-            for place in places
+            for slot in slots
         ]
 
     def similarities(
-        self, places: Sequence[Sequence[Slot]], gathers: Sequence[Gathers], backend: str
+        self, slots: Sequence[Sequence[Slot]], gathers: Sequence[AxisIndices], backend: str
     ) -> list[Tensor]:
-        """S [n, n] over all steps, of each sequence of places; none of them empty."""
-        terms = [self.terms(p, 0, self.steps, g) for p, g in zip(places, gathers, strict=True)]
+        """S [n, n] over all steps, of each sequence of slots; none of them empty."""
+        terms = [self.terms(p, 0, self.steps, g) for p, g in zip(slots, gathers, strict=True)]
         return similarity_many(terms, backend=backend) if terms else []
 
     def objective(self, names: Iterable[str], perm: Perm, first: int = 0) -> float:
@@ -157,31 +157,32 @@ class Stacks:
             for axis in range(len(self.spec.shapes[name])):
                 index = self.spec.axis_index(name, axis, perm)
                 if index is not None and not _is_identity(index):
-                    source = _gathered(source, axis + 1, index)
+                    source = _gather(source, axis + 1, index)
             total += _dot(target, source)
         return total
 
 
 class Streamed(Stacks):
-    """One pair of tensors at a time: each is read when it is asked for, and forgotten."""
+    """One pair of tensors at a time: each is read when it is needed, and not kept.
 
-    @classmethod
-    def reading(
-        cls, spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]
-    ) -> Streamed:
-        """Of mappings that read: finite floating tensors of the spec's shapes, of the same names on both sides."""
-        return cls(spec, _Read(target), _Read(source), 1)
+    target, source: mappings that read; finite floating tensors of the spec's shapes, the same names on both sides.
+    """
+
+    def __init__(
+        self, spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(spec, _Read(target), _Read(source), 1)
 
     def similarities(
-        self, places: Sequence[Sequence[Slot]], gathers: Sequence[Gathers], backend: str
+        self, slots: Sequence[Sequence[Slot]], gathers: Sequence[AxisIndices], backend: str
     ) -> list[Tensor]:
         _trim()
-        return [self._sum(p, g, backend) for p, g in zip(places, gathers, strict=True)]
+        return [self._sum(p, g, backend) for p, g in zip(slots, gathers, strict=True)]
 
-    def _sum(self, places: Sequence[Slot], gathers: Gathers, backend: str) -> Tensor:
-        total = similarity(self.terms(places[:1], 0, 1, gathers), backend=backend)
-        for place in places[1:]:
-            total += similarity(self.terms([place], 0, 1, gathers), backend=backend)
+    def _sum(self, slots: Sequence[Slot], gathers: AxisIndices, backend: str) -> Tensor:
+        total = similarity(self.terms(slots[:1], 0, 1, gathers), backend=backend)
+        for slot in slots[1:]:
+            total += similarity(self.terms([slot], 0, 1, gathers), backend=backend)
         return total
 
 
@@ -211,17 +212,17 @@ class _Read(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def _stacked(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> Tensors:
+def _stack_all(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> Tensors:
     """The floating tensors as detached stacks [T, *shape]; a single set becomes a stack of one (a view)."""
     stacks = {}
     for name, tensor in tensors.items():
         if name not in spec.shapes:
             raise ValueError(f"the spec has no tensor {name!r}")
-        shape, found = spec.shapes[name], tuple(tensor.shape)
-        if shape not in (found, found[1:]):
-            raise ValueError(f"tensor {name!r} has shape {found}, neither {shape} nor a stack of them")
+        shape, actual = spec.shapes[name], tuple(tensor.shape)
+        if shape not in (actual, actual[1:]):
+            raise ValueError(f"tensor {name!r} has shape {actual}, neither {shape} nor a stack of them")
         if tensor.is_floating_point():
-            stacks[name] = tensor.detach()[None] if found == shape else tensor.detach()
+            stacks[name] = tensor.detach()[None] if actual == shape else tensor.detach()
     if not stacks:
         raise ValueError("there is nothing to match: no floating-point tensor")
     return stacks
@@ -252,13 +253,13 @@ def _unfoldable(stack: Tensor) -> Tensor:
     return _room(stack[0], len(stack)).copy_(stack) if len(stack) else stack
 
 
-def _gathered(stack: Tensor, dim: int, index: Tensor) -> Tensor:
+def _gather(stack: Tensor, dim: int, index: Tensor) -> Tensor:
     """index_select that keeps the layout of `_room`."""
     if stack.dim() < 4:
         return stack.index_select(dim, index)
     inner = stack.movedim(2, -1)
-    place = {1: 1, 2: stack.dim() - 1}.get(dim, dim - 1)
-    return inner.index_select(place, index).movedim(-1, 2)
+    slot = {1: 1, 2: stack.dim() - 1}.get(dim, dim - 1)
+    return inner.index_select(slot, index).movedim(-1, 2)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -63,7 +63,7 @@ def torch_momentum(v: Tensor, step: Tensor, m: float = 0.9) -> Tensor:
     return m * v + step
 
 
-def fine_tune(
+def fine_tune_by_hand(
     phi: Features,
     theta: Tensors,
     w: Tensor,

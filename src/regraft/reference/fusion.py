@@ -22,7 +22,7 @@ def cumulative_gradient(start: Tensors, end: Tensors) -> Tensors:
     return {name: end[name] - start[name] for name in start}
 
 
-def assign_gradient(target: Tensors, gradient: Tensors, alpha: float) -> Tensors:
+def assign_scaled_gradient(target: Tensors, gradient: Tensors, alpha: float) -> Tensors:
     """Equation 6: theta_n + alpha g."""
     return {name: target[name] + alpha * gradient[name] for name in target}
 
@@ -32,7 +32,7 @@ def assign_weights(target: Tensors, theta_a: Tensors, alpha: float) -> Tensors:
     return {name: target[name] + alpha * theta_a[name] for name in target}
 
 
-def fuse(theta_a: Tensors, theta_b: Tensors, alpha: float, beta: float) -> Tensors:
+def fuse_pair(theta_a: Tensors, theta_b: Tensors, alpha: float, beta: float) -> Tensors:
     """Section 5: alpha theta_A + beta theta_B."""
     return {name: alpha * theta_a[name] + beta * theta_b[name] for name in theta_a}
 

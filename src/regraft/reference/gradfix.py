@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from regraft.core.tensors import Tensors
 
 
-def majority(model: nn.Module, theta: Tensors, images: Tensor, labels: Tensor) -> Tensors:
+def vote_images(model: nn.Module, theta: Tensors, images: Tensor, labels: Tensor) -> Tensors:
     """Images that raise an entry's loss minus images that lower it, when the entry grows. In evaluation mode."""
     model.eval()
     votes = {name: torch.zeros_like(theta[name]) for name, _ in model.named_parameters()}
@@ -23,7 +23,7 @@ def majority(model: nn.Module, theta: Tensors, images: Tensor, labels: Tensor) -
     return votes
 
 
-def transport(theta_b: Tensors, tau: Tensors, g: Tensors, alpha: float) -> Tensors:
+def transport_masked(theta_b: Tensors, tau: Tensors, g: Tensors, alpha: float) -> Tensors:
     """theta_B + alpha m tau, m = [tau g < 0]."""
     moved = {name: tensor.clone() for name, tensor in theta_b.items()}
     for name, tensor in tau.items():

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from regraft.core.tensors import Pair, Perm, Tensors
-from regraft.reference.matching import match, permuted
+from regraft.reference.matching import coordinate_descent, permute_tensors
 from regraft.symmetry import PermutationSpec
 
-Batches = Sequence[Pair]
+Minibatches = Sequence[Pair]
 
 
-def gradient(model: nn.Module, theta: Tensors, batches: Batches) -> Tensors:
+def batch_gradient(model: nn.Module, theta: Tensors, batches: Minibatches) -> Tensors:
     """g = 1/b sum_i grad L(f(x_i; theta), y_i), in training mode, averaged over `batches`."""
     model.train()
     parameters = {name: theta[name].detach().clone().requires_grad_() for name, _ in model.named_parameters()}
@@ -39,17 +39,17 @@ def rebuild(
     transferred = [target_start]
     for t in range(1, s + 1):
         step = {name: path[t][name] - path[t - 1][name] for name in target_start}
-        moved = permuted(spec, perm, step)
+        moved = permute_tensors(spec, perm, step)
         transferred.append({name: transferred[-1][name] + moved[name] for name in target_start})
     return transferred
 
 
-def gmt(
+def algorithm_1(
     model: nn.Module,
     spec: PermutationSpec,
     path: Sequence[Tensors],
     target_start: Tensors,
-    batches: Sequence[Sequence[Batches]],
+    batches: Sequence[Sequence[Minibatches]],
     order: Sequence[str],
 ) -> tuple[list[Tensors], list[Perm]]:
     """Algorithm 1. `batches[s - 1][t - 1]` is the sample of lines 3 to 5; each matching but the
@@ -61,19 +61,19 @@ def gmt(
     for s in range(1, len(path)):
         g1, g2 = [], []
         for t in range(1, s + 1):
-            g1.append(gradient(model, path[t - 1], batches[s - 1][t - 1]))
-            g2.append(gradient(model, transferred[t - 1], batches[s - 1][t - 1]))
-        perms.append(match(spec, g2, g1, order, start=perms[-1] if s > 1 else None)[0])
+            g1.append(batch_gradient(model, path[t - 1], batches[s - 1][t - 1]))
+            g2.append(batch_gradient(model, transferred[t - 1], batches[s - 1][t - 1]))
+        perms.append(coordinate_descent(spec, g2, g1, order, start=perms[-1] if s > 1 else None)[0])
         transferred = rebuild(spec, path, target_start, perms[-1], s)
     return transferred, perms[1:]
 
 
-def fgmt(
+def algorithm_2(
     model: nn.Module,
     spec: PermutationSpec,
     path: Sequence[Tensors],
     target_start: Tensors,
-    batches: Sequence[Batches],
+    batches: Sequence[Minibatches],
     order: Sequence[str],
 ) -> tuple[list[Tensors], list[Perm]]:
     """Algorithm 2: only the newest pair of gradients is computed, the earlier ones are kept."""
@@ -81,8 +81,8 @@ def fgmt(
     g1: list[Tensors] = []
     g2: list[Tensors] = []
     for s in range(1, len(path)):
-        g1.append(gradient(model, path[s - 1], batches[s - 1]))
-        g2.append(gradient(model, transferred[s - 1], batches[s - 1]))
-        perms.append(match(spec, g2, g1, order, start=perms[-1] if s > 1 else None)[0])
+        g1.append(batch_gradient(model, path[s - 1], batches[s - 1]))
+        g2.append(batch_gradient(model, transferred[s - 1], batches[s - 1]))
+        perms.append(coordinate_descent(spec, g2, g1, order, start=perms[-1] if s > 1 else None)[0])
         transferred = rebuild(spec, path, target_start, perms[-1], s)
     return transferred, perms[1:]

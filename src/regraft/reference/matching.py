@@ -15,11 +15,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from regraft.core.tensors import Perm, Tensors
-from regraft.matching.nested import Family, nested_families
+from regraft.matching.nested import BlockAssignment, nested_families
 from regraft.symmetry import PermutationSpec
 
 
-def permuted(spec: PermutationSpec, perm: Perm, tensors: Tensors) -> Tensors:
+def permute_tensors(spec: PermutationSpec, perm: Perm, tensors: Tensors) -> Tensors:
     """pi(theta), for some or all of the model's tensors: every axis gathered, one after the other."""
     moved = {}
     for name, tensor in tensors.items():
@@ -73,7 +73,7 @@ def objective(
     """sum_t <G2[t], pi G1[t]>: what matching maximises (the distance's only part that depends on pi)."""
     total = 0.0
     for g2, g1 in zip(target, source, strict=True):
-        moved = permuted(spec, perm, g1)
+        moved = permute_tensors(spec, perm, g1)
         total += sum(float((g2[name].double() * moved[name].double()).sum()) for name in g2)
     return total
 
@@ -96,24 +96,24 @@ def place(spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Ten
                 [{n: t for n, t in step.items() if n not in held} for step in side]
                 for side in (target, source)
             ]
-            for moved in Family(spec, family, scores, "scipy").candidates(perm):
+            for moved in BlockAssignment(spec, family, scores, "scipy").candidates(perm):
                 perm = max(perm, perm | moved, key=partial(objective, spec, known[0], known[1]))
         if nested or group not in unplaced:
             continue
         s = similarity(spec, group, target, source, perm, unplaced)
         _, columns = linear_sum_assignment(s.numpy(), maximize=True)
         candidate = torch.from_numpy(columns)
-        if _collected(s, candidate) > _collected(s, perm[group]) * (1 + 1e-12):
+        if _sum_matched(s, candidate) > _sum_matched(s, perm[group]) * (1 + 1e-12):
             perm[group] = candidate
         unplaced.remove(group)
-    return max(perm, identity, key=lambda found: objective(spec, target, source, found))
+    return max(perm, identity, key=lambda perm: objective(spec, target, source, perm))
 
 
-def _collected(s: Tensor, perm: Tensor) -> float:
+def _sum_matched(s: Tensor, perm: Tensor) -> float:
     return float(s.gather(1, perm[:, None]).sum())
 
 
-def match(
+def coordinate_descent(
     spec: PermutationSpec,
     target: Sequence[Tensors],
     source: Sequence[Tensors],
@@ -143,7 +143,7 @@ def match(
                 perm, best = candidate, value
         for family in nested_families(spec):
             scores = {group: similarity(spec, group, target, source, perm) for group in family}
-            for moved in Family(spec, family, scores, "scipy").candidates(perm):
+            for moved in BlockAssignment(spec, family, scores, "scipy").candidates(perm):
                 candidate = perm | moved
                 value = objective(spec, target, source, candidate)
                 if value > best + 1e-9 * abs(best):

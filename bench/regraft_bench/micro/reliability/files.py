@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from regraft.core.files import write_sealed
 from regraft.core.tensors import Tensors
 from regraft.data import load
-from regraft.learning_transfer.trajectory import INDEX
+from regraft.learning_transfer.trajectory import INDEX_FILE
 from regraft.training.state import _hashes
 from regraft_bench.micro.reliability import subjects
 from regraft_bench.micro.reliability.attempt import LIMIT, Case, in_a_process
@@ -358,7 +358,7 @@ def _hostile_anchor(payload: str, folder: Path) -> None:
 
     def damage(file: Path) -> None:
         file.write_bytes(payloads(folder / "executed")[payload])
-        index = file.with_name(INDEX)
+        index = file.with_name(INDEX_FILE)
         document = json.loads(index.read_text(encoding="utf-8"))
         for anchor in document["content"]["anchors"]:
             anchor["bytes"] = (file.parent / anchor["file"]).stat().st_size

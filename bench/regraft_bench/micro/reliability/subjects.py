@@ -14,7 +14,7 @@ from regraft.core import tensors
 from regraft.core.tensors import Tensors
 from regraft.data import Dataset, Split
 from regraft.fusion.grids import evaluate
-from regraft.learning_transfer.trajectory import INDEX, Trajectory
+from regraft.learning_transfer.trajectory import INDEX_FILE, Trajectory
 from regraft.networks.papers import build
 from regraft.symmetry import PermutationSpec, trace
 from regraft.training.loop import Recipe, train
@@ -112,7 +112,7 @@ class Format:
 
 def _saved(folder: Path) -> Path:
     path().save(folder / "path")
-    return folder / "path" / INDEX
+    return folder / "path" / INDEX_FILE
 
 
 def _anchor(folder: Path) -> Path:
