@@ -178,7 +178,7 @@ def compare(
         json: print the comparisons as JSON, for machines.
     """
     from regraft_bench import front
-    from regraft_bench.tracking.turns import Limits
+    from regraft_bench.tracking.against import Limits
 
     old, new = (front.found(side, results) for side in (before, after))
     limits = Limits(max_slowdown, max_error_rise)
@@ -214,7 +214,7 @@ def against(
         json: print the comparisons as JSON, for machines.
     """
     from regraft_bench import front
-    from regraft_bench.tracking.turns import Limits
+    from regraft_bench.tracking.against import Limits
 
     chosen = {"study": study, "scenario": scenario or (() if study else ("systems",)), "method": method}
     words = [word for name, values in chosen.items() for value in values for word in (f"--{name}", value)]

@@ -26,7 +26,7 @@ from regraft.core.files import write_text
 from regraft.core.guard import make_deterministic
 from regraft.data import MissingData
 from regraft.data.load import default_root
-from regraft_bench.rows import Row, encode, environment, read
+from regraft_bench.rows import Row, encode, environment, read_rows
 from regraft_bench.run import Engine, Job, execute, local, row_of
 from regraft_bench.study import Measured
 
@@ -65,7 +65,7 @@ def work(job: Job, asking: Process) -> Row | MissingData:
     """Measure one row and leave it in its file; or find it there, where an earlier worker died on its way back."""
     file = _file(job)
     if file.is_file():
-        return read(file)[0]
+        return read_rows(file)[0]
     asking.enter()
     try:
         row = execute(job, job.setting())
@@ -91,7 +91,7 @@ def on_ray(jobs: Sequence[Job]) -> Iterator[Row]:
     """
     if not jobs:
         return
-    ray = _needed("ray", "ray")
+    ray = _require("ray", "ray")
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
         ray.init(log_to_driver=False, logging_level="WARNING")
@@ -102,7 +102,7 @@ def on_ray(jobs: Sequence[Job]) -> Iterator[Row]:
     try:
         while waiting:
             (done, *_), _ = ray.wait(list(waiting))
-            yield from _brought(waiting.pop(done), partial(ray.get, done))
+            yield from _receive_row(waiting.pop(done), partial(ray.get, done))
             jobs[0].place.tell(f"{jobs[0].scenario.name}: rows", len(jobs) - len(waiting), len(jobs))
     finally:
         for late in waiting:
@@ -118,7 +118,7 @@ def on_slurm(jobs: Sequence[Job], cluster: str = "slurm", look_every: float = 10
     """
     if not jobs:
         return
-    submitit = _needed("submitit", "slurm")
+    submitit = _require("submitit", "slurm")
     asking, logs = Process.here(), jobs[0].parts / "logs"
     try:
         executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
@@ -132,7 +132,7 @@ def on_slurm(jobs: Sequence[Job], cluster: str = "slurm", look_every: float = 10
     waiting = dict(zip(sent, jobs, strict=True))
     try:
         for done in submitit.helpers.as_completed(sent, poll_frequency=look_every):
-            yield from _brought(waiting.pop(done), done.result)
+            yield from _receive_row(waiting.pop(done), done.result)
             jobs[0].place.tell(f"{jobs[0].scenario.name}: rows", len(jobs) - len(waiting), len(jobs))
     finally:
         for late in waiting:
@@ -154,14 +154,14 @@ def _silent(what: str, done: int, total: int) -> None:
     """Workers have no terminal."""
 
 
-def _brought(job: Job, result: Callable[[], Any]) -> Iterator[Row]:
+def _receive_row(job: Job, result: Callable[[], Any]) -> Iterator[Row]:
     """The job's row, whatever became of its worker; its file goes when the runner has it."""
     file = _file(job)
     try:
         row = result()
     except Exception as problem:  # of any kind that Ray or submitit have for a worker that did not come back
         if file.is_file():
-            row = read(file)[0]
+            row = read_rows(file)[0]
         else:
             said = (str(problem).strip().splitlines() or [""])[-1]
             how = f"{type(problem).__name__}: no worker came back with this row ({said})"
@@ -178,7 +178,7 @@ def _tidy(jobs: Sequence[Job]) -> None:
         jobs[0].parts.rmdir()
 
 
-def _needed(package: str, extra: str) -> ModuleType:
+def _require(package: str, extra: str) -> ModuleType:
     try:
         return import_module(package)
     except ModuleNotFoundError:

@@ -15,14 +15,14 @@ from regraft.core.files import write_text
 from regraft.data import MissingData
 from regraft_bench.engines import ENGINES
 from regraft_bench.report.page import page
-from regraft_bench.report.render import ROWS, Figure, Table, for_papers, report, stored, summary
-from regraft_bench.rows import Row, read
+from regraft_bench.report.render import ROWS, Figure, Table, for_papers, load_rows, summary, write_pages
+from regraft_bench.rows import Row, read_rows
 from regraft_bench.run import run
 from regraft_bench.studies import STUDIES, study
 from regraft_bench.study import RunPaths, Scenario, Study, nearest
-from regraft_bench.tracking import compare, history, turns
+from regraft_bench.tracking import compare, history
+from regraft_bench.tracking.against import Limits, copy_packages, extract_packages, measure_by_turns
 from regraft_bench.tracking.compare import Change
-from regraft_bench.tracking.turns import Limits
 
 Chosen = tuple[Study, Scenario]
 
@@ -122,7 +122,7 @@ def remade(results: Path, documents: Sequence[Path] = (), papers: bool = False) 
     papers: also tables in LaTeX and figures as PNG.
     """
     studies = [study(name) for name in STUDIES]
-    made = report(results, studies, documents)
+    made = write_pages(results, studies, documents)
     made += for_papers(results, studies) if papers else []
     write_text(results / "index.html", page(results, studies))
     return [*made, results / "index.html"]
@@ -163,9 +163,9 @@ def reproduced(
         except MissingData as problem:
             console.print(f"{scenario.name} is skipped: {problem}")
             missing = True
-    rows = stored(results, one)
+    rows = load_rows(results, one)
     for item in wanted:
-        for sheet in item.made(rows) if isinstance(item, Table) else ():
+        for sheet in item.make_sheets(rows) if isinstance(item, Table) else ():
             console.print(sheet.rich())
     for path in remade(results):
         console.print(str(path))
@@ -193,7 +193,7 @@ def found(side: str, results: Path) -> list[Row]:
     """
     path = Path(side)
     if path.is_file():
-        return read(path)
+        return read_rows(path)
     folder = path if path.is_dir() else results / "baseline" if side == "baseline" else None
     rows = every(folder or results)
     if side == "last" and rows:
@@ -212,7 +212,7 @@ def found(side: str, results: Path) -> list[Row]:
 def every(folder: Path) -> list[Row]:
     """All rows of a folder and of the studies in it, by file."""
     files = [folder / ROWS, *(folder / name / ROWS for name in STUDIES)]
-    return [row for path in files if path.is_file() for row in read(path)]
+    return [row for path in files if path.is_file() for row in read_rows(path)]
 
 
 def compared(
@@ -224,7 +224,7 @@ def compared(
     as_json: bool = False,
 ) -> int:
     """Print what changed between two sets of rows; 1 where anything is worse by more than is allowed, else 0."""
-    status = told(compare.compare(before, after), limits, everything=everything, as_json=as_json)
+    status = told(compare.find_changes(before, after), limits, everything=everything, as_json=as_json)
     apart = [" and ".join(sorted(compare.machines(side))) for side in (before, after)]
     if apart[0] != apart[1] and not as_json:
         print(f"other machines, so that costs are not compared where they differ: {apart[0]}; {apart[1]}")
@@ -241,8 +241,8 @@ def against(
         progress(RunPaths(), console) as shown,
     ):
         folder = Path(place)
-        sides = turns.extract(commit, folder / "then"), turns.copy(folder / "now")
-        changes = turns.by_turns(
+        sides = extract_packages(commit, folder / "then"), copy_packages(folder / "now")
+        changes = measure_by_turns(
             *sides, words, folder / "rows", limits, lambda done, most: shown.tell("turns", done, most)
         )
     return told(changes, limits, everything=everything, as_json=as_json)
@@ -256,14 +256,14 @@ def told(
     changes: Sequence[Change], limits: Limits, *, everything: bool = False, as_json: bool = False
 ) -> int:
     """Print changes; 1 where any is worse by more than is allowed, else 0."""
-    beyond = [change for change in changes if limits.exceeded(change)]
+    beyond = [change for change in changes if limits.is_exceeded_by(change)]
     if as_json:
         print(
             json.dumps({"changes": list(map(asdict, changes)), "beyond": list(map(asdict, beyond))}, indent=1)
         )
         return int(bool(beyond))
     console = Console(markup=False)
-    sheet = compare.sheet(changes, everything)
+    sheet = compare.changes_sheet(changes, everything)
     console.print(sheet.rich() if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
     for change in beyond:
         allowed = f"{limits.slowdown:.0%}" if change.quantity == "cost" else f"{limits.error_rise:g}"
@@ -277,9 +277,9 @@ def told(
 
 def over_time(rows: Sequence[Row], *, as_json: bool = False) -> int:
     """Print every method's history."""
-    tracks = history.history(rows)
+    tracks = history.find_tracks(rows)
     if as_json:
         print(json.dumps([asdict(track) for track in tracks], indent=1))
     else:
-        Console(markup=False).print(history.sheet(tracks).rich())
+        Console(markup=False).print(history.tracks_sheet(tracks).rich())
     return 0

@@ -132,7 +132,9 @@ class Row:
     @property
     def identity(self) -> str:
         """What makes two runs the same run."""
-        return identity(self.study, self.scenario, self.method, self.seed, self.config, self.environment.kind)
+        return row_identity(
+            self.study, self.scenario, self.method, self.seed, self.config, self.environment.kind
+        )
 
     @property
     def total(self) -> Cost:
@@ -145,7 +147,7 @@ class Row:
         return self.total.cpu if self.environment.kind == "cpu" else self.total.wall
 
 
-def identity(
+def row_identity(
     study: str, scenario: str, method: str, seed: int, config: Mapping[str, Any], device_kind: str
 ) -> str:
     """A digest of what a run is asked to do."""
@@ -214,7 +216,7 @@ def _write_all(handle: int, data: bytes, path: Path, end: int) -> None:
         ) from None
 
 
-def read(path: Path | str) -> list[Row]:
+def read_rows(path: Path | str) -> list[Row]:
     """Every row of a file, oldest first.
 
     A line that a killed writer left unfinished is named in a warning and skipped. Raises FileNotFoundError where there
@@ -228,11 +230,11 @@ def read(path: Path | str) -> list[Row]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip() and (row := _parse(line, f"{path}, line {number}")) is not None:
-                found.append(_shared(row, seen))
+                found.append(_share_common_parts(row, seen))
     return found
 
 
-def _shared(row: Row, seen: dict[str, Any]) -> Row:
+def _share_common_parts(row: Row, seen: dict[str, Any]) -> Row:
     """The row, with what it has in common with earlier ones held once: most of the memory of many rows."""
     same = {name: getattr(row, name) for name in ("config", "environment", "code")}
     return replace(row, **{name: seen.setdefault(repr(value), value) for name, value in same.items()})

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 
 from regraft.data import MissingData
-from regraft_bench.rows import Environment, Row, append, code, identity, latest, read
+from regraft_bench.rows import Environment, Row, append, code, latest, read_rows, row_identity
 from regraft_bench.study import TUNING_SEED, Measured, Method, RunPaths, Scenario, Setting, Study
 
 
@@ -34,7 +34,7 @@ class Earlier:
         """
         if not (resume or keep_older) or not path.is_file():
             return cls({})
-        kept = [row for row in read(path) if keep_older or row.code.same(code())]
+        kept = [row for row in read_rows(path) if keep_older or row.code.same(code())]
         return cls({row.identity: row for row in latest(kept) if not is_crash(row)})
 
 
@@ -90,7 +90,7 @@ class _How:
 def _collect(folder: Path, path: Path) -> None:
     """Add what workers left for a runner that was gone when they came."""
     for file in sorted(folder.glob("*.json")):
-        for row in read(file):
+        for row in read_rows(file):
             append(path, row)
         file.unlink()
 
@@ -149,7 +149,7 @@ class Job:
     def identity(self) -> str:
         """Of its row."""
         config, kind = self.scenario.config(self.method), self.place.device.partition(":")[0]
-        return identity(self.study.name, self.scenario.name, self.method.name, self.seed, config, kind)
+        return row_identity(self.study.name, self.scenario.name, self.method.name, self.seed, config, kind)
 
     def setting(self) -> Setting:
         """What the job's method is handed; those of the same scenario and seed may share one."""

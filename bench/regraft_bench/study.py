@@ -160,7 +160,7 @@ class Setting:
 
     def dataset(self, task: Task, seed: int = 0) -> Dataset:
         """A task's data, in memory, split with ``seed``. Raises MissingData where they are not there."""
-        data = _loaded(replace(task, per_class=None), seed, self.place.data)
+        data = _load_task(replace(task, per_class=None), seed, self.place.data)
         if task.per_class is None:
             return data
         drawn = draw_per_class(
@@ -191,7 +191,7 @@ class Setting:
             recipe,
             repr(model),
             tensors.digest_tensors(start),
-            _described(data),
+            _describe_data(data),
         ]
         penalty, looks = how.get("penalty"), sorted(how.get("evaluate_at", ()))
         name = digest([*asked, None if penalty is None else penalty.identity, *([looks] if looks else [])])
@@ -259,14 +259,14 @@ def seeded_generator(*purpose: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int(digest(list(purpose))[:15], 16))
 
 
-def _described(data: Dataset) -> list[Any]:
+def _describe_data(data: Dataset) -> list[Any]:
     """What sets the data of two trainings apart."""
     sizes = [len(data.train), len(data.validation), len(data.test)]
     return [data.name, data.classes, data.shape, sizes, tensors.tensor_digest(data.train.labels)]
 
 
 @lru_cache(maxsize=4)
-def _loaded(task: Task, seed: int, root: Path | None) -> Dataset:
+def _load_task(task: Task, seed: int, root: Path | None) -> Dataset:
     return load(
         task.data,
         root=root,

@@ -21,11 +21,11 @@ from regraft_bench.tracking.compare import (
     ONE_SIDED,
     ROUNDS,
     WORSE,
-    compare,
+    changes_sheet,
+    find_changes,
     relative_costs,
-    sheet,
 )
-from regraft_bench.tracking.history import history, steps
+from regraft_bench.tracking.history import find_tracks, steps
 
 RESULTS = Path(__file__).parents[2] / "results"
 METHODS = ("plain", "naive", "weights", "fgmt", "gmt")
@@ -76,7 +76,7 @@ def elsewhere(rows: list[Row], **changes: object) -> list[Row]:
 
 
 def alarms(before: list[Row], after: list[Row]) -> list[tuple[str, str]]:
-    return [(c.method, c.quantity) for c in compare(before, after) if c.beyond(0.1, 0.005)]
+    return [(c.method, c.quantity) for c in find_changes(before, after) if c.beyond(0.1, 0.005)]
 
 
 @pytest.mark.parametrize("trial", range(10))
@@ -105,12 +105,12 @@ def test_a_slower_machine_is_no_regression():
 def test_costs_of_different_machines_are_not_compared():
     draw = random.Random(0)
     other = elsewhere(measured(draw, slower=9), machine="another")
-    assert {c.quantity for c in compare(measured(draw), other)} == {"error"}
+    assert {c.quantity for c in find_changes(measured(draw), other)} == {"error"}
 
 
 def test_what_improved_is_better_and_no_alarm():
     draw = random.Random(0)
-    found = compare(measured(draw), measured(draw, slower=0.7, lost=-0.02))
+    found = find_changes(measured(draw), measured(draw, slower=0.7, lost=-0.02))
     assert {(c.method, c.quantity): c.verdict for c in found if c.verdict != NO_EVIDENCE} == {
         ("fgmt", "cost"): BETTER,
         ("fgmt", "error"): BETTER,
@@ -120,27 +120,29 @@ def test_what_improved_is_better_and_no_alarm():
 def test_one_seed_and_one_round_prove_nothing_and_say_so():
     draw = random.Random(0)
     few = {"seeds": 1, "turns": 1}
-    found = compare(measured(draw, **few), elsewhere(measured(draw, slower=2, lost=0.1, **few), versions={}))
+    found = find_changes(
+        measured(draw, **few), elsewhere(measured(draw, slower=2, lost=0.1, **few), versions={})
+    )
     assert {c.verdict for c in found} == {NO_EVIDENCE}
     assert all(c.low is None for c in found)
-    assert "one measurement a side, which proves nothing" in " ".join(sheet(found).notes)
+    assert "one measurement a side, which proves nothing" in " ".join(changes_sheet(found).notes)
 
 
 def test_where_equal_code_gives_equal_bits_a_rise_of_one_seed_counts():
     draw = random.Random(0)
     before, after = measured(draw), measured(draw)
     after = [replace(r, values={"accuracy": 0.87}) if (r.method, r.seed) == ("fgmt", 0) else r for r in after]
-    found = {c.method: c for c in compare(before, after) if c.quantity == "error"}
+    found = {c.method: c for c in find_changes(before, after) if c.quantity == "error"}
     assert found["fgmt"].verdict == CHANGED
     assert found["fgmt"].beyond(0.1, 0.005)
     assert {c.verdict for name, c in found.items() if name != "fgmt"} == {NO_EVIDENCE}
-    other = compare(before, elsewhere(after, machine="another"))
+    other = find_changes(before, elsewhere(after, machine="another"))
     assert not any(c.beyond(0.1, 0.005) for c in other)
 
 
 def test_the_rounds_of_one_process_are_one_measurement():
     draw = random.Random(0)
-    lucky = compare(measured(draw, turns=1, noise=0.0), measured(draw, turns=1, slower=1.3, noise=0.0))
+    lucky = find_changes(measured(draw, turns=1, noise=0.0), measured(draw, turns=1, slower=1.3, noise=0.0))
     assert all(c.n == 2 for c in lucky if c.quantity == "cost")
 
 
@@ -155,7 +157,7 @@ def test_a_control_is_the_one_that_was_measured_next_to_it():
 def test_a_method_on_one_side_only_is_told():
     draw = random.Random(0)
     without = [row for row in measured(draw) if row.method != "gmt"]
-    assert [(c.method, c.verdict) for c in compare(measured(draw), without) if c.change is None] == [
+    assert [(c.method, c.verdict) for c in find_changes(measured(draw), without) if c.change is None] == [
         ("gmt", ONE_SIDED)
     ]
 
@@ -165,14 +167,14 @@ def test_a_run_that_began_to_fail_is_worse():
     failed = [
         replace(r, failure="diverged: x", values={}) if r.method == "fgmt" else r for r in measured(draw)
     ]
-    found = {(c.method, c.quantity): c for c in compare(measured(draw), failed)}
+    found = {(c.method, c.quantity): c for c in find_changes(measured(draw), failed)}
     assert found["fgmt", "error"].verdict == WORSE
 
 
 def test_sides_without_anything_in_common_are_refused():
     draw = random.Random(0)
     with pytest.raises(ValueError, match="no run of the same"):
-        compare(measured(draw), [replace(row, scenario="other") for row in measured(draw)])
+        find_changes(measured(draw), [replace(row, scenario="other") for row in measured(draw)])
 
 
 @pytest.fixture
@@ -235,7 +237,7 @@ def test_a_commit_without_rows_is_said(results, capsys):
 
 
 def test_history_keeps_older_code_and_marks_the_step(results, capsys):
-    tracks = {(t.method, t.quantity): t for t in history(front.every(results))}
+    tracks = {(t.method, t.quantity): t for t in find_tracks(front.every(results))}
     assert tracks["fgmt", "cost"].codes == ("a" * 10, "b" * 10)
     assert tracks["fgmt", "cost"].steps == (1,)
     assert tracks["gmt", "cost"].steps == ()

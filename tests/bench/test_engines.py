@@ -18,7 +18,7 @@ import torch
 
 from regraft.data import MissingData
 from regraft_bench import engines
-from regraft_bench.rows import encode, read
+from regraft_bench.rows import encode, read_rows
 from regraft_bench.run import Job, local, parts, run
 from regraft_bench.study import Measured, Method, RunPaths, Scenario, Setting, Study, Task
 
@@ -105,7 +105,7 @@ def test_submitted_rows_are_those_of_this_process(slurm, tmp_path):
     expected = rows_of(study, tmp_path / "local" / "rows.jsonl", local)
     found = rows_of(study, tmp_path / "slurm" / "rows.jsonl", slurm("debug"))
     assert list(map(plain, found)) == list(map(plain, expected))
-    assert sorted(map(plain, read(tmp_path / "slurm" / "rows.jsonl")), key=str) == sorted(
+    assert sorted(map(plain, read_rows(tmp_path / "slurm" / "rows.jsonl")), key=str) == sorted(
         map(plain, expected), key=str
     )
     again = rows_of(study, tmp_path / "slurm" / "rows.jsonl", slurm("debug"), resume=True)
@@ -225,7 +225,7 @@ def test_of_a_hundred_rows_ninety_nine_survive_twenty_kills_and_one_has_its_fail
         stop.set()
         thread.join()
     assert len(killed) == KILLS
-    assert len(read(tmp_path / "ray" / "rows.jsonl")) == len(found) == 100
+    assert len(read_rows(tmp_path / "ray" / "rows.jsonl")) == len(found) == 100
     failures = {(row.method, row.seed): row.failure for row in found if row.failure}
     assert failures.keys() == {("fatal", 0)}, failures
     assert "WorkerCrashedError" in failures["fatal", 0]

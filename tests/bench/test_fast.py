@@ -30,7 +30,7 @@ from regraft_bench.fast.scenarios import DIGITS_CONV, HIGH
 from regraft_bench.fast.setting import FastSetting, Settings
 from regraft_bench.report.figures import svg
 from regraft_bench.report.tables import current, groups
-from regraft_bench.rows import Code, Environment, Row, Series, plain_data, read
+from regraft_bench.rows import Code, Environment, Row, Series, plain_data, read_rows
 from regraft_bench.run import run
 from regraft_bench.study import TUNING_SEED, RunPaths, Scenario
 
@@ -67,7 +67,7 @@ def methods_of(figure: str) -> set[str]:
         for name in wanted.scenarios
         for method in SCENARIOS[name].methods
     ]
-    return {line.name for _, lines in wanted.drawn(rows) for line in lines}  # fmt: skip
+    return {line.name for _, lines in wanted.collect_panels(rows) for line in lines}  # fmt: skip
 
 
 def test_every_tuned_method_of_the_comparison_has_as_many_trials():
@@ -238,7 +238,7 @@ def test_a_claim_is_judged_as_it_stands(early, late, verdicts):
                 replace(row, series={"deployed": Series.over("step", (0, 1, 200), (0.1, first, last))})
             )
     table = next(table for table in STUDY.tables if table.name == "claims")
-    found = {line[0]: line[-1] for line in table.made(rows)[0].lines if line[1] == "6.5, figure 8"}
+    found = {line[0]: line[-1] for line in table.make_sheets(rows)[0].lines if line[1] == "6.5, figure 8"}
     assert [
         found["beta alone scaled down loses nothing in the first steps"],
         found["and gains at the end"],
@@ -368,19 +368,19 @@ def test_of_lines_at_several_rates_the_best_may_be_at_an_edge():
 
 @pytest.fixture(scope="module")
 def committed() -> list[Row]:
-    return read(COMMITTED)
+    return read_rows(COMMITTED)
 
 
 def test_figures_and_tables_are_made_of_rows(committed):
     measured = {row.scenario for row in committed}
     for figure in FIGURES:
-        panels = figure.drawn(committed)
+        panels = figure.collect_panels(committed)
         assert bool(panels) == bool(set(figure.scenarios) & measured)
         assert all(line.x[0] >= 1 for _, lines in panels for line in lines), (
             "a logarithmic axis has no step 0"
         )
     assert "fan-in" in svg(next(f for f in FIGURES if f.name == "figure_7"), committed)
-    sheets = {table.name: table.made(committed) for table in STUDY.tables}
+    sheets = {table.name: table.make_sheets(committed) for table in STUDY.tables}
     assert {sheet.title for name in ("main", "experiments") for sheet in sheets[name]} == measured
     assert all(
         len(line) == len(sheet.heading) for made in sheets.values() for sheet in made for line in sheet.lines
@@ -388,7 +388,7 @@ def test_figures_and_tables_are_made_of_rows(committed):
 
 
 def test_a_table_says_which_rates_are_at_an_edge_and_compares_with_n_and_p(committed):
-    sheets = {sheet.title: sheet for table in STUDY.tables for sheet in table.made(committed)}
+    sheets = {sheet.title: sheet for table in STUDY.tables for sheet in table.make_sheets(committed)}
     for found in at_edge(current(committed)):
         assert str(found) in sheets[found.scenario].notes
     assert any(
@@ -417,7 +417,7 @@ def test_the_papers_table_is_whole_and_stands_beside_ours(committed):
     for name, theirs in zip(LONGEST, TABLE_1["rows"].values(), strict=True):
         assert set(theirs) <= {method.name for method in SCENARIOS[name].methods}
     table = next(table for table in STUDY.tables if table.name == "table_1")
-    line = next(line for line in table.made(committed)[0].lines if line[0] == "fast")
+    line = next(line for line in table.make_sheets(committed)[0].lines if line[0] == "fast")
     assert "12.63 ± 0.09" in line and "7.19 ± 0.04" in line
 
 

@@ -190,9 +190,9 @@ def test_costs_are_what_a_method_takes_beyond_the_networks(pair):
 
 
 def test_tuning_looks_at_validation_images_only(folder, pair):
-    from regraft_bench.rows import read
+    from regraft_bench.rows import read_rows
 
-    tried = [row for row in read(folder / "rows.jsonl") if row.seed == TUNING_SEED]
+    tried = [row for row in read_rows(folder / "rows.jsonl") if row.seed == TUNING_SEED]
     assert {row.config["method"]["strength"] for row in tried} == set(continual.STRENGTHS)
     assert any(row.values for row in tried)
     assert all(row.values.keys() <= {"validation"} and not row.series for row in tried)
@@ -291,9 +291,9 @@ def test_pages_are_made_of_rows():
     assert "74.7 / 79.7 (-5.0)" in text
     assert "50.0 / 50.0" in next(line for line in text.splitlines() if line.startswith("| aligned"))
     heat = next(figure for figure in STUDY.figures if figure.name == "table-6")
-    ours, paper, difference = (cells for _, cells in heat.drawn(rows))
+    ours, paper, difference = (cells for _, cells in heat.collect_panels(rows))
     assert difference.values[0][0] == pytest.approx(ours.values[0][0] - paper.values[0][0])
-    assert STUDY.figures[0].drawn(rows) == []
+    assert STUDY.figures[0].collect_panels(rows) == []
 
 
 def test_retained_accuracy_is_drawn_over_how_far_training_moved():
@@ -303,12 +303,12 @@ def test_retained_accuracy_is_drawn_over_how_far_training_moved():
         for name, a, r in (("sgd-0.02", 0.4, 0.5), ("sgd-0.002", 0.9, 0.1))
     ]  # fmt: skip
     figure = next(figure for figure in STUDY.figures if figure.name == "recipes")
-    ((_, lines),) = figure.drawn(rows)
+    ((_, lines),) = figure.collect_panels(rows)
     assert [(line.x, line.y) for line in lines] == [((0.1, 0.5), (0.9, 0.4)), ((0.2, 1.0), (0.45, 0.2))]
 
 
 def sheets(name: str, rows: list[Row]):
-    return next(table for table in STUDY.tables if table.name == name).made(rows)
+    return next(table for table in STUDY.tables if table.name == name).make_sheets(rows)
 
 
 def test_other_recipes_are_held_against_whole_tables():
@@ -344,7 +344,7 @@ def test_a_claim_is_judged_by_its_margin_and_stands_beside_its_control():
     table = next(table for table in STUDY.tables if table.name == "claims")
 
     def line(rows: list[Row], where: str) -> tuple[str, ...]:
-        return next(line for line in table.made(rows)[0].lines if line[1] == where)
+        return next(line for line in table.make_sheets(rows)[0].lines if line[1] == where)
 
     found = line(rows, "5.2, table 6")
     assert found[3:] == ("40.0 against 20.0", "both networks' logits: 50.0", "holds")

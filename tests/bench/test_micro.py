@@ -199,9 +199,9 @@ def test_scenarios_are_well_formed():
 
 
 def test_pages_are_made_of_the_committed_rows():
-    from regraft_bench.report.render import stored
+    from regraft_bench.report.render import load_rows
 
-    rows = stored(RESULTS, STUDY)
+    rows = load_rows(RESULTS, STUDY)
     text = markdown(STUDY, rows)
     for scenario in {row.scenario for row in rows}:
         assert f"### {scenario}\n" in text
@@ -214,5 +214,5 @@ def test_pages_are_made_of_the_committed_rows():
 def test_a_row_without_by_hand_is_compared_with_nothing(place, tmp_path):
     contest = Contest("alone", (OURS,), lambda setting: {OURS: Contender(lambda: None)})
     rows = held(contest, place, tmp_path)
-    (sheet,) = Table("t", "t", ("tiny",), by_method(SUMMARY)).made(list(rows.values()))
+    (sheet,) = Table("t", "t", ("tiny",), by_method(SUMMARY)).make_sheets(list(rows.values()))
     assert sheet.lines[0][-1] == "–"

@@ -5,8 +5,16 @@ import pytest
 
 from regraft_bench.report.figures import svg
 from regraft_bench.report.page import page
-from regraft_bench.report.render import filled, for_papers, glossary, markdown, report, stored, summary
-from regraft_bench.report.tables import compare, current, escaped, spread
+from regraft_bench.report.render import (
+    fill_tables,
+    for_papers,
+    glossary,
+    load_rows,
+    markdown,
+    summary,
+    write_pages,
+)
+from regraft_bench.report.tables import compare_methods, current, escape_latex, spread
 from regraft_bench.run import run
 from regraft_bench.study import TUNING_SEED, Method, Scenario
 
@@ -21,7 +29,7 @@ def results(toy, place, tmp_path):
 
 
 def test_the_table_has_means_deviations_shares_and_answers(toy, results):
-    text = markdown(toy, stored(results, toy))
+    text = markdown(toy, load_rows(results, toy))
     line = next(line for line in text.splitlines() if line.startswith("| cheap"))
     assert "66.7%" in line, "the charge is joined with plain training's when it is read"
     assert "±" in line
@@ -30,12 +38,12 @@ def test_the_table_has_means_deviations_shares_and_answers(toy, results):
 
 
 def test_pages_are_made_of_rows_and_of_nothing_else(toy, results):
-    made = report(results, [toy])
+    made = write_pages(results, [toy])
     before = {path: path.read_bytes() for path in made}
     assert {path.name for path in made} == {"tables.md", "curves.svg"}
     for path in made:
         path.unlink()
-    report(results, [toy])
+    write_pages(results, [toy])
     assert {path: path.read_bytes() for path in made} == before
 
 
@@ -47,7 +55,7 @@ def test_one_entry_adds_a_scenario_and_every_page_shows_it(toy, results, place):
         tables=(replace(toy.tables[0], scenarios=("toy", "another")),),
     )
     list(run(wider, [more], place=place, rows=results / toy.name / "rows.jsonl"))
-    rows = stored(results, wider)
+    rows = load_rows(results, wider)
     assert "### another" in markdown(wider, rows)
     assert "another" in page(results, [wider])
     assert any("another" in sheet.title for sheet in summary(wider, rows))
@@ -55,16 +63,16 @@ def test_one_entry_adds_a_scenario_and_every_page_shows_it(toy, results, place):
 
 def test_a_document_quotes_the_current_table(toy, results):
     document = "Before\n\n<!-- table toys/main toy -->\nold\n<!-- end -->\n\nafter\n"
-    new = filled(document, results, [toy])
+    new = fill_tables(document, results, [toy])
     assert "old" not in new
     assert "| cheap" in new
-    assert filled(new, results, [toy]) == new
+    assert fill_tables(new, results, [toy]) == new
     with pytest.raises(ValueError, match="toys/other"):
-        filled(document.replace("toys/main", "toys/other"), results, [toy])
+        fill_tables(document.replace("toys/main", "toys/other"), results, [toy])
 
 
 def test_rows_of_an_older_configuration_and_tuning_runs_are_not_quoted(toy, results, place):
-    rows = stored(results, toy)
+    rows = load_rows(results, toy)
     older = [replace(row, config={"settings": "older", "method": {}}, seed=7) for row in rows]
     tuning = [replace(row, seed=TUNING_SEED) for row in rows]
     assert current([*older, *tuning, *rows]) == current(rows)
@@ -72,14 +80,14 @@ def test_rows_of_an_older_configuration_and_tuning_runs_are_not_quoted(toy, resu
 
 
 def test_for_papers_there_are_latex_and_pixels(toy, results):
-    report(results, [toy])
+    write_pages(results, [toy])
     made = for_papers(results, [toy])
     assert [path.name for path in made] == ["tables.tex", "curves.png"]
     text = made[0].read_text()
     assert r"\caption{toy}" in text
     assert "66.7\\%" in text
     assert made[1].read_bytes().startswith(b"\x89PNG")
-    assert escaped(
+    assert escape_latex(
         r"a_b & 5 % of {x}^~\\"
     ) == r"a\_b \& 5 \% of \{x\}\textasciicircum{}\textasciitilde{}\textbackslash{}" + (r"\textbackslash{}")
 
@@ -87,8 +95,8 @@ def test_for_papers_there_are_latex_and_pixels(toy, results):
 def test_what_methods_do_stands_below_the_tables_and_on_the_page(toy, results):
     methods = tuple(replace(method, about=f"It is <{method.name}>.") for method in toy.scenarios[0].methods)
     told = replace(toy, scenarios=(replace(toy.scenarios[0], methods=(*methods, Method("other", print))),))
-    assert glossary(told, stored(results, toy)) == {"It is <plain>.": "plain", "It is <cheap>.": "cheap"}
-    assert "- **cheap**: It is <cheap>." in markdown(told, stored(results, toy))
+    assert glossary(told, load_rows(results, toy)) == {"It is <plain>.": "plain", "It is <cheap>.": "cheap"}
+    assert "- **cheap**: It is <cheap>." in markdown(told, load_rows(results, toy))
     assert "<li><b>cheap</b>: It is &lt;cheap&gt;.</li>" in page(results, [told])
 
 
@@ -105,18 +113,18 @@ def test_a_method_says_what_it_does_in_its_own_words_or_its_functions():
 
 
 def test_the_newest_of_two_rows_is_quoted(toy, results):
-    rows = stored(results, toy)
+    rows = load_rows(results, toy)
     newer = replace(rows[0], values={"accuracy": 0.123})
     assert newer in current([*rows, newer])
     assert rows[0] not in current([*rows, newer])
 
 
 def test_equal_differences_have_no_p(toy, results):
-    rows = stored(results, toy)
+    rows = load_rows(results, toy)
     same = [replace(row, values={"accuracy": 0.5 + 0.1 * (row.method == "cheap")}) for row in rows]
-    found = compare(same, "cheap", "plain")
+    found = compare_methods(same, "cheap", "plain")
     assert str(found) == "+0.100 (n = 3)"
-    assert compare(rows, "cheap", "absent") is None
+    assert compare_methods(rows, "cheap", "absent") is None
 
 
 def test_spread_is_mean_and_standard_deviation():
@@ -126,7 +134,7 @@ def test_spread_is_mean_and_standard_deviation():
 
 
 def test_failures_are_told_with_the_table(toy, results):
-    rows = stored(results, toy)
+    rows = load_rows(results, toy)
     failed = replace(rows[0], values={}, failure="diverged: at step 3")
     text = markdown(toy, [failed, *rows[1:]])
     assert "plain, seed 0: diverged: at step 3" in text
@@ -134,11 +142,11 @@ def test_failures_are_told_with_the_table(toy, results):
 
 
 def test_the_figure_draws_every_method_from_step_0(toy, results):
-    drawing = svg(toy.figures[0], stored(results, toy))
+    drawing = svg(toy.figures[0], load_rows(results, toy))
     assert drawing.startswith("<svg")
     for word in ("plain", "cheap", "step", "validation accuracy"):
         assert word in drawing
-    lines = toy.figures[0].panels[0].lines(current(stored(results, toy)))
+    lines = toy.figures[0].panels[0].lines(current(load_rows(results, toy)))
     assert [line.x for line in lines] == [(0, 1, 2)] * 2
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from regraft_bench.report.figures import svg
-from regraft_bench.report.render import filled, report, stored
+from regraft_bench.report.render import fill_tables, load_rows, write_pages
 from regraft_bench.studies import STUDIES, study
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def test_the_committed_pages_are_what_the_rows_give(name, tmp_path):
     (tmp_path / name).mkdir()
     if rows.is_file():
         shutil.copy(rows, tmp_path / name)
-    made = {path.relative_to(tmp_path): path for path in report(tmp_path, [one])}
+    made = {path.relative_to(tmp_path): path for path in write_pages(tmp_path, [one])}
     committed = {
         p.relative_to(RESULTS)
         for p in (RESULTS / name).glob("*")
@@ -44,7 +44,7 @@ def test_the_committed_pages_are_what_the_rows_give(name, tmp_path):
 
 def test_a_figure_is_the_same_whatever_was_drawn_before():
     fusion = study("fusion")
-    rows = stored(RESULTS, fusion)
+    rows = load_rows(RESULTS, fusion)
     heat = next(figure for figure in fusion.figures if figure.name == "table-6")
     assert "gradient_0" in svg(heat, rows)
     assert svg(heat, rows) == svg(heat, rows)
@@ -53,7 +53,7 @@ def test_a_figure_is_the_same_whatever_was_drawn_before():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documents_quote_the_tables_as_they_are(document, studies):
     text = document.read_text(encoding="utf-8")
-    assert filled(text, RESULTS, studies) == text
+    assert fill_tables(text, RESULTS, studies) == text
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -77,4 +77,4 @@ def test_a_study_is_well_formed(name):
 def test_committed_rows_are_of_methods_that_there_are(name):
     one = study(name)
     known = {(scenario.name, method.name) for scenario in one.scenarios for method in scenario.methods}
-    assert {(row.scenario, row.method) for row in stored(RESULTS, one)} <= known
+    assert {(row.scenario, row.method) for row in load_rows(RESULTS, one)} <= known

@@ -20,9 +20,9 @@ from regraft_bench.rows import (
     code,
     digest,
     environment,
-    identity,
     plain_data,
-    read,
+    read_rows,
+    row_identity,
     tree_hash,
 )
 
@@ -49,7 +49,7 @@ def test_a_row_comes_back_as_it_went(tmp_path):
     path = tmp_path / "deep" / "rows.jsonl"
     append(path, made())
     append(path, made(1))
-    assert read(path) == [made(0, time=read(path)[0].time), made(1, time=read(path)[1].time)]
+    assert read_rows(path) == [made(0, time=read_rows(path)[0].time), made(1, time=read_rows(path)[1].time)]
 
 
 def test_evaluation_is_not_charged():
@@ -61,7 +61,7 @@ def test_evaluation_is_not_charged():
 
 def test_values_that_json_cannot_say_become_none(tmp_path):
     append(tmp_path / "rows.jsonl", made(values={"accuracy": float("nan")}))
-    assert read(tmp_path / "rows.jsonl")[0].values == {"accuracy": None}
+    assert read_rows(tmp_path / "rows.jsonl")[0].values == {"accuracy": None}
 
 
 def test_identity_is_of_what_is_asked_not_of_what_answers():
@@ -109,7 +109,7 @@ def test_a_module_that_moves_changes_no_identity(tmp_path, monkeypatch):
         monkeypatch.setattr("regraft.core.registry._REGISTERED", {})
         spec.loader.exec_module(modules[-1])
         config = plain_data({"settings": {"model": modules[-1].network}})
-        identities.append(identity("transfer", "toy", "plain", 0, config, "cpu"))
+        identities.append(row_identity("transfer", "toy", "plain", 0, config, "cpu"))
     assert identities[0] == identities[1]
     with pytest.raises(ValueError, match="two functions are registered as 'network'"):
         register(modules[0].network)
@@ -134,7 +134,7 @@ def test_two_writers_lose_nothing(tmp_path):
     for writer in writers:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
-    found = read(path)
+    found = read_rows(path)
     assert len(found) == 1000
     assert sorted(row.seed for row in found) == sorted([*range(500), *range(500)])
 
@@ -146,7 +146,7 @@ def test_an_unfinished_line_is_named_and_skipped_and_what_follows_is_whole(tmp_p
     path.write_bytes(whole + whole[: len(whole) // 2])
     append(path, made(2))
     with pytest.warns(UserWarning, match=r"rows.jsonl, line 2: an unfinished row"):
-        assert [row.seed for row in read(path)] == [0, 2]
+        assert [row.seed for row in read_rows(path)] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,13 @@ def test_a_foreign_or_newer_line_is_refused_with_its_number(tmp_path, line, said
     with path.open("a") as handle:
         handle.write(line + "\n")
     with pytest.raises(ValueError, match="line 2") as caught:
-        read(path)
+        read_rows(path)
     assert said in str(caught.value)
 
 
 def test_no_file_is_said_with_its_path(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
-        read(tmp_path / "nowhere.jsonl")
+        read_rows(tmp_path / "nowhere.jsonl")
 
 
 def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from regraft.data import MissingData
 from regraft_bench import front
 from regraft_bench import rows as rows_module
 from regraft_bench import run as run_module
-from regraft_bench.rows import read
+from regraft_bench.rows import read_rows
 from regraft_bench.run import is_crash, run
 from regraft_bench.study import TUNING_SEED, Measured, Method, Scenario, Setting, Task
 
@@ -20,7 +20,7 @@ def measured(study, place, path, **how):
 def test_every_method_and_seed_is_one_row(toy, place, tmp_path):
     found = measured(toy, place, tmp_path / "rows.jsonl")
     assert [(row.seed, row.method) for row in found] == [(s, m) for s in range(3) for m in ("plain", "cheap")]
-    assert read(tmp_path / "rows.jsonl") == found
+    assert read_rows(tmp_path / "rows.jsonl") == found
     assert found[0].config == {"settings": {"difficulty": 0.1}, "method": {}}
 
 
@@ -61,7 +61,7 @@ def test_resume_takes_rows_of_the_same_code_only(toy, place, tmp_path, monkeypat
     first = measured(study, place, path, seeds=[0, 1])
     assert measured(study, place, path, seeds=[0, 1, 2], resume=True)[:2] == first
     assert calls == [0, 1, 2]
-    assert len(read(path)) == 3
+    assert len(read_rows(path)) == 3
     other = replace(rows_module.code(), regraft="other tree")
     monkeypatch.setattr(run_module, "code", lambda: other)
     measured(study, place, path, seeds=[0], keep_older=True)
@@ -97,7 +97,7 @@ def test_a_run_that_fails_is_a_row_that_says_how(toy, place, tmp_path):
     assert [is_crash(row) for row in found] == [False, True, False]
     again = measured(study, place, tmp_path / "rows.jsonl", resume=True)
     assert again[0] == found[0]
-    assert len(read(tmp_path / "rows.jsonl")) == 4, "what crashed is tried again, what diverged is not"
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 4, "what crashed is tried again, what diverged is not"
 
 
 def test_missing_data_stop_a_scenario_before_any_row(place, tmp_path, toy):

@@ -14,7 +14,7 @@ from regraft.networks import papers as networks
 from regraft.training.loop import Recipe
 from regraft_bench.report.figures import svg
 from regraft_bench.report.tables import Group, groups
-from regraft_bench.rows import Code, Environment, Row, Series, digest, plain_data, read
+from regraft_bench.rows import Code, Environment, Row, Series, digest, plain_data, read_rows
 from regraft_bench.run import run
 from regraft_bench.study import TUNING_SEED, RunPaths, Scenario, Task
 from regraft_bench.transfer import STUDY, ports
@@ -111,7 +111,7 @@ def rows(folder):
 
 def test_every_method_gives_a_row_that_makes_sense(rows, folder):
     assert not [row.failure for row in rows if row.failure]
-    assert read(folder / "rows.jsonl") == rows
+    assert read_rows(folder / "rows.jsonl") == rows
     for row in rows:
         assert 0 <= row.values["accuracy"] <= 1 and 0 <= row.values["final"] <= 1
         assert row.values["peak_memory [bytes]"] > 1e6 and row.values["delta_ratio"] > 0
@@ -211,7 +211,7 @@ def test_a_source_that_diverges_is_a_row_that_says_so(tmp_path):
     found = measure(tmp_path, replace(TINY, recipe=replace(BRIEF, lr=1e20)))
     assert all(row.failure and row.failure.startswith("diverged") for row in found)
     for table in TABLES:
-        table.made([replace(row, scenario="digits-mlp") for row in found])
+        table.make_sheets([replace(row, scenario="digits-mlp") for row in found])
 
 
 # ---------------------------------------------------------------- pages
@@ -224,7 +224,7 @@ def shown(rows):
 
 
 def test_a_method_is_on_every_page_without_another_edit(shown):
-    table = {table.name: table.made(shown) for table in TABLES}
+    table = {table.name: table.make_sheets(shown) for table in TABLES}
     assert [line[0] for line in table["main"][0].lines] == ["digits-mlp", "digits-mlp2"]
     assert "random" in table["main"][0].heading and "plain" not in table["main"][0].heading
     assert [sheet.title for sheet in table["methods"]] == ["digits-mlp", "digits-mlp2"]
@@ -232,7 +232,7 @@ def test_a_method_is_on_every_page_without_another_edit(shown):
     assert sum("(n = 2" in note for note in table["methods"][0].notes) == 4
     figures = {figure.name: figure for figure in FIGURES}
     assert "random" in svg(figures["path"], shown)
-    assert len(figures["path"].drawn(shown)) == 2, "scenarios without rows are left out"
+    assert len(figures["path"].collect_panels(shown)) == 2, "scenarios without rows are left out"
 
 
 QUESTIONS = {
@@ -276,7 +276,7 @@ def test_every_table_and_figure_is_made_of_rows(answers, shown):
     led = [replace(row, scenario="digits-conv") for row in shown if row.scenario == "digits-mlp"]
     everything = [*answers, *shown, *led]
     for table in TABLES:
-        sheets = table.made(everything)
+        sheets = table.make_sheets(everything)
         assert sheets, table.name
         for sheet in sheets:
             assert sheet.lines and all(len(line) == len(sheet.heading) for line in sheet.lines)
@@ -386,7 +386,7 @@ def test_chance_is_told_and_not_hidden_behind_the_best_step(tmp_path):
     found = measure(tmp_path, replace(TINY, recipe=replace(BRIEF, lr=0.0)), METHODS[:2], name="digits-mlp")
     assert found[1].notes["at chance"] and found[1].values["accuracy"] is not None
     table = next(table for table in TABLES if table.name == "main")
-    assert "(chance)" in table.made(found)[0].lines[0][1]
+    assert "(chance)" in table.make_sheets(found)[0].lines[0][1]
 
 
 def test_a_tuning_run_is_refused_test_data(tmp_path):

@@ -20,7 +20,7 @@ from regraft_bench.report.tables import (
     Table,
     by_method,
     by_scenario,
-    compare,
+    compare_methods,
     groups,
     mean,
     provenance,
@@ -185,7 +185,7 @@ def _against(rows: Rows, method: str, other: str) -> str:
             ("source at the end", "source_end"),
             ("distance", "distance"),
         )
-        if (answer := compare(rows, method, other, quantity)) is not None
+        if (answer := compare_methods(rows, method, other, quantity)) is not None
     ]
     return f"{method} − {other}: " + "; ".join(found)
 

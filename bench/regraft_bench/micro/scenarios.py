@@ -42,7 +42,7 @@ SCENARIOS = (
     timed_scenario("systems", *systems.CONTESTS, how=Timed(budget=0.6)),
     Scenario("compiled", compiled.methods(), None, seeds=1),
     Scenario("gpu", gpu.methods(), None, seeds=1),
-    Scenario("regressions", regressions.METHODS, None, seeds=10),
+    Scenario("regressions", regressions.REGRESSION_METHODS, None, seeds=10),
     Scenario("reliability", reliability.methods(), reliability.Campaign(), seeds=1),
     Scenario("symmetry-torchvision", proofs.methods("torchvision"), proofs.Proof(), seeds=1),
     Scenario(

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from regraft_bench.report.tables import Comparison, Rows, compare
+from regraft_bench.report.tables import Comparison, Rows, compare_methods
 
 HOLDS, FAILS = "holds", "holds not"
 INCONCLUSIVE, CONSISTENT = "not to be told", "not refuted"
@@ -76,7 +76,7 @@ class Claim:
     def compare(self, rows: Mapping[str, Rows]) -> Comparison | None:
         """What rows by scenario say; None where a side was not measured."""
         if isinstance(self.more, str) and isinstance(self.less, str):
-            return compare(rows.get(self.scenario, ()), self.more, self.less, self.metric)
+            return compare_methods(rows.get(self.scenario, ()), self.more, self.less, self.metric)
         assert callable(self.more) and callable(self.less), "a claim compares two methods or two numbers"
         more, less = self.more(rows), self.less(rows)
         return None if more is None or less is None else Comparison(1, more - less, math.nan)

@@ -88,7 +88,7 @@ class Figure:
     scenarios: tuple[str, ...]
     panels: tuple[Panel | Heatmap, ...]
 
-    def drawn(self, rows: Rows) -> list[tuple[Panel | Heatmap, Any]]:
+    def collect_panels(self, rows: Rows) -> list[tuple[Panel | Heatmap, Any]]:
         """Every panel with its lines or cells; those without any are left out."""
         own = current(rows, self.scenarios)
         found = [(p, list(p.lines(own)) if isinstance(p, Panel) else p.cells(own)) for p in self.panels]
@@ -153,9 +153,9 @@ def band(name: str, tables: Sequence[dict[Any, float]], first: int = 0) -> Line:
 # ---------------------------------------------------------------- drawing
 
 
-def spec(figure: Figure, rows: Rows) -> dict[str, Any] | None:
+def vega_lite_spec(figure: Figure, rows: Rows) -> dict[str, Any] | None:
     """The figure in Vega-Lite, for the page and for files; None where no row has anything to draw."""
-    drawn = figure.drawn(rows)
+    drawn = figure.collect_panels(rows)
     if not drawn:
         return None
     # by the whole study's methods: one has the same colour in every figure
@@ -180,7 +180,7 @@ def svg(figure: Figure, rows: Rows) -> str | None:
     """The figure as SVG text, the same for the same rows; None where no row has anything to draw."""
     import vl_convert
 
-    found = spec(figure, rows)
+    found = vega_lite_spec(figure, rows)
     if found is None:
         return None
     drawn = vl_convert.vegalite_to_svg({**found, "background": "white"}, vl_version=VEGA_LITE)

@@ -16,8 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from regraft_bench.report.figures import COLOURS, VEGA_LITE, spec
-from regraft_bench.report.render import glossary, stored
+from regraft_bench.report.figures import COLOURS, VEGA_LITE, vega_lite_spec
+from regraft_bench.report.render import glossary, load_rows
 from regraft_bench.report.tables import Group, Sheet, by_scenario, current, groups
 from regraft_bench.rows import Row
 from regraft_bench.study import Study
@@ -33,12 +33,12 @@ def page(folder: Path, studies: Sequence[Study]) -> str:
     figures: dict[str, Any] = {}
     body, measured, leaders, tracks = "", [], [], []
     for study in studies:  # of all studies' rows no two need be in memory at once
-        if rows := stored(folder, study):
+        if rows := load_rows(folder, study):
             measured.append(study.name)
             body += _section(study, rows, figures)
             leaders += _leaders(study, rows)
-            tracks += history.history(rows)
-    body += _history(history.sheet(tracks)) if tracks else ""
+            tracks += history.find_tracks(rows)
+    body += _history(history.tracks_sheet(tracks)) if tracks else ""
     names = ["leaderboard"] * bool(leaders) + measured + ["history"] * bool(tracks)
     links = "".join(f'<a href="#{name}">{name}</a>' for name in names)
     data = {
@@ -74,7 +74,7 @@ def _section(study: Study, rows: Sequence[Row], figures: dict[str, Any]) -> str:
     """A study's figures and tables; the figures' specifications go into `figures`."""
     parts = [f'<h2 id="{study.name}">{escape(study.title)}</h2>']
     for figure in study.figures:
-        if (drawing := spec(figure, rows)) is not None:
+        if (drawing := vega_lite_spec(figure, rows)) is not None:
             name = f"{study.name}/{figure.name}"
             figures[name] = drawing
             words = escape(f"{study.name} {figure.title}".lower())
@@ -82,7 +82,7 @@ def _section(study: Study, rows: Sequence[Row], figures: dict[str, Any]) -> str:
                 f'<figure class="card" data-words="{words}"><div class="plot" data-figure="{name}"></div></figure>'
             )
     for table in study.tables:
-        sheets = table.made(rows)
+        sheets = table.make_sheets(rows)
         if sheets:
             parts.append(f"<h3>{escape(table.title)}</h3>")
         parts += [

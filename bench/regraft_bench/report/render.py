@@ -1,6 +1,6 @@
 """The only page maker: rows -> Markdown, SVG, and the terminal's summary (`regraft_bench.report.page`: the HTML page).
 
-    report(Path("results"))     # every table and figure of every study, from results/<study>/rows.jsonl
+    write_pages(Path("results"), studies)     # every table and figure of every study, from results/<study>/rows.jsonl
 
 Pages are functions of rows and of nothing else. Documents written by hand quote tables between two marks,
 
@@ -19,28 +19,28 @@ from pathlib import Path
 from regraft.core.files import write_bytes, write_text
 from regraft_bench.report.figures import Figure, svg
 from regraft_bench.report.tables import COMMON, Column, Sheet, Table, by_method, current
-from regraft_bench.rows import Row, read
+from regraft_bench.rows import Row, read_rows
 from regraft_bench.study import Study
 
-__all__ = ["Column", "Figure", "Sheet", "Table", "for_papers", "report", "stored", "summary"]
+__all__ = ["Column", "Figure", "Sheet", "Table", "for_papers", "load_rows", "summary", "write_pages"]
 
 ROWS = "rows.jsonl"
 MARK = re.compile(r"(<!-- table (\S+)/(\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def stored(folder: Path, study: Study) -> list[Row]:
+def load_rows(folder: Path, study: Study) -> list[Row]:
     """The rows of a study below a results folder; none where it has not been run."""
     path = folder / study.name / ROWS
-    return read(path) if path.is_file() else []
+    return read_rows(path) if path.is_file() else []
 
 
-def report(folder: Path, studies: Sequence[Study], documents: Sequence[Path] = ()) -> list[Path]:
+def write_pages(folder: Path, studies: Sequence[Study], documents: Sequence[Path] = ()) -> list[Path]:
     """Write every study's tables (``<study>/tables.md``) and figures (``<study>/<figure>.svg``), and fill the marks of
     the documents. Returns what was written.
     """
     made = []
     for study in studies:
-        rows = stored(folder, study)
+        rows = load_rows(folder, study)
         if not rows:
             continue
         texts = {folder / study.name / "tables.md": markdown(study, rows)}
@@ -51,23 +51,23 @@ def report(folder: Path, studies: Sequence[Study], documents: Sequence[Path] = (
             write_text(path, text)
             made.append(path)
     for path in documents:
-        write_text(path, filled(path.read_text(encoding="utf-8"), folder, studies))
+        write_text(path, fill_tables(path.read_text(encoding="utf-8"), folder, studies))
         made.append(path)
     return made
 
 
 def for_papers(folder: Path, studies: Sequence[Study]) -> list[Path]:
     """Write every study's tables in LaTeX (``tables.tex``) and its figures as pixels (``<figure>.png``), beside those
-    of `report`, which made the figures. Returns what was written.
+    of `write_pages`, which made the figures. Returns what was written.
     """
     import vl_convert
 
     made = []
     for study in studies:
-        rows, place = stored(folder, study), folder / study.name
+        rows, place = load_rows(folder, study), folder / study.name
         if not rows:
             continue
-        sheets = (sheet for table in study.tables for sheet in table.made(rows))
+        sheets = (sheet for table in study.tables for sheet in table.make_sheets(rows))
         write_text(place / "tables.tex", "\n".join(sheet.latex() for sheet in sheets))
         drawn = [place / f"{figure.name}.svg" for figure in study.figures]
         drawn = [path for path in drawn if path.is_file()]
@@ -87,7 +87,7 @@ def markdown(study: Study, rows: Sequence[Row]) -> str:
         "",
     ]
     for table in study.tables:
-        sheets = table.made(rows)
+        sheets = table.make_sheets(rows)
         if sheets:
             parts += [f"## {table.title}", "", *(sheet.markdown(3) for sheet in sheets)]
     parts += [
@@ -115,7 +115,7 @@ def _few(names: Sequence[str]) -> str:
     return "; ".join(names[:5] if more else names) + more
 
 
-def filled(document: str, folder: Path, studies: Sequence[Study]) -> str:
+def fill_tables(document: str, folder: Path, studies: Sequence[Study]) -> str:
     """The document with the inside of its marks made anew.
 
     Raises ValueError for a mark whose study, table or scenario there is not.
@@ -127,7 +127,7 @@ def filled(document: str, folder: Path, studies: Sequence[Study]) -> str:
         tables = {table.name: table for table in known[study].tables} if study in known else {}
         if name not in tables:
             raise ValueError(f"a document quotes table {study}/{name}, which there is not")
-        sheets = tables[name].made(stored(folder, known[study]))
+        sheets = tables[name].make_sheets(load_rows(folder, known[study]))
         sheets = [sheet for sheet in sheets if scenario is None or sheet.title == scenario]
         if not sheets:
             raise ValueError(f"a document quotes {study}/{name} {scenario or ''}, of which there are no rows")

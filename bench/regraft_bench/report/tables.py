@@ -43,10 +43,12 @@ class Sheet:
         """A table environment with the title as its caption, for LuaLaTeX or XeLaTeX (titles hold Greek letters)."""
         import pandas as pd
 
-        frame = pd.DataFrame([[escaped(text) for text in line] for line in self.lines])
+        frame = pd.DataFrame([[escape_latex(text) for text in line] for line in self.lines])
         align = "l" + "r" * (len(self.heading) - 1)
-        header = [escaped(text) for text in self.heading]
-        return frame.to_latex(index=False, header=header, column_format=align, caption=escaped(self.title))
+        header = [escape_latex(text) for text in self.heading]
+        return frame.to_latex(
+            index=False, header=header, column_format=align, caption=escape_latex(self.title)
+        )
 
     def rich(self) -> Any:
         """A rich Table."""
@@ -101,12 +103,12 @@ class Table:
     sheets: Callable[[Rows], Iterable[Sheet]]
     published: Mapping[str, Any] = field(default_factory=dict)
 
-    def made(self, rows: Rows) -> list[Sheet]:
+    def make_sheets(self, rows: Rows) -> list[Sheet]:
         """Its sheets, of whatever rows there are."""
         return list(self.sheets(current(rows, self.scenarios)))
 
 
-def escaped(text: str) -> str:
+def escape_latex(text: str) -> str:
     """Plain text for LaTeX."""
     marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(marks.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
@@ -164,7 +166,7 @@ class Comparison:
         return f"{self.difference:+.3f} (n = {self.n}{p})"
 
 
-def compare(rows: Rows, method: str, other: str, value: str = "accuracy") -> Comparison | None:
+def compare_methods(rows: Rows, method: str, other: str, value: str = "accuracy") -> Comparison | None:
     """Whether one method of a scenario is better than another; None where they share no seed."""
     from scipy import stats
 
@@ -252,7 +254,7 @@ def by_method(
             answers = [
                 f"{method} − {other}: {found}"
                 for method, other in questions
-                if (found := compare(own, method, other, value)) is not None
+                if (found := compare_methods(own, method, other, value)) is not None
             ]
             failures = [f"{r.method}, seed {r.seed}: {r.failure}" for r in own if r.failure]
             heading = ("method", *(column.heading for column in columns))

@@ -1,6 +1,6 @@
 """Two sets of rows beside one another: is anything slower or less accurate than it was?
 
-    changes = compare(read("before.jsonl"), read("after.jsonl"))
+    changes = find_changes(read_rows("before.jsonl"), read_rows("after.jsonl"))
     worse = [change for change in changes if change.beyond(max_slowdown=0.1, max_error_rise=0.005)]
 
 Errors are paired by seed. On the same kind of machine with the same packages they are bit for bit the same unless the
@@ -80,7 +80,7 @@ class _Sample:
     exact: bool = False
 
 
-def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
+def find_changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
     """Every method that both sides have: its error and its cost; and those that only one side has.
 
     Of a side that holds rows of several codes or configurations, the newest ones count. Rows of another configuration
@@ -93,7 +93,7 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
         raise ValueError("the two sides have no run of the same study, scenario, method and configuration")
     samples = [sample for key in shared for sample in _samples(key[:3], old[key], new[key])]
     level = 1 - (1 - CONFIDENCE) / max(1, len(samples))
-    found = [_judged(sample, level) for sample in samples]
+    found = [_judge(sample, level) for sample in samples]
     lonely = [*(k for k in old if k not in new), *(k for k in new if k not in old)]
     return [*found, *(Change(*k[:3], "runs", None, None, None, None, None, 0, ONE_SIDED) for k in lonely)]
 
@@ -185,7 +185,7 @@ def least(row: Row) -> float:
     return row.seconds
 
 
-def _judged(sample: _Sample, level: float) -> Change:
+def _judge(sample: _Sample, level: float) -> Change:
     """By the paired differences: of errors, or of the logarithms of costs."""
     sides = [sample.before, sample.after]
     if sample.quantity == "cost":
@@ -225,7 +225,7 @@ def _half_width(values: Sequence[float], level: float) -> float | None:
 # ---------------------------------------------------------------- shown
 
 
-def sheet(changes: Sequence[Change], everything: bool = False) -> Sheet:
+def changes_sheet(changes: Sequence[Change], everything: bool = False) -> Sheet:
     """What changed, the worst first; with `everything` also what did not."""
     order = {WORSE: 0, CHANGED: 1, ONE_SIDED: 2, BETTER: 3, NO_EVIDENCE: 4}
     shown = [c for c in changes if everything or c.verdict != NO_EVIDENCE]

@@ -33,7 +33,7 @@ class Track:
     steps: tuple[int, ...]
 
 
-def history(rows: Sequence[Row]) -> list[Track]:
+def find_tracks(rows: Sequence[Row]) -> list[Track]:
     """Every method that was measured with two codes or more; nothing of older code is dropped."""
     rows = sorted(rows, key=lambda row: row.time)
     found: dict[tuple[str, ...], dict[str, list[tuple[Row, float | None]]]] = {}
@@ -86,7 +86,7 @@ def steps(values: Sequence[float], quantity: str) -> tuple[int, ...]:
     )
 
 
-def sheet(tracks: Sequence[Track]) -> Sheet:
+def tracks_sheet(tracks: Sequence[Track]) -> Sheet:
     """Every track in a line, those with a step first, and where it is."""
     lines = []
     for track in sorted(tracks, key=lambda track: -len(track.steps)):

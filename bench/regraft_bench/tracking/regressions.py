@@ -14,8 +14,8 @@ from pathlib import Path
 
 from regraft.core.clock import Cost
 from regraft_bench.study import Measured, Method, Setting
+from regraft_bench.tracking.against import Limits, copy_packages, measure_by_turns
 from regraft_bench.tracking.compare import Change
-from regraft_bench.tracking.turns import Limits, by_turns, copy
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ FAULTS = {
 }
 
 
-def planted(fault: Fault, trial: int, folder: Path) -> Path:
+def plant_fault(fault: Fault, trial: int, folder: Path) -> Path:
     """A copy of the packages with the fault in it."""
-    copy(folder)
+    copy_packages(folder)
     module = folder / "src" / "regraft" / fault.module
     text = module.read_text("utf-8") + fault.text.replace("TRIAL", str(trial))
     module.write_text(text, encoding="utf-8")
@@ -105,14 +105,14 @@ def _measure(name: str, setting: Setting) -> Measured:
     fault = FAULTS[name]
     with tempfile.TemporaryDirectory(prefix="regraft-regressions-") as place:
         folder, begun = Path(place), time.perf_counter()
-        sides = copy(folder / "a"), planted(fault, setting.seed, folder / "b")
-        changes = by_turns(*sides, fault.words, folder / "rows", fault.limits)
-        return judged(fault, changes, time.perf_counter() - begun)
+        sides = copy_packages(folder / "a"), plant_fault(fault, setting.seed, folder / "b")
+        changes = measure_by_turns(*sides, fault.words, folder / "rows", fault.limits)
+        return judge_changes(fault, changes, time.perf_counter() - begun)
 
 
-def judged(fault: Fault, changes: list[Change], wall: float) -> Measured:
+def judge_changes(fault: Fault, changes: list[Change], wall: float) -> Measured:
     """Whether what was planted was told, and what else was."""
-    told = [change for change in changes if fault.limits.exceeded(change)]
+    told = [change for change in changes if fault.limits.is_exceeded_by(change)]
     due = [change for change in told if fault.seen and _is(change, *fault.seen)]
     planted = [change for change in changes if fault.seen and _is(change, *fault.seen)]
     largest = max((c.change for c in planted or changes if c.change is not None), default=None)
@@ -133,7 +133,7 @@ def _is(change: Change, quantity: str, method: str | None) -> bool:
     return change.quantity == quantity and method in (None, change.method)
 
 
-METHODS = tuple(
+REGRESSION_METHODS = tuple(
     Method(
         name,
         partial(_measure, name),

@@ -16,7 +16,7 @@ from regraft_bench.report.tables import (
     Table,
     by_method,
     by_scenario,
-    compare,
+    compare_methods,
     groups,
     mean,
     provenance,
@@ -179,7 +179,7 @@ def _ratio(rows: Rows) -> str:
 
 def _questions(rows: Rows) -> list[str]:
     asked = (("fgmt", "naive"), ("gmt", "fgmt"))
-    return [f"{a} − {b}: {c}" for a, b in asked if (c := compare(rows, a, b)) is not None]
+    return [f"{a} − {b}: {c}" for a, b in asked if (c := compare_methods(rows, a, b)) is not None]
 
 
 def inherited(rows: Rows) -> Iterator[Sheet]:
@@ -206,7 +206,9 @@ def _beyond_the_source(rows: Rows) -> list[str]:
         for r in own
         if r.method == "fgmt"
     ]
-    found = [(name, compare([*own, *as_methods], name, "source")) for name in ("fgmt", "gmt", "plain")]
+    found = [
+        (name, compare_methods([*own, *as_methods], name, "source")) for name in ("fgmt", "gmt", "plain")
+    ]
     return [f"{name} − the source: {c}" for name, c in found if c is not None]
 
 
@@ -323,7 +325,7 @@ def port_questions(rows: Rows) -> Iterator[Sheet]:
     for scenario, own in by_scenario(rows).items():
         counts, lines = _counts(own), []
         for one, other in PORT_QUESTIONS:
-            found = [compare(own, one, other, ports.at(count)) for count in counts]
+            found = [compare_methods(own, one, other, ports.at(count)) for count in counts]
             if any(found):
                 pairs = max(each.n for each in found if each)
                 lines.append((f"{one} − {other}", str(pairs), *map(_difference, found)))

@@ -18,7 +18,7 @@ from regraft.learning_transfer.trajectory import INDEX_FILE, Trajectory
 from regraft.networks.papers import build
 from regraft.symmetry import PermutationSpec, trace
 from regraft.training.loop import Recipe, train
-from regraft_bench.rows import Row, append, code, environment, read
+from regraft_bench.rows import Row, append, code, environment, read_rows
 
 CLASSES = 3
 RECIPE = Recipe(epochs=2, lr=0.05, batch_size=8)
@@ -142,6 +142,6 @@ FORMATS = {
         ),
         Format("state of a grid", _made("grid.json", grid), grid, optional=True),
         Format("state of a training", _made("run.safetensors", trained), trained, optional=True),
-        Format("rows", _made("rows.jsonl", lambda file: append(file, row())), read, sealed=False),
+        Format("rows", _made("rows.jsonl", lambda file: append(file, row())), read_rows, sealed=False),
     )
 }

@@ -32,7 +32,7 @@ from regraft_bench.micro.reliability.attempt import (
     attempt,
     in_a_process,
 )
-from regraft_bench.rows import append, read
+from regraft_bench.rows import append, read_rows
 
 Found = tuple[str, tuple[str, str]]
 
@@ -126,7 +126,7 @@ def _rows_version(folder: Path) -> int | None:
     file = folder / "rows.jsonl"
     if not file.exists() or not file.stat().st_size:
         return None
-    return [{0}, {0, 1}].index({row.seed for row in read(file)})  # one added again is no loss
+    return [{0}, {0, 1}].index({row.seed for row in read_rows(file)})  # one added again is no loss
 
 
 WRITERS = (
@@ -243,7 +243,7 @@ def two_on_rows(files: int, each: int) -> Iterator[Found]:
                 process.start()
             for process in pair:
                 process.join()
-            found = sorted(row.seed for row in read(file))
+            found = sorted(row.seed for row in read_rows(file))
             whole = found == list(range(2 * each))
             yield f"rows, file {number}", (CLEAR if whole else SILENT, f"{len(found)} of {2 * each} rows")
 

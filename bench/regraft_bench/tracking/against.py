@@ -1,8 +1,8 @@
 """Two codes measured by turns, each turn a process of its own: the form of a comparison of speed that can be trusted.
 
     with tempfile.TemporaryDirectory() as folder:
-        before, after = extract("main", folder / "before"), copy(folder / "after")
-        changes = by_turns(before, after, ["--scenario", "systems"], folder / "rows")
+        before, after = extract_packages("main", folder / "before"), copy_packages(folder / "after")
+        changes = measure_by_turns(before, after, ["--scenario", "systems"], folder / "rows")
 
 What else the machine does happens to both sides, turn after turn, and a pair of turns is one measurement. It goes on
 while something looks slower and the interval does not say yet whether it is.
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from regraft_bench.rows import Row, read, tree_hash
-from regraft_bench.tracking.compare import NO_EVIDENCE, Change, compare
+from regraft_bench.rows import Row, read_rows, tree_hash
+from regraft_bench.tracking.compare import NO_EVIDENCE, Change, find_changes
 
 SOURCES = ("src", "kernels", "bench")
-PACKAGES = ("src/regraft", "kernels/regraft_kernels", "bench/regraft_bench")
+PACKAGE_FOLDERS = ("src/regraft", "kernels/regraft_kernels", "bench/regraft_bench")
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,28 @@ class Limits:
         if not 1 <= self.least <= self.most:
             raise ValueError(f"turns must be at least 1, and at most no fewer: {self.least} to {self.most}")
 
-    def exceeded(self, change: Change) -> bool:
+    def is_exceeded_by(self, change: Change) -> bool:
         return change.beyond(self.slowdown, self.error_rise)
 
-    def open(self, change: Change) -> bool:
+    def is_undecided(self, change: Change) -> bool:
         """Whether it looks slower by half of what is allowed, without evidence."""
         looks_slower = change.quantity == "cost" and (change.change or 0.0) > self.slowdown / 2
         return looks_slower and change.verdict == NO_EVIDENCE
 
 
-def copy(folder: Path) -> Path:
+def copy_packages(folder: Path) -> Path:
     """The packages of this process, into ``folder``; returns it."""
     import regraft
     import regraft_bench
     import regraft_kernels
 
-    for package, place in zip((regraft, regraft_kernels, regraft_bench), PACKAGES, strict=True):
+    for package, place in zip((regraft, regraft_kernels, regraft_bench), PACKAGE_FOLDERS, strict=True):
         source = Path(str(package.__file__)).parent
         shutil.copytree(source, folder / place, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
-def extract(commit: str, folder: Path) -> Path:
+def extract_packages(commit: str, folder: Path) -> Path:
     """The packages as they are in a commit of the checkout that this process's package lies in, into ``folder``.
 
     Raises ValueError where there is no checkout, or no such commit with these packages in it.
@@ -75,7 +75,7 @@ def extract(commit: str, folder: Path) -> Path:
     import regraft
 
     root = Path(regraft.__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "archive", "--format=tar", commit, "--", *PACKAGES]
+    command = ["git", "-C", str(root), "archive", "--format=tar", commit, "--", *PACKAGE_FOLDERS]
     done = subprocess.run(command, capture_output=True)
     if done.returncode:
         raise ValueError(f"cannot extract commit {commit!r}: {done.stderr.decode().strip()}")
@@ -84,7 +84,7 @@ def extract(commit: str, folder: Path) -> Path:
     return folder
 
 
-def by_turns(
+def measure_by_turns(
     before: Path,
     after: Path,
     words: Sequence[str],
@@ -101,15 +101,15 @@ def by_turns(
     changes: list[Change] = []
     with ExitStack() as stack:
         sides = [
-            stack.enter_context(_Side.started(name, code, words, results / name))
+            stack.enter_context(_Side.start(name, code, words, results / name))
             for name, code in (("before", before), ("after", after))
         ]
         for turn in range(limits.most):
             tell(turn, limits.most)
             for side in sides[:: 1 if turn % 2 == 0 else -1]:
                 side.take()
-            changes = compare(*(side.rows() for side in sides))
-            if turn + 1 >= limits.least and not any(map(limits.open, changes)):
+            changes = find_changes(*(side.rows() for side in sides))
+            if turn + 1 >= limits.least and not any(map(limits.is_undecided, changes)):
                 break
     return changes
 
@@ -141,7 +141,7 @@ class _Side:
 
     @classmethod
     @contextmanager
-    def started(cls, name: str, code: Path, words: Sequence[str], results: Path) -> Iterator[_Side]:
+    def start(cls, name: str, code: Path, words: Sequence[str], results: Path) -> Iterator[_Side]:
         path = os.pathsep.join(str((code / place).resolve()) for place in SOURCES)
         command = [sys.executable, "-P", "-c", SERVER, "bench", *words]
         command += ["--results", str(results), "--rows-only"]
@@ -173,8 +173,8 @@ class _Side:
             raise ChildProcessError(
                 f"the side {self.name!r} could not be measured: {last or f'status {status}'}"
             )
-        if found[-1].code.trees != tuple(tree_hash(self.code / package) for package in PACKAGES):
+        if found[-1].code.trees != tuple(tree_hash(self.code / package) for package in PACKAGE_FOLDERS):
             raise ChildProcessError(f"the side {self.name!r} ran other code than that in {self.code}")
 
     def rows(self) -> list[Row]:
-        return [row for path in sorted(self.results.glob("*/rows.jsonl")) for row in read(path)]
+        return [row for path in sorted(self.results.glob("*/rows.jsonl")) for row in read_rows(path)]
