@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import regraft
 
 ROOT = Path(__file__).parents[1]
 HARNESS = ("regraft.cli", "regraft_bench.front", "regraft.__main__", "regraft_bench")
@@ -48,10 +51,22 @@ assert not found, found
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse((ROOT / "src" / "regraft" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in imports
+        for alias in node.names
+        if alias.asname
+    }
+    table = {name: f"regraft.{path.replace(':', '.')}" for name, path in regraft._PUBLIC.items()}
+    assert seen | {"activations": "regraft.fusion.repair"} == table
+
+
 def test_the_names_are_resolved_on_first_use():
     words = "import regraft, sys; assert 'torch' not in sys.modules; regraft.transfer; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", words], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        import regraft
-
         _ = regraft.nothing

@@ -4,35 +4,30 @@ The names below are the public interface. They are resolved on first use, so tha
 ``import regraft`` (and with it ``regraft --help``) does not pay for torch.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "trace": "symmetry",
-    "with_output": "core.forward",
-    "verify": "symmetry",
-    "apply": "symmetry",
-    "inverse": "symmetry",
-    "PermutationSpec": "symmetry",
-    "match": "matching",
-    "Match": "matching",
-    "Trajectory": "learning_transfer",
-    "transfer": "learning_transfer",
-    "Transfer": "learning_transfer",
-    "transfer_to_many": "learning_transfer",
-    "Transfers": "learning_transfer",
-    "fuse": "fusion",
-    "assign_gradient": "fusion",
-    "port": "porting",
-    "match_checkpoints": "porting",
-    "fuse_checkpoints": "porting",
-}
-
-_MODULES = {
+    "PermutationSpec": "symmetry:PermutationSpec",
+    "trace": "symmetry:trace",
+    "verify": "symmetry:verify",
+    "apply": "symmetry:apply",
+    "inverse": "symmetry:inverse",
+    "with_output": "core.forward:with_output",
+    "Match": "matching:Match",
+    "match": "matching:match",
+    "Trajectory": "learning_transfer:Trajectory",
+    "Transfer": "learning_transfer:Transfer",
+    "Transfers": "learning_transfer:Transfers",
+    "transfer": "learning_transfer:transfer",
+    "transfer_to_many": "learning_transfer:transfer_to_many",
+    "assign_gradient": "fusion:assign_gradient",
+    "fuse": "fusion:fuse",
+    "port": "porting:port",
+    "match_checkpoints": "porting:match_checkpoints",
+    "fuse_checkpoints": "porting:fuse_checkpoints",
     "activations": "fusion.repair",
     "fast": "finetuning.fast",
     "fusion": "fusion",
@@ -40,60 +35,45 @@ _MODULES = {
     "grids": "fusion.grids",
     "porting": "porting",
 }
+"""Public name -> the module that it is, or module:name."""
 
-__all__ = [
-    "Match",
-    "PermutationSpec",
-    "Trajectory",
-    "Transfer",
-    "Transfers",
-    "__version__",
-    "activations",
-    "apply",
-    "assign_gradient",
-    "fast",
-    "fuse",
-    "fuse_checkpoints",
-    "fusion",
-    "gradfix",
-    "grids",
-    "inverse",
-    "match",
-    "match_checkpoints",
-    "port",
-    "porting",
-    "trace",
-    "transfer",
-    "transfer_to_many",
-    "verify",
-    "with_output",
-]
+if TYPE_CHECKING:  # the same for type checkers, which read no table: a test compares the two
+    from regraft import fusion as fusion
+    from regraft import porting as porting
+    from regraft.core.forward import with_output as with_output
+    from regraft.finetuning import fast as fast
+    from regraft.fusion import assign_gradient as assign_gradient
+    from regraft.fusion import fuse as fuse
+    from regraft.fusion import grids as grids
+    from regraft.fusion import repair
+    from regraft.learning_transfer import Trajectory as Trajectory
+    from regraft.learning_transfer import Transfer as Transfer
+    from regraft.learning_transfer import Transfers as Transfers
+    from regraft.learning_transfer import transfer as transfer
+    from regraft.learning_transfer import transfer_to_many as transfer_to_many
+    from regraft.matching import Match as Match
+    from regraft.matching import match as match
+    from regraft.porting import fuse_checkpoints as fuse_checkpoints
+    from regraft.porting import gradfix as gradfix
+    from regraft.porting import match_checkpoints as match_checkpoints
+    from regraft.porting import port as port
+    from regraft.symmetry import PermutationSpec as PermutationSpec
+    from regraft.symmetry import apply as apply
+    from regraft.symmetry import inverse as inverse
+    from regraft.symmetry import trace as trace
+    from regraft.symmetry import verify as verify
 
-if TYPE_CHECKING:
-    from regraft import porting
-    from regraft.core.forward import with_output
-    from regraft.finetuning import fast
-    from regraft.fusion import grids
-    from regraft.fusion import repair as activations
-    from regraft.fusion import sums as fusion
-    from regraft.fusion.sums import assign_gradient, fuse
-    from regraft.learning_transfer.driver import Transfer, Transfers, transfer, transfer_to_many
-    from regraft.learning_transfer.trajectory import Trajectory
-    from regraft.matching.descent import Match, match
-    from regraft.porting import fuse_checkpoints, gradfix, match_checkpoints, port
-    from regraft.symmetry import PermutationSpec, apply, inverse, trace, verify
+    activations = repair
+else:
+    __all__ = ["__version__", *_PUBLIC]
 
+    def __getattr__(name: str) -> object:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+        module, _, attribute = _PUBLIC[name].partition(":")
+        value = import_module(f"regraft.{module}")
+        globals()[name] = value = getattr(value, attribute) if attribute else value
+        return value
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value: Any = import_module(f"regraft.{_MODULES[name]}")
-    elif name in _PUBLIC:
-        value = getattr(import_module(f"regraft.{_PUBLIC[name]}"), name)
-    else:
-        raise AttributeError(f"module 'regraft' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    def __dir__() -> list[str]:
+        return sorted(__all__)

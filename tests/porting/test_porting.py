@@ -18,7 +18,7 @@ from regraft.cli import main
 from regraft.core.files import BadFile
 from regraft.core.tensors import Tensors
 from regraft.matching.descent import match, match_streamed
-from regraft.porting import ports
+from regraft.porting import result as results
 from regraft.porting.checkpoint_files import CheckpointFile, Entry
 from regraft.symmetry import PermutationSpec
 
@@ -141,7 +141,7 @@ def test_onto_a_permuted_base_the_fine_tune_arrives_permuted(make, tmp_path):
     paths = saved(tmp_path, base=base, tuned=tuned, new=regraft.apply(spec, perm, base))
     done = regraft.port(*paths, tmp_path / "out", model=model, inputs=INPUTS[make], method="weights")
     close(result(done.out), regraft.apply(spec, perm, tuned), rtol=1e-5, atol=1e-5)
-    assert done.found["function_error"] < 1e-5
+    assert done.measured["function_error"] < 1e-5
 
 
 def test_naive_is_the_plain_sum_and_the_result_has_the_new_bases_dtype(three, tmp_path):
@@ -274,8 +274,13 @@ def test_fgmt_is_the_transfer_along_the_straight_line(three, tmp_path):
     base, tuned, new = (load_file(path) for path in three)
     path = regraft.Trajectory.linear(base, tuned, steps=3)
     close(result(done.out), regraft.transfer(mlp(), path, new, data, "fgmt").params, rtol=1e-5, atol=1e-5)
-    assert done.found["measured_on"] == "test"
-    assert done.found["accuracy"].keys() == {"fine-tune on its own base", "new base", "naive sum", "result"}
+    assert done.measured["measured_on"] == "test"
+    assert done.measured["accuracy"].keys() == {
+        "fine-tune on its own base",
+        "new base",
+        "naive sum",
+        "result",
+    }
 
 
 @pytest.mark.parametrize("method", ["naive", "weights"])
@@ -372,7 +377,7 @@ def test_an_interrupted_port_goes_on_where_it_was(three, tmp_path, monkeypatch):
 
     asked = {**KNOWN, "method": "weights", "max_memory": None}
     with monkeypatch.context() as patch:
-        patch.setattr(ports, "write_card", interrupted)
+        patch.setattr(results, "write_card", interrupted)
         with pytest.raises(KeyboardInterrupt):
             regraft.port(*three, tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
@@ -535,8 +540,8 @@ def test_an_aligned_checkpoint_is_the_same_function_nearer(three, tmp_path, caps
     x = torch.randn(32, 6)
     data = [(x, torch.func.functional_call(mlp(), base, x).argmax(1))]  # which both know
     done = regraft.match_checkpoints(three[0], three[2], tmp_path / "out", data=data, **KNOWN)
-    assert done.found["distance"]["after"] < done.found["distance"]["before"]
-    assert done.found["barrier"]["after"] < done.found["barrier"]["before"]
+    assert done.measured["distance"]["after"] < done.measured["distance"]["before"]
+    assert done.measured["barrier"]["after"] < done.measured["barrier"]["before"]
     close(result(done.out), regraft.apply(spec, done.perms[0], near(moved)), rtol=0, atol=0)
     words = ["match", str(three[0]), str(three[2]), *OF_MLP]
     assert main([*words, "--out", str(tmp_path / "again")]) == 0
@@ -606,7 +611,7 @@ def test_models_of_torchvision_and_timm(make, tmp_path):
     ]
     assert main(words) == 0
     model = make()
-    regraft.finetuning.fast.adopt(model, 4, head=head)
+    regraft.fast.adopt(model, 4, head=head)
     model.load_state_dict(result(tmp_path / "out"))
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-_T = TypeVar("T")
+_T = TypeVar("_T")
 
 LARGEST_JSON = 1 << 30
 """Bytes: nothing that is read as JSON comes near it."""

@@ -1,23 +1,28 @@
 """From checkpoints to a checkpoint: a fine-tune onto a new base, networks aligned, networks summed."""
 
-from regraft.porting.aligning import Aligned, fuse_checkpoints, match_checkpoints
+from regraft.porting.alignment import fuse_checkpoints, match_checkpoints
 from regraft.porting.data import Data, data_by_name, data_of
-from regraft.porting.methods import METHODS, Ported, Work
-from regraft.porting.plans import Plan
-from regraft.porting.ports import Port, plan, port
+from regraft.porting.job import Job
+from regraft.porting.methods import PORT_METHODS, Ported, PortProblem, PortWork, port_method
+from regraft.porting.model_spec import Settings
+from regraft.porting.ports import PortSettings, plan, port
+from regraft.porting.result import Result
 
 __all__ = [
-    "METHODS",
-    "Aligned",
+    "PORT_METHODS",
     "Data",
-    "Plan",
-    "Port",
+    "Job",
+    "PortProblem",
+    "PortSettings",
+    "PortWork",
     "Ported",
-    "Work",
+    "Result",
+    "Settings",
     "data_by_name",
     "data_of",
     "fuse_checkpoints",
     "match_checkpoints",
     "plan",
     "port",
+    "port_method",
 ]

@@ -108,7 +108,8 @@ class Entry:
         try:
             # Opened for each tensor: pages of a mapped file count as the process's memory until it is closed.
             with safe_open(self.file, framework="pt") as file:
-                return file.get_tensor(self.key).clone()
+                tensor: Tensor = file.get_tensor(self.key).clone()
+                return tensor
         except (SafetensorError, OSError) as problem:
             raise BadFile(f"{self.file}: tensor {self.key!r} cannot be read ({problem})") from problem
 
@@ -133,10 +134,10 @@ class CheckpointFile(Mapping[str, Tensor]):
         """
         path = _in_folder(Path(path)) if Path(path).is_dir() else Path(path)
         check_file(path)
-        entries, notes = _indexed(path) if path.name.endswith(".index.json") else _entries(path)
+        entries, notes = _indexed_entries(path) if path.name.endswith(".index.json") else _entries(path)
         if not entries:
             raise BadFile(f"{path} holds no tensor")
-        return cls(path, entries, notes)._stripped(WRAPPERS, lambda names: 1)
+        return cls(path, entries, notes)._strip_prefixes(WRAPPERS, lambda names: 1)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].read()
@@ -149,6 +150,11 @@ class CheckpointFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def numel(self) -> int:
+        """Of all tensors together."""
+        return sum(entry.numel for entry in self.entries.values())
 
     @property
     def files(self) -> list[Path]:
@@ -167,35 +173,35 @@ class CheckpointFile(Mapping[str, Tensor]):
         """With the names of ``wanted``, as far as taking `PREFIXES` away, or putting ``base_prefix`` (which
         transformers leaves out when it saves a model without a head) before all of them, brings them nearer."""
 
-        def known(names: Collection[str]) -> int:
+        def count_wanted(names: Collection[str]) -> int:
             return sum(name in wanted for name in names)
 
-        found = self._stripped(PREFIXES, known)
-        if known(found.entries):
-            return found
+        stripped = self._strip_prefixes(PREFIXES, count_wanted)
+        if count_wanted(stripped.entries):
+            return stripped
         for prefix in (*filter(None, [base_prefix]), *PREFIXES):
-            entries = {prefix + name: entry for name, entry in found.entries.items()}
-            if known(entries):
-                return replace(
-                    found, entries=entries, notes=(*found.notes, f"put {prefix!r} before all names")
-                )
-        return found
+            entries = {prefix + name: entry for name, entry in stripped.entries.items()}
+            if count_wanted(entries):
+                notes = (*stripped.notes, f"put {prefix!r} before all names")
+                return replace(stripped, entries=entries, notes=notes)
+        return stripped
 
     def without(self, names: Collection[str], why: str) -> CheckpointFile:
         """Lacking some tensors; the note says so."""
         if not names:
             return self
-        told = (
-            f"left out {', '.join(sorted(names)[:4])}{' ...' if len(names) > 4 else ''} ({len(names)}): {why}"
-        )
-        return replace(self, entries=_lacking(self.entries, names), notes=(*self.notes, told))
+        note = f"left out {_first_four(sorted(names))} ({len(names)}): {why}"
+        kept = {name: entry for name, entry in self.entries.items() if name not in names}
+        return replace(self, entries=kept, notes=(*self.notes, note))
 
-    def _stripped(self, prefixes: Sequence[str], known: Callable[[Collection[str]], int]) -> CheckpointFile:
-        """Without the prefixes that all names share; of all such forms the shortest that ``known`` counts most for."""
+    def _strip_prefixes(
+        self, prefixes: Sequence[str], score: Callable[[Collection[str]], int]
+    ) -> CheckpointFile:
+        """Without the prefixes that all names share; of all such forms the shortest that ``score`` counts most for."""
         best, best_taken, taken, names = dict(self.entries), "", "", dict(self.entries)
         while prefix := next((p for p in prefixes if all(name.startswith(p) for name in names)), None):
             names, taken = {name.removeprefix(prefix): e for name, e in names.items()}, taken + prefix
-            if known(names) > known(best) or (prefix in WRAPPERS and known(names) == known(best)):
+            if score(names) > score(best) or (prefix in WRAPPERS and score(names) == score(best)):
                 best, best_taken = names, taken
         note = (f"took {best_taken!r} away from all names",) if best_taken else ()
         return replace(self, entries=best, notes=(*self.notes, *note))
@@ -205,23 +211,23 @@ class _Index(Struct):
     weight_map: dict[str, str]
 
 
-def _lacking(entries: Mapping[str, Entry], names: Collection[str]) -> dict[str, Entry]:
-    return {name: entry for name, entry in entries.items() if name not in names}
+def _first_four(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
 
 
 def _in_folder(folder: Path) -> Path:
     for pattern in IN_FOLDER:
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise BadFile(f"{folder} holds {len(found)} files {pattern}: name one, such as {found[0]}")
-        if found:
-            return found[0]
+        files = sorted(folder.glob(pattern))
+        if len(files) > 1:
+            raise BadFile(f"{folder} holds {len(files)} files {pattern}: name one, such as {files[0]}")
+        if files:
+            return files[0]
     raise FileNotFoundError(
         errno.ENOENT, f"no checkpoint in the folder ({', '.join(IN_FOLDER)})", str(folder)
     )
 
 
-def _indexed(path: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:
+def _indexed_entries(path: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:
     """The entries of all files that an index names."""
     try:
         names = read_json(path, _Index, "an index of a sharded checkpoint").weight_map
@@ -261,7 +267,7 @@ def _entries(path: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:
 
 def _torch_entries(path: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:
     try:
-        held = _loaded(path)
+        held = _load_mapped(path)
     except Exception as problem:  # torch raises anything for what is not its own file
         said = str(problem).strip().partition("\n")[0][:160]
         raise BadFile(
@@ -278,7 +284,7 @@ def _torch_entries(path: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:
         raise BadFile(f"{path} holds a {type(held).__name__}, no state dictionary")
     others = [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
     if others:
-        notes.append(f"left out {', '.join(others[:4])}{' ...' if len(others) > 4 else ''}: no tensors")
+        notes.append(f"left out {_first_four(others)}: no tensors")
     entries = {
         str(name): Entry(path, str(name), value.dtype, tuple(value.shape), value)
         for name, value in held.items()
@@ -287,7 +293,7 @@ def _torch_entries(path: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:
     return entries, tuple(notes)
 
 
-def _loaded(path: Path) -> Any:
+def _load_mapped(path: Path) -> Any:
     """Mapped into memory, where the file's format allows it (torch's since 1.6)."""
     import zipfile
 
@@ -343,8 +349,8 @@ def beside(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[
     with only_writer(part):
         mark = part / "identity.json"
         if resume and mark.exists():
-            found = read_sealed(mark, PART, dict[str, Any])
-            if differing := sorted(key for key in identity if found.get(key) != identity[key]):
+            begun = read_sealed(mark, PART, dict[str, Any])
+            if differing := sorted(key for key in identity if begun.get(key) != identity[key]):
                 raise ValueError(
                     f"{part} was begun with another {' and '.join(differing)}: run without --resume"
                 )
@@ -394,23 +400,30 @@ def write_shards(folder: Path, layout: Layout, tensors: Mapping[str, Tensor]) ->
     _check_written(folder / INDEX_FILE, layout)
 
 
+def check_values(name: str, tensor: Tensor, where: str) -> None:
+    """Raises BadFile, naming both, for a value that is not finite."""
+    try:
+        check_finite({name: tensor}, where)
+    except ValueError as problem:
+        raise BadFile(str(problem)) from problem
+
+
 def _as_written(name: str, layout: Layout, tensor: Tensor) -> Tensor:
     dtype, shape = layout.tensors[name]
     if tuple(tensor.shape) != shape:
         raise BadFile(f"tensor {name!r} of the result has shape {tuple(tensor.shape)} instead of {shape}")
     written = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-    try:
-        check_finite({name: written}, f"the result (in {str(dtype).removeprefix('torch.')})")
-    except ValueError as problem:
-        raise BadFile(str(problem)) from problem
+    check_values(name, written, f"the result (in {str(dtype).removeprefix('torch.')})")
     return written
 
 
 def _check_written(index: Path, layout: Layout) -> None:
     """Raises BadFile for what is missing, too much, or other than the layout says."""
-    found = {name: (entry.dtype, entry.shape) for name, entry in _indexed(index)[0].items()}
+    written = {name: (entry.dtype, entry.shape) for name, entry in _indexed_entries(index)[0].items()}
     if odd := sorted(
-        name for name in found.keys() | layout.tensors.keys() if found.get(name) != layout.tensors.get(name)
+        name
+        for name in written.keys() | layout.tensors.keys()
+        if written.get(name) != layout.tensors.get(name)
     ):
         raise BadFile(f"{index}: tensor {odd[0]!r} was not written as it should be")
 
@@ -428,28 +441,22 @@ def keep_tensors(folder: Path, name: str, make: Callable[[], Tensors]) -> Tensor
 
 # ---------------------------------------------------------------- sizes
 
-_UNITS = {
-    "": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
+_UNITS = {"": 1} | {
+    f"{prefix}{binary}": base**power
+    for binary, base in (("", 1000), ("I", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
 }
 
 
 def parse_size(text: str) -> int:
     """Bytes: "8GB", "512MiB", "1000". Raises ValueError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if found is None or found[2] not in _UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in _UNITS:
         raise ValueError(f"no size: {text!r}; say such as 8GB or 512MiB")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
-def size(count: float) -> str:
+def format_size(count: float) -> str:
     """Bytes in words."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:

@@ -13,7 +13,7 @@ from regraft.core.files import BadFile
 from regraft.core.forward import split
 from regraft.core.tensors import Batch
 from regraft.data import load
-from regraft.porting.models import Named, from_module
+from regraft.porting.models import NamedModel, from_module
 
 BATCH = 64
 PARTS = ("train", "validation", "test")
@@ -61,7 +61,7 @@ class _Placed(Iterable[Batch]):
         return (tree_map(lambda x: x.to(self.device), batch) for batch in self.batches)
 
 
-def data_by_name(name: str, named: Named) -> Data:
+def data_by_name(name: str, named: NamedModel) -> Data:
     """A folder ``{train, test or val}/<class>/<image>``, or ``module:function`` as `data_of` takes its result.
 
     Images of a folder have the size of the model's inputs, and its normalisation where that is known (else the data's).

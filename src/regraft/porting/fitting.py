@@ -10,20 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from regraft.core.files import BadFile
-from regraft.core.tensors import check_finite, live_state
-from regraft.porting.checkpoint_files import CheckpointFile, Entry
+from regraft.core.tensors import live_state, norm
+from regraft.porting.checkpoint_files import CheckpointFile, Entry, check_values
 from regraft.symmetry import PermutationSpec, Segment
-from regraft.symmetry.spec import groups_of
+from regraft.symmetry.axes import groups_of
 
 UNRELATED = 0.9
 """The relative distance from which on a fine-tune is not believed to come from a base. Independent weights have 1, and
 a change as large as the base itself 0.58."""
 
-Shape = tuple[int, ...]
-
 
 @dataclass(frozen=True)
-class Anatomy:
+class StateLayout:
     """What a model's state dictionary holds.
 
     Attributes:
@@ -34,14 +32,14 @@ class Anatomy:
         base_prefix: under which transformers keeps the body of a model with a head.
     """
 
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
     base_prefix: str = ""
 
     @classmethod
-    def of_model(cls, model: nn.Module) -> Anatomy:
+    def of_model(cls, model: nn.Module) -> StateLayout:
         first: dict[int, str] = {id(tensor): name for name, tensor in reversed(live_state(model).items())}
         shapes, aliases = {}, {}
         counters = set()
@@ -64,67 +62,67 @@ class Anatomy:
         )
 
     @classmethod
-    def of_spec(cls, spec: PermutationSpec) -> Anatomy:
+    def of_spec(cls, spec: PermutationSpec) -> StateLayout:
         return cls(spec.shapes, optional=spec.optional)
 
 
-def fit(checkpoint: CheckpointFile, anatomy: Anatomy, *, is_base: bool) -> CheckpointFile:
+def fit_names(checkpoint: CheckpointFile, layout: StateLayout, *, is_base: bool) -> CheckpointFile:
     """The checkpoint under the model's names, each shared tensor once.
 
     is_base: parts that the model does not have at all (another task's head) are left out, and the note says so.
 
     Raises BadFile, naming file and tensor, for a tensor that the model has not, or ties that are not tied in the file.
     """
-    found = checkpoint.named_as({*anatomy.shapes, *anatomy.aliases}, anatomy.base_prefix)
-    entries = dict(found.entries)
-    for alias, name in anatomy.aliases.items():
+    fitted = checkpoint.named_as({*layout.shapes, *layout.aliases}, layout.base_prefix)
+    entries = dict(fitted.entries)
+    for alias, name in layout.aliases.items():
         if alias in entries:
             entry = entries.pop(alias)
-            if name in entries and not torch.equal(found[alias], found[name]):
+            if name in entries and not torch.equal(fitted[alias], fitted[name]):
                 raise BadFile(f"{checkpoint.path}: {alias!r} and {name!r} differ, which the model shares")
             entries.setdefault(name, entry)
-    found = replace(found, entries=entries)
-    found = found.without(found.entries.keys() & anatomy.ignored, "the model does not save them")
-    extra = {name for name in found.entries if name not in anatomy.shapes}
-    parts = {name.partition(".")[0] for name in anatomy.shapes}
+    fitted = replace(fitted, entries=entries)
+    fitted = fitted.without(fitted.entries.keys() & layout.ignored, "the model does not save them")
+    extra = {name for name in fitted.entries if name not in layout.shapes}
+    parts = {name.partition(".")[0] for name in layout.shapes}
     other = {name for name in extra if name.partition(".")[0] not in parts}
-    if is_base and other == extra and len(extra) < len(found.entries):
-        return found.without(other, "the model has no such part")
+    if is_base and other == extra and len(extra) < len(fitted.entries):
+        return fitted.without(other, "the model has no such part")
     if extra:
         raise BadFile(
             f"{checkpoint.path} has tensor {min(extra)!r}, which the model has not "
             f"({len(extra)} such): is it of another architecture?"
         )
-    return found
+    return fitted
 
 
-def unfit(checkpoint: CheckpointFile, anatomy: Anatomy) -> list[str]:
+def list_unfit(checkpoint: CheckpointFile, layout: StateLayout) -> list[str]:
     """The model's tensors that the checkpoint lacks, or has in another shape."""
     entries = checkpoint.entries
     return [
         name
-        for name, shape in anatomy.shapes.items()
-        if (name not in entries and name not in anatomy.optional)
+        for name, shape in layout.shapes.items()
+        if (name not in entries and name not in layout.optional)
         or (name in entries and entries[name].shape != shape)
     ]
 
 
-def new_parts(checkpoint: CheckpointFile, anatomy: Anatomy) -> list[str]:
+def list_new_parts(checkpoint: CheckpointFile, layout: StateLayout) -> list[str]:
     """The tensors of the model's last parts, of which the checkpoint has none: what a task puts behind a body, such as
     "classifier" or "bert.pooler". A numbered part ("blocks.11") is a layer that is lacking, and no new one."""
     outer = {name.partition(".")[0] for name in checkpoint.entries}
     inner = {".".join(name.split(".")[:2]) for name in checkpoint.entries}
-    found: list[str] = []
-    for name in reversed(list(anatomy.shapes)):
+    new: list[str] = []
+    for name in reversed(list(layout.shapes)):
         first, *rest = name.split(".")
         is_part = len(rest) > 1 and not rest[0].isdigit()
         if first in outer and not (is_part and f"{first}.{rest[0]}" not in inner):
             break
-        found.append(name)
-    return found
+        new.append(name)
+    return new
 
 
-def check_head(checkpoint: CheckpointFile, anatomy: Anatomy, names: list[str]) -> str:
+def find_other_head(checkpoint: CheckpointFile, layout: StateLayout, names: list[str]) -> str:
     """The module that holds the tensors ``names``, if it alone, and only in its number of outputs, is other.
 
     Raises BadFile, naming file and tensor, where it is not so.
@@ -132,11 +130,11 @@ def check_head(checkpoint: CheckpointFile, anatomy: Anatomy, names: list[str]) -
     modules = {name.rpartition(".")[0] for name in names}
     entries = checkpoint.entries
     if len(modules) == 1 and all(
-        n in entries and entries[n].shape[1:] == anatomy.shapes[n][1:] for n in names
+        n in entries and entries[n].shape[1:] == layout.shapes[n][1:] for n in names
     ):
         module = min(modules)
-        of_module = [name for name in anatomy.shapes if name.rpartition(".")[0] == module]
-        if module and len(names) == len(of_module) and all(anatomy.shapes[name] for name in names):
+        of_module = [name for name in layout.shapes if name.rpartition(".")[0] == module]
+        if module and len(names) == len(of_module) and all(layout.shapes[name] for name in names):
             return module
     name = names[0]
     if name not in checkpoint.entries:
@@ -146,13 +144,11 @@ def check_head(checkpoint: CheckpointFile, anatomy: Anatomy, names: list[str]) -
         )
     raise BadFile(
         f"{checkpoint.path}: tensor {name!r} has shape {checkpoint.entries[name].shape}, the model's is "
-        f"{anatomy.shapes[name]} ({len(names)} do not fit): is it of another architecture?"
+        f"{layout.shapes[name]} ({len(names)} do not fit): is it of another architecture?"
     )
 
 
-def with_outputs(
-    spec: PermutationSpec, entries: Mapping[str, Entry], names: Sequence[str]
-) -> PermutationSpec:
+def fit_outputs(spec: PermutationSpec, entries: Mapping[str, Entry], names: Sequence[str]) -> PermutationSpec:
     """The specification for a head, ``names``, of another number of outputs, which no permutation moves.
 
     Raises BadFile, naming file and tensor, where they are no head's: the outputs are units.
@@ -174,20 +170,25 @@ def with_outputs(
 
 
 @dataclass
-class _Sums:
-    """Of one tensor, or many: squared norms of the fine-tune and the base, and of their difference."""
+class Distance:
+    """``|a - b| / sqrt(|a|^2 + |b|^2)`` over the pairs of tensors that are added: 0 where equal, 1 where unrelated."""
 
-    difference: float = 0.0
-    both: float = 0.0
+    differences: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        self.differences.append(norm([a - b]))
+        self.norms += [norm([a]), norm([b])]
 
     @property
-    def distance(self) -> float:
-        return math.sqrt(self.difference / self.both) if self.both else 0.0
+    def value(self) -> float:
+        whole = math.hypot(*self.norms)
+        return math.hypot(*self.differences) / whole if whole else 0.0
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Relative distances ``|a - b| / sqrt(|a|^2 + |b|^2)``: 0 where equal, 1 where unrelated.
+    """Relative distances (see `Distance`).
 
     Attributes:
         tensors: of the fine-tune from its base, by weight (two axes or more; a head that is carried over left out).
@@ -204,55 +205,41 @@ class Distances:
         return sorted(self.tensors.items(), key=lambda pair: -pair[1])[:count]
 
 
-def distances(
-    base: Mapping[str, Tensor],
-    tuned: Mapping[str, Tensor],
-    new_base: Mapping[str, Tensor],
-    paths: Sequence[str],
-) -> Distances:
-    """Reads everything once: each value must be finite, and distances are summed. paths: what to call the three.
+def measure_distances(networks: Sequence[Mapping[str, Tensor]], paths: Sequence[str]) -> Distances:
+    """The distances of (base, fine-tune, new base), of which everything is read once. paths: what to call the three.
 
-    Raises BadFile, naming file and tensor, for a value that is not finite.
+    Raises BadFile, naming file and tensor, for a value that is not finite, where the fine-tune has nothing to do with
+    its base, or where nothing was learned.
     """
-    single: dict[str, float] = {}
-    total, new = _Sums(), _Sums()
-    for name in tuned:
-        start, tensor, there = held = base[name], tuned[name], new_base[name]
-        for one, path in zip(held, paths, strict=True):
-            _check_finite(name, one, path)
-        if tensor.ndim < 2 or not tensor.is_floating_point() or not bool(start.any()):
+    tensors: dict[str, float] = {}
+    from_base, from_new_base = Distance(), Distance()
+    for name in networks[1]:
+        base, tuned, new_base = values = [network[name] for network in networks]
+        for tensor, path in zip(values, paths, strict=True):
+            check_values(name, tensor, path)
+        if tuned.ndim < 2 or not tuned.is_floating_point() or not bool(base.any()):
             continue
-        own = _Sums()
-        for sums, other in ((own, start), (new, there)):
-            sums.difference += _squares(tensor - other)
-            sums.both += _squares(tensor) + _squares(other)
-        single[name] = own.distance
-        total.difference += own.difference
-        total.both += own.both
-    return Distances(single, total.distance, new.distance)
+        own = Distance()
+        own.add(tuned, base)
+        tensors[name] = own.value
+        from_base.differences += own.differences
+        from_base.norms += own.norms
+        from_new_base.add(tuned, new_base)
+    distances = Distances(tensors, from_base.value, from_new_base.value)
+    _check_origin(distances, paths[0], paths[2])
+    return distances
 
 
-def check_base(found: Distances, base: str, new_base: str) -> None:
-    """Raises BadFile where the fine-tune has nothing to do with its base, or nothing was learned."""
-    if not found.tensors:
+def _check_origin(distances: Distances, base: str, new_base: str) -> None:
+    if not distances.tensors:
         return
-    exchanged = found.new_base < found.base / 2
-    if found.base > UNRELATED or exchanged:
-        far = ", ".join(f"{name} {distance:.2f}" for name, distance in found.farthest())
+    exchanged = distances.new_base < distances.base / 2
+    if distances.base > UNRELATED or exchanged:
+        far = ", ".join(f"{name} {distance:.2f}" for name, distance in distances.farthest())
+        nearer = f"; it is nearer to {new_base} ({distances.new_base:.2f})" if exchanged else ""
         raise BadFile(
-            f"the fine-tune does not come from {base}: relative distance {found.base:.2f} (1: unrelated), such as {far}"
-            + (f"; it is nearer to {new_base} ({found.new_base:.2f})" if exchanged else "")
+            f"the fine-tune does not come from {base}: relative distance {distances.base:.2f} (1: unrelated), "
+            f"such as {far}{nearer}"
         )
-    if found.base == 0:
+    if distances.base == 0:
         raise BadFile(f"the fine-tune equals {base}: there is nothing to port")
-
-
-def _check_finite(name: str, tensor: Tensor, path: str) -> None:
-    try:
-        check_finite({name: tensor}, path)
-    except ValueError as problem:
-        raise BadFile(str(problem)) from problem
-
-
-def _squares(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64).square())

@@ -1,14 +1,15 @@
-"""Ways to bring a fine-tune onto a new base: each a function of the three networks, all in `METHODS`.
+"""Ways to bring a fine-tune onto a new base. Each is one function, ``method(problem, work) -> Ported``, with
+`port_method` before it; `regraft.port` and the command know it by the name that is given there.
 
-``method(spec, base, tuned, new_base, work) -> Ported``. The networks are mappings name -> tensor, of equal names and
-shapes, floating in float32, on one device; they may read a tensor each time one is asked for. A head that the fine-tune
-has and the bases have not is zero in these, so that it is carried over as a change from zero.
+Every method of learning transfer (`regraft.learning_transfer`) is a port method, too, along the straight line from the
+base to the fine-tune; and of every method NAME there is NAME+gradfix, which masks what it moves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
@@ -18,6 +19,7 @@ from regraft.core.clock import Clock
 from regraft.core.forward import split
 from regraft.core.tensors import Batch, Perm, Tensors
 from regraft.learning_transfer.driver import transfer
+from regraft.learning_transfer.methods import TRANSFER_METHODS
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.matching.descent import match_streamed
 from regraft.porting.checkpoint_files import Lazy
@@ -27,21 +29,30 @@ from regraft_kernels import graft
 
 Weights = Mapping[str, Tensor]
 
+VOTING_BATCHES = 4
+"""Batches of whose images GradFix asks each."""
+
 
 @dataclass(frozen=True)
-class Ported:
-    """What a method gives: the tensors, made one by one when they are asked for, and the permutation behind them."""
+class PortProblem:
+    """What is to be brought where: three networks of equal names and shapes, floating in float32, on one device.
 
-    tensors: Weights
-    perm: Perm
+    They may read a tensor each time one is asked for. A head that the fine-tune has and the bases have not is zero in
+    these, so that it is carried over as a change from zero.
+    """
+
+    spec: PermutationSpec
+    base: Weights
+    tuned: Weights
+    new_base: Weights
 
 
-def _nothing_kept(name: str, make: Callable[[], Tensors]) -> Tensors:
+def _make_anew(name: str, make: Callable[[], Tensors]) -> Tensors:
     return make()
 
 
 @dataclass(frozen=True)
-class Work:
+class PortWork:
     """What a method may use besides the networks.
 
     Attributes:
@@ -57,105 +68,123 @@ class Work:
     train: Iterable[Batch] | None = None
     validation: Iterable[Batch] | None = None
     steps: int = 30
-    keep: Callable[[str, Callable[[], Tensors]], Tensors] = _nothing_kept
+    keep: Callable[[str, Callable[[], Tensors]], Tensors] = _make_anew
     clock: Clock = field(default_factory=Clock)
 
-    def gradients(self, method: str) -> tuple[nn.Module, Iterable[Batch]]:
-        """The network and batches for gradients. Raises ValueError, naming the method, where there are none."""
+    def model_and_batches(self, method: str) -> tuple[nn.Module, Iterable[Batch]]:
+        """For gradients. Raises ValueError, naming the method, where there are none."""
         if self.model is None or self.train is None:
             raise ValueError(f"{method} takes gradients: it needs a model and data")
         return self.model, self.train
 
 
-Method = Callable[[PermutationSpec, Weights, Weights, Weights, Work], Ported]
+@dataclass(frozen=True)
+class Ported:
+    """What a method gives: the tensors, made one by one when they are asked for, and the permutation behind them."""
+
+    tensors: Weights
+    perm: Perm
 
 
-def naive(spec: PermutationSpec, base: Weights, tuned: Weights, new_base: Weights, work: Work) -> Ported:
-    """``new_base + (tuned - base)``."""
-    return moved(spec, base, tuned, new_base, spec.identity())
+PortMethod = Callable[[PortProblem, PortWork], Ported]
+
+PORT_METHODS: dict[str, PortMethod] = {}
+
+STREAMED: set[str] = set()
+"""The methods that read one group of tensors after the other; all others need data, and the model in memory."""
 
 
-def weights(spec: PermutationSpec, base: Weights, tuned: Weights, new_base: Weights, work: Work) -> Ported:
-    """``new_base + pi (tuned - base)``, where pi matches the bases' weights (Ainsworth et al., Git Re-Basin)."""
-
-    def find() -> Perm:
-        found = match_streamed(spec, learned(spec, new_base), learned(spec, base))
-        work.clock.add(found.seconds)
-        return found.perm
-
-    return moved(spec, base, tuned, new_base, work.keep("perm", find))
-
-
-def fgmt(spec: PermutationSpec, base: Weights, tuned: Weights, new_base: Weights, work: Work) -> Ported:
-    """``new_base + l_t pi (tuned - base)``, pi and l_t of `regraft.transfer` along the straight line to the fine-tune.
-
-    Gradients need the model in memory.
-    """
-    model, train = work.gradients("method 'fgmt'")
-
-    def find() -> Tensors:
-        path = Trajectory.linear(dict(base.items()), dict(tuned.items()), steps=work.steps)
-        start = dict(new_base.items())
-        found = transfer(model, path, start, train, "fgmt", spec=spec, validation=work.validation)
-        work.clock.add(found.seconds)
-        return {f"perm/{g}": index for g, index in found.perm.items()} | {
-            "scale": torch.tensor(path.leg(found.best_step)[1], dtype=torch.float64)
-        }
-
-    found = work.keep("transfer", find)
-    perm = {name.removeprefix("perm/"): index for name, index in found.items() if name != "scale"}
-    return moved(spec, base, tuned, new_base, perm, float(found["scale"]))
-
-
-def masked(method: Method) -> Method:
+def mask_by_gradients(method: PortMethod, problem: PortProblem, work: PortWork) -> Ported:
     """What another method moves, of it the entries that point down the new base's loss:
     `regraft.porting.gradfix.transport`.
 
-    By majority over the images of the first `FEW` batches. A head that is carried over is no part of the task vector:
-    it is put on the new base before.
+    By majority over the images of the first `VOTING_BATCHES` batches. A head that is carried over is no part of the
+    task vector: it is put on the new base before.
     """
-
-    def gradfix(
-        spec: PermutationSpec, base: Weights, tuned: Weights, new_base: Weights, work: Work
-    ) -> Ported:
-        model, train = work.gradients("GradFix")
-        ported = method(spec, base, tuned, new_base, work)
-        few = [split(batch, number) for number, batch in enumerate(islice(train, FEW))]
-        if not all(isinstance(inputs, Tensor) for inputs, _ in few):
-            raise ValueError("GradFix lets each image vote: it needs batches (images, labels)")
-        with work.clock.phase("gradients"):
-            start, change = {}, {}
-            parameters = dict(model.named_parameters())
-            for name, own in new_base.items():
-                carried = name in parameters and not bool(own.any()) and not bool(base[name].any())
-                start[name] = ported.tensors[name] if carried else own
-                if name in parameters and not carried:
-                    change[name] = ported.tensors[name] - own
-            return Ported(transport(model, start, change, few), ported.perm)
-
-    return gradfix
+    model, train = work.model_and_batches("GradFix")
+    ported = method(problem, work)
+    batches = [split(batch, number) for number, batch in enumerate(islice(train, VOTING_BATCHES))]
+    if not all(isinstance(inputs, Tensor) for inputs, _ in batches):
+        raise ValueError("GradFix lets each image vote: it needs batches (images, labels)")
+    with work.clock.phase("gradients"):
+        start, change = {}, {}
+        parameters = dict(model.named_parameters())
+        for name, own in problem.new_base.items():
+            carried = name in parameters and not bool(own.any()) and not bool(problem.base[name].any())
+            start[name] = ported.tensors[name] if carried else own
+            if name in parameters and not carried:
+                change[name] = ported.tensors[name] - own
+        return Ported(transport(model, start, change, batches), ported.perm)
 
 
-METHODS: dict[str, Method] = {
-    "fgmt": fgmt,
-    "weights": weights,
-    "naive": naive,
-    "gradfix": masked(naive),
-    "weights+gradfix": masked(weights),
-    "fgmt+gradfix": masked(fgmt),
-}
+def port_method(name: str, *, streamed: bool = False) -> Callable[[PortMethod], PortMethod]:
+    """Decorator: the method has this name. streamed: it needs neither data nor a model in memory."""
 
-IN_MEMORY = frozenset(METHODS.keys() - {"weights", "naive"})
-"""Those that need data, and the model in memory; the others read one group of tensors after the other."""
+    def register(method: PortMethod) -> PortMethod:
+        PORT_METHODS[name] = method
+        PORT_METHODS["gradfix" if name == "naive" else f"{name}+gradfix"] = partial(mask_by_gradients, method)
+        STREAMED.update({name} if streamed else ())
+        return method
 
-FEW = 4
-"""Batches of whose images GradFix asks each."""
+    return register
 
 
-def moved(
-    spec: PermutationSpec, base: Weights, tuned: Weights, new_base: Weights, perm: Perm, scale: float = 1.0
-) -> Ported:
+@port_method("naive", streamed=True)
+def add_change(problem: PortProblem, work: PortWork) -> Ported:
+    """``new_base + (tuned - base)``."""
+    return add_permuted_change(problem, problem.spec.identity())
+
+
+@port_method("weights", streamed=True)
+def match_bases(problem: PortProblem, work: PortWork) -> Ported:
+    """``new_base + pi (tuned - base)``, where pi matches the bases' weights (Ainsworth et al., Git Re-Basin)."""
+
+    def find() -> Perm:
+        return match_weights(problem.spec, problem.new_base, problem.base, work.clock)
+
+    return add_permuted_change(problem, work.keep("perm", find))
+
+
+def follow_path(method: str, problem: PortProblem, work: PortWork) -> Ported:
+    """``new_base + l_t pi (tuned - base)``, pi and l_t of `regraft.transfer` along the straight line to the fine-tune.
+
+    method: of learning transfer. Gradients need the model in memory.
+    """
+    model, train = work.model_and_batches(f"method {method!r}")
+
+    def find() -> Tensors:
+        path = Trajectory.linear(dict(problem.base.items()), dict(problem.tuned.items()), steps=work.steps)
+        start = dict(problem.new_base.items())
+        result = transfer(model, path, start, train, method, spec=problem.spec, validation=work.validation)
+        work.clock.add(result.seconds)
+        scale = torch.tensor(path.leg(result.best_step)[1], dtype=torch.float64)
+        return {"scale": scale, **{f"perm/{group}": index for group, index in result.perm.items()}}
+
+    kept = work.keep("transfer", find)
+    perm = {name.removeprefix("perm/"): index for name, index in kept.items() if name != "scale"}
+    return add_permuted_change(problem, perm, float(kept["scale"]))
+
+
+for _name in TRANSFER_METHODS:
+    if _name not in PORT_METHODS and _name != "oracle":  # which needs the new base trained on the task
+        port_method(_name)(partial(follow_path, _name))
+
+
+def match_weights(spec: PermutationSpec, target: Weights, source: Weights, clock: Clock) -> Perm:
+    """pi that brings the units of ``source`` onto those of ``target`` by their weights, read tensor by tensor."""
+
+    def parameters(tensors: Weights) -> Weights:
+        """Those of which there are no second names."""
+        return Lazy(tuple(name for name in tensors if name not in spec.optional), tensors.__getitem__)
+
+    match = match_streamed(spec, parameters(target), parameters(source))
+    clock.add(match.seconds)
+    return match.perm
+
+
+def add_permuted_change(problem: PortProblem, perm: Perm, scale: float = 1.0) -> Ported:
     """``new_base + scale pi (tuned - base)``, tensor by tensor; integers are the new base's, variances at least 0."""
+    spec, new_base = problem.spec, problem.new_base
     device = next(iter(new_base.values())).device
     indices = spec.indices({group: index.to(device) for group, index in perm.items()})
 
@@ -163,13 +192,8 @@ def moved(
         own = new_base[name]
         if not own.is_floating_point():
             return own
-        start, end = {name: base[name]}, {name: tuned[name]}
+        start, end = {name: problem.base[name]}, {name: problem.tuned[name]}
         result = graft({name: own}, start, end, [scale], indices, spec.packing())[name][0]
         return result.clamp_(min=0) if name.endswith("running_var") else result
 
     return Ported(Lazy(tuple(new_base), read), perm)
-
-
-def learned(spec: PermutationSpec, tensors: Weights) -> Weights:
-    """The parameters among the tensors, of which there are no second names: what weights are matched by."""
-    return Lazy(tuple(name for name in tensors if name not in spec.optional), tensors.__getitem__)

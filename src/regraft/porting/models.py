@@ -17,7 +17,7 @@ PIXELS = (1, 3, 224, 224)
 
 
 @dataclass(frozen=True, eq=False)
-class Named:
+class NamedModel:
     """An untrained model, one batch of random inputs, and how its images are normalised, where that is known.
 
     inputs: a tensor, or keyword inputs. mean, std: one number a channel, pixels counted from 0 to 1.
@@ -29,7 +29,7 @@ class Named:
     std: tuple[float, ...] | None = None
 
 
-def by_name(name: str, shape: Sequence[int] | None = None) -> Named:
+def by_name(name: str, shape: Sequence[int] | None = None) -> NamedModel:
     """The model of this name.
 
     Args:
@@ -45,7 +45,7 @@ def by_name(name: str, shape: Sequence[int] | None = None) -> Named:
     if name.startswith("timm/"):
         return _from_timm(name.removeprefix("timm/"), shape)
     if ":" in name:
-        return Named(_from_module(name), _pixels(shape or PIXELS))
+        return NamedModel(_call_factory(name), _pixels(shape or PIXELS))
     return _from_torchvision(name, shape)
 
 
@@ -73,7 +73,7 @@ def _nearest(name: str, known: Collection[str]) -> str:
     return f" (do you mean {' or '.join(close)}?)" if close else ""
 
 
-def _from_torchvision(name: str, shape: Sequence[int] | None) -> Named:
+def _from_torchvision(name: str, shape: Sequence[int] | None) -> NamedModel:
     import torchvision.models as zoo
 
     known = zoo.list_models(module=zoo)
@@ -85,10 +85,10 @@ def _from_torchvision(name: str, shape: Sequence[int] | None) -> Named:
     usual = zoo.get_model_weights(name).DEFAULT.transforms()
     (crop,) = usual.crop_size
     inputs = _pixels(shape or (1, 3, crop, crop))
-    return Named(zoo.get_model(name), inputs, tuple(usual.mean), tuple(usual.std))
+    return NamedModel(zoo.get_model(name), inputs, tuple(usual.mean), tuple(usual.std))
 
 
-def _from_timm(name: str, shape: Sequence[int] | None) -> Named:
+def _from_timm(name: str, shape: Sequence[int] | None) -> NamedModel:
     try:
         import timm
     except ImportError:
@@ -98,10 +98,10 @@ def _from_timm(name: str, shape: Sequence[int] | None) -> Named:
     model = timm.create_model(name, pretrained=False)
     usual = model.pretrained_cfg
     inputs = _pixels(shape or (1, *usual.get("input_size", PIXELS[1:])))
-    return Named(model, inputs, usual.get("mean"), usual.get("std"))
+    return NamedModel(model, inputs, usual.get("mean"), usual.get("std"))
 
 
-def _from_transformers(folder: str, shape: Sequence[int] | None) -> Named:
+def _from_transformers(folder: str, shape: Sequence[int] | None) -> NamedModel:
     """By config.json; inputs are tokens, pixels or sound, by the model's main input."""
     try:
         import transformers
@@ -116,16 +116,16 @@ def _from_transformers(folder: str, shape: Sequence[int] | None) -> Named:
         raise ValueError(f"cannot make a model of {folder!r}: {type(error).__name__}: {said}") from error
     if model.main_input_name == "pixel_values":
         size = getattr(config, "image_size", 224)
-        return Named(model, {"pixel_values": _pixels(shape or (1, 3, size, size))})
+        return NamedModel(model, {"pixel_values": _pixels(shape or (1, 3, size, size))})
     if model.main_input_name == "input_values":
-        return Named(model, {"input_values": _pixels(shape or (1, 4000))})
+        return NamedModel(model, {"input_values": _pixels(shape or (1, 4000))})
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, tuple(shape or (1, 8)), generator=generator)
     both = {"decoder_input_ids": tokens} if config.is_encoder_decoder else {}
-    return Named(model, {"input_ids": tokens, **both})
+    return NamedModel(model, {"input_ids": tokens, **both})
 
 
-def _from_module(name: str) -> nn.Module:
+def _call_factory(name: str) -> nn.Module:
     made = from_module(name)
     try:
         model = made if isinstance(made, nn.Module) else made()

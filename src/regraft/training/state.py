@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from regraft.core.files import check_file, clean, parse_json, write_tensors
 from regraft.core.tensors import Tensors, check_alike, check_finite, fill_, state, tensor_digest
 
-_T = TypeVar("T")
+_T = TypeVar("_T")
 
 UNUSED = "unused"
 """The slot of a parameter for which the optimiser keeps nothing."""

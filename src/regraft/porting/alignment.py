@@ -1,0 +1,195 @@
+"""Checkpoints of one architecture: one aligned to another, and several summed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from regraft.core.clock import EVALUATION, Clock
+from regraft.core.files import BadFile
+from regraft.core.tensors import Perm, sum_networks
+from regraft.porting.checkpoint_files import CheckpointFile, Lazy, check_free, check_values, keep_tensors
+from regraft.porting.fitting import Distance
+from regraft.porting.job import Job, open_job, read_checkpoints
+from regraft.porting.methods import Weights, match_weights
+from regraft.porting.model_spec import Settings
+from regraft.porting.result import Made, Result, run_job
+from regraft.symmetry import PermutationSpec
+from regraft.training.evaluation import accuracy, batch_norms, interpolate
+from regraft_kernels import permute
+
+POINTS = 11
+"""Along the line between two networks."""
+
+IN_MEMORY_COPIES = 8
+"""Of the model in float32, at the peak of an evaluation."""
+
+
+def match_checkpoints(
+    a: Path | str, b: Path | str, out: Path | str, *, resume: bool = False, **settings: Unpack[Settings]
+) -> Result:
+    """Write pi(b), where pi brings the units of ``b`` onto those of ``a`` (Git Re-Basin): the same function.
+
+    Measured: the relative distance of the two before and after; with data, loss barriers and accuracies of the middle
+    along the line between them, before and after. Settings: see `Settings`; errors are those of `regraft.port`.
+    """
+    clock = Clock()
+    with clock.phase("checks"):
+        job = _open("match", [("a", a), ("b", b)], "b", out, settings, {})
+    return run_job(job, out, partial(_match, job), clock, resume=resume)
+
+
+def _match(job: Job, part: Path, clock: Clock) -> Made:
+    assert job.model_spec is not None
+    networks = job.networks(job.model_spec.device)
+    perm = _align(job.spec, networks, "b", part, clock)
+    aligned = permute_lazily(job.spec, perm, networks["b"])
+    pairs = {"before": networks["b"], "after": aligned}
+    measured: dict[str, Any] = {
+        "distance": {when: _distance(networks["a"], other) for when, other in pairs.items()}
+    }
+    if job.model_spec.model is not None:
+        measured["function_error"] = job.model_spec.check_function(dict(networks["b"].items()), perm)
+    if job.data is not None:
+        with clock.phase(EVALUATION):
+            measured |= _measure_lines(job, networks["a"], pairs)
+    return Made(aligned, (perm,), measured)
+
+
+def fuse_checkpoints(
+    networks: Sequence[Path | str],
+    weights: Sequence[float],
+    out: Path | str,
+    *,
+    align: bool = False,
+    resume: bool = False,
+    **settings: Unpack[Settings],
+) -> Result:
+    """Write ``sum_i weights[i] networks[i]``, tensor by tensor; with ``align`` each is first brought onto the first.
+
+    Integers and dtypes are the first's. A model (or a proven specification) is needed to align, and to measure
+    accuracies on data. BatchNorm statistics are summed as weights are. Settings: see `Settings`; errors are those of
+    `regraft.port`.
+    """
+    if len(networks) < 1 or len(networks) != len(weights):
+        raise ValueError(f"{len(networks)} networks need as many weights, not {len(weights)}")
+    if not all(torch.isfinite(torch.tensor(weights, dtype=torch.float64))):
+        raise ValueError(f"weights must be finite, not {list(weights)}")
+    clock = Clock()
+    paths = [(f"network {number}", path) for number, path in enumerate(networks)]
+    with clock.phase("checks"):
+        config = {"weights": [float(w) for w in weights], "align": align}
+        job = _open("fuse", paths, paths[0][0], out, settings, config)
+    return run_job(job, out, partial(_fuse, job), clock, resume=resume)
+
+
+def _fuse(job: Job, part: Path, clock: Clock) -> Made:
+    networks: dict[str, Weights] = dict(job.networks(job.model_spec.device if job.model_spec else "cpu"))
+    perms = []
+    for role in list(networks)[1:] if job.config["align"] else ():
+        perms.append(_align(job.spec, networks, role, part, clock))
+        networks[role] = permute_lazily(job.spec, perms[-1], networks[role])
+    parts, weights = list(networks.values()), job.config["weights"]
+    total = Lazy(tuple(parts[0]), partial(sum_networks, parts, weights))
+    measured: dict[str, Any] = {"weights": weights, "align": job.config["align"]}
+    if job.data is not None:
+        with clock.phase(EVALUATION):
+            measured |= measure_accuracies(job, {**networks, "sum": total})
+    return Made(total, tuple(perms), measured)
+
+
+def permute_lazily(spec: PermutationSpec, perm: Perm, tensors: Weights) -> Lazy:
+    """pi(theta), each tensor when it is asked for."""
+    device = next(iter(tensors.values())).device
+    indices = spec.indices({group: index.to(device) for group, index in perm.items()})
+    packing = spec.packing()
+    return Lazy(tuple(tensors), lambda name: permute({name: tensors[name]}, indices, packing)[name])
+
+
+def measure_accuracies(job: Job, networks: Mapping[str, Weights]) -> dict[str, Any]:
+    """By network, on the job's data."""
+    assert job.data is not None and job.model_spec is not None
+    model, (where, batches) = job.model_spec.require_model().model, job.data.measured_on
+    accuracies = {name: accuracy(model, dict(theta.items()), batches) for name, theta in networks.items()}
+    return {"accuracy": accuracies, "measured_on": where}
+
+
+# ---------------------------------------------------------------- parts of both
+
+
+def _open(
+    method: str,
+    paths: Sequence[tuple[str, Path | str]],
+    like: str,
+    out: Path | str,
+    settings: Settings,
+    config: Mapping[str, Any],
+) -> Job:
+    """Checked: the checkpoints are alike and finite, and there is room."""
+    check_free(Path(out))
+    matches = method == "match" or config["align"]
+    checkpoints = read_checkpoints(paths, paths[0][0], settings, needs_spec=matches)
+    _check_alike(list(checkpoints[1].values()))
+    job = open_job(method, checkpoints, like, like, settings, config)
+    job = job.check_room(out, settings.get("max_memory"), copies=IN_MEMORY_COPIES, matches=matches)
+    for checkpoint in job.checkpoints.values():
+        for name in checkpoint:
+            check_values(name, checkpoint[name], str(checkpoint.path))
+    return job
+
+
+def _check_alike(checkpoints: Sequence[CheckpointFile]) -> None:
+    """Raises BadFile, naming tensor and files, unless all have the same names and shapes."""
+    for first, other in pairwise(checkpoints):
+        for one, two in ((first, other), (other, first)):
+            if missing := [name for name in one if name not in two]:
+                raise BadFile(
+                    f"{two.path} has no tensor {missing[0]!r}, which {one.path} has: is it of another architecture?"
+                )
+        for name, entry in first.entries.items():
+            if entry.shape != other.entries[name].shape:
+                raise BadFile(
+                    f"tensor {name!r}: shape {entry.shape} in {first.path}, {other.entries[name].shape} in {other.path}"
+                )
+
+
+def _align(
+    spec: PermutationSpec, networks: Mapping[str, Weights], role: str, part: Path, clock: Clock
+) -> Perm:
+    """The permutation that brings a network onto the first."""
+    first = next(iter(networks.values()))
+    name = f"perm-{role}".replace(" ", "-")
+    return keep_tensors(part, name, lambda: match_weights(spec, first, networks[role], clock))
+
+
+def _distance(a: Weights, b: Weights) -> float:
+    """Relative, of all floating tensors."""
+    distance = Distance()
+    for name in a:
+        x: Tensor = a[name]
+        if x.is_floating_point():
+            distance.add(x, b[name])
+    return distance.value
+
+
+def _measure_lines(job: Job, a: Weights, others: Mapping[str, Weights]) -> dict[str, Any]:
+    """Barriers of the loss, and accuracies in the middle, of the lines from a to the others."""
+    assert job.data is not None and job.model_spec is not None
+    model, (where, batches) = job.model_spec.require_model().model, job.data.measured_on
+    statistics = job.data.train if batch_norms(model) else None
+    lines = {
+        name: interpolate(model, dict(a.items()), dict(other.items()), batches, POINTS, statistics=statistics)
+        for name, other in others.items()
+    }
+    middle = POINTS // 2
+    return {
+        "barrier": {name: line.barrier for name, line in lines.items()},
+        "accuracy": {f"middle, {name}": float(line.accuracy[middle]) for name, line in lines.items()},
+        "measured_on": where,
+    }

@@ -1,0 +1,190 @@
+"""The network that checkpoints are of: its names, its proven symmetry, and how it is run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from regraft.core.files import BadFile
+from regraft.core.forward import map_inputs
+from regraft.core.tensors import Perm, Tensors
+from regraft.networks.heads import adopt
+from regraft.porting.checkpoint_files import CheckpointFile
+from regraft.porting.data import Data, data_by_name, data_of
+from regraft.porting.fitting import (
+    StateLayout,
+    find_other_head,
+    fit_names,
+    fit_outputs,
+    list_new_parts,
+    list_unfit,
+)
+from regraft.porting.models import NamedModel, by_name
+from regraft.symmetry import PermutationSpec, apply, trace, verify
+from regraft.symmetry.calls import Call, Caller, ready
+
+SAME_FUNCTION = 1e-3
+"""The largest relative difference between a network's outputs and a permuted one's, in float32."""
+
+Example = Tensor | Mapping[str, Tensor] | Sequence[int] | None
+"""Example inputs, or the shape of a named model's, or its usual ones."""
+
+
+class Settings(TypedDict, total=False):
+    """What every job on checkpoints takes besides their paths.
+
+    model: a name as `regraft.porting.models.by_name` takes it, or the module itself, which is not changed; streamed
+        jobs need none where ``spec`` is proven.
+    inputs: example inputs of the model, batch first, or for a named model their shape; its usual ones if not given.
+    spec: its proven permutation groups, or their file; traced and proven on the model if not given.
+    data: a folder of images or ``module:function`` (`data_by_name`), or batches (`data_of`), to measure on.
+    max_memory: bytes that the process may hold; what the machine has if not given.
+    device: where to compute; the CPU if not given.
+    """
+
+    model: str | nn.Module | None
+    inputs: Example
+    spec: PermutationSpec | Path | str | None
+    data: object
+    max_memory: int | None
+    device: str
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """What all checkpoints of one job must fit.
+
+    Attributes:
+        spec: proven permutation groups, of the names in `layout`.
+        named: the model with its inputs; None where a specification stands for it.
+    """
+
+    spec: PermutationSpec
+    layout: StateLayout
+    named: NamedModel | None = None
+
+    @property
+    def model(self) -> nn.Module | None:
+        return None if self.named is None else self.named.model
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.model is None else str(next(self.model.parameters()).device)
+
+    def fit_base(self, checkpoint: CheckpointFile) -> CheckpointFile:
+        """A base under the model's names, without the tensors of another head.
+
+        Raises BadFile, naming file and tensor, where anything but a head does not fit.
+        """
+        base = fit_names(checkpoint, self.layout, is_base=True)
+        new = set(list_new_parts(base, self.layout))
+        odd = [name for name in list_unfit(base, self.layout) if name not in new]
+        if odd:
+            find_other_head(base, self.layout, odd)
+            fit_outputs(self.spec, base.entries, odd)
+        return base.without(base.entries.keys() & set(odd), "its head is of other classes")
+
+    def require_model(self) -> NamedModel:
+        """The model, to run on data. Raises ValueError where there is none."""
+        if self.named is None:
+            raise ValueError("data are given, but no model to run on them")
+        return self.named
+
+    def load_data(self, settings: Settings) -> Data | None:
+        """Data as `data_by_name` or `data_of` take them. Raises BadFile where their classes are not the head's."""
+        data, device = settings.get("data"), settings.get("device", "cpu")
+        if data is None:
+            return None
+        named = self.require_model()
+        loaded = data_by_name(str(data), named) if isinstance(data, str | Path) else data_of(data)
+        outputs = self.outputs(dict(named.model.named_parameters())).shape[-1]
+        if loaded.classes is not None and loaded.classes != outputs:
+            raise BadFile(f"{data} has images of {loaded.classes} classes, and the head {outputs} outputs")
+        return loaded if device == "cpu" else loaded.to(device)
+
+    def outputs(self, theta: Mapping[str, Tensor]) -> Tensor:
+        """Of the model with these values, on its example inputs. Needs a model."""
+        named = self.require_model()
+        device = next(iter(theta.values())).device
+        call = Call.of(map_inputs(lambda x: x.to(device), named.inputs))
+        caller = Caller(named.model, call)
+        with torch.inference_mode(), ready(caller):
+            values = {f"model.{name}": tensor for name, tensor in theta.items()}
+            first: Tensor = torch.func.functional_call(caller, values, call.args, call.kwargs)[0][0]
+            return first
+
+    def check_function(self, theta: Tensors, perm: Perm) -> float:
+        """The relative difference that a permutation makes to the outputs with the values ``theta``.
+
+        Raises BadFile where it is more than `SAME_FUNCTION`.
+        """
+        before, after = self.outputs(theta), self.outputs(apply(self.spec, perm, theta))
+        error = float((after - before).abs().max() / before.abs().max().clamp(min=1e-30))
+        if not error <= SAME_FUNCTION:
+            raise BadFile(
+                f"the permuted network does not compute what the network computes: relative difference {error:.1e}"
+            )
+        return error
+
+
+def find_model_spec(checkpoint: CheckpointFile, settings: Settings) -> tuple[ModelSpec, CheckpointFile]:
+    """The network of a checkpoint, with a head of its classes, and the checkpoint under its names.
+
+    Raises ValueError for a model that is not found, traced or proven, BadFile where the checkpoint is not the model's.
+    """
+    model, spec = settings.get("model"), settings.get("spec")
+    if isinstance(spec, str | Path):
+        spec = PermutationSpec.load(spec)
+    if model is None:
+        if spec is None:
+            raise ValueError("a model is needed: a name, or a proven specification in its place")
+        return _fit_spec(checkpoint, spec)
+    named = _name_model(model, settings.get("inputs"))
+    if named.model is model:
+        named = replace(named, model=copy.deepcopy(model))
+    layout = StateLayout.of_model(named.model)
+    checkpoint = fit_names(checkpoint, layout, is_base=False)
+    if odd := list_unfit(checkpoint, layout):
+        head = find_other_head(checkpoint, layout, odd)
+        outputs = {checkpoint.entries[name].shape[0] for name in odd}
+        if len(outputs) != 1:
+            raise BadFile(f"{checkpoint.path}: the tensors of {head} have {sorted(outputs)} outputs")
+        adopt(named.model, min(outputs), head=head)
+        layout = StateLayout.of_model(named.model)
+    device = settings.get("device", "cpu")
+    named.model.to(device).requires_grad_(False)
+    example = map_inputs(lambda x: x.to(device), named.inputs)
+    if spec is None:
+        spec = trace(named.model, example)
+    if not spec.proven:
+        verify(spec, named.model, example)
+    return ModelSpec(spec, layout, named), checkpoint
+
+
+def _fit_spec(checkpoint: CheckpointFile, spec: PermutationSpec) -> tuple[ModelSpec, CheckpointFile]:
+    if not spec.proven:
+        raise ValueError(
+            "the specification is not proven: give the model too, or make it with `regraft symmetry NAME --save FILE`"
+        )
+    layout = StateLayout.of_spec(spec)
+    checkpoint = fit_names(checkpoint, layout, is_base=False)
+    if odd := list_unfit(checkpoint, layout):
+        find_other_head(checkpoint, layout, odd)
+        spec = fit_outputs(spec, checkpoint.entries, odd)
+    return ModelSpec(spec, StateLayout.of_spec(spec)), checkpoint
+
+
+def _name_model(model: str | nn.Module, inputs: Example) -> NamedModel:
+    if isinstance(inputs, Tensor | Mapping):
+        example = inputs if isinstance(inputs, Tensor) else dict(inputs)
+        named = by_name(model) if isinstance(model, str) else NamedModel(model, example)
+        return replace(named, inputs=example)
+    if not isinstance(model, str):
+        raise ValueError("a module needs example inputs: inputs=..., a tensor or keyword inputs")
+    return by_name(model, inputs)
