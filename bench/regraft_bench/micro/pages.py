@@ -159,11 +159,6 @@ def total(name: str) -> Callable[[Group], str]:
     return lambda group: f"{sum(group.values(name)):.0f}"
 
 
-RELIABILITY = tuple(
-    Column(name, value(name, "{:.0f}")) for name in ("tried", "clear", "silent", "raw", "hang")
-)
-
-
 REGRESSIONS = (
     Column("trials", seeds),
     Column("found", total("found")),
@@ -195,12 +190,6 @@ TABLES = (
     ),
     Table("compiled", "The kernels, compiled ahead of time", ("compiled",), of_compiled),
     Table("gpu", "Kernels on a GPU", ("gpu",), by_method(GPU)),
-    Table(
-        "reliability",
-        "Nothing lost, nothing silently wrong: what came of what must be refused",
-        ("reliability",),
-        by_method(RELIABILITY),
-    ),
     Table(
         "regressions",
         "Planted regressions, and none: what is told by turns",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from regraft_bench.contests import Contest, Timed, timed_methods
 from regraft_bench.kernels import assignment, compiled, gpu
 from regraft_bench.kernels.variants import operators
-from regraft_bench.micro import library, matching, reliability, systems
+from regraft_bench.micro import library, matching, systems
 from regraft_bench.study import Scenario
 from regraft_bench.symmetry import proofs
 from regraft_bench.tracking import regressions
@@ -43,7 +43,6 @@ SCENARIOS = (
     Scenario("compiled", compiled.methods(), None, seeds=1),
     Scenario("gpu", gpu.methods(), None, seeds=1),
     Scenario("regressions", regressions.REGRESSION_METHODS, None, seeds=10),
-    Scenario("reliability", reliability.methods(), reliability.Campaign(), seeds=1),
     Scenario("symmetry-torchvision", proofs.methods("torchvision"), proofs.Proof(), seeds=1),
     Scenario(
         "symmetry-models",

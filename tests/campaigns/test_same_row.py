@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from campaigns import subjects as s
 from regraft import fuse, transfer
 from regraft.core.guard import make_deterministic
 from regraft.core.tensors import digest_tensors
@@ -15,7 +16,6 @@ from regraft.finetuning import fast
 from regraft.finetuning.phases import Phase, fine_tune
 from regraft.finetuning.recorder import Recorder
 from regraft.training.loop import Diverged, train
-from regraft_bench.micro.reliability import subjects as s
 from regraft_bench.rows import environment
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,82 +67,62 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def dataset(x: Tensor | None = None, y: Tensor | None = None) -> Dataset:
-    x, y = images() if x is None else x, labels() if y is None else y
-    train_, held = Split(x, y), Split(images(6), labels(6))
-    return Dataset("little", train_, held, held, ("a", "b", "c"), (0.0,), (1.0,))
+    training = Split(images() if x is None else x, labels() if y is None else y)
+    other = Split(images(6), labels(6))
+    return Dataset("little", training, other, other, ("a", "b", "c"), (0.0,), (1.0,))
 
 
 def path(number: int = 0) -> Trajectory:
     return Trajectory.linear(weights(number), weights(number + 1), 4)
 
 
-def grid(file: Path) -> Tensor:
-    return evaluate(
-        model(),
-        [weights(1), weights(2)],
-        [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]],
-        images(),
-        labels(),
-        resume=file,
-    ).correct
+def grid(file: Path | None) -> Tensor:
+    points = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
+    return evaluate(model(), [weights(1), weights(2)], points, images(), labels(), resume=file).correct
 
 
-def trained(file: Path, epochs: int = 2) -> Tensors:
-    return train(model(), weights(1), dataset(), RECIPE, generator=seed(1), checkpoint=file).tensors
+def trained(file: Path, **options: Any) -> Tensors:
+    return train(
+        model(), weights(1), dataset(), RECIPE, generator=seed(1), checkpoint=file, **options
+    ).tensors
 
 
 def row(number: int = 0) -> Row:
-    return Row(
-        "micro", "reliability", "row", number, {}, {"value": 1.0}, {}, {}, {}, None, environment(), code()
-    )
+    return Row("micro", "two", "row", number, {}, {"value": 1.0}, {}, {}, {}, None, environment(), code())
 
 
 @dataclass(frozen=True)
 class Format:
-    """A file format. write: makes a whole file in a folder and returns it. read: reads it, wherever it was written.
+    """A file format. write: makes a whole file at a path. read: reads it, wherever it was written.
 
     sealed: whether a hash covers every byte. optional: whether a file that is missing is nothing wrong.
     """
 
-    name: str
-    write: Callable[[Path], Path]
+    file: str
+    write: Callable[[Path], object]
     read: Callable[[Path], object]
     sealed: bool = True
     optional: bool = False
 
 
-def _saved(folder: Path) -> Path:
-    path().save(folder / "path")
-    return folder / "path" / INDEX_FILE
+def save_path(file: Path) -> None:
+    path().save(file.parent)
 
 
-def _anchor(folder: Path) -> Path:
-    return sorted(_saved(folder).parent.glob("*.safetensors"))[0]
-
-
-def _spec(folder: Path) -> Path:
-    spec().save(folder / "spec.json")
-    return folder / "spec.json"
-
-
-def _made(name: str, make: Callable[[Path], object]) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        make(folder / name)
-        return folder / name
-
-    return write
+def read_path(file: Path) -> list[Tensors]:
+    return list(Trajectory.open(file.parent))
 
 
 FORMATS = {
-    format.name: format
-    for format in (
-        Format("index of a trajectory", _saved, lambda file: list(Trajectory.open(file.parent))),
-        Format("tensors of a trajectory", _anchor, lambda file: list(Trajectory.open(file.parent))),
-        Format(
-            "specification", _spec, lambda file: PermutationSpec.load(file).validate(weights(1)), sealed=False
-        ),
-        Format("state of a grid", _made("grid.json", grid), grid, optional=True),
-        Format("state of a training", _made("run.safetensors", trained), trained, optional=True),
-        Format("rows", _made("rows.jsonl", lambda file: append(file, row())), read_rows, sealed=False),
-    )
+    "index of a trajectory": Format(INDEX_FILE, save_path, read_path),
+    "tensors of a trajectory": Format("*.safetensors", save_path, read_path),
+    "specification": Format(
+        "spec.json",
+        lambda file: spec().save(file),
+        lambda file: PermutationSpec.load(file).validate(weights(1)),
+        sealed=False,
+    ),
+    "state of a grid": Format("grid.json", grid, grid, optional=True),
+    "state of a training": Format("run.safetensors", trained, trained, optional=True),
+    "rows": Format("rows.jsonl", lambda file: append(file, row()), read_rows, sealed=False),
 }
