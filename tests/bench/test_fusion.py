@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from regraft.core.clock import EVALUATION
 from regraft.data import MissingData
 from regraft.training.loop import Recipe
-from regraft_bench.fusion import STUDY, continual, two_tasks
+from regraft_bench.fusion import STUDY, two_tasks
+from regraft_bench.fusion.continual import STRENGTHS
+from regraft_bench.fusion.merging import merge_ties, trim
 from regraft_bench.fusion.nearness import agreement
 from regraft_bench.fusion.pages import overview
-from regraft_bench.fusion.paper import published
-from regraft_bench.fusion.scenarios import TABLES
-from regraft_bench.fusion.setting import TWO_GRADIENTS, OntoTargets, Regime, Target
+from regraft_bench.fusion.paper import load_published
+from regraft_bench.fusion.scenarios import TABLE_SCENARIOS
+from regraft_bench.fusion.setting import SEARCH
+from regraft_bench.fusion.settings import TWO_GRADIENTS, OntoTargets, Regime, Target
 from regraft_bench.report.render import markdown
 from regraft_bench.rows import Code, Environment, Row, Series
 from regraft_bench.run import run
@@ -50,8 +54,8 @@ def by_method(rows: list[Row]) -> dict[str, Row]:
 def test_scenarios_are_the_papers_tables():
     names = [one.name for one in STUDY.scenarios]
     assert max(Counter(names).values()) == 1
-    assert {f"table-{number}" for number in published()} | {f"figure-{n}" for n in "1234"} <= set(names)
-    for paper in published().values():
+    assert {f"table-{number}" for number in load_published()} | {f"figure-{n}" for n in "1234"} <= set(names)
+    for paper in load_published().values():
         settings = scenario(f"table-{paper.table}").settings
         if isinstance(settings, OntoTargets):
             assert (settings.formula, settings.alphas) == (paper.formula, paper.rows)
@@ -62,11 +66,11 @@ def test_scenarios_are_the_papers_tables():
 
 
 def test_published_tables_are_whole():
-    assert len(published()) == 25
-    for paper in published().values():
+    assert len(load_published()) == 25
+    for paper in load_published().values():
         assert [len(line) for line in paper.values] == [len(paper.columns)] * len(paper.rows)
         assert all(0 <= cell <= 1 for line in paper.values for cell in line)
-    assert published()["6"].values[0][0] == pytest.approx(0.7974)
+    assert load_published()["6"].values[0][0] == pytest.approx(0.7974)
 
 
 def test_nothing_of_the_device_is_in_a_configuration():
@@ -79,7 +83,7 @@ def test_nothing_of_the_device_is_in_a_configuration():
 
 def test_both_tasks_and_every_table_of_a_scale_have_one_recipe():
     """Table 5, which trains many more networks, keeps to the narrow one."""
-    residual = [one for one in TABLES if one.settings.network == "residual8"]
+    residual = [one for one in TABLE_SCENARIOS if one.settings.network == "residual8"]
     regimes = {(one.settings.scale, one.name == "table-5"): one.settings.regime for one in residual}
     assert len(regimes) == 4
     for one in residual:
@@ -165,9 +169,9 @@ def test_scaling_a_network_with_batch_statistics_changes_nothing(pair):
 def test_ties_keeps_the_largest_values_and_the_elected_sign():
     first = {"w": torch.tensor([4.0, -3.0, 0.1, 2.0]), "statistic": torch.tensor([9.0])}
     second = {"w": torch.tensor([2.0, 1.0, 0.2, -5.0]), "statistic": torch.tensor([1.0])}
-    kept = [two_tasks.trimmed(g, ["w"], 0.75) for g in (first, second)]
+    kept = [trim(g, ["w"], 0.75) for g in (first, second)]
     assert kept[0]["w"].tolist() == [4.0, -3.0, 0.0, 2.0] and kept[1]["w"].tolist() == [2.0, 1.0, 0.0, -5.0]
-    found = two_tasks.ties_merged(kept)
+    found = merge_ties(kept)
     assert found["w"].tolist() == [3.0, -3.0, 0.0, -5.0]
     assert found["statistic"].tolist() == [5.0]
 
@@ -193,7 +197,7 @@ def test_tuning_looks_at_validation_images_only(folder, pair):
     from regraft_bench.rows import read_rows
 
     tried = [row for row in read_rows(folder / "rows.jsonl") if row.seed == TUNING_SEED]
-    assert {row.config["method"]["strength"] for row in tried} == set(continual.STRENGTHS)
+    assert {row.config["method"]["strength"] for row in tried} == set(STRENGTHS)
     assert any(row.values for row in tried)
     assert all(row.values.keys() <= {"validation"} and not row.series for row in tried)
 
@@ -208,13 +212,11 @@ def test_tables_share_their_trainings(folder, pair):
 def test_coefficients_are_chosen_on_validation_and_reported_on_test(folder, monkeypatch):
     held, test = torch.tensor([0.1, 0.9, 0.2, 0.3]).double(), torch.tensor([0.8, 0.4, 0.5, 0.6]).double()
     settings = replace(PAIR, alphas=(1.0, 2.0), betas=(3.0, 4.0))
-    monkeypatch.setattr(
-        STUDY.setting,
-        "accuracies",
-        lambda setting, sources, rows, images, clock, phase="evaluation", **how: (
-            held if phase == "search" else test
-        ),
-    )
+
+    def measure(setting, sums, images, clock, phase=EVALUATION):
+        return held if phase == SEARCH else test
+
+    monkeypatch.setattr(two_tasks, "measure_sums", measure)
     (row,) = measured(folder, Scenario("table-A19", (two_tasks.SUM,), settings))
     assert row.values == pytest.approx(
         {"alpha": 2.0, "beta": 3.0, "accuracy": 0.4, "accuracy_a": 0.4, "accuracy_b": 0.4}
@@ -263,7 +265,7 @@ def row(name: str, method: str = "sum", values=None, series=None) -> Row:
 
 
 def shifted(number: str, points: float) -> Row:
-    paper = published()[number]
+    paper = load_published()[number]
     cells = tuple(tuple(cell + points / 100 for cell in line) for line in paper.values)
     name = "accuracy_a" if paper.task == "CIFAR-10" else "accuracy_b"
     grid = Series(("beta", "alpha"), (paper.rows, paper.columns), cells)

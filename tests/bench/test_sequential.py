@@ -12,7 +12,9 @@ import regraft.reference.fusion as reference
 from regraft.data import load
 from regraft.networks.papers import initialise, mlp
 from regraft.training.loop import Recipe, train
-from regraft_bench.fusion.sequential import Consolidation, cancellation, fisher, hessian_vector, together
+from regraft_bench.fusion.continual import Consolidation, join_datasets
+from regraft_bench.fusion.merging import estimate_fisher
+from regraft_bench.fusion.theory import compare_with_hessian, hessian_vector_product
 
 
 class Smooth(nn.Module):
@@ -56,7 +58,7 @@ def test_hessian_vector_is_the_whole_hessian_times_the_vector(smooth):
     model, start, a, _ = smooth
     vector = {name: torch.randn_like(tensor) for name, tensor in start.items()}
     whole = torch.func.hessian(loss_of(model, start, a))(flat(start))
-    found = hessian_vector(model, start, a, vector)
+    found = hessian_vector_product(model, start, a, vector)
     torch.testing.assert_close(flat(found), whole @ flat(vector))
 
 
@@ -65,7 +67,7 @@ def test_cancellation_is_the_papers(smooth):
     losses = loss_of(model, start, a), loss_of(model, start, b)
     trained, assigned = reference.sequential_steps(*losses, flat(start), 0.01, 0.01)
     term = reference.cancellation_term(*losses, flat(start), 0.01)
-    found = cancellation(model, start, a, b, 0.01)
+    found = compare_with_hessian(model, start, a, b, 0.01)
     assert found.difference == pytest.approx(float((trained - assigned).norm()))
     assert found.predicted == pytest.approx(float(0.01 * term.norm()))
     error = float((trained - assigned + 0.01 * term).norm() / (trained - assigned).norm())
@@ -73,9 +75,9 @@ def test_cancellation_is_the_papers(smooth):
 
 
 def test_the_term_explains_the_difference_the_better_the_smaller_the_rate(smooth):
-    errors = [cancellation(*smooth, rate).relative_error for rate in (0.1, 0.01, 0.001)]
+    errors = [compare_with_hessian(*smooth, rate).relative_error for rate in (0.1, 0.01, 0.001)]
     assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 5 and errors[2] < 0.01
-    assert cancellation(*smooth, 0.001, steps=5).cosine > 0.999
+    assert compare_with_hessian(*smooth, 0.001, steps=5).cosine > 0.999
 
 
 def test_fisher_of_a_linear_model():
@@ -83,11 +85,11 @@ def test_fisher_of_a_linear_model():
     model = mlp([3, 2], bias=False)
     tensors = {"layers.0.weight": torch.zeros(2, 3)}
     x = torch.randn(400, 3, generator=torch.Generator().manual_seed(1))
-    found = fisher(model, tensors, x, generator=torch.Generator().manual_seed(2), batch_size=150)
+    found = estimate_fisher(model, tensors, x, generator=torch.Generator().manual_seed(2), batch_size=150)
     expected = 0.25 * x.square().mean(0).expand(2, 3)  # p = 1/2, so (p - y)^2 = 1/4 whatever is drawn
     torch.testing.assert_close(found["layers.0.weight"], expected)
     with pytest.raises(ValueError, match="no images"):
-        fisher(model, tensors, x[:0], generator=torch.Generator())
+        estimate_fisher(model, tensors, x[:0], generator=torch.Generator())
 
 
 def digits():
@@ -169,7 +171,7 @@ def test_a_checkpoint_under_another_penalty_is_refused(tmp_path):
 
 def test_two_data_sets_together_keep_their_own_normalisation():
     low, high = load("digits", classes=(0, 1, 2)), load("digits", classes=(7, 8, 9))
-    both = together(low, high, repeat=3)
+    both = join_datasets(low, high, repeat=3)
     assert len(both.train) == len(low.train) + 3 * len(high.train)
     assert len(both.test) == len(low.test) + len(high.test)
     first = next(iter(low.train.batches(10)))

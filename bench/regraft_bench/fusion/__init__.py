@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regraft_bench.fusion.pages import FIGURE_PAGES, TABLES
-from regraft_bench.fusion.scenarios import DIGITS, SCENARIOS
+from regraft_bench.fusion.scenarios import DIGITS, FUSION_SCENARIOS
 from regraft_bench.fusion.setting import FusionSetting
 from regraft_bench.study import Study
 
@@ -11,7 +11,7 @@ STUDY = Study(
     name="fusion",
     title="Gradient assignment and fusion",
     setting=FusionSetting,
-    scenarios=SCENARIOS,
+    scenarios=FUSION_SCENARIOS,
     quick=(DIGITS.name,),
     tables=TABLES,
     figures=FIGURE_PAGES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 
-from regraft_bench.fusion.setting import A, B
+from regraft_bench.fusion.accuracy import A, B
 from regraft_bench.report.claims import NOT_MEASURED, Claim, Margin, Number
 from regraft_bench.report.tables import Rows, Sheet, by_scenario
 from regraft_bench.rows import Row

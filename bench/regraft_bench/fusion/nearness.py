@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from regraft_bench.fusion.accuracy import A, B
 from regraft_bench.fusion.paper import Published
-from regraft_bench.fusion.setting import A, B
 from regraft_bench.report.tables import Rows, groups
 
 Grid = tuple[tuple[float, ...], ...]

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 
+from regraft_bench.fusion.accuracy import A, B
 from regraft_bench.fusion.claims import list_fusion_claims
 from regraft_bench.fusion.nearness import Grid, in_numbers, ours
-from regraft_bench.fusion.paper import Published, published
+from regraft_bench.fusion.paper import Published, load_published
 from regraft_bench.fusion.recipe_pages import recipes, retained, whole_tables, widths
 from regraft_bench.fusion.scenarios import (
     DIGITS,
+    FIGURE_FORMULAS,
     FIGURE_SCENARIOS,
-    FIGURES,
-    RECIPES,
-    WHOLE_TABLES,
-    WIDTHS,
+    RECIPE_SCENARIOS,
+    WHOLE_TABLE_SCENARIOS,
+    WIDTH_SCENARIOS,
 )
-from regraft_bench.fusion.setting import A, B
 from regraft_bench.report.figures import Cells, Figure, Heatmap, Line, Panel
 from regraft_bench.report.tables import (
     COMMON,
@@ -43,7 +43,7 @@ from regraft_bench.rows import Row
 def _measured(rows: Rows) -> Iterator[tuple[str, Published, Grid]]:
     """(scenario, the paper's table, ours) of every table that was measured."""
     for scenario, own in by_scenario(rows).items():
-        paper = published()[scenario.removeprefix("table-").removesuffix("-paper")]
+        paper = load_published()[scenario.removeprefix("table-").removesuffix("-paper")]
         if (grid := ours(paper, own)) is not None:
             yield scenario, paper, grid
 
@@ -206,7 +206,7 @@ TABLES = (
     Table(
         "overview",
         "All of the paper's cells",
-        tuple(chain.from_iterable(_scenarios(number) for number in published())),
+        tuple(chain.from_iterable(_scenarios(number) for number in load_published())),
         overview,
     ),
     Table(
@@ -218,20 +218,20 @@ TABLES = (
     Table(
         "claims",
         "What the paper says",
-        tuple(f"table-{number}" for number in published()),
+        tuple(f"table-{number}" for number in load_published()),
         list_fusion_claims,
     ),
-    Table("recipes", "Which recipe", tuple(s.name for s in RECIPES), recipes),
+    Table("recipes", "Which recipe", tuple(s.name for s in RECIPE_SCENARIOS), recipes),
     Table(
         "whole-tables",
         "Other recipes, all cells",
-        tuple(s.name for s in (*RECIPES, *WHOLE_TABLES)),
+        tuple(s.name for s in (*RECIPE_SCENARIOS, *WHOLE_TABLE_SCENARIOS)),
         whole_tables,
     ),
-    Table("widths", "One start or two, by width", tuple(s.name for s in WIDTHS), widths),
+    Table("widths", "One start or two, by width", tuple(s.name for s in WIDTH_SCENARIOS), widths),
     *(
         Table(f"table-{number}", f"Table {number}: {paper.title}", _scenarios(number), side_by_side)
-        for number, paper in published().items()
+        for number, paper in load_published().items()
     ),
     Table("appendix-b2", "Appendix B.2: the Hessian term", ("appendix-b2",), theory),
 )
@@ -276,7 +276,7 @@ def _curves(number: str, panel: str, rows: Rows) -> list[Line]:
         lines += [
             Line(name, series.at[0], tuple(column)) for name, column in zip(names, columns, strict=False)
         ]
-    tabled = next((t for t in published().values() if t.figure == f"{number}{_letter(panel)}"), None)
+    tabled = next((t for t in load_published().values() if t.figure == f"{number}{_letter(panel)}"), None)
     if tabled is not None and lines:
         lines += [
             Line(line.name, tabled.rows, column, dashed=True)
@@ -291,8 +291,8 @@ def _letter(panel: str) -> str:
 
 
 def _figure(number: str) -> Figure:
-    formula, onto = FIGURES[number]
-    scenario = FIGURE_SCENARIOS[list(FIGURES).index(number)]
+    formula, onto = FIGURE_FORMULAS[number]
+    scenario = FIGURE_SCENARIOS[list(FIGURE_FORMULAS).index(number)]
     panels = tuple(
         Panel(panel.name, "alpha", "accuracy", partial(_curves, number, panel.name), x_log=True)
         for panel in scenario.settings.panels
@@ -306,12 +306,12 @@ def _figure(number: str) -> Figure:
 
 
 FIGURE_PAGES = (
-    *(_figure(number) for number in FIGURES),
+    *(_figure(number) for number in FIGURE_FORMULAS),
     Figure(
         "recipes",
         "What theta_A + theta_B retains",
-        tuple(s.name for s in RECIPES),
+        tuple(s.name for s in RECIPE_SCENARIOS),
         (Panel("", "‖g‖ / ‖theta_0‖", "accuracy", retained, x_log=True, markers=True),),
     ),
-    *(_heatmaps(paper) for paper in published().values() if paper.column_name == "alpha"),
+    *(_heatmaps(paper) for paper in load_published().values() if paper.column_name == "alpha"),
 )

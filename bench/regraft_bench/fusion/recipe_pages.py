@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
+from regraft_bench.fusion.accuracy import A, B
 from regraft_bench.fusion.nearness import in_numbers, ours
-from regraft_bench.fusion.paper import published
-from regraft_bench.fusion.scenarios import CANDIDATES, WHOLE
-from regraft_bench.fusion.setting import A, B
+from regraft_bench.fusion.paper import load_published
+from regraft_bench.fusion.scenarios import CANDIDATES, WHOLE_TABLES
 from regraft_bench.report.figures import Line
 from regraft_bench.report.tables import (
     Column,
@@ -69,7 +69,8 @@ def whole_tables(rows: Rows) -> Iterator[Sheet]:
         each = ("median [points]", "off by more than 10", "rank")
         heading = [f"sums of {kind}: {what}" for kind in KINDS for what in each]
         notes = [
-            f"{kind}, {scale} scale: tables {' and '.join(tables)}" for (kind, scale), tables in WHOLE.items()
+            f"{kind}, {scale} scale: tables {' and '.join(tables)}"
+            for (kind, scale), tables in WHOLE_TABLES.items()
         ]
         notes = ("no recipe was chosen by these", *notes, *provenance(rows))
         yield Sheet("whole-tables", ("recipe", "‖g‖ / ‖theta_0‖", *heading), tuple(lines), notes)
@@ -78,7 +79,7 @@ def whole_tables(rows: Rows) -> Iterator[Sheet]:
 def _near(own: Mapping[str, Rows], kind: str, scale: str, name: str) -> tuple[str, ...]:
     """Median difference, share of cells that are far off, rank correlation, over the tables of both tasks."""
     found = own.get(f"{kind}-{scale}-{name}", ())
-    papers = [published()[table] for table in WHOLE.get((kind, scale), ())]
+    papers = [load_published()[table] for table in WHOLE_TABLES.get((kind, scale), ())]
     pairs = [(grid, paper.values) for paper in papers if (grid := ours(paper, found)) is not None]
     if not pairs:
         return ("–",) * 3

@@ -8,19 +8,22 @@ from typing import Any
 
 from regraft.data import CIFAR100_FUSION, CIFAR100_TRANSFER
 from regraft.training.loop import Recipe
-from regraft_bench.fusion import continual, onto_targets, two_tasks
-from regraft_bench.fusion.continual import Theory
-from regraft_bench.fusion.paper import Published, published
-from regraft_bench.fusion.setting import (
+from regraft_bench.fusion import two_tasks
+from regraft_bench.fusion.continual import CONTINUAL
+from regraft_bench.fusion.onto_targets import TARGET_CONTROLS, TARGET_SUMS
+from regraft_bench.fusion.paper import Published, load_published
+from regraft_bench.fusion.settings import (
     GRADIENT,
     TWO_NETWORKS,
     WEIGHTS,
     OntoTargets,
-    Panel,
+    PanelSettings,
     Regime,
     Target,
+    Theory,
     TwoTasks,
 )
+from regraft_bench.fusion.theory import THEORY_METHODS
 from regraft_bench.study import Scenario, Task
 
 # ---------------------------------------------------------------- tasks
@@ -44,7 +47,7 @@ FOOD = (
 STL_ORDER = ("airplane", "bird", "automobile", "cat", "deer", "dog", "horse", "frog", "ship", "truck")
 OTHER_CLASSES = ("aquarium_fish", "butterfly", "cloud", "dolphin", "oak_tree", "otter", "tank", "whale")
 
-TARGETS = (
+TARGET_TASKS = (
     (Target("CIFAR-100", CIFAR100),),
     (
         Target("Caltech-256", _task("caltech256", CALTECH)),
@@ -113,7 +116,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Recipes to choose from, on the diagonals of tables A12, A13 and 6 alone: what differs from `RESIDUAL`."""
 
-WHOLE = {
+WHOLE_TABLES = {
     ("gradients", "small"): ("A2", "A3"),
     ("weights", "small"): ("A12", "A13"),
     ("gradients", "large"): ("A10", "A11"),
@@ -122,8 +125,10 @@ WHOLE = {
 
 # ---------------------------------------------------------------- the paper's tables and figures
 
-IMAGES = 500  # for each accuracy of the residual network at the large scale; a standard error of 2.2 points at most
-HELD_OUT = 100  # to choose one of the grid's positions
+TEST_IMAGES = (
+    500  # for each accuracy of the residual network at the large scale: a standard error up to 2.2 points
+)
+HELD_OUT_IMAGES = 100  # to choose one of the grid's positions
 FINE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0, 5.0)
 ALPHAS = {
     GRADIENT: (0.01, 0.1, 0.2, 0.5, 0.8, 1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0, 30.0, 40.0),
@@ -131,12 +136,12 @@ ALPHAS = {
 }
 PANELS = (
     *(
-        Panel(f"{scale} scale, small training images", scale, "small")
+        PanelSettings(f"{scale} scale, small training images", scale, "small")
         for scale in ("small", "medium", "large")
     ),
-    Panel("large scale, test images", "large", "test"),
+    PanelSettings("large scale, test images", "large", "test"),
 )
-FIGURES = {
+FIGURE_FORMULAS = {
     "1": (GRADIENT, "random"),
     "2": (GRADIENT, "trained"),
     "3": (WEIGHTS, "random"),
@@ -144,21 +149,23 @@ FIGURES = {
 }
 
 
-def _onto(formula: str, onto: str, panels: tuple[Panel, ...], alphas: tuple[float, ...]) -> OntoTargets:
-    targets = TARGETS if onto == "trained" else ()
+def _make_onto(
+    formula: str, onto: str, panels: tuple[PanelSettings, ...], alphas: tuple[float, ...]
+) -> OntoTargets:
+    targets = TARGET_TASKS if onto == "trained" else ()
     return OntoTargets(formula, onto, panels, alphas, CIFAR10, targets, network="small_cnn", regime=CNN)
 
 
-def _table(paper: Published) -> Scenario:
+def _make_table(paper: Published) -> Scenario:
     """A published table as a scenario."""
     name = f"table-{paper.table}"
     if paper.targets:
-        panel = Panel("accuracy", paper.scale, paper.evaluated_on.split()[0])
-        settings = _onto(paper.formula, paper.targets, (panel,), paper.rows)
-        return Scenario(name, (*onto_targets.SUMS, *onto_targets.CONTROLS), settings, seeds=1)
+        panel = PanelSettings("accuracy", paper.scale, paper.evaluated_on.split()[0])
+        onto = _make_onto(paper.formula, paper.targets, (panel,), paper.rows)
+        return Scenario(name, (*TARGET_SUMS, *TARGET_CONTROLS), onto, seeds=1)
     if not paper.formula:
         settings = replace(_TWO_TASKS, alphas=FINE, betas=FINE, pretraining=_task("cifar100", OTHER_CLASSES))
-        return Scenario(name, (*continual.METHODS, *continual.WITH_PRETRAINING), settings, seeds=1)
+        return Scenario(name, (*CONTINUAL, two_tasks.ARITHMETIC), settings, seeds=1)
     settings = replace(
         _TWO_TASKS,
         regime=HALF_WIDTH if paper.scale == "large" else RESIDUAL,
@@ -169,21 +176,21 @@ def _table(paper: Published) -> Scenario:
         evaluated_on="test" if paper.evaluated_on == "test" else "training",
     )
     own = two_tasks.OF_NETWORKS if paper.formula == TWO_NETWORKS else two_tasks.OF_GRADIENTS
-    return Scenario(name, (two_tasks.SUM, *two_tasks.CONTROLS, *own), settings, seeds=1)
+    return Scenario(name, (two_tasks.SUM, *two_tasks.TWO_TASK_CONTROLS, *own), settings, seeds=1)
 
 
 _TWO_TASKS = TwoTasks(
-    CIFAR10, CIFAR100, (), (), network="residual8", regime=RESIDUAL, images=IMAGES, held_out=HELD_OUT
+    CIFAR10, CIFAR100, (), (), "residual8", RESIDUAL, images=TEST_IMAGES, held_out=HELD_OUT_IMAGES
 )
 
 
-def _figures() -> Iterator[Scenario]:
-    for number, (formula, onto) in FIGURES.items():
-        settings = _onto(formula, onto, PANELS, ALPHAS[formula])
-        yield Scenario(f"figure-{number}", onto_targets.SUMS, settings, seeds=1)
+def _make_figures() -> Iterator[Scenario]:
+    for number, (formula, onto) in FIGURE_FORMULAS.items():
+        settings = _make_onto(formula, onto, PANELS, ALPHAS[formula])
+        yield Scenario(f"figure-{number}", TARGET_SUMS, settings, seeds=1)
 
 
-def _paper_size(scenario: Scenario) -> Scenario:
+def _at_paper_size(scenario: Scenario) -> Scenario:
     """Full width, all images, training as long as it takes: for a GPU."""
     settings = scenario.settings
     if isinstance(settings, TwoTasks):
@@ -193,33 +200,31 @@ def _paper_size(scenario: Scenario) -> Scenario:
     return replace(scenario, name=f"{scenario.name}-paper", settings=settings)
 
 
-def _candidate(scale: str, name: str) -> TwoTasks:
+def _make_candidate(scale: str, name: str) -> TwoTasks:
     """Two tasks under one of the recipes to choose from."""
-    recipe = replace(RESIDUAL.recipe(scale), **CANDIDATES[scale][name])
-    return replace(
-        _TWO_TASKS,
-        regime=replace(RESIDUAL, **{scale: recipe}),
-        scale=scale,
-        evaluated_on="training" if scale == "small" else "test",
-    )
+    recipe: dict[str, Any] = {scale: replace(RESIDUAL.recipe(scale), **CANDIDATES[scale][name])}
+    evaluated_on = "training" if scale == "small" else "test"
+    return replace(_TWO_TASKS, regime=replace(RESIDUAL, **recipe), scale=scale, evaluated_on=evaluated_on)
 
 
-def _whole() -> Iterator[Scenario]:
+def _make_whole_tables() -> Iterator[Scenario]:
     """Whole tables under every candidate, by which none was chosen: what another recipe would have changed."""
-    for (kind, scale), (first, _) in WHOLE.items():
-        paper = published()[first]
+    for (kind, scale), (first, _) in WHOLE_TABLES.items():
+        paper = load_published()[first]
         for name in CANDIDATES[scale]:
             settings = replace(
-                _candidate(scale, name), alphas=paper.columns, betas=paper.rows, formula=paper.formula
+                _make_candidate(scale, name), alphas=paper.columns, betas=paper.rows, formula=paper.formula
             )
             yield Scenario(f"{kind}-{scale}-{name}", (two_tasks.SUM,), settings, seeds=1)
 
 
-def _recipes() -> Iterator[Scenario]:
+def _make_recipes() -> Iterator[Scenario]:
     """The diagonals of tables A12 and A13 (small scale) and 6 (large scale) under each candidate."""
     for scale, candidates in CANDIDATES.items():
         for name in candidates:
-            yield Scenario(f"recipe-{scale}-{name}", two_tasks.DIAGONAL, _candidate(scale, name), seeds=1)
+            yield Scenario(
+                f"recipe-{scale}-{name}", two_tasks.DIAGONAL, _make_candidate(scale, name), seeds=1
+            )
     half = replace(_TWO_TASKS, regime=HALF_WIDTH)
     yield Scenario("recipe-large-adam-1e-3-of-half-width", two_tasks.DIAGONAL, half, seeds=1)
     # no candidates: whether theta_B is too near the start after as many epochs as theta_A
@@ -228,7 +233,7 @@ def _recipes() -> Iterator[Scenario]:
         yield Scenario(f"recipe-large-b-of-{epochs}-epochs", two_tasks.DIAGONAL, settings, seeds=1)
 
 
-def _widths() -> Iterator[Scenario]:
+def _make_widths() -> Iterator[Scenario]:
     """Table 6's sum of networks from one start and from two, by the share of the usual width."""
     for width in (0.125, 0.25, 0.5):
         settings = replace(_TWO_TASKS, regime=replace(HALF_WIDTH, width=width))
@@ -239,31 +244,35 @@ def _widths() -> Iterator[Scenario]:
 
 # ---------------------------------------------------------------- small ones
 
+DIGITS_RECIPE = Recipe(epochs=10, lr=0.05, batch_size=32)
 DIGITS = Scenario(
     "digits-two-tasks",
-    continual.METHODS,
+    CONTINUAL,
     TwoTasks(
         a=Task("digits", (0, 1, 2, 3, 4), validation=0.2),
         b=Task("digits", (5, 6, 7, 8, 9), validation=0.2),
         alphas=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
         betas=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
         network="mlp",
-        regime=Regime(*[Recipe(epochs=10, lr=0.05, batch_size=32)] * 3),
+        regime=Regime(DIGITS_RECIPE, DIGITS_RECIPE, DIGITS_RECIPE),
     ),
 )
 
-THEORY = Scenario("appendix-b2", continual.THEORY, Theory(CIFAR10, CIFAR100, "small_cnn", CNN), seeds=1)
+THEORY_SCENARIO = Scenario(
+    "appendix-b2", THEORY_METHODS, Theory(CIFAR10, CIFAR100, "small_cnn", CNN), seeds=1
+)
 
-TABLES = tuple(_table(paper) for paper in published().values())
-FIGURE_SCENARIOS = tuple(_figures())
-RECIPES, WIDTHS, WHOLE_TABLES = tuple(_recipes()), tuple(_widths()), tuple(_whole())
-SCENARIOS = (
+TABLE_SCENARIOS = tuple(_make_table(paper) for paper in load_published().values())
+FIGURE_SCENARIOS = tuple(_make_figures())
+RECIPE_SCENARIOS, WIDTH_SCENARIOS = tuple(_make_recipes()), tuple(_make_widths())
+WHOLE_TABLE_SCENARIOS = tuple(_make_whole_tables())
+FUSION_SCENARIOS = (
     DIGITS,
-    *TABLES,
+    *TABLE_SCENARIOS,
     *FIGURE_SCENARIOS,
-    THEORY,
-    *RECIPES,
-    *WIDTHS,
-    *WHOLE_TABLES,
-    *(_paper_size(scenario) for scenario in (*TABLES, *FIGURE_SCENARIOS)),
+    THEORY_SCENARIO,
+    *RECIPE_SCENARIOS,
+    *WIDTH_SCENARIOS,
+    *WHOLE_TABLE_SCENARIOS,
+    *(_at_paper_size(scenario) for scenario in (*TABLE_SCENARIOS, *FIGURE_SCENARIOS)),
 )

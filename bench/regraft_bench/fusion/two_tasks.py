@@ -1,5 +1,6 @@
-"""Methods of tables 6 and A1 to A19: sums of two networks that were trained on two tasks from one start.
+"""Methods of tables 5, 6 and A1 to A19: sums of two networks that were trained on two tasks from one start, as data.
 
+A method names its sources, how their coefficients run, and what becomes of BatchNorm's statistics (:class:`Fusion`).
 ``accuracy``: the harmonic mean of both tasks' test accuracies, with coefficients that were best on validation images. A
 method's charge is what it takes beyond theta_A and theta_B, which it is given: the search, the matching.
 """
@@ -7,345 +8,289 @@ method's charge is what it takes beyond theta_A and theta_B, which it is given: 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.tensors import Tensors
-from regraft.fusion.grids import harmonic_mean, lattice
+from regraft.fusion.grids import harmonic_mean
 from regraft.fusion.repair import repair_on, reset_on
-from regraft.fusion.sums import Finish, fuse
+from regraft.fusion.sums import gradient
 from regraft.training.evaluation import reset_batchnorm
-from regraft_bench.fusion.sequential import fisher
-from regraft_bench.fusion.setting import (
-    SEARCH,
-    TRAIN,
-    TWO_GRADIENTS,
-    TWO_NETWORKS,
-    A,
-    B,
-    FusionSetting,
-    grid_series,
-)
+from regraft_bench.fusion.accuracy import A, B, Sums, both_tasks, grid_series, measure_ensemble, measure_sums
+from regraft_bench.fusion.merging import estimate_fisher, merge_by_importance, merge_ties, trim
+from regraft_bench.fusion.setting import SEARCH, TRAIN, FusionSetting
+from regraft_bench.fusion.settings import TWO_GRADIENTS, TWO_NETWORKS, TwoTasks
 from regraft_bench.study import Measured, Method, Series, Task
 
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of theta_A, along the line from theta_B
-KEPT = 0.2  # of a gradient, by TIES
-TINY = 1e-12  # importance of a parameter that nothing depends on
+LINE_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of theta_A, along the line from theta_B
+KEPT_SHARE = 0.2  # of a gradient, by TIES
+
+# ---------------------------------------------------------------- what is summed
 
 
-def searched(
-    setting: FusionSetting,
-    sources: Sequence[Tensors],
-    rows: Sequence[Sequence[float]],
-    at: Mapping[str, Sequence[float]],
-    clock: Clock,
-    **how: Any,
-) -> Measured:
-    """Sums at all positions: both tasks' accuracies on the table's images; the best on validation images, on test's.
+def _align_b(setting: FusionSetting, clock: Clock, *, elsewhere: bool = False) -> Tensors:
+    b = setting.theta_b_elsewhere if elsewhere else setting.theta_b
+    return setting.align(setting.theta_a, b, b, clock)
 
-    at: positions by axis, the first one outermost, of which there is one row each.
+
+def _elect_signs(setting: FusionSetting, clock: Clock) -> Tensors:
+    with clock.phase("merge", setting.device):
+        names = [name for name, _ in setting.model.named_parameters()]
+        return merge_ties([trim(g, names, KEPT_SHARE) for g in setting.gradients])
+
+
+def _pretrain(setting: FusionSetting, clock: Clock) -> Tensors:
+    clock.add({TRAIN: setting.pretraining.cost})
+    return setting.pretraining.tensors
+
+
+def _train_further(number: int, setting: FusionSetting, clock: Clock) -> Tensors:
+    """What training on task A (0) or B (1) changes of theta_pre."""
+    task, scale, start = setting.tasks[number], setting.settings.scale, setting.pretraining.tensors
+    recipe = setting.settings.regime.recipe(scale)
+    run = setting.train_from(f"{task.data} after pre-training", start, task, scale, recipe)
+    clock.add({TRAIN: run.cost})
+    return gradient(start, run.tensors)
+
+
+SOURCES: dict[str, Callable[[FusionSetting, Clock], Tensors]] = {
+    "theta_0": lambda setting, _: setting.start(),
+    "theta_A": lambda setting, _: setting.theta_a,
+    "theta_B": lambda setting, _: setting.theta_b,
+    "g_1": lambda setting, _: setting.gradients[0],
+    "g_2": lambda setting, _: setting.gradients[1],
+    "theta_B, aligned": _align_b,
+    "theta_B from elsewhere": lambda setting, _: setting.theta_b_elsewhere,
+    "theta_B from elsewhere, aligned": partial(_align_b, elsewhere=True),
+    "TIES(g_1, g_2)": _elect_signs,
+    "theta_pre": _pretrain,
+    "theta_A - theta_pre": partial(_train_further, 0),
+    "theta_B - theta_pre": partial(_train_further, 1),
+}
+STARTS = ("theta_0", "theta_pre")  # stand in a sum as they are; everything else is scaled
+FORMULAS = {TWO_NETWORKS: ("theta_A", "theta_B"), TWO_GRADIENTS: ("theta_0", "g_1", "g_2")}
+
+# ---------------------------------------------------------------- by how much
+
+Axes = Mapping[str, Sequence[float]]
+Points = tuple[Axes, list[list[float]]]
+"""Positions by axis, the first one outermost; and for each point a coefficient of every source that is scaled."""
+
+
+def grid_points(settings: TwoTasks, _scaled: int) -> Points:
+    """alpha of the first, beta of the second."""
+    rows = [[float(alpha), float(beta)] for beta in settings.betas for alpha in settings.alphas]
+    return {"beta": settings.betas, "alpha": settings.alphas}, rows
+
+
+def diagonal_points(settings: TwoTasks, scaled: int) -> Points:
+    """alpha of all."""
+    return {"alpha": settings.controls}, [[alpha] * scaled for alpha in settings.controls]
+
+
+def line_points(_settings: TwoTasks, _scaled: int) -> Points:
+    """alpha of the first, 1 - alpha of the second."""
+    return {"alpha": LINE_SHARES}, [[share, 1 - share] for share in LINE_SHARES]
+
+
+def middle_point(_settings: TwoTasks, _scaled: int) -> Points:
+    """Half of each."""
+    return {"alpha": (0.5,)}, [[0.5, 0.5]]
+
+
+# ---------------------------------------------------------------- the methods
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A method: called with a setting, it measures a sum of sources at all coefficients, and chooses among them.
+
+    sources: names in `SOURCES`; without any, those of the table's formula. statistics: of BatchNorm: each batch's
+    "own", "summed" as weights are, taken anew on both tasks' training images ("reset"), or by "repair".
     """
-    settings, axes, positions = setting.settings, tuple(at), tuple(tuple(p) for p in at.values())
 
-    def both(split: str, phase: str = EVALUATION, which: slice = slice(None)) -> list[Tensor]:
-        return [
-            setting.accuracies(
-                sources, rows[which], setting.images(task, split, settings.scale), clock, phase, **how
-            )
-            for task in setting.tasks
-        ]
+    sources: tuple[str, ...]
+    coefficients: Callable[[TwoTasks, int], Points]
+    statistics: str = "own"
 
-    held = harmonic_mean(*both("validation", SEARCH))
-    best = int(held.argmax())
+    def __call__(self, setting: FusionSetting) -> Measured:
+        clock, names = Clock(), self.sources or FORMULAS[setting.settings.formula]
+        sources = [SOURCES[name](setting, clock) for name in names]
+        starts = [1.0 for name in names if name in STARTS]
+        axes, rows = self.coefficients(setting.settings, len(names) - len(starts))
+        return choose_on_validation(
+            setting, self._sums(setting, sources, [starts + row for row in rows]), axes, clock
+        )
+
+    def _sums(self, setting: FusionSetting, sources: list[Tensors], rows: list[list[float]]) -> Sums:
+        if self.statistics == "own":
+            return Sums(sources, rows)
+        if self.statistics == "summed":
+            return Sums(sources, rows, setting.model)
+        batches = setting.calibration(setting.tasks, setting.settings.scale)
+        if self.statistics == "reset":
+            return Sums(sources, rows, setting.model, reset_on(setting.model, batches))
+        return Sums(sources, rows, setting.model, repair_on(setting.model, sources, batches))
+
+
+def choose_on_validation(setting: FusionSetting, sums: Sums, axes: Axes, clock: Clock) -> Measured:
+    """Sums at all positions: both tasks' accuracies on the table's images; the best on validation images, on test's."""
+    settings = setting.settings
+
+    def measure(split: str, phase: str = EVALUATION, which: slice = slice(None)) -> list[Tensor]:
+        chosen = Sums(sums.sources, sums.rows[which], sums.model, sums.finish)
+        images = [setting.images(task, split, settings.scale) for task in setting.tasks]
+        return [measure_sums(setting, chosen, own, clock, phase) for own in images]
+
+    held_out = harmonic_mean(*measure("validation", SEARCH))
+    best = int(held_out.argmax())
     if setting.tuning:
-        return Measured({"validation": float(held[best])}, {}, clock.seconds)
-    table = both(settings.evaluated_on)
-    test = table if settings.evaluated_on == "test" else both("test", which=slice(best, best + 1))
+        return Measured({"validation": float(held_out[best])}, {}, clock.seconds)
+    table = measure(settings.evaluated_on)
+    test = table if settings.evaluated_on == "test" else measure("test", which=slice(best, best + 1))
     values = both_tasks(*(float(t[best if len(t) > 1 else 0]) for t in test))
-    chosen = torch.unravel_index(torch.tensor(best), [len(p) for p in positions])
-    values |= {axis: p[int(k)] for axis, p, k in zip(axes, positions, chosen, strict=True)}
-    series = {name: grid_series(axes, positions, found) for name, found in zip((A, B), table, strict=True)}
+    position = torch.unravel_index(torch.tensor(best), [len(p) for p in axes.values()])
+    values |= {axis: p[int(k)] for (axis, p), k in zip(axes.items(), position, strict=True)}
+    series = {name: grid_series(axes, accuracies) for name, accuracies in zip((A, B), table, strict=True)}
     return Measured(values, series, clock.seconds)
 
 
-def both_tasks(a: float, b: float) -> dict[str, float]:
-    """The harmonic mean beside what it is of."""
-    return {"accuracy": 2 * a * b / (a + b) if a + b else 0.0, A: a, B: b}
-
-
-def _whole_grid(setting: FusionSetting, formula: str) -> Measured:
-    settings = setting.settings
-    if formula == TWO_NETWORKS:
-        sources, rows = (
-            [setting.theta_a, setting.theta_b],
-            lattice(settings.betas, settings.alphas, lambda b, a: (a, b)),
-        )
-    else:
-        sources = [setting.start(), *setting.gradients]
-        rows = lattice(settings.betas, settings.alphas, lambda b, a: (1.0, a, b))
-    return searched(
-        setting, sources, rows.tolist(), {"beta": settings.betas, "alpha": settings.alphas}, Clock()
-    )
-
-
-def fused(setting: FusionSetting) -> Measured:
-    """alpha theta_A + beta theta_B."""
-    return _whole_grid(setting, TWO_NETWORKS)
-
-
-def assigned(setting: FusionSetting) -> Measured:
-    """theta_0 + alpha g_1 + beta g_2."""
-    return _whole_grid(setting, TWO_GRADIENTS)
-
-
-def summed(setting: FusionSetting) -> Measured:
-    """The table's own formula."""
-    return _whole_grid(setting, setting.settings.formula)
-
-
-# ---------------------------------------------------------------- two tasks: controls along alpha = beta
-
-
-def _diagonal(
-    setting: FusionSetting,
-    sources: Sequence[Tensors],
-    clock: Clock | None = None,
-    *,
-    fixed: int = 0,
-    model: nn.Module | None = None,
-    finish: Finish | None = None,
-) -> Measured:
-    """All sources but the first ``fixed`` scaled alike."""
-    alphas = setting.settings.controls
-    rows = [[*[1.0] * fixed, *[alpha] * (len(sources) - fixed)] for alpha in alphas]
-    return searched(setting, sources, rows, {"alpha": alphas}, clock or Clock(), model=model, finish=finish)
-
-
-def a_alone(setting: FusionSetting) -> Measured:
-    """alpha theta_A."""
-    return _diagonal(setting, [setting.theta_a])
-
-
-def b_alone(setting: FusionSetting) -> Measured:
-    """alpha theta_B."""
-    return _diagonal(setting, [setting.theta_b])
-
-
-def g_1_alone(setting: FusionSetting) -> Measured:
-    """alpha g_1."""
-    return _diagonal(setting, [setting.gradients[0]])
-
-
-def g_2_alone(setting: FusionSetting) -> Measured:
-    """alpha g_2."""
-    return _diagonal(setting, [setting.gradients[1]])
-
-
-def zero_target(setting: FusionSetting) -> Measured:
-    """alpha g_1 + alpha g_2, without theta_0."""
-    return _diagonal(setting, setting.gradients)
-
-
-def average(setting: FusionSetting) -> Measured:
-    """(theta_A + theta_B) / 2."""
-    sources = [setting.theta_a, setting.theta_b]
-    return searched(setting, sources, [[0.5, 0.5]], {"alpha": (0.5,)}, Clock())
-
-
-def along_the_line(setting: FusionSetting) -> Measured:
-    """alpha theta_A + (1 - alpha) theta_B."""
-    rows = [[share, 1 - share] for share in SHARES]
-    return searched(setting, [setting.theta_a, setting.theta_b], rows, {"alpha": SHARES}, Clock())
-
-
-def importance(setting: FusionSetting, task: Task, tensors: Tensors, clock: Clock) -> Tensors:
+def find_importance(setting: FusionSetting, task: Task, tensors: Tensors, clock: Clock) -> Tensors:
     """The diagonal of the Fisher information on the task's training images, by parameter."""
     scale = setting.settings.scale
     with clock.phase("fisher", setting.device):
         # It is taken image by image, so BatchNorm must not look at a batch.
-        settled = reset_batchnorm(setting.model, tensors, setting.calibration([task], scale))
+        fixed = reset_batchnorm(setting.model, tensors, setting.calibration([task], scale))
         images, _ = setting.images(task, "training", scale)
-        drawn = setting.generator("fisher", task.data, task.classes)
-        return fisher(setting.model, settled, images, generator=drawn, batch_size=50)
+        generator = setting.generator("fisher", task.data, task.classes)
+        return estimate_fisher(setting.model, fixed, images, generator=generator, batch_size=50)
 
 
-def fisher_merged(setting: FusionSetting) -> Measured:
+def merge_with_fisher(setting: FusionSetting) -> Measured:
     """Parameters averaged by their importance (Matena and Raffel, 2022): alpha F_A and (1 - alpha) F_B are the weights.
 
     A parameter that neither network needs is averaged by alpha alone; buffers are.
     """
     clock, pair = Clock(), (setting.theta_a, setting.theta_b)
-    weights = [importance(setting, t, own, clock) for t, own in zip(setting.tasks, pair, strict=True)]
-
-    def merged(share: float) -> Tensors:
-        found = fuse(pair, (share, 1 - share))
-        for name in weights[0]:
-            a, b = share * (weights[0][name] + TINY), (1 - share) * (weights[1][name] + TINY)
-            found[name] = (a * pair[0][name] + b * pair[1][name]) / (a + b)
-        return found
-
-    sources = [merged(share) for share in SHARES]
-    return searched(setting, sources, torch.eye(len(SHARES)).tolist(), {"alpha": SHARES}, clock)
+    importances = [
+        find_importance(setting, t, own, clock) for t, own in zip(setting.tasks, pair, strict=True)
+    ]
+    merged = [merge_by_importance(pair, importances, share) for share in LINE_SHARES]
+    sums = Sums(merged, torch.eye(len(merged)).tolist())
+    return choose_on_validation(setting, sums, {"alpha": LINE_SHARES}, clock)
 
 
-def ties(setting: FusionSetting) -> Measured:
-    """theta_0 + alpha TIES(g_1, g_2) (Yadav et al., 2023): of each gradient the largest fifth, signs elected."""
-    clock = Clock()
-    with clock.phase("merge", setting.device):
-        names = [name for name, _ in setting.model.named_parameters()]
-        together = ties_merged([trimmed(g, names, KEPT) for g in setting.gradients])
-    alphas = setting.settings.controls
-    rows = [[1.0, alpha] for alpha in alphas]
-    return searched(setting, [setting.start(), together], rows, {"alpha": alphas}, clock)
-
-
-def trimmed(g: Tensors, names: Sequence[str], kept: float) -> Tensors:
-    """`g`, with zeros but for the share `kept` of the named tensors' values that are largest by magnitude."""
-    sizes = torch.cat([g[name].abs().flatten() for name in names])
-    least = sizes.sort().values[-max(1, round(kept * len(sizes)))]
-    return g | {name: torch.where(g[name].abs() >= least, g[name], 0) for name in names}
-
-
-def ties_merged(parts: Sequence[Tensors]) -> Tensors:
-    """Value by value the mean of those parts that are not zero and have the sign of the parts' sum."""
-    found = {}
-    for name, first in parts[0].items():
-        stack = torch.stack([part[name] for part in parts])
-        agree = (stack.sign() == stack.sum(0).sign()) & (stack != 0)
-        total = torch.where(agree, stack, 0).sum(0)
-        found[name] = (total / agree.sum(0).clamp_min(1)).to(first.dtype)
-    return found
-
-
-def ensemble(setting: FusionSetting) -> Measured:
+def average_logits(setting: FusionSetting) -> Measured:
     """The mean of both networks' logits: twice the inference."""
-    settings, clock = setting.settings, Clock()
+    settings, clock, members = setting.settings, Clock(), (setting.theta_a, setting.theta_b)
 
-    def both(split: str) -> list[float]:
-        members = [setting.theta_a, setting.theta_b]
-        return [
-            setting.ensemble(members, setting.images(t, split, settings.scale), clock) for t in setting.tasks
-        ]
+    def measure(split: str) -> list[float]:
+        images = [setting.images(task, split, settings.scale) for task in setting.tasks]
+        return [measure_ensemble(setting, members, own, clock) for own in images]
 
-    table = dict(zip((A, B), both(settings.evaluated_on), strict=True))
-    series = {name: Series.over("alpha", (0.5,), (value,)) for name, value in table.items()}
-    return Measured(both_tasks(*both("test")), series, clock.seconds)
+    table = zip((A, B), measure(settings.evaluated_on), strict=True)
+    series = {name: Series.over("alpha", (0.5,), (value,)) for name, value in table}
+    return Measured(both_tasks(*measure("test")), series, clock.seconds)
 
 
-def aligned(setting: FusionSetting) -> Measured:
-    """theta_A + theta_B after theta_B's units were permuted to match theta_A's."""
-    clock = Clock()
-    moved = setting.aligned(setting.theta_a, setting.theta_b, setting.theta_b, clock)
-    return _diagonal(setting, [setting.theta_a, moved], clock)
-
-
-def _other(setting: FusionSetting) -> Tensors:
-    """theta_B, trained from initial values of its own."""
-    return setting.trained(setting.settings.b, setting.settings.scale, number=1).tensors
-
-
-def other_start(setting: FusionSetting) -> Measured:
-    """theta_A + theta_B, which started elsewhere."""
-    return _diagonal(setting, [setting.theta_a, _other(setting)])
-
-
-def other_start_aligned(setting: FusionSetting) -> Measured:
-    """theta_A + theta_B, which started elsewhere and was permuted to match theta_A."""
-    clock, other = Clock(), _other(setting)
-    return _diagonal(setting, [setting.theta_a, setting.aligned(setting.theta_a, other, other, clock)], clock)
-
-
-def _sources(setting: FusionSetting) -> tuple[list[Tensors], int]:
-    """What the table's formula sums, and how many of its first terms are not scaled."""
-    if setting.settings.formula == TWO_NETWORKS:
-        return [setting.theta_a, setting.theta_b], 0
-    return [setting.start(), *setting.gradients], 1
-
-
-def fused_statistics(setting: FusionSetting) -> Measured:
-    """BatchNorm's running statistics summed as weights are."""
-    sources, fixed = _sources(setting)
-    return _diagonal(setting, sources, fixed=fixed, model=setting.model)
-
-
-def reset_statistics(setting: FusionSetting) -> Measured:
-    """BatchNorm's running statistics taken anew on training images of both tasks."""
-    sources, fixed = _sources(setting)
-    finish = reset_on(setting.model, setting.calibration(setting.tasks, setting.settings.scale))
-    return _diagonal(setting, sources, fixed=fixed, model=setting.model, finish=finish)
-
-
-def repaired(setting: FusionSetting) -> Measured:
-    """REPAIR towards theta_A and theta_B."""
-    sources = [setting.theta_a, setting.theta_b]
-    batches = setting.calibration(setting.tasks, setting.settings.scale)
-    return _diagonal(setting, sources, model=setting.model, finish=repair_on(setting.model, sources, batches))
-
-
-def diagonal(setting: FusionSetting) -> Measured:
+def measure_diagonal(setting: FusionSetting) -> Measured:
     """theta_A + theta_B on the table's images, what either is worth there, and how far training moved them."""
-    settings, clock = setting.settings, Clock()
-    rows = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
-    on_a, on_b = (
-        setting.accuracies(
-            [setting.theta_a, setting.theta_b],
-            rows,
-            setting.images(task, settings.evaluated_on, settings.scale),
-            clock,
-        )
-        for task in setting.tasks
-    )
-    start, g = setting.start(), setting.gradients
-    ratios = [_norm(setting.model, moved) / _norm(setting.model, start) for moved in g]
-    values = both_tasks(float(on_a[2]), float(on_b[2]))
-    values |= {"own_a": float(on_a[0]), "own_b": float(on_b[1])}
-    values |= {"other_a": float(on_a[1]), "other_b": float(on_b[0])}  # of the network that never saw the task
+    settings, clock, pair = setting.settings, Clock(), (setting.theta_a, setting.theta_b)
+    sums = Sums(pair, [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    images = [setting.images(task, settings.evaluated_on, settings.scale) for task in setting.tasks]
+    on_a, on_b = (measure_sums(setting, sums, own, clock).tolist() for own in images)
+    start = _parameter_norm(setting.model, setting.start())
+    ratios = [_parameter_norm(setting.model, g) / start for g in setting.gradients]
+    values = both_tasks(on_a[2], on_b[2])
+    values |= {"own_a": on_a[0], "own_b": on_b[1]}
+    values |= {"other_a": on_a[1], "other_b": on_b[0]}  # of the network that never saw the task
     values |= {"delta_ratio_a": ratios[0], "delta_ratio_b": ratios[1], "delta_ratio": fmean(ratios)}
     cost = setting.training_a.cost + setting.training_b.cost
     return Measured(values, {}, {TRAIN: cost, **clock.seconds})
 
 
-def _norm(model: nn.Module, tensors: Tensors) -> float:
+def _parameter_norm(model: nn.Module, tensors: Tensors) -> float:
     """Of all parameters, BatchNorm's statistics left out."""
     return math.sqrt(
         sum(float(tensors[name].double().square().sum()) for name, _ in model.named_parameters())
     )
 
 
-SUM = Method("sum", summed)
+def _method(
+    name: str,
+    about: str,
+    *sources: str,
+    coefficients: Callable[[TwoTasks, int], Points] = diagonal_points,
+    statistics: str = "own",
+) -> Method:
+    return Method(name, Fusion(sources, coefficients, statistics), about=about)
 
-ALONE = (Method("theta_A alone", a_alone), Method("theta_B alone", b_alone))
 
-CONTROLS = (
+SUM = _method("sum", "The table's own formula.", coefficients=grid_points)
+SUM_OF_NETWORKS = _method("sum", f"{TWO_NETWORKS}.", *FORMULAS[TWO_NETWORKS], coefficients=grid_points)
+SUM_OF_GRADIENTS = _method(
+    "assignment", f"{TWO_GRADIENTS}.", *FORMULAS[TWO_GRADIENTS], coefficients=grid_points
+)
+ARITHMETIC = _method(
+    "task arithmetic",
+    "theta_pre + alpha (theta_A - theta_pre) + beta (theta_B - theta_pre), both trained from theta_pre.",
+    "theta_pre", "theta_A - theta_pre", "theta_B - theta_pre", coefficients=grid_points,
+)  # fmt: skip
+
+AVERAGES = (
+    _method("average", "(theta_A + theta_B) / 2.", "theta_A", "theta_B", coefficients=middle_point),
+    Method("ensemble", average_logits),
+)
+ALONE = (
+    _method("theta_A alone", "alpha theta_A.", "theta_A"),
+    _method("theta_B alone", "alpha theta_B.", "theta_B"),
+)
+TWO_TASK_CONTROLS = (
     *ALONE,
-    Method("g_1 alone", g_1_alone),
-    Method("g_2 alone", g_2_alone),
-    Method("average", average),
-    Method("ensemble", ensemble),
-    Method("fused statistics", fused_statistics),
-    Method("reset statistics", reset_statistics),
+    _method("g_1 alone", "alpha g_1.", "g_1"),
+    _method("g_2 alone", "alpha g_2.", "g_2"),
+    *AVERAGES,
+    _method("fused statistics", "BatchNorm's running statistics summed as weights are.", statistics="summed"),
+    _method(
+        "reset statistics",
+        "BatchNorm's running statistics taken anew on training images of both tasks.",
+        statistics="reset",
+    ),
 )
-
-PEERS = (
-    Method("line", along_the_line),
-    Method("Fisher merging", fisher_merged),
-    Method("TIES", ties),
-)
-
-OF_TWO_STARTS = (Method("other start", other_start), Method("other start, aligned", other_start_aligned))
-
+MERGING_PEERS = (
+    _method("line", "alpha theta_A + (1 - alpha) theta_B.", "theta_A", "theta_B", coefficients=line_points),
+    Method("Fisher merging", merge_with_fisher),
+    _method(
+        "TIES",
+        "theta_0 + alpha TIES(g_1, g_2) (Yadav et al., 2023): of each gradient the largest fifth, signs elected.",
+        "theta_0", "TIES(g_1, g_2)",
+    ),
+)  # fmt: skip
+OF_TWO_STARTS = (
+    _method(
+        "other start", "theta_A + theta_B, which started elsewhere.", "theta_A", "theta_B from elsewhere"
+    ),
+    _method(
+        "other start, aligned",
+        "theta_A + theta_B, which started elsewhere and was permuted to match theta_A.",
+        "theta_A", "theta_B from elsewhere, aligned",
+    ),
+)  # fmt: skip
 OF_NETWORKS = (
-    *PEERS,
-    Method("REPAIR", repaired),
-    Method("aligned", aligned),
+    *MERGING_PEERS,
+    _method("REPAIR", "REPAIR towards theta_A and theta_B.", "theta_A", "theta_B", statistics="repair"),
+    _method(
+        "aligned",
+        "theta_A + theta_B after theta_B's units were permuted to match theta_A's.",
+        "theta_A", "theta_B, aligned",
+    ),
     *OF_TWO_STARTS,
-)
-
-OF_GRADIENTS = (Method("zero target", zero_target),)
-
-DIAGONAL = (Method("diagonal", diagonal),)
+)  # fmt: skip
+OF_GRADIENTS = (_method("zero target", "alpha g_1 + alpha g_2, without theta_0.", "g_1", "g_2"),)
+DIAGONAL = (Method("diagonal", measure_diagonal),)
