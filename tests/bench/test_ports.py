@@ -12,12 +12,13 @@ from regraft.symmetry import apply
 from regraft.training.loop import Recipe
 from regraft_bench.run import run
 from regraft_bench.study import TUNING_SEED, RunPaths, Scenario, Task
-from regraft_bench.transfer import STUDY, ports
+from regraft_bench.transfer import STUDY
+from regraft_bench.transfer.methods import ports
 from regraft_bench.transfer.pages import PORT_QUESTIONS, port_questions, ported
-from regraft_bench.transfer.setting import Pretraining, TransferSetting
+from regraft_bench.transfer.setting import PortSettings, Pretraining, TransferSetting
 
 RECIPE = Recipe(epochs=1, lr=0.05)
-TINY = ports.PortSettings(
+TINY = PortSettings(
     task=Task("digits", DIGITS_HIGH),
     model=networks.residual8,
     arguments={"num_classes": 5, "width": 0.0625, "in_channels": 1},
@@ -30,7 +31,7 @@ TINY = ports.PortSettings(
     images=(2,),
     alphas=(0.0, 1.0),
 )
-SCENARIO = Scenario("port-tiny", ports.methods((0.01, 0.05)), TINY, seeds=2)
+SCENARIO = Scenario("port-tiny", ports.port_methods((0.01, 0.05)), TINY, seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_every_method_says_what_it_comes_to(rows):
     assert {row.method for row in reported} == {method.name for method in SCENARIO.methods}
     for row in reported:
         found = dict(row.series["accuracy by images"].points())
-        assert found == {count: row.values[ports.at(count)] for count in TINY.images}
+        assert found == {count: row.values[ports.metric_name(count)] for count in TINY.images}
         assert all(0 <= value <= 1 for value in found.values())
     tuning = [row for row in rows if row.seed == TUNING_SEED]
     assert len(tuning) == 6 and all(set(row.values) == {"validation"} for row in tuning)
@@ -67,37 +68,41 @@ def test_every_method_says_what_it_comes_to(rows):
     assert len(sheet.lines) == len(PORT_QUESTIONS) and all(line[1] == "2" for line in sheet.lines)
 
 
-@pytest.mark.parametrize("find", [ports.identity, ports.by_weights, ports.by_fgmt])
+@pytest.mark.parametrize("find", [ports.leave_in_place, ports.match_bases, ports.match_gradients])
 def test_on_its_own_base_a_port_is_the_fine_tune(place, find):
     own = setting(place, alphas=(1.0,))
     own.target_start = own.source_start
     names = dict(own.model.named_parameters())
-    moved = ports.task_vector(find, ports.all_of_it, own, ports.few(own, 4), Clock())
-    assert alike(moved, ports.tuned(own).tensors, names)
+    moved = ports.add_task_vector(find, ports.full_task_vector, own, ports.few_shot_data(own, 4), Clock())
+    assert alike(moved, ports.fine_tune_base(own).tensors, names)
 
 
 def test_on_a_permuted_base_it_is_the_permuted_fine_tune(place):
     own = setting(place, alphas=(1.0,))
-    spec = own.traced[0]
+    spec = own.spec
     perm = spec.random(torch.Generator().manual_seed(1))
     own.target_start = apply(spec, perm, own.source_start)
-    wanted = apply(spec, perm, ports.tuned(own).tensors)
+    wanted = apply(spec, perm, ports.fine_tune_base(own).tensors)
     names = dict(own.model.named_parameters())
-    seen = ports.few(own, 4)
-    assert alike(ports.task_vector(ports.by_weights, ports.all_of_it, own, seen, Clock()), wanted, names)
-    assert not alike(ports.task_vector(ports.identity, ports.all_of_it, own, seen, Clock()), wanted, names)
+    seen = ports.few_shot_data(own, 4)
+    assert alike(
+        ports.add_task_vector(ports.match_bases, ports.full_task_vector, own, seen, Clock()), wanted, names
+    )
+    assert not alike(
+        ports.add_task_vector(ports.leave_in_place, ports.full_task_vector, own, seen, Clock()), wanted, names
+    )
 
 
 def test_the_command_moves_what_the_method_moves(place):
     """On a permuted base: from files without heads, back with the permuted fine-tune's."""
     own = setting(place, steps=1)
-    spec = own.traced[0]
+    spec = own.spec
     own.target_start = apply(spec, spec.random(torch.Generator().manual_seed(1)), own.source_start)
-    clock, seen = Clock(), ports.few(own, 4)
-    found = ports.by_command(own, seen, clock)
-    perm = ports.by_fgmt(own, seen, Clock())
+    clock, seen = Clock(), ports.few_shot_data(own, 4)
+    found = ports.port_by_command(own, seen, clock)
+    perm = ports.match_gradients(own, seen, Clock())
     wanted = ports.new_base(own)
-    start, end = (apply(spec, perm, theta) for theta in (ports.base(own), ports.tuned(own).tensors))
+    start, end = (apply(spec, perm, theta) for theta in (ports.base(own), ports.fine_tune_base(own).tensors))
     names = [name for name, _ in own.model.named_parameters()]
     assert alike(found, {n: wanted[n] + end[n] - start[n] for n in names}, names)
     assert set(found) == set(wanted) and clock.seconds["gradients"].cpu > 0
@@ -105,10 +110,10 @@ def test_the_command_moves_what_the_method_moves(place):
 
 def test_the_mask_keeps_a_part_and_the_head_whole(place):
     own = setting(place, alphas=(1.0,))
-    seen, start = ports.few(own, 4), ports.new_base(own)
+    seen, start = ports.few_shot_data(own, 4), ports.new_base(own)
     whole, part, none = (
-        ports.task_vector(ports.identity, keep, own, seen, Clock())
-        for keep in (ports.all_of_it, ports.MAJORITY, ports.nothing)
+        ports.add_task_vector(ports.leave_in_place, keep, own, seen, Clock())
+        for keep in (ports.full_task_vector, ports.keep_by_majority, ports.head_only)
     )
     head = ports._head(own.model)
     for name, _ in own.model.named_parameters():
@@ -125,11 +130,13 @@ def test_the_mask_keeps_a_part_and_the_head_whole(place):
 
 def test_few_images_are_nested_and_no_others_are_seen(place):
     own = setting(place)
-    one, four = ({tuple(x.flatten().tolist()) for x in ports.few(own, n).split.images} for n in (1, 4))
+    one, four = (
+        {tuple(x.flatten().tolist()) for x in ports.few_shot_data(own, n).split.images} for n in (1, 4)
+    )
     assert len(one) == 5 and len(four) == 20 and one <= four
-    stream = ports.few(own, 4).stream()
+    stream = ports.few_shot_data(own, 4).stream()
     passes = [next(stream)[1] for _ in range(3)]
     assert all(labels.bincount().tolist() == [4] * 5 for labels in passes)
     assert not all(torch.equal(passes[0], labels) for labels in passes)
-    judged = ports.judges(own)
+    judged = ports.eval_batches(own)
     assert sum(len(labels) for _, labels in judged) <= len(own.data.test)

@@ -17,17 +17,23 @@ from regraft_bench.report.tables import Group, groups
 from regraft_bench.rows import Code, Environment, Row, Series, digest, plain_data, read_rows
 from regraft_bench.run import run
 from regraft_bench.study import TUNING_SEED, RunPaths, Scenario, Task
-from regraft_bench.transfer import STUDY, ports
-from regraft_bench.transfer.assumption import FIRST_GRADIENTS, UPDATES, distance
-from regraft_bench.transfer.cost import COUNTED
-from regraft_bench.transfer.ensembles import ENSEMBLES, ensemble, judged_together, trained
-from regraft_bench.transfer.landscape import LINES, PLANE
-from regraft_bench.transfer.leads import LEADS, PAIRS
-from regraft_bench.transfer.methods import METHODS
+from regraft_bench.transfer import STUDY
+from regraft_bench.transfer.methods.assumption import FIRST_GRADIENTS, UPDATES, distance
+from regraft_bench.transfer.methods.cost import COUNTS
+from regraft_bench.transfer.methods.ensembles import (
+    ENSEMBLES,
+    evaluate_together,
+    make_ensemble,
+    train_member,
+)
+from regraft_bench.transfer.methods.landscape import LINES, PLANE
+from regraft_bench.transfer.methods.leads import LEADS, PAIRS
+from regraft_bench.transfer.methods.peers import PEERS
+from regraft_bench.transfer.methods.ports import port_methods
+from regraft_bench.transfer.methods.transfers import TRANSFERS, run_transfer
 from regraft_bench.transfer.pages import COLUMNS, TABLES, epochs, reach, speed_up
-from regraft_bench.transfer.peers import PEERS
 from regraft_bench.transfer.plots import FIGURES
-from regraft_bench.transfer.setting import Pretraining, Settings, TransferSetting
+from regraft_bench.transfer.setting import PortSettings, Pretraining, TransferSetting, TransferSettings
 
 SCENARIOS = {scenario.name: scenario for scenario in STUDY.scenarios}
 
@@ -82,7 +88,7 @@ def test_every_network_can_be_made(name):
 # ---------------------------------------------------------------- runs
 
 BRIEF = Recipe(epochs=2, lr=0.05)
-TINY = Settings(
+TINY = TransferSettings(
     task=Task("digits"),
     model=networks.mlp,
     arguments={"sizes": (64, 16, 10)},
@@ -93,7 +99,9 @@ TINY = Settings(
 )
 
 
-def measure(folder: Path, settings: Settings, methods=METHODS, seeds=(0,), name="tiny") -> list[Row]:
+def measure(
+    folder: Path, settings: TransferSettings, methods=TRANSFERS, seeds=(0,), name="tiny"
+) -> list[Row]:
     scenario = Scenario(name, methods, settings)
     place = RunPaths(cache=folder / "cache")
     return list(run(STUDY, [scenario], place=place, rows=folder / "rows.jsonl", seeds=seeds))
@@ -106,7 +114,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    return measure(folder, TINY, (*METHODS, *PEERS), seeds=(0, 1))
+    return measure(folder, TINY, (*TRANSFERS, *PEERS), seeds=(0, 1))
 
 
 def test_every_method_gives_a_row_that_makes_sense(rows, folder):
@@ -156,7 +164,7 @@ def test_seeds_are_other_runs_of_the_same_thing(rows):
 
 
 def test_a_tuning_run_looks_at_no_test_data(tmp_path):
-    found = measure(tmp_path, TINY, (*METHODS, *PEERS), seeds=(TUNING_SEED,))
+    found = measure(tmp_path, TINY, (*TRANSFERS, *PEERS), seeds=(TUNING_SEED,))
     for row in found:
         assert not row.failure and row.values["validation"] is not None
         assert row.values.get("accuracy") is None and row.values.get("final") is None
@@ -178,7 +186,7 @@ def test_pretrained_starts_batch_norm_and_augmentation(tmp_path):
     found = measure(tmp_path, settings)
     assert not [row.failure for row in found if row.failure]
     assert all("batchnorm" in row.cost for row in found if row.method != "plain")
-    setting = TransferSetting(Scenario("tiny", METHODS, settings), 0, RunPaths(cache=tmp_path / "cache"))
+    setting = TransferSetting(Scenario("tiny", TRANSFERS, settings), 0, RunPaths(cache=tmp_path / "cache"))
     assert not torch.equal(setting.source_start["conv1.weight"], setting.target_start["conv1.weight"])
     fresh = networks.build(
         lambda: settings.model(**settings.arguments), setting.generator("values", "target")
@@ -189,7 +197,7 @@ def test_pretrained_starts_batch_norm_and_augmentation(tmp_path):
 def test_gradients_see_the_images_that_training_sees(tmp_path):
     def first(augment):
         settings = replace(TINY, recipe=replace(BRIEF, augment=augment))
-        setting = TransferSetting(Scenario("tiny", METHODS, settings), 0, RunPaths(cache=tmp_path))
+        setting = TransferSetting(Scenario("tiny", TRANSFERS, settings), 0, RunPaths(cache=tmp_path))
         again, once = (next(iter(setting.stream()))[0] for _ in range(2))
         assert torch.equal(once, again), "every method sees the same ones"
         assert len(once) == settings.recipe.batch_size
@@ -200,7 +208,7 @@ def test_gradients_see_the_images_that_training_sees(tmp_path):
 
 def test_missing_data_are_named_before_any_work(tmp_path):
     settings = replace(TINY, pretraining=Pretraining(Task("cifar10"), BRIEF))
-    scenario = Scenario("absent", METHODS, settings)
+    scenario = Scenario("absent", TRANSFERS, settings)
     place = RunPaths(data=tmp_path, cache=tmp_path / "cache")
     with pytest.raises(MissingData):
         list(run(STUDY, [scenario], place=place, rows=tmp_path / "rows.jsonl"))
@@ -236,23 +244,23 @@ def test_a_method_is_on_every_page_without_another_edit(shown):
 
 
 QUESTIONS = {
-    "regime-mlp-base": METHODS[:5],
-    "regime-mlp-init-4": METHODS[:5],
-    "schedule-mlp2-recorded": METHODS[1:],
-    "sensitivity-mlp2-T-2": METHODS[4:],
-    "sensitivity-mlp2-base": METHODS[4:],
-    "fails-mlp2-lr-4x": METHODS[:5],
-    "inherits-digits": METHODS,
+    "regime-mlp-base": TRANSFERS[:5],
+    "regime-mlp-init-4": TRANSFERS[:5],
+    "schedule-mlp2-recorded": TRANSFERS[1:],
+    "sensitivity-mlp2-T-2": TRANSFERS[4:],
+    "sensitivity-mlp2-base": TRANSFERS[4:],
+    "fails-mlp2-lr-4x": TRANSFERS[:5],
+    "inherits-digits": TRANSFERS,
     "assumption-mlp": UPDATES,
     "theorem-2x2-64": FIRST_GRADIENTS,
     "theorem-2x2-128": FIRST_GRADIENTS,
-    "basin-digits-mlp2": (*LINES, *PLANE),
+    "basin-digits-mlp2": (*LINES, PLANE),
     "ensemble-digits-mlp2": ENSEMBLES,
-    "cost-digits-mlp": COUNTED,
-    "peers-digits-mlp2": METHODS[:1],
-    "normalised-digits-mlp": (*METHODS[4:], *LEADS),
+    "cost-digits-mlp": COUNTS,
+    "peers-digits-mlp2": TRANSFERS[:1],
+    "normalised-digits-mlp": (*TRANSFERS[4:], *LEADS),
 }
-PORT = ports.PortSettings(
+PORT = PortSettings(
     **{**vars(TINY), "subsequent": None, "pretraining": Pretraining(Task("digits"), BRIEF)},
     images=(1, 2),
     alphas=(1.0,),
@@ -267,7 +275,7 @@ def answers(folder):
         settings = replace(TINY, schedule="recorded" if "recorded" in name else "uniform")
         settings = replace(settings, init_scale=4.0 if "init" in name else 1.0)
         found += measure(folder, settings, methods, name=name)
-    moved = [method for method in ports.methods((0.1,)) if method.name in ("naive", "gradfix")]
+    moved = [method for method in port_methods((0.1,)) if method.name in ("naive", "gradfix")]
     return found + measure(folder, PORT, tuple(moved), name="port-resnet-cifar100")
 
 
@@ -300,7 +308,7 @@ def test_answers_make_sense(answers):
     assert one.at[0][0] == 1, "the first look is after one update"
     line = of(answers, "basin-digits-mlp2", "source to naive")
     assert line.values["barrier"] >= 0 and len(line.series["loss"].values) == 11
-    counted = {method.name: of(answers, "cost-digits-mlp", method.name).values for method in COUNTED}
+    counted = {method.name: of(answers, "cost-digits-mlp", method.name).values for method in COUNTS}
     assert counted["fgmt"]["gradients"] == 2 * TINY.steps
     per_gradient = counted["plain"]["work [FLOP]"] / counted["plain"]["gradients"]
     assert counted["fgmt"]["work [FLOP]"] > counted["fgmt"]["gradients"] * per_gradient, (
@@ -333,10 +341,10 @@ def test_calibration_by_hand():
     sure = torch.tensor(
         [[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]
     )  # three right of four, all at 100 %
-    found = judged_together(sure, labels)
+    found = evaluate_together(sure, labels)
     assert found["accuracy"] == 0.75 and found["calibration error"] == pytest.approx(0.25)
     assert found["disagreement"] == 0 and found["worst member"] == 0.75
-    both = judged_together(torch.cat([sure, 1 - sure]), labels)
+    both = evaluate_together(torch.cat([sure, 1 - sure]), labels)
     assert both["disagreement"] == 1 and both["nll [nats]"] == pytest.approx(torch.tensor(2.0).log().item())
 
 
@@ -345,21 +353,21 @@ def test_calibration_by_hand():
 
 def setting(folder: Path, **changes) -> TransferSetting:
     return TransferSetting(
-        Scenario("tiny", METHODS, replace(TINY, **changes)), 0, RunPaths(cache=folder / "cache")
+        Scenario("tiny", TRANSFERS, replace(TINY, **changes)), 0, RunPaths(cache=folder / "cache")
     )
 
 
 def test_an_ensemble_of_one_is_one_network_and_of_none_is_refused(folder):
-    one = ensemble(trained, 1, setting(folder))
+    one = make_ensemble(train_member, 1, setting(folder))
     assert one.values["accuracy"] == one.values["mean of members"] and list(one.cost) == ["source"]
     with pytest.raises(ValueError, match="at least one member"):
-        ensemble(trained, 0, setting(folder))
+        make_ensemble(train_member, 0, setting(folder))
 
 
 def test_paths_of_other_lengths_and_spacings_transfer(folder):
     own = setting(folder)
     path = Trajectory(own.path.anchors, ((0, 0.0), (1, 0.05), (1, 1.0)), {})
-    assert len(own.transfer("fgmt", path=path).accuracies) == 3
+    assert len(run_transfer(own, "fgmt", path=path).accuracies) == 3
 
 
 def test_a_source_that_is_not_finite_is_named_with_its_step(folder):
@@ -377,20 +385,20 @@ def test_starts_of_other_label_sets_are_matched_where_the_network_has_room_for_t
     settings = replace(
         TINY, task=Task("digits", (5, 6)), arguments={"sizes": (64, 16, 3)}, pretraining=earlier
     )
-    assert not [row.failure for row in measure(tmp_path, settings, METHODS[:2]) if row.failure]
-    narrow = measure(tmp_path, replace(settings, arguments={"sizes": (64, 16, 2)}), METHODS[:2])
+    assert not [row.failure for row in measure(tmp_path, settings, TRANSFERS[:2]) if row.failure]
+    narrow = measure(tmp_path, replace(settings, arguments={"sizes": (64, 16, 2)}), TRANSFERS[:2])
     assert all(row.failure and "label" in row.failure for row in narrow), "no output for the third class"
 
 
 def test_chance_is_told_and_not_hidden_behind_the_best_step(tmp_path):
-    found = measure(tmp_path, replace(TINY, recipe=replace(BRIEF, lr=0.0)), METHODS[:2], name="digits-mlp")
+    found = measure(tmp_path, replace(TINY, recipe=replace(BRIEF, lr=0.0)), TRANSFERS[:2], name="digits-mlp")
     assert found[1].notes["at chance"] and found[1].values["accuracy"] is not None
     table = next(table for table in TABLES if table.name == "main")
     assert "(chance)" in table.make_sheets(found)[0].lines[0][1]
 
 
 def test_a_tuning_run_is_refused_test_data(tmp_path):
-    tuning = TransferSetting(Scenario("tiny", METHODS, TINY), TUNING_SEED, RunPaths(cache=tmp_path))
+    tuning = TransferSetting(Scenario("tiny", TRANSFERS, TINY), TUNING_SEED, RunPaths(cache=tmp_path))
     with pytest.raises(ValueError, match="test data"):
         tuning.tests()
 

@@ -26,7 +26,8 @@ from regraft_bench.report.tables import (
 )
 from regraft_bench.rows import Row
 from regraft_bench.study import Scenario
-from regraft_bench.transfer import ports, scenarios
+from regraft_bench.transfer import scenarios
+from regraft_bench.transfer.methods.ports import metric_name
 
 SHARES = (0.90, 0.95, 0.99)
 """Of plain training's accuracy: what a transferred network is to reach."""
@@ -314,7 +315,7 @@ def ported(rows: Rows) -> Iterator[Sheet]:
         counts = _counts(own)
         columns = (
             SEEDS,
-            *(Column(str(count), value(ports.at(count))) for count in counts),
+            *(Column(str(count), value(metric_name(count))) for count in counts),
             *(Column(f"CPU s at {count}", _seconds_at(count)) for count in counts[-1:]),
         )
         yield from by_method(columns)(own)
@@ -325,7 +326,7 @@ def port_questions(rows: Rows) -> Iterator[Sheet]:
     for scenario, own in by_scenario(rows).items():
         counts, lines = _counts(own), []
         for one, other in PORT_QUESTIONS:
-            found = [compare_methods(own, one, other, ports.at(count)) for count in counts]
+            found = [compare_methods(own, one, other, metric_name(count)) for count in counts]
             if any(found):
                 pairs = max(each.n for each in found if each)
                 lines.append((f"{one} − {other}", str(pairs), *map(_difference, found)))
@@ -340,7 +341,7 @@ def _difference(found: Comparison | None) -> str:
 
 
 FIVE = ("naive", "weights", "oracle", "fgmt", "plain")
-_main = names(scenarios.MAIN)
+_main = names(scenarios.COMPARISONS)
 
 TABLES = (
     Table("main", "What a network knows that was never trained", _main, overview),
@@ -349,11 +350,11 @@ TABLES = (
     Table(
         "peers",
         "What else one could do with the source",
-        names(scenarios.PEERS),
+        names(scenarios.PEER_COMPARISONS),
         by_method(PEERS, tuple(("fgmt", other) for other in OTHERS)),
     ),
-    Table("regime", "When transfer works", names(scenarios.REGIME), compared("regime", FIVE)),
-    Table("schedules", "Paths", names(scenarios.SCHEDULES), compared("schedule", ("naive", "fgmt", "gmt"))),
+    Table("regime", "When transfer works", names(scenarios.REGIMES), compared("regime", FIVE)),
+    Table("schedules", "Paths", names(scenarios.PATHS), compared("schedule", ("naive", "fgmt", "gmt"))),
     Table(
         "sensitivity",
         "What each setting does",
@@ -361,11 +362,11 @@ TABLES = (
         compared("sensitivity", ("fgmt", "gmt")),
     ),
     Table("failures", "Where it fails", names(scenarios.FAILURES), compared("fails", FIVE)),
-    Table("inherited", "Generalisation inherited", names(scenarios.INHERITED), inherited),
+    Table("inherited", "Generalisation inherited", names(scenarios.INHERITANCE), inherited),
     Table("assumption", "Assumption (P)", names(scenarios.ASSUMPTION), assumption),
     Table("theorem", "Theorem A.1", names(scenarios.THEOREM), theorem),
     Table("basins", "Barriers", names(scenarios.BASINS), _basins),
-    Table("ensembles", "Ensembles", names(scenarios.ENSEMBLES), by_method(ENSEMBLES)),
+    Table("ensembles", "Ensembles", names(scenarios.ENSEMBLE_COMPARISONS), by_method(ENSEMBLES)),
     Table("cost", "Gradients, operations, seconds", names(scenarios.COSTS), by_method(COST)),
     Table(
         "normalised",

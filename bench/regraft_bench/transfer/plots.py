@@ -166,28 +166,28 @@ FIGURES = (
     Figure(
         "path",
         "Along the transferred path, no training",
-        _names(scenarios.MAIN),
-        _panels(scenarios.MAIN, "validation", "step t", "validation accuracy"),
+        _names(scenarios.COMPARISONS),
+        _panels(scenarios.COMPARISONS, "validation", "step t", "validation accuracy"),
     ),
     Figure(
         "subsequent",
         "The training that follows, and plain training",
-        _names(scenarios.MAIN),
+        _names(scenarios.COMPARISONS),
         tuple(
             Panel(name, "epoch", "test accuracy", curves("subsequent", scenario=name, first=1), x_log=True)
-            for name in _names(scenarios.MAIN)
+            for name in _names(scenarios.COMPARISONS)
         ),
     ),
     Figure(
         "settling",
         "Lemma 3.2: how far step t's permutation moves the path from where the last one does",
-        _names(scenarios.MAIN),
-        _panels(scenarios.MAIN, "unsettled", "step t", "‖π_t Δ − π_T Δ‖ / ‖Δ‖"),
+        _names(scenarios.COMPARISONS),
+        _panels(scenarios.COMPARISONS, "unsettled", "step t", "‖π_t Δ − π_T Δ‖ / ‖Δ‖"),
     ),
     Figure(
         "regime",
         "When transfer works: accuracy without training",
-        _names(scenarios.REGIME),
+        _names(scenarios.REGIMES),
         (
             *(
                 Panel(
@@ -212,7 +212,7 @@ FIGURES = (
     Figure(
         "schedules",
         "Uniform, cosine, and the source's own checkpoints",
-        _names(scenarios.SCHEDULES),
+        _names(scenarios.PATHS),
         tuple(
             Panel(f"{method}, {base}", "step t", "validation accuracy", by_schedule(base, method))
             for base in ("mlp2", "conv", "pretrained2", "cifar10")

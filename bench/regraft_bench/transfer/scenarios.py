@@ -1,330 +1,316 @@
-"""What is compared: data, network, recipes and transfer settings of every scenario, as frozen data.
+"""What is compared: a scenario is a question, the methods that it is asked of, and settings.
 
-Those whose names end in ``-paper`` have the settings of "Transferring Learning Trajectories of Neural Networks"
-(appendix B.3) on full-sized data and want a GPU, as ``mnist-mlp-4096`` does without one; the others are made for two
-cores. Recipes are SGD with momentum 0.9 and batches of 128 unless a field says otherwise; initial values are PyTorch's
-defaults. A new comparison is one entry of ``MAIN``; what is asked of several of them stands in `sweeps`.
+A new comparison of all methods is one entry of `bases.BASES`; what else is asked of these settings is one entry here,
+and the names of its scenarios begin with the question.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from regraft.data import CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW
-from regraft.networks import papers as networks
-from regraft.training.loop import Recipe
-from regraft_bench.study import Scenario, Task
-from regraft_bench.transfer import sweeps
-from regraft_bench.transfer.methods import METHODS
-from regraft_bench.transfer.ports import PortSettings
-from regraft_bench.transfer.setting import Pretraining, Settings
+from regraft.data import DIGITS_HIGH, DIGITS_LOW
+from regraft_bench.study import Method, Scenario, Task
+from regraft_bench.transfer.bases import BASES, PORT_BASES, digits_conv_half, digits_recipe, mnist_recipe
+from regraft_bench.transfer.methods.assumption import FIRST_GRADIENTS, UPDATES
+from regraft_bench.transfer.methods.cost import COUNTS
+from regraft_bench.transfer.methods.ensembles import ENSEMBLES
+from regraft_bench.transfer.methods.landscape import LINES, PLANE
+from regraft_bench.transfer.methods.leads import LEADS
+from regraft_bench.transfer.methods.peers import PEERS
+from regraft_bench.transfer.methods.ports import port_methods
+from regraft_bench.transfer.methods.transfers import TRANSFERS
+from regraft_bench.transfer.setting import TransferSettings
 
-# ---------------------------------------------------------------- two cores
-
-DIGITS_RECIPE = Recipe(epochs=30, lr=0.05, schedule="cosine")
-LOOKS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233)
-
-
-def after(recipe: Recipe, **changes: Any) -> Recipe:
-    """The training that follows a transfer: as the source's, at "slightly small" initial rates (second version,
-    appendix D.3.5, whose numbers we do not have: these are six tenths).
-    """
-    return replace(recipe, **{"lr": 0.6 * recipe.lr, **changes})
+Scenarios = tuple[Scenario, ...]
+Named = Mapping[str, TransferSettings]
+Changes = Mapping[str, Mapping[str, Any]]
 
 
-digits = Settings(
-    task=Task("digits"),
-    model=networks.mlp,
-    arguments={"sizes": (64, 512, 10)},
-    recipe=DIGITS_RECIPE,
-    subsequent=after(DIGITS_RECIPE),
-    steps=10,
-    schedule="uniform",
-    looks=LOOKS,
-)
-digits_pretrained = replace(
-    digits,
-    task=Task("digits", DIGITS_HIGH),
-    arguments={"sizes": (64, 512, 5)},
-    pretraining=Pretraining(Task("digits", DIGITS_LOW), DIGITS_RECIPE),
-)
-digits_conv = replace(digits, model=networks.digits_conv, arguments={"num_classes": 10})
-digits_conv_half = replace(digits, model=networks.digits_conv, arguments={"num_classes": 10, "width": 0.5})
-digits_resnet = replace(
-    digits,
-    model=networks.cifar_resnet18,
-    arguments={"num_classes": 10, "width": 0.125, "in_channels": 1},
-    recipe=Recipe(epochs=10, lr=0.1, weight_decay=1e-4, schedule="cosine"),
-    subsequent=Recipe(epochs=10, lr=0.06, weight_decay=1e-4, schedule="cosine"),
-    gradient_batches=2,
-    bn_batches=10,
-)
-digits_resnet_fast = replace(
-    digits_resnet,
-    recipe=replace(digits_resnet.recipe, lr=0.3),
-    subsequent=replace(digits_resnet.recipe, lr=0.18),
-)
-VIT_RECIPE = Recipe(epochs=30, lr=1e-3, schedule="cosine", optimizer="adam")
-digits_vit = replace(
-    digits,
-    model=networks.vit,
-    arguments={"num_classes": 10, "size": 8, "patch": 2, "width": 32, "depth": 2, "in_channels": 1},
-    recipe=VIT_RECIPE,
-    subsequent=after(VIT_RECIPE),
-)
-MNIST_RECIPE = Recipe(epochs=10, lr=0.01, schedule="constant")
-mnist = Settings(
-    task=Task("mnist"),
-    model=networks.mlp,
-    arguments={"sizes": (784, 512, 10)},
-    recipe=MNIST_RECIPE,
-    subsequent=after(MNIST_RECIPE, epochs=3),  # the rate is constant: ten epochs begin with these
-    steps=10,
-    schedule="uniform",
-    looks=LOOKS,
-)
-mnist_pretrained = replace(
-    mnist,
-    task=Task("mnist", DIGITS_HIGH),
-    arguments={"sizes": (784, 512, 5)},
-    pretraining=Pretraining(Task("mnist", DIGITS_LOW), replace(MNIST_RECIPE, epochs=5)),
-    steps=30,
-)
-# The papers do not speak of augmentation; on colour photographs these recipes are used with it.
-CONV6_RECIPE = Recipe(epochs=12, lr=0.1, schedule="cosine", augment=True)
-RESNET_RECIPE = Recipe(epochs=6, lr=0.1, weight_decay=1e-4, schedule="cosine", augment=True)
-CONV8_RECIPE = Recipe(epochs=60, lr=0.05, weight_decay=1e-4, schedule="cosine", augment=True)
-conv6 = Settings(
-    task=Task("cifar10", size=16),
-    model=networks.conv6,
-    arguments={"num_classes": 10, "width": 0.5},
-    recipe=CONV6_RECIPE,
-    subsequent=after(CONV6_RECIPE, epochs=4),
-    steps=30,
-    schedule="uniform",
-    looks=(20, 50, 100, 200),
-)
-resnet = replace(
-    conv6,
-    model=networks.cifar_resnet18,
-    arguments={"num_classes": 10, "width": 0.25},
-    recipe=RESNET_RECIPE,
-    subsequent=after(RESNET_RECIPE, epochs=2),
-    gradient_batches=2,
-    bn_batches=20,
-)
-conv8 = Settings(
-    task=Task("cifar10"),
-    model=networks.conv8,
-    arguments={"num_classes": 10, "width": 0.25},
-    recipe=replace(CONV8_RECIPE, epochs=10),
-    subsequent=after(CONV8_RECIPE, epochs=2),
-    steps=30,
-    schedule="uniform",
-    gradient_batches=2,
-)
-conv6_pretrained = replace(
-    conv6,
-    task=Task("cifar100", CIFAR100_TRANSFER, size=16),
-    recipe=replace(conv6.recipe, epochs=20),
-    subsequent=after(conv6.recipe, epochs=20),
-    pretraining=Pretraining(conv6.task, conv6.recipe),
-)
-conv8_pretrained = replace(
-    conv8,
-    task=Task("cifar100", CIFAR100_TRANSFER),
-    recipe=replace(conv8.recipe, epochs=30),
-    subsequent=after(conv8.recipe, epochs=30),
-    gradient_batches=1,
-    pretraining=Pretraining(conv8.task, conv8.recipe),
-)
+def ask(question: str, methods: tuple[Method, ...], settings: Named, seeds: int = 3) -> Scenarios:
+    """One scenario, question-name, for each of the settings as they are."""
+    return tuple(Scenario(f"{question}-{name}", methods, own, seeds) for name, own in settings.items())
 
-# ---------------------------------------------------------------- the paper's own
 
-IMAGENET_RECIPE = Recipe(
-    epochs=100, lr=0.1, weight_decay=1e-4, schedule="cosine", warmup_epochs=5, augment=True
-)
-CARS_RECIPE = replace(IMAGENET_RECIPE, epochs=30, warmup_epochs=0)
+def bases(*names: str) -> Named:
+    return {name: BASES[name] for name in names}
 
-mnist_4096 = replace(mnist, arguments={"sizes": (784, 4096, 10)}, subsequent=after(MNIST_RECIPE, epochs=2))
-conv8_paper = replace(
-    conv8, arguments={"num_classes": 10}, recipe=CONV8_RECIPE, subsequent=after(CONV8_RECIPE)
-)
-conv8_pretrained_paper = replace(
-    conv8_paper,
-    task=conv8_pretrained.task,
-    recipe=replace(CONV8_RECIPE, epochs=30),
-    subsequent=after(CONV8_RECIPE, epochs=30),
-    gradient_batches=1,
-    pretraining=Pretraining(conv8.task, CONV8_RECIPE),
-)
-imagenet_paper = Settings(
-    task=Task("imagenet"),
-    model=networks.Torchvision("resnet18"),
-    arguments={"num_classes": 1000},
-    recipe=IMAGENET_RECIPE,
-    # the first version's, for ImageNet alone: the second has no figure of it
-    subsequent=Recipe(epochs=10, lr=1e-6, schedule="constant", optimizer="adam", augment=True),
-    steps=30,
-    schedule="uniform",
-    gradient_batches=100,
-    bn_batches=20,
-)
-cars_paper = replace(
-    imagenet_paper,
-    task=Task("cars"),
-    recipe=CARS_RECIPE,
-    subsequent=after(CARS_RECIPE),
-    gradient_batches=10,
-    bn_batches=2,
-    pretraining=Pretraining(imagenet_paper.task, IMAGENET_RECIPE),
-)
 
-# ---------------------------------------------------------------- all of them
+def vary(name: str, base: TransferSettings, changes: Changes) -> Named:
+    """The base's variants, as name-variant."""
+    return {f"{name}-{variant}": replace(base, **change) for variant, change in changes.items()}
 
-digits2 = replace(digits, arguments={"sizes": (64, 256, 256, 10)})
-digits_pretrained2 = replace(digits_pretrained, arguments={"sizes": (64, 256, 256, 5)})
 
-MAIN = (
-    Scenario("digits-mlp", METHODS, digits, seeds=5),
-    Scenario("digits-mlp2", METHODS, digits2, seeds=5),
-    Scenario("digits-conv", METHODS, digits_conv, seeds=5),
-    Scenario("digits-resnet", METHODS, digits_resnet),
-    Scenario("digits-resnet-lr-0.3", METHODS, digits_resnet_fast),
-    Scenario("digits-vit", METHODS, digits_vit),
-    Scenario("digits-pretrained", METHODS, digits_pretrained, seeds=5),
-    Scenario("digits-pretrained2", METHODS, digits_pretrained2, seeds=5),
-    Scenario("mnist-mlp-512", METHODS, mnist),
-    Scenario("mnist-pretrained", METHODS, mnist_pretrained),
-    Scenario("mnist-mlp-4096", METHODS, mnist_4096),
-    Scenario("cifar10-conv6", METHODS, conv6),
-    Scenario("cifar100-conv6-pretrained", METHODS, conv6_pretrained),
-    Scenario("cifar10-resnet", METHODS, resnet),
-    Scenario("cifar10-conv8", METHODS, conv8),
-    Scenario("cifar100-conv8-pretrained", METHODS, conv8_pretrained),
-    Scenario("cifar10-conv8-paper", METHODS, conv8_paper),
-    Scenario("cifar100-conv8-pretrained-paper", METHODS, conv8_pretrained_paper),
-    Scenario("imagenet-resnet18-paper", METHODS, imagenet_paper),
-    Scenario("cars-resnet18-paper", METHODS, cars_paper),
-    Scenario("cub200-resnet18-paper", METHODS, replace(cars_paper, task=Task("cub200"))),
+def untrained(settings: Named) -> Named:
+    """The same without the training that follows a transfer."""
+    return {name: replace(own, subsequent=None, looks=()) for name, own in settings.items()}
+
+
+def choose(*names: str) -> tuple[Method, ...]:
+    return tuple(method for method in TRANSFERS if method.name in names)
+
+
+def pretrain(base: TransferSettings, **changes: Any) -> dict[str, Any]:
+    """A change: of the base's pre-training."""
+    assert base.pretraining is not None
+    return {"pretraining": replace(base.pretraining, **changes)}
+
+
+digits, digits2, pretrained2 = (BASES[f"digits-{name}"] for name in ("mlp", "mlp2", "pretrained2"))
+conv_half, resnet = digits_conv_half, BASES["digits-resnet"]
+FIVE_METHODS = choose("plain", "naive", "weights", "oracle", "fgmt")
+FIVE_SEEDS = ("digits-mlp", "digits-mlp2", "digits-conv", "digits-pretrained", "digits-pretrained2")
+
+COMPARISONS = tuple(
+    Scenario(name, TRANSFERS, base, 5 if name in FIVE_SEEDS else 3) for name, base in BASES.items()
 )
 """The comparison of methods, table after table."""
 
-REGIME = (
-    *sweeps.regime("mlp", digits, sweeps.MLP_WIDTHS),
-    *sweeps.regime("conv", digits_conv_half, sweeps.CONV_WIDTHS),
-    *sweeps.regime("resnet", digits_resnet, {}, rates=(0.03, 0.2, 0.3, 0.5)),
+_not_trained_on = {
+    name: replace(base, subsequent=None)
+    for name, base in bases("digits-conv", "mnist-mlp-512", "cifar10-conv6").items()
+}
+PEER_COMPARISONS = tuple(
+    replace(scenario, seeds=5 if scenario.name.startswith("peers-digits") else 3)
+    for scenario in ask(
+        "peers", (*TRANSFERS, *PEERS), {**bases("digits-mlp2", "digits-pretrained2"), **_not_trained_on}
+    )
 )
-PEERS = (
-    *sweeps.peers({"digits-mlp2": digits2, "digits-pretrained2": digits_pretrained2}),
-    *sweeps.peers(
-        {"digits-conv": digits_conv, "mnist-mlp-512": mnist, "cifar10-conv6": conv6}, train_on=False
+"""Every other thing that one could do with a finished source."""
+
+# ---------------------------------------------------------------- when it works, and what each setting does
+
+
+def regimes(
+    base: TransferSettings, widths: Changes, rates: tuple[float, ...] = (0.005, 0.02, 0.1, 0.2)
+) -> Changes:
+    """Four ways to change |Delta| / |theta_1^0|: initial scale, learning rate, epochs, width."""
+    recipe = base.recipe
+    he = 6**0.5  # times PyTorch's default deviation: He's, 2 / fan_in instead of 1 / (3 fan_in)
+    epochs = [count for count in (3, 10, 90) if count != recipe.epochs]
+    return {
+        "base": {},
+        **{f"init-{scale:.3g}": {"init_scale": scale} for scale in (0.25, 0.5, 1.5, he, 4)},
+        **{f"lr-{lr:g}": {"recipe": replace(recipe, lr=lr)} for lr in rates},
+        **{f"epochs-{count}": {"recipe": replace(recipe, epochs=count)} for count in epochs},
+        **widths,
+    }
+
+
+def resize(key: str, sizes: Mapping[float, Any], **arguments: Any) -> Changes:
+    return {f"width-{width:g}": {"arguments": {**arguments, key: size}} for width, size in sizes.items()}
+
+
+MLP_WIDTHS = resize("sizes", {width: (64, width, 10) for width in (32, 64, 128, 2048)})
+CONV_WIDTHS = resize("width", {width: width for width in (0.25, 1)}, num_classes=10)
+REGIMES = ask(
+    "regime",
+    FIVE_METHODS,
+    untrained(
+        {
+            **vary("mlp", digits, regimes(digits, MLP_WIDTHS)),
+            **vary("conv", conv_half, regimes(conv_half, CONV_WIDTHS)),
+            **vary("resnet", resnet, regimes(resnet, {}, (0.03, 0.2, 0.3, 0.5))),
+        }
     ),
 )
-SCHEDULES = tuple(
-    scenario
-    for name, base in {
-        "mlp2": digits2,
-        "conv": digits_conv_half,
-        "pretrained2": digits_pretrained2,
-        "cifar10": conv6,
-    }.items()
-    for scenario in sweeps.schedules(name, base)
-)
-SENSITIVITY = (*sweeps.sensitivity("mlp2", digits2), *sweeps.sensitivity("conv", digits_conv_half))
-FAILURES = (*sweeps.failures("mlp2", digits2), *sweeps.far_apart("pretrained2", digits_pretrained2))
-INHERITED = (
-    sweeps.inherited(
-        "digits",
-        replace(digits_pretrained2, task=Task("digits", DIGITS_HIGH, per_class=30)),
-        per_class=7,
+
+SCHEDULES: Changes = {schedule: {"schedule": schedule} for schedule in ("uniform", "cosine", "recorded")}
+"""Uniform and cosine spacing, and the source's own checkpoints (first version, figure 3; second, appendix E.1)."""
+PATHS = ask(
+    "schedule",
+    choose("naive", "fgmt", "gmt"),
+    untrained(
+        {
+            **vary("mlp2", digits2, SCHEDULES),
+            **vary("conv", conv_half, SCHEDULES),
+            **vary("pretrained2", pretrained2, SCHEDULES),
+            **vary("cifar10", BASES["cifar10-conv6"], SCHEDULES),
+        }
     ),
-    sweeps.inherited(
-        "mnist",
-        replace(
-            mnist_pretrained,
-            task=Task("mnist", DIGITS_HIGH, per_class=100),
-            recipe=replace(MNIST_RECIPE, epochs=50),
-        ),
-        per_class=500,
+    seeds=5,
+)
+
+SENSITIVITIES: Changes = {
+    "base": {},
+    **{f"T-{steps}": {"steps": steps} for steps in (1, 2, 5, 20, 30)},
+    **{f"batches-{count}": {"gradient_batches": count} for count in (2, 4, 8)},
+    **{f"size-{size}": {"gradient_batch": size} for size in (16, 32, 512)},
+    "identity": {"from_identity": True},
+}
+"""T, batches a gradient, their size, and the start of each matching."""
+SENSITIVITY = ask(
+    "sensitivity",
+    choose("fgmt", "gmt"),
+    untrained({**vary("mlp2", digits2, SENSITIVITIES), **vary("conv", conv_half, SENSITIVITIES)}),
+)
+
+# ---------------------------------------------------------------- where it fails, and what is inherited
+
+SOURCES: Changes = {
+    "base": {},
+    "data-tenth": {"source_task": Task("digits", per_class=14)},
+    "data-other": {"source_task": Task("mnist", size=8, per_class=140)},
+    "lr-0.1x": {"source_recipe": replace(digits_recipe, lr=0.1 * digits_recipe.lr)},
+    "lr-4x": {"source_recipe": replace(digits_recipe, lr=4 * digits_recipe.lr)},
+}
+"""The source learned from other data, or at another rate."""
+PRETRAININGS: Changes = {
+    "base": {},
+    "short": pretrain(pretrained2, source_recipe=replace(digits_recipe, epochs=1)),
+    "classes": pretrain(pretrained2, source_task=Task("digits", (0, 1, 2, 5, 6))),
+    "images": pretrain(pretrained2, source_task=Task("mnist", DIGITS_LOW, 8, per_class=140)),
+}
+"""The source's pre-training was shorter, or on other classes, or on other images."""
+FAILURES = ask(
+    "fails",
+    FIVE_METHODS,
+    untrained({**vary("mlp2", digits2, SOURCES), **vary("pretrained2", pretrained2, PRETRAININGS)}),
+    seeds=5,
+)
+
+POOR = {"digits": Task("digits", DIGITS_LOW, per_class=7), "mnist": Task("mnist", DIGITS_LOW, per_class=500)}
+INHERITANCE = ask(
+    "inherits",
+    choose("plain", "naive", "oracle", "fgmt", "gmt"),
+    untrained(
+        {
+            "digits": replace(
+                pretrained2,
+                task=Task("digits", DIGITS_HIGH, per_class=30),
+                **pretrain(pretrained2, source_task=POOR["digits"]),
+            ),
+            "mnist": replace(
+                BASES["mnist-pretrained"],
+                task=Task("mnist", DIGITS_HIGH, per_class=100),
+                recipe=replace(mnist_recipe, epochs=50),
+                **pretrain(BASES["mnist-pretrained"], source_task=POOR["mnist"]),
+            ),
+        }
+    ),
+    seeds=5,
+)
+"""The source was pre-trained on few images, the target on all (second version, figure 8)."""
+
+# ---------------------------------------------------------------- why it works
+
+ASSUMPTION = ask(
+    "assumption",
+    UPDATES,
+    untrained(
+        {
+            "mlp": digits,
+            "mlp-64": replace(digits, arguments={"sizes": (64, 64, 10)}),
+            "mlp-2048": replace(digits, arguments={"sizes": (64, 2048, 10)}),
+            "mlp2": digits2,
+            "conv": conv_half,
+            "resnet": resnet,
+            "vit": BASES["digits-vit"],
+            "pretrained2": pretrained2,
+            "mnist": BASES["mnist-mlp-512"],
+            "mnist-pretrained": BASES["mnist-pretrained"],
+        }
     ),
 )
-ASSUMPTION = sweeps.assumption(
+"""Assumption (P) along two trainings (second version, figure 3)."""
+
+SIDES = (2, 4, 8)
+"""Of an image, in pixels."""
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+THEOREM = ask(
+    "theorem",
+    FIRST_GRADIENTS,
+    untrained(
+        {
+            f"{side}x{side}-{width}": replace(
+                digits, task=Task("digits", size=side), arguments={"sizes": (side * side, width, 10)}
+            )
+            for side in SIDES
+            for width in WIDTHS
+        }
+    ),
+    seeds=5,
+)
+"""Theorem A.1 over the width, at several numbers of inputs (the images' pixels)."""
+
+BASINS = ask(
+    "basin",
+    (*LINES, PLANE),
+    bases(
+        "digits-mlp2",
+        "digits-conv",
+        "digits-resnet",
+        "digits-pretrained2",
+        "mnist-mlp-512",
+        "mnist-pretrained",
+        "cifar10-conv6",
+    ),
+)
+"""Lines and one plane of loss (first version, figure 6; second, figure 7)."""
+
+# ---------------------------------------------------------------- ensembles, costs, leads, ports
+
+
+def train_members_for(epochs: int, name: str, base: TransferSettings) -> Named:
+    assert base.subsequent is not None
+    return {name: replace(base, subsequent=replace(base.subsequent, epochs=epochs), looks=())}
+
+
+ENSEMBLE_COMPARISONS = ask(
+    "ensemble",
+    ENSEMBLES,
     {
-        "mlp": digits,
-        "mlp-64": replace(digits, arguments={"sizes": (64, 64, 10)}),
-        "mlp-2048": replace(digits, arguments={"sizes": (64, 2048, 10)}),
-        "mlp2": digits2,
-        "conv": digits_conv_half,
-        "resnet": digits_resnet,
-        "vit": digits_vit,
-        "pretrained2": digits_pretrained2,
-        "mnist": mnist,
-        "mnist-pretrained": mnist_pretrained,
+        **train_members_for(5, "digits-mlp2", digits2),
+        **train_members_for(5, "digits-conv-half", conv_half),
+        **train_members_for(1, "mnist-mlp-512", BASES["mnist-mlp-512"]),
+    },
+)
+"""Members that are trained on for so many epochs only (second version, appendix E.2)."""
+
+COSTS = ask("cost", COUNTS, untrained(bases("digits-mlp", "digits-conv", "mnist-mlp-512", "cifar10-conv6")))
+"""Gradients, operations and seconds of each method."""
+
+_beside_leads = (*choose("naive", "fgmt", "gmt"), *LEADS)
+NORMALISED = (
+    *ask(
+        "normalised",
+        _beside_leads,
+        untrained(bases("digits-mlp", "digits-mlp2", "digits-conv", "digits-pretrained2")),
+        seeds=10,
+    ),
+    *ask("normalised", _beside_leads, untrained(bases("mnist-mlp-512")), seeds=5),
+)
+"""A lead of ours, and the two methods that it comes from."""
+
+
+def port_scenarios(name: str) -> Scenarios:
+    """A fine-tune moved to a new base: ten classes of CIFAR-100, digits in colour, and a base that saw half as much."""
+    base = PORT_BASES[name]
+    half = Task("cifar10", size=16, per_class=2250)
+    changes: Changes = {
+        "cifar100": {},
+        "mnist": {"task": Task("mnist", size=16, channels=3, per_class=450)},
+        "cifar100-half": pretrain(base, source_task=half),
     }
-)
-THEOREM = sweeps.theorem(digits)
-BASINS = sweeps.basins(
-    {
-        "digits-mlp2": digits2,
-        "digits-conv": digits_conv,
-        "digits-resnet": digits_resnet,
-        "digits-pretrained2": digits_pretrained2,
-        "mnist-mlp-512": mnist,
-        "mnist-pretrained": mnist_pretrained,
-        "cifar10-conv6": conv6,
-    }
-)
-ENSEMBLES = sweeps.ensembles(
-    {"digits-mlp2": (digits2, 5), "digits-conv-half": (digits_conv_half, 5), "mnist-mlp-512": (mnist, 1)}
-)
-COSTS = sweeps.costs(
-    {"digits-mlp": digits, "digits-conv": digits_conv, "mnist-mlp-512": mnist, "cifar10-conv6": conv6}
-)
-NORMALISED = sweeps.normalised(
-    {
-        "digits-mlp": digits,
-        "digits-mlp2": digits2,
-        "digits-conv": digits_conv,
-        "digits-pretrained2": digits_pretrained2,
-        "mnist-mlp-512": mnist,
-    }
-)
-PORT_RECIPE = Recipe(epochs=10, lr=0.02, weight_decay=1e-4)
-port_resnet = PortSettings(
-    task=Task("cifar100", CIFAR100_TRANSFER, size=16),
-    model=networks.residual8,
-    arguments={"num_classes": 10, "width": 0.125},
-    recipe=PORT_RECIPE,
-    subsequent=None,
-    steps=10,
-    schedule="uniform",
-    bn_batches=5,
-    pretraining=Pretraining(Task("cifar10", size=16), replace(PORT_RECIPE, epochs=3)),
-)
-port_vit = replace(
-    port_resnet,
-    model=networks.vit,
-    arguments={"num_classes": 10, "size": 16, "depth": 2},
-    recipe=Recipe(epochs=10, lr=1e-3, optimizer="adam"),
-    bn_batches=0,
-    pretraining=Pretraining(Task("cifar10", size=16), Recipe(epochs=4, lr=1e-3, optimizer="adam")),
-)
-PORTS = (*sweeps.ports("resnet", port_resnet), *sweeps.ports("vit", port_vit))
+    rates = [share * base.recipe.lr for share in (0.3, 1.0, 3.0, 10.0)]
+    return ask("port", port_methods(rates), vary(name, base, changes))
+
+
+PORTS = (*port_scenarios("resnet"), *port_scenarios("vit"))
 
 SCENARIOS = (
-    *MAIN,
-    *PEERS,
-    *REGIME,
-    *SCHEDULES,
+    *COMPARISONS,
+    *PEER_COMPARISONS,
+    *REGIMES,
+    *PATHS,
     *SENSITIVITY,
     *FAILURES,
-    *INHERITED,
+    *INHERITANCE,
     *ASSUMPTION,
     *THEOREM,
     *BASINS,
-    *ENSEMBLES,
+    *ENSEMBLE_COMPARISONS,
     *COSTS,
     *NORMALISED,
     *PORTS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, repeat
 from typing import Any, Literal
 
 import torch
@@ -14,9 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from regraft.core.clock import Clock, Cost
 from regraft.core.tensors import Batch, Tensors, fill_, state, use_generator
 from regraft.data import Dataset
-from regraft.learning_transfer import driver as learning_transfer
-from regraft.learning_transfer.driver import Transfer
-from regraft.learning_transfer.methods import TransferMethod
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.networks.heads import adopt
 from regraft.networks.papers import build
@@ -42,7 +40,7 @@ class Pretraining:
 
 
 @dataclass(frozen=True)
-class Settings:
+class TransferSettings:
     """What all methods of a scenario have in common.
 
     model, arguments: ``model(**arguments)`` is the network; after pre-training it gets a new head for the task.
@@ -52,7 +50,7 @@ class Settings:
     not as many as in training. bn_batches: re-estimate BatchNorm statistics. from_identity: every matching starts
     there, not from the last permutation. init_scale: times all initial weights, biases apart. source_task,
     source_recipe: what the source learned and how, where not as the target. looks: updates after which trainings are
-    evaluated too, beside their start and the ends of epochs.
+    evaluated too, besides their start and the ends of epochs.
     """
 
     task: Task
@@ -73,18 +71,34 @@ class Settings:
     looks: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class PortSettings(TransferSettings):
+    """images: of each class that a method may see, one port for each number. alphas: times what is moved, of which a
+    method takes the one with the lowest loss on those images. ``recipe`` is the fine-tuning's; ``bn_batches`` are
+    batches of the few images, at most.
+    """
+
+    images: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+
+
 class TransferSetting(Setting):
     """Source and target of one scenario and seed; everything is made when it is first asked for, and once."""
 
-    settings: Settings
     target = "target"  # names the target's initial values and the order of its images
 
-    def beside(self, target: str) -> TransferSetting:
+    @property
+    def settings(self) -> TransferSettings:
+        return self.scenario.settings
+
+    def sibling(self, target: str) -> TransferSetting:
         """The same source, with another target."""
         other = TransferSetting(self.scenario, self.seed, self.place, self.method)
         other.target = target
-        other.source, other.traced = self.source, self.traced
+        other.source, other._trace = self.source, self._trace
         return other
+
+    # ---------------------------------------------------------------- networks
 
     @cached_property
     def data(self) -> Dataset:
@@ -93,7 +107,7 @@ class TransferSetting(Setting):
     @cached_property
     def model(self) -> nn.Module:
         """The network, with the target's values before the training that is transferred."""
-        return self._network(self.target)
+        return self._make_network(self.target)
 
     @cached_property
     def target_start(self) -> Tensors:
@@ -103,9 +117,9 @@ class TransferSetting(Setting):
     @cached_property
     def source_start(self) -> Tensors:
         """theta_1^0, alike."""
-        return state(self._network("source"))
+        return state(self._make_network("source"))
 
-    def _network(self, role: str) -> nn.Module:
+    def _make_network(self, role: str) -> nn.Module:
         settings, data = self.settings, self.data
         model = build(lambda: settings.model(**settings.arguments), self.generator("values", role))
         model = model.to(self.device)
@@ -118,51 +132,73 @@ class TransferSetting(Setting):
             if role == "source":
                 task = settings.pretraining.source_task or task
                 recipe = settings.pretraining.source_recipe or recipe
-            learned = self.train(
-                f"{role} pretraining", model, state(model), self.dataset(task, self.seed), recipe
-            )
-            fill_(model, learned.tensors)
+            earlier = self.dataset(task, self.seed)
+            fill_(model, self.train(f"{role} pretraining", model, state(model), earlier, recipe).tensors)
             with use_generator(self.generator("head", role), self.device):
                 adopt(model, data.num_classes).head.reset_parameters()
         return model
 
+    def parameters(self, theta: Mapping[str, torch.Tensor]) -> Tensors:
+        """The model's parameters among ``theta``, in the model's order."""
+        return {name: theta[name] for name, _ in self.model.named_parameters()}
+
+    @cached_property
+    def _trace(self) -> tuple[PermutationSpec, Cost]:
+        clock = Clock()
+        images, _ = next(iter(self.validation(2)))
+        with clock.phase("trace"):
+            spec = trace(self.model, (images,))
+        return spec, clock.cost
+
+    @property
+    def spec(self) -> PermutationSpec:
+        """The network's permutation groups."""
+        return self._trace[0]
+
+    @property
+    def trace_cost(self) -> Cost:
+        """What finding the groups took: once for all methods, so charged to none."""
+        return self._trace[1]
+
+    # ---------------------------------------------------------------- trainings
+
     def learn(self, purpose: str, start: Tensors, recipe: Recipe, order: str | None = None) -> Training:
         """Train on the scenario's own task, and follow test accuracy unless the run is a tuning one."""
         looks = {"evaluate_at": self.settings.looks} if self.settings.looks else {}
-        return self.train(
-            purpose, self.model, start, self.data, recipe, order=order, test=not self.tuning, **looks
-        )
-
-    @cached_property
-    def source(self) -> Training:
-        data, recipe = self._source_data, self.settings.source_recipe or self.settings.recipe
-        return self.train("source", self.model, self.source_start, data, recipe, test=not self.tuning)
-
-    @property
-    def _source_data(self) -> Dataset:
-        task = self.settings.source_task
-        return self.data if task is None else self.dataset(task, self.seed)
+        test = not self.tuning
+        return self.train(purpose, self.model, start, self.data, recipe, order=order, test=test, **looks)
 
     @cached_property
     def plain(self) -> Training:
         return self.learn(self.target, self.target_start, self.settings.recipe)
 
     @cached_property
+    def source(self) -> Training:
+        data, recipe = self._source_lesson
+        return self.train("source", self.model, self.source_start, data, recipe, test=not self.tuning)
+
+    @property
+    def _source_lesson(self) -> tuple[Dataset, Recipe]:
+        task = self.settings.source_task
+        data = self.data if task is None else self.dataset(task, self.seed)
+        return data, self.settings.source_recipe or self.settings.recipe
+
+    @cached_property
     def path(self) -> Trajectory:
         """theta_1^0 .. theta_1^T."""
-        settings = self.settings
-        if settings.schedule == "recorded":
-            data, recipe = self._source_data, settings.source_recipe or settings.recipe
-            end = recipe.epochs * -(-len(data.train) // recipe.batch_size)
-            at = [round(end * t / settings.steps) for t in range(settings.steps + 1)]
-            return Trajectory.recorded(self.recorded("source", self.source_start, data, recipe, at))
-        return Trajectory.linear(self.source_start, self.source.tensors, settings.steps, settings.schedule)
+        steps, schedule = self.settings.steps, self.settings.schedule
+        if schedule == "recorded":
+            data, recipe = self._source_lesson
+            end = count_updates(recipe, data)
+            at = [round(end * t / steps) for t in range(steps + 1)]
+            return Trajectory.recorded(self.record_training("source", self.source_start, data, recipe, at))
+        return Trajectory.linear(self.source_start, self.source.tensors, steps, schedule)
 
-    def recorded(
+    def record_training(
         self, purpose: str, start: Tensors, data: Dataset, recipe: Recipe, at: Sequence[int]
     ) -> list[Tensors]:
         """A training's values after these numbers of updates. It is not kept in the cache."""
-        kept: list[Tensors] = []
+        checkpoints: list[Tensors] = []
         train(
             self.model,
             start,
@@ -170,19 +206,24 @@ class TransferSetting(Setting):
             recipe,
             generator=self.generator("order", purpose),
             device=self.device,
-            record=lambda step, tensors: kept.append(tensors),
+            record=lambda step, tensors: checkpoints.append(tensors),
             record_at=at,
         )
-        return kept
+        return checkpoints
 
     @cached_property
-    def traced(self) -> tuple[PermutationSpec, Cost]:
-        """The network's permutation groups, and what finding them took: once for all methods, so charged to none."""
-        clock = Clock()
-        images, _ = next(iter(self.validation(2)))
-        with clock.phase("trace"):
-            spec = trace(self.model, (images,))
-        return spec, clock.cost
+    def two_runs(self) -> tuple[list[int], list[Tensors], list[Tensors]]:
+        """Numbers of updates (0, 1, 2, 4, ..., the last), and target and source then, trained on the same batches."""
+        data, recipe = self.data, self.settings.recipe
+        end = count_updates(recipe, data)
+        at = [0, *(2**k for k in range(20) if 2**k < end), end]
+        source, target = (
+            self.record_training("both", start, data, recipe, at)
+            for start in (self.source_start, self.target_start)
+        )
+        return at, target, source
+
+    # ---------------------------------------------------------------- images
 
     def validation(self, size: int = EVALUATION_BATCH) -> Iterable[Batch]:
         """Batches of the validation split."""
@@ -193,13 +234,6 @@ class TransferSetting(Setting):
         if self.tuning:
             raise ValueError("a tuning run must not look at test data")
         return self.data.test.batches(size, device=self.device)
-
-    @cached_property
-    def gradient_flop(self) -> int:
-        """Floating-point operations of one gradient on one of the stream's batches, as torch counts them."""
-        with FlopCounterMode(display=False) as counter:
-            evaluation.gradients(self.model, self.target_start, [next(iter(self.stream()))])
-        return counter.get_total_flops()
 
     def stream(self) -> Iterable[Batch]:
         """Batches for gradients, drawn and augmented as training's are; the same ones for every method."""
@@ -212,37 +246,18 @@ class TransferSetting(Setting):
             drop_last=True,
         )
 
-    def transfer(
-        self,
-        method: str | TransferMethod,
-        *,
-        path: Trajectory | None = None,
-        target_end: Tensors | None = None,
-        evaluate: bool = True,
-    ) -> Transfer:
-        """By a method of the library, or one like those: the source's path, or another one.
+    def endless_stream(self) -> Iterable[Batch]:
+        """The same over and over, each time in another order."""
+        return chain.from_iterable(repeat(self.stream()))
 
-        evaluate: and keep the best step.
-        """
-        settings = self.settings
-        forget_peak_memory(self.device)
-        return learning_transfer.transfer(
-            self.model,
-            self.path if path is None else path,
-            self.target_start,
-            self.stream(),
-            method,
-            spec=self.traced[0],
-            target_end=target_end,
-            validation=self.validation() if evaluate else None,
-            gradient_batches=settings.gradient_batches,
-            bn_batches=settings.bn_batches,
-            from_identity=settings.from_identity,
-            generator=self.generator("sweeps"),
-        )
+    @cached_property
+    def gradient_flop(self) -> int:
+        """Floating-point operations of one gradient on one of the stream's batches, as torch counts them."""
+        with FlopCounterMode(display=False) as counter:
+            evaluation.gradients(self.model, self.target_start, [next(iter(self.stream()))])
+        return counter.get_total_flops()
 
 
-def forget_peak_memory(device: str) -> None:
-    """Start a new peak on a GPU; that of a CPU is the process's own, and only rises."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
+def count_updates(recipe: Recipe, data: Dataset) -> int:
+    """Updates of a whole training: the last batch of an epoch may be smaller."""
+    return recipe.epochs * -(-len(data.train) // recipe.batch_size)

@@ -10,7 +10,7 @@ from regraft.learning_transfer.methods import Steps
 from regraft.learning_transfer.work import Problem, Work
 from regraft.matching.stacks import Stacks
 from regraft_bench.study import Method
-from regraft_bench.transfer.methods import moved
+from regraft_bench.transfer.methods.transfers import move_source
 
 PAIRS = 4
 """Pairs of gradients a step, each on a sample of its own."""
@@ -33,14 +33,14 @@ def normalise_(stacks: Stacks) -> None:
     """Divide the newest pair, each side by the norm of all its tensors together; 0 stays 0."""
     for side in (stacks.target, stacks.source):
         newest = [stack[stacks.steps - 1] for stack in side.values()]
-        norm = torch.stack(torch._foreach_norm(newest)).norm()
-        torch._foreach_div_(newest, norm.clamp_min(torch.finfo(norm.dtype).tiny))
+        length = torch.stack(torch._foreach_norm(newest)).norm()
+        torch._foreach_div_(newest, length.clamp_min(torch.finfo(length.dtype).tiny))
 
 
 LEADS = (
     Method(
         "nfgmt",
-        partial(moved, nfgmt),
+        partial(move_source, nfgmt),
         about="FGMT with four pairs of gradients a step, each divided by its norm.",
     ),
 )
