@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import pytest
 
-from conftest import ROWS
+from conftest import MEASURED
 from regraft.data import MissingData
-from regraft_bench import front
+from regraft_bench import session
 from regraft_bench.run import is_crash
 
 
-def test_scenario(benchmark, chosen, told, pytestconfig):
-    study, _ = chosen
-    asked = {name: pytestconfig.getoption(name) for name in ("results", "seeds", "resume", "keep_older")}
-
-    def measured():
-        return front.measure(chosen, place=told, **asked)
-
+def test_scenario(benchmark, chosen, options, place, pytestconfig):
+    study, scenario = chosen
     try:
-        rows = benchmark.pedantic(measured, rounds=1, iterations=1)
+        rows = benchmark.pedantic(session.measure, (study, scenario, options, place), rounds=1, iterations=1)
     except MissingData as missing:
         pytest.skip(str(missing))
-    pytestconfig.stash[ROWS].setdefault(study.name, []).extend(rows)
+    pytestconfig.stash[MEASURED].setdefault(study.name, []).extend(rows)
     failures = [f"{row.method}, seed {row.seed}: {row.failure}" for row in rows if is_crash(row)]
     assert not failures, "; ".join(failures)

@@ -12,7 +12,7 @@ import pytest
 import regraft
 
 ROOT = Path(__file__).parents[1]
-HARNESS = ("regraft.cli", "regraft_bench.front", "regraft.__main__", "regraft_bench")
+HARNESS = ("regraft.cli", "regraft_bench.session", "regraft.__main__", "regraft_bench")
 TOOLS = ("pandas", "pytest", "plotly", "vl_convert", "sklearn", "torchvision.datasets", "tabulate")
 
 

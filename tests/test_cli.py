@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from regraft import cli
-from regraft_bench import front
+from regraft_bench import session
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def test_an_error_of_the_program_is_not_hidden(monkeypatch):
     def fails(*_, **__):
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr(front, "remade", fails)
+    monkeypatch.setattr(session, "regenerate", fails)
     with pytest.raises(KeyError, match="a mistake of ours"):
         cli.main(["report"])
 
@@ -69,7 +69,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(front, "remade", interrupted)
+    monkeypatch.setattr(session, "regenerate", interrupted)
     assert cli.main(["report"]) == 130
     assert "--resume" in capsys.readouterr().err
 

@@ -1,77 +1,119 @@
-"""The suite's verbs of the ``regraft`` command: it finds them by the entry points ``regraft.verbs``."""
+"""The suite's verbs of the ``regraft`` command, and the flags that they share with ``pytest bench``.
+
+The command finds the verbs by the entry points ``regraft.verbs``. A verb imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+
+if TYPE_CHECKING:
+    from regraft_bench.tracking.compare import Limits
 
 Names = UseAppendAction[tuple[str, ...]]
-File = Annotated[Path | None, arg(metavar="PATH")]
-Number = Annotated[int | None, arg(metavar="INT")]
-Engine = Literal["local", "ray", "slurm"]
+Folder = Annotated[Path | None, arg(metavar="PATH")]
+Results = Path("results/local")
 
 
-def bench(
-    *,
-    study: Names = (),
-    scenario: Names = (),
-    method: Names = (),
-    seeds: Number = None,
-    device: str = "cpu",
-    data: File = None,
-    results: Path = Path("results/local"),
-    cache: File = None,
-    resume: bool = False,
-    keep_older: bool = False,
-    deterministic: bool = False,
-    rows_only: bool = False,
-    engine: Engine = "local",
-) -> int:
-    """Measure every method beside plain training, and the kernels beside what one would write by hand.
+@dataclass(frozen=True)
+class Selection:
+    """What is measured.
 
-    Args:
+    Attributes:
         study: transfer, fusion, fast or micro; may be given several times. All by default.
         scenario: may be given several times. By default those that take seconds.
         method: only methods of this name; may be given several times.
-        seeds: how many, instead of each scenario's own number.
+    """
+
+    study: Names = ()
+    scenario: Names = ()
+    method: Names = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """How it is measured. `pytest bench` has the same flags.
+
+    Attributes:
+        seeds: seeds 0 .. N-1, instead of each scenario's own number.
         device: where to compute, such as cpu or cuda.
         data: folder of the data sets (default: REGRAFT_DATA, else ./data).
         results: folder for rows, tables, figures and the page.
         cache: folder in which trainings are kept, so that an interrupted one goes on.
         resume: measure only what has no row of the same settings and the same code.
-        keep_older: the same, and take rows of any code.
+        keep_older: measure only what has no row of the same settings, whatever its code.
         deterministic: only algorithms that give the same bits in every run.
+        engine: where rows are measured: this process, the workers of a Ray cluster, or jobs of SLURM.
+    """
+
+    seeds: Annotated[int | None, arg(metavar="INT")] = None
+    device: str = "cpu"
+    data: Folder = None
+    results: Path = Results
+    cache: Folder = None
+    resume: bool = False
+    keep_older: bool = False
+    deterministic: bool = False
+    engine: Literal["local", "ray", "slurm"] = "local"
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What may become worse, and how it is shown.
+
+    Attributes:
+        max_slowdown: what a cost may rise by, as a share (0.1: ten percent), relative to the control of the same run.
+        max_error_rise: what an error may rise by, in shares of 1.
+        everything: show what did not change, too.
+        json: print the comparisons as JSON, for machines.
+    """
+
+    max_slowdown: float = 0.1
+    max_error_rise: float = 0.005
+    everything: bool = False
+    json: bool = False
+
+    def limits(self, turns: int = 12) -> Limits:
+        """For at most this many pairs of turns."""
+        from regraft_bench.tracking.compare import Limits
+
+        return Limits(self.max_slowdown, self.max_error_rise, min(4, turns), turns)
+
+
+BENCH, REPRODUCE = Options(), Options(cache=Path(".cache/regraft"), resume=True)
+EVERYTHING, ALLOWED = Selection(), Allowed()
+
+
+def bench(
+    *,
+    selection: OmitArgPrefixes[Selection] = EVERYTHING,
+    measuring: OmitArgPrefixes[Options] = BENCH,
+    rows_only: bool = False,
+) -> int:
+    """Measure every method against plain training, and the kernels against straightforward PyTorch.
+
+    Args:
         rows_only: no summary, no page.
-        engine: who measures the rows: this process, the workers of a Ray cluster, or jobs of SLURM.
     """
     from rich.console import Console
 
-    from regraft.data import MissingData
-    from regraft_bench import front
+    from regraft_bench import session
     from regraft_bench.run import is_crash
-    from regraft_bench.study import RunPaths
 
-    console = Console(markup=False)
-    if deterministic:
-        from regraft.core.guard import make_deterministic
-
-        make_deterministic()
-    place = RunPaths(data, device=device) if cache is None else RunPaths(data, cache, device)
-    measure = partial(front.measure, results=results, seeds=seeds, resume=resume, keep_older=keep_older)
+    session.prepare(measuring)
+    console, place = Console(markup=False), session.run_paths(measuring)
     rows: dict[str, list] = {}
-    for chosen in front.choose(study, scenario, method):
-        try:
-            with front.progress(place, console) as told:
-                own = measure(chosen, place=told, engine=engine)
-        except MissingData as missing:
-            console.print(f"{chosen[1].name} is skipped: {missing}")
-            continue
-        rows.setdefault(chosen[0].name, []).extend(own)
+    for study, scenario in session.choose(selection.study, selection.scenario, selection.method):
+        own = session.measure_unless_missing(study, scenario, measuring, place, console)
+        if own is not None:
+            rows.setdefault(study.name, []).extend(own)
     if not rows_only:
-        front.conclude(rows, results, console)
+        session.conclude(rows, measuring.results, console)
     failures = [row for own in rows.values() for row in own if is_crash(row)]
     for row in failures:
         console.print(f"{row.scenario}, {row.method}, seed {row.seed}: {row.failure}")
@@ -85,14 +127,7 @@ def reproduce(
     table: Names = (),
     figure: Names = (),
     paper: bool = False,
-    seeds: Number = None,
-    device: str = "cpu",
-    data: File = None,
-    results: Path = Path("results/local"),
-    cache: Path = Path(".cache/regraft"),
-    keep_older: bool = False,
-    deterministic: bool = False,
-    engine: Engine = "local",
+    measuring: OmitArgPrefixes[Options] = REPRODUCE,
 ) -> int:
     """Run a paper's tables and figures again, ours beside the paper's; what has its rows already is not run again.
 
@@ -101,41 +136,14 @@ def reproduce(
         table: one of the study's tables; may be given several times.
         figure: one of its figures; may be given several times. All tables and figures if none is named.
         paper: with the paper's settings (scenarios named ...-paper); wants a GPU and the data.
-        seeds: how many, instead of each scenario's own number.
-        device: where to compute, such as cpu or cuda.
-        data: folder of the data sets (default: REGRAFT_DATA, else ./data).
-        results: folder for rows, tables and figures.
-        cache: folder in which trainings are kept, so that an interrupted one goes on.
-        keep_older: take rows of any code, not of this one alone.
-        deterministic: only algorithms that give the same bits in every run.
-        engine: who measures the rows: this process, the workers of a Ray cluster, or jobs of SLURM.
     """
-    from regraft_bench import front
-    from regraft_bench.study import RunPaths
+    from regraft_bench import session
 
-    if deterministic:
-        from regraft.core.guard import make_deterministic
-
-        make_deterministic()
-    return front.reproduced(
-        study,
-        table,
-        figure,
-        paper=paper,
-        place=RunPaths(data, cache, device),
-        results=results,
-        seeds=seeds,
-        keep_older=keep_older,
-        engine=engine,
-    )
+    return session.reproduce(study, table, figure, paper=paper, options=measuring)
 
 
 def report(
-    documents: Positional[tuple[Path, ...]] = (),
-    /,
-    *,
-    results: Path = Path("results/local"),
-    papers: bool = False,
+    documents: Positional[tuple[Path, ...]] = (), /, *, results: Path = Results, papers: bool = False
 ) -> int:
     """Make every table, figure and the page anew from the rows in a results folder.
 
@@ -146,11 +154,11 @@ def report(
     """
     from rich.console import Console
 
-    from regraft_bench import front
+    from regraft_bench import session
 
     with Console(stderr=True).status("tables, figures and the page"):
-        made = front.remade(results, documents, papers)
-    for path in made:
+        written = session.regenerate(results, documents, papers)
+    for path in written:
         print(path)
     return 0
 
@@ -160,11 +168,8 @@ def compare(
     after: Positional[str],
     /,
     *,
-    results: Path = Path("results/local"),
-    max_slowdown: float = 0.1,
-    max_error_rise: float = 0.005,
-    everything: bool = False,
-    json: bool = False,
+    results: Path = Results,
+    allowed: OmitArgPrefixes[Allowed] = ALLOWED,
 ) -> int:
     """Say what became slower or less accurate between two sets of rows; exit status 1 where it is more than allowed.
 
@@ -172,65 +177,64 @@ def compare(
         before: a file or folder of rows, a commit, "last" (the newest code's) or "baseline" (RESULTS/baseline).
         after: the same.
         results: the folder in which commits, "last" and "baseline" are looked for.
-        max_slowdown: what a cost may rise by, as a share (0.1: ten percent), relative to the control of the same run.
-        max_error_rise: what an error may rise by, in shares of 1.
-        everything: show what did not change, too.
-        json: print the comparisons as JSON, for machines.
     """
-    from regraft_bench import front
-    from regraft_bench.tracking.against import Limits
+    from regraft_bench.studies import find_rows
+    from regraft_bench.tracking.compare import find_changes, machines, print_changes
 
-    old, new = (front.found(side, results) for side in (before, after))
-    limits = Limits(max_slowdown, max_error_rise)
-    return front.compared(old, new, limits, everything=everything, as_json=json)
+    sides = [find_rows(side, results) for side in (before, after)]
+    changes = find_changes(*sides)
+    status = print_changes(changes, allowed.limits(), everything=allowed.everything, as_json=allowed.json)
+    apart = [" and ".join(sorted(machines(side))) for side in sides]
+    if apart[0] != apart[1] and not allowed.json:
+        print(f"other machines, so that costs are not compared where they differ: {apart[0]}; {apart[1]}")
+    return status
 
 
 def against(
     commit: Positional[str],
     /,
     *,
-    study: Names = (),
-    scenario: Names = (),
-    method: Names = (),
-    data: File = None,
+    selection: OmitArgPrefixes[Selection] = EVERYTHING,
+    data: Folder = None,
     turns: int = 12,
-    max_slowdown: float = 0.1,
-    max_error_rise: float = 0.005,
-    everything: bool = False,
-    json: bool = False,
+    allowed: OmitArgPrefixes[Allowed] = ALLOWED,
 ) -> int:
     """Measure a commit and the present code by turns on this machine; exit status 1 where it became worse than allowed.
 
+    Without --study and --scenario it measures the scenario systems, which is made for this.
+
     Args:
         commit: what to compare with, such as main or HEAD~1.
-        study: the quick scenarios of this study; may be given several times.
-        scenario: may be given several times. Without study and scenario: systems, which is made for this.
-        method: only methods of this name (and their control's); may be given several times.
         data: folder of the data sets (default: REGRAFT_DATA, else ./data).
-        turns: at most; four prove that nothing is slower, and more are taken where something looks it.
-        max_slowdown: what a cost may rise by, as a share (0.1: ten percent), relative to the control of the same run.
-        max_error_rise: what an error may rise by, in shares of 1.
-        everything: show what did not change, too.
-        json: print the comparisons as JSON, for machines.
+        turns: maximum number of A/B pairs; stops after four unless a slowdown is suspected.
     """
-    from regraft_bench import front
-    from regraft_bench.tracking.against import Limits
+    from rich.console import Console
 
-    chosen = {"study": study, "scenario": scenario or (() if study else ("systems",)), "method": method}
-    words = [word for name, values in chosen.items() for value in values for word in (f"--{name}", value)]
-    front.choose(*chosen.values())  # a wrong name is said before any work
-    words += [] if data is None else ["--data", str(data.resolve())]
-    limits = Limits(max_slowdown, max_error_rise, min(4, turns), turns)
-    return front.against(commit, words, limits, everything=everything, as_json=json)
+    from regraft_bench import session
+    from regraft_bench.study import RunPaths
+    from regraft_bench.tracking.against import measure_against
+    from regraft_bench.tracking.compare import print_changes
+
+    scenarios = selection.scenario or (() if selection.study else ("systems",))
+    session.choose(selection.study, scenarios, selection.method)  # a wrong name is said before any work
+    flags: dict[str, Sequence[str]] = {"--study": selection.study, "--scenario": scenarios}
+    flags |= {"--method": selection.method, "--data": () if data is None else (str(data.resolve()),)}
+    argv = [word for flag, values in flags.items() for value in values for word in (flag, value)]
+    limits = allowed.limits(turns)
+    with session.progress(RunPaths(), Console(stderr=True)) as place:
+        changes = measure_against(commit, argv, limits, lambda done, most: place.tell("turns", done, most))
+    return print_changes(changes, limits, everything=allowed.everything, as_json=allowed.json)
 
 
-def history(*, results: Path = Path("results/local"), json: bool = False) -> int:
+def history(*, results: Path = Results, json: bool = False) -> int:
     """Error and cost of every method over the codes that it was measured with, and where they made a step.
 
     Args:
         results: the folder of the rows.
         json: print it as JSON, for machines.
     """
-    from regraft_bench import front
+    from regraft_bench.studies import all_rows
+    from regraft_bench.tracking.history import find_tracks, print_history
 
-    return front.over_time(front.every(results), as_json=json)
+    print_history(find_tracks(all_rows(results)), as_json=json)
+    return 0

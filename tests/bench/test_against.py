@@ -9,12 +9,11 @@ import pytest
 from regraft import cli
 from regraft_bench.tracking.against import (
     PACKAGE_FOLDERS,
-    Limits,
     copy_packages,
     extract_packages,
     measure_by_turns,
 )
-from regraft_bench.tracking.compare import CHANGED, NO_EVIDENCE, WORSE, Change
+from regraft_bench.tracking.compare import CHANGED, NO_EVIDENCE, WORSE, Change, Limits
 from regraft_bench.tracking.regressions import FAULTS, judge_changes, plant_fault
 
 
@@ -25,10 +24,10 @@ def change(quantity: str, size: float, verdict: str = NO_EVIDENCE, method: str =
 def test_a_fault_in_a_copy_is_found_and_nothing_else(tmp_path):
     fault = replace(
         FAULTS["less accurate by a point"],
-        words=("--scenario", "digits-mlp", "--method", "plain", "--seeds", "1"),
+        argv=("--scenario", "digits-mlp", "--method", "plain", "--seeds", "1"),
     )
     sides = copy_packages(tmp_path / "a"), plant_fault(fault, 0, tmp_path / "b")
-    changes = measure_by_turns(*sides, fault.words, tmp_path / "rows", fault.limits)
+    changes = measure_by_turns(*sides, fault.argv, tmp_path / "rows", fault.limits)
     found = judge_changes(fault, changes, 0.0)
     assert (found.values["found"], found.values["false alarms"]) == (1.0, 0.0)
     assert {c.quantity: c.verdict in (CHANGED, WORSE) for c in changes} == {"error": True}

@@ -12,8 +12,8 @@ import pytest
 
 from regraft import cli
 from regraft.core.clock import Cost
-from regraft_bench import front
 from regraft_bench.rows import Row, Series, append, code, environment
+from regraft_bench.studies import all_rows, find_rows
 from regraft_bench.tracking.compare import (
     BETTER,
     CHANGED,
@@ -21,6 +21,7 @@ from regraft_bench.tracking.compare import (
     ONE_SIDED,
     ROUNDS,
     WORSE,
+    Limits,
     changes_sheet,
     find_changes,
     relative_costs,
@@ -76,7 +77,9 @@ def elsewhere(rows: list[Row], **changes: object) -> list[Row]:
 
 
 def alarms(before: list[Row], after: list[Row]) -> list[tuple[str, str]]:
-    return [(c.method, c.quantity) for c in find_changes(before, after) if c.beyond(0.1, 0.005)]
+    return [
+        (c.method, c.quantity) for c in find_changes(before, after) if Limits(0.1, 0.005).is_exceeded_by(c)
+    ]
 
 
 @pytest.mark.parametrize("trial", range(10))
@@ -134,10 +137,10 @@ def test_where_equal_code_gives_equal_bits_a_rise_of_one_seed_counts():
     after = [replace(r, values={"accuracy": 0.87}) if (r.method, r.seed) == ("fgmt", 0) else r for r in after]
     found = {c.method: c for c in find_changes(before, after) if c.quantity == "error"}
     assert found["fgmt"].verdict == CHANGED
-    assert found["fgmt"].beyond(0.1, 0.005)
+    assert Limits(0.1, 0.005).is_exceeded_by(found["fgmt"])
     assert {c.verdict for name, c in found.items() if name != "fgmt"} == {NO_EVIDENCE}
     other = find_changes(before, elsewhere(after, machine="another"))
-    assert not any(c.beyond(0.1, 0.005) for c in other)
+    assert not any(Limits(0.1, 0.005).is_exceeded_by(c) for c in other)
 
 
 def test_the_rounds_of_one_process_are_one_measurement():
@@ -208,7 +211,7 @@ def test_what_one_can_do_is_said_with_what_is_worse(results, capsys):
 
 
 def test_the_committed_baseline_is_quiet_beside_itself_and_red_for_a_lost_point():
-    rows = front.found("baseline", RESULTS)
+    rows = find_rows("baseline", RESULTS)
     assert alarms(rows, rows) == []
     worse = [
         replace(r, values={**r.values, "accuracy": r.values["accuracy"] - 0.01}) if r.method == "fgmt" else r
@@ -237,7 +240,7 @@ def test_a_commit_without_rows_is_said(results, capsys):
 
 
 def test_history_keeps_older_code_and_marks_the_step(results, capsys):
-    tracks = {(t.method, t.quantity): t for t in find_tracks(front.every(results))}
+    tracks = {(t.method, t.quantity): t for t in find_tracks(all_rows(results))}
     assert tracks["fgmt", "cost"].codes == ("a" * 10, "b" * 10)
     assert tracks["fgmt", "cost"].steps == (1,)
     assert tracks["gmt", "cost"].steps == ()

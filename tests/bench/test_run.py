@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 
 from regraft.data import MissingData
-from regraft_bench import front
 from regraft_bench import rows as rows_module
 from regraft_bench import run as run_module
+from regraft_bench import session
 from regraft_bench.rows import read_rows
 from regraft_bench.run import is_crash, run
 from regraft_bench.study import TUNING_SEED, Measured, Method, Scenario, Setting, Task
@@ -36,13 +36,13 @@ def test_seeds_can_be_chosen(toy, place, tmp_path):
 
 
 def test_methods_can_be_chosen_across_scenarios():
-    chosen = front.choose(["transfer", "fusion"], methods=["fgmt", "EWC"])
+    chosen = session.choose(["transfer", "fusion"], methods=["fgmt", "EWC"])
     assert [(s.name, m.name) for _, s in chosen for m in s.methods] == [
         ("digits-mlp", "fgmt"),
         ("digits-two-tasks", "EWC"),
     ]
     with pytest.raises(ValueError, match="there is no method 'fgtm' here; did you mean fgmt"):
-        front.choose(["transfer"], methods=["fgtm"])
+        session.choose(["transfer"], methods=["fgtm"])
 
 
 def counted(toy, method):

@@ -24,35 +24,10 @@ from pathlib import Path
 from typing import IO
 
 from regraft_bench.rows import Row, read_rows, tree_hash
-from regraft_bench.tracking.compare import NO_EVIDENCE, Change, find_changes
+from regraft_bench.tracking.compare import Change, Limits, find_changes
 
 SOURCES = ("src", "kernels", "bench")
 PACKAGE_FOLDERS = ("src/regraft", "kernels/regraft_kernels", "bench/regraft_bench")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is allowed, and how many turns are taken to find out.
-
-    slowdown: share of a cost; error_rise: in shares of 1; least, most: turns.
-    """
-
-    slowdown: float = 0.1
-    error_rise: float = 0.005
-    least: int = 4
-    most: int = 12
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.most:
-            raise ValueError(f"turns must be at least 1, and at most no fewer: {self.least} to {self.most}")
-
-    def is_exceeded_by(self, change: Change) -> bool:
-        return change.beyond(self.slowdown, self.error_rise)
-
-    def is_undecided(self, change: Change) -> bool:
-        """Whether it looks slower by half of what is allowed, without evidence."""
-        looks_slower = change.quantity == "cost" and (change.change or 0.0) > self.slowdown / 2
-        return looks_slower and change.verdict == NO_EVIDENCE
 
 
 def copy_packages(folder: Path) -> Path:
@@ -84,15 +59,25 @@ def extract_packages(commit: str, folder: Path) -> Path:
     return folder
 
 
+def measure_against(
+    commit: str, argv: Sequence[str], limits: Limits, tell: Callable[[int, int], None]
+) -> list[Change]:
+    """What ``regraft bench`` with these arguments measures with a commit's code, and with the present one."""
+    with tempfile.TemporaryDirectory(prefix="regraft-against-") as place:
+        folder = Path(place)
+        sides = extract_packages(commit, folder / "then"), copy_packages(folder / "now")
+        return measure_by_turns(*sides, argv, folder / "rows", limits, tell)
+
+
 def measure_by_turns(
     before: Path,
     after: Path,
-    words: Sequence[str],
+    argv: Sequence[str],
     results: Path,
     limits: Limits | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Change]:
-    """Run ``regraft bench`` with these words by turns with the code in two folders, and compare what it measured.
+    """Run ``regraft bench`` with these arguments by turns with the code in two folders, and compare what it measured.
 
     results: the rows of each side are left in its ``before`` and ``after``. tell: is told turns, done and at most.
     Raises ChildProcessError, with the last line that was said, where a side cannot be run.
@@ -101,7 +86,7 @@ def measure_by_turns(
     changes: list[Change] = []
     with ExitStack() as stack:
         sides = [
-            stack.enter_context(_Side.start(name, code, words, results / name))
+            stack.enter_context(_Side.start(name, code, argv, results / name))
             for name, code in (("before", before), ("after", after))
         ]
         for turn in range(limits.most):
@@ -117,7 +102,7 @@ def measure_by_turns(
 SERVER = """
 import os, sys
 from regraft import cli
-import regraft_bench.front
+import regraft_bench.engines, regraft_bench.report.page, regraft_bench.tracking.history
 import sklearn.datasets, torch._dynamo  # what is imported late; nothing is computed before the fork
 for _ in sys.stdin:
     child = os.fork()
@@ -141,9 +126,9 @@ class _Side:
 
     @classmethod
     @contextmanager
-    def start(cls, name: str, code: Path, words: Sequence[str], results: Path) -> Iterator[_Side]:
+    def start(cls, name: str, code: Path, argv: Sequence[str], results: Path) -> Iterator[_Side]:
         path = os.pathsep.join(str((code / place).resolve()) for place in SOURCES)
-        command = [sys.executable, "-P", "-c", SERVER, "bench", *words]
+        command = [sys.executable, "-P", "-c", SERVER, "bench", *argv]
         command += ["--results", str(results), "--rows-only"]
         with (
             tempfile.TemporaryFile("w+") as said,

@@ -1,7 +1,7 @@
 """Two sets of rows beside one another: is anything slower or less accurate than it was?
 
     changes = find_changes(read_rows("before.jsonl"), read_rows("after.jsonl"))
-    worse = [change for change in changes if change.beyond(max_slowdown=0.1, max_error_rise=0.005)]
+    worse = [change for change in changes if Limits(slowdown=0.1, error_rise=0.005).is_exceeded_by(change)]
 
 Errors are paired by seed. On the same kind of machine with the same packages they are bit for bit the same unless the
 code's arithmetic changed, so that there any rise is one, whatever an interval says. Costs are compared as ratios to a
@@ -12,10 +12,13 @@ one process share its luck. A verdict needs a confidence interval; one measureme
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
 
 from regraft_bench.report.tables import Sheet
 from regraft_bench.rows import Row
@@ -54,11 +57,33 @@ class Change:
     n: int
     verdict: str
 
-    def beyond(self, max_slowdown: float, max_error_rise: float) -> bool:
+
+@dataclass(frozen=True)
+class Limits:
+    """What may become worse, and how many pairs of turns are taken to find out.
+
+    slowdown: share of a cost; error_rise: in shares of 1; least, most: turns.
+    """
+
+    slowdown: float = 0.1
+    error_rise: float = 0.005
+    least: int = 4
+    most: int = 12
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.most:
+            raise ValueError(f"turns must be at least 1, and at most no fewer: {self.least} to {self.most}")
+
+    def is_exceeded_by(self, change: Change) -> bool:
         """Whether it is worse (or moved where nothing should move), and by more than is allowed."""
-        if self.verdict not in (WORSE, CHANGED) or self.change is None:
+        if change.verdict not in (WORSE, CHANGED) or change.change is None:
             return False
-        return self.change > (max_slowdown if self.quantity == "cost" else max_error_rise)
+        return change.change > (self.slowdown if change.quantity == "cost" else self.error_rise)
+
+    def is_undecided(self, change: Change) -> bool:
+        """Whether it looks slower by half of what is allowed, without evidence."""
+        looks_slower = change.quantity == "cost" and (change.change or 0.0) > self.slowdown / 2
+        return looks_slower and change.verdict == NO_EVIDENCE
 
 
 @dataclass(frozen=True)
@@ -245,8 +270,12 @@ def changes_sheet(changes: Sequence[Change], everything: bool = False) -> Sheet:
     return Sheet("What changed", heading, lines, tuple(notes))
 
 
+def _name(change: Change) -> str:
+    return f"{change.study}, {change.scenario}, {change.method}"
+
+
 def _line(change: Change) -> tuple[str, ...]:
-    name = f"{change.study}, {change.scenario}, {change.method}"
+    name = _name(change)
     if change.change is None:
         return (name, change.quantity, "–", "–", "–", "–", "0", change.verdict)
     form = "{:+.1%}" if change.quantity == "cost" else "{:+.4f}"
@@ -261,3 +290,29 @@ def _line(change: Change) -> tuple[str, ...]:
         str(change.n),
         change.verdict,
     )
+
+
+WHAT_NOW = """Measure it alone: regraft against COMMIT --scenario NAME --method NAME (its control among the methods).
+If intended, run `make baseline`, commit results/baseline with it and say why; otherwise fix it."""
+
+
+def print_changes(
+    changes: Sequence[Change], limits: Limits, *, everything: bool = False, as_json: bool = False
+) -> int:
+    """Print changes; 1 where any is worse by more than is allowed, else 0."""
+    beyond = [change for change in changes if limits.is_exceeded_by(change)]
+    if as_json:
+        print(
+            json.dumps({"changes": list(map(asdict, changes)), "beyond": list(map(asdict, beyond))}, indent=1)
+        )
+        return int(bool(beyond))
+    sheet = changes_sheet(changes, everything)
+    Console(markup=False).print(sheet.rich() if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
+    for change in beyond:
+        is_cost = change.quantity == "cost"
+        size = f"{change.change:+.1%}" if is_cost else f"{change.change:+.4f}"
+        allowed = f"{limits.slowdown:.0%}" if is_cost else f"{limits.error_rise:g}"
+        print(f"{_name(change)}: {change.quantity} {size} (allowed: {allowed})")
+    if beyond:
+        print(WHAT_NOW)
+    return int(bool(beyond))

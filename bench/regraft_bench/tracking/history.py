@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+
+from rich.console import Console
 
 from regraft_bench.report.tables import Sheet
 from regraft_bench.rows import Row
@@ -100,3 +103,11 @@ def tracks_sheet(tracks: Sequence[Track]) -> Sheet:
     heading = ("study, scenario, method", "of", "codes", "first", "last", "steps")
     notes = ("error in shares of 1; cost in units of the control of the same run",)
     return Sheet("History", heading, tuple(lines), notes)
+
+
+def print_history(tracks: Sequence[Track], *, as_json: bool = False) -> None:
+    """As a table, or as JSON."""
+    if as_json:
+        print(json.dumps([asdict(track) for track in tracks], indent=1))
+    else:
+        Console(markup=False).print(tracks_sheet(tracks).rich())

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from regraft.core.clock import Cost
 from regraft_bench.study import Measured, Method, Setting
-from regraft_bench.tracking.against import Limits, copy_packages, measure_by_turns
-from regraft_bench.tracking.compare import Change
+from regraft_bench.tracking.against import copy_packages, measure_by_turns
+from regraft_bench.tracking.compare import Change, Limits
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Fault:
     """What is added to the end of a module, and where it must be found.
 
     text: Python; TRIAL in it becomes the trial's number. seen: the only quantity, and the only method (None: any), that
-    may be told. words: what is measured. limits: how it is judged.
+    may be reported. argv: of `regraft bench`. limits: how it is judged.
     """
 
     module: str
     text: str
     seen: tuple[str, str | None] | None
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
     limits: Limits = field(default_factory=Limits)
     about: str = "The packages beside a copy of themselves: whatever is told is a false alarm."
 
@@ -106,7 +106,7 @@ def _measure(name: str, setting: Setting) -> Measured:
     with tempfile.TemporaryDirectory(prefix="regraft-regressions-") as place:
         folder, begun = Path(place), time.perf_counter()
         sides = copy_packages(folder / "a"), plant_fault(fault, setting.seed, folder / "b")
-        changes = measure_by_turns(*sides, fault.words, folder / "rows", fault.limits)
+        changes = measure_by_turns(*sides, fault.argv, folder / "rows", fault.limits)
         return judge_changes(fault, changes, time.perf_counter() - begun)
 
 
@@ -137,7 +137,7 @@ REGRESSION_METHODS = tuple(
     Method(
         name,
         partial(_measure, name),
-        {"words": fault.words, "limits": asdict(fault.limits)},
+        {"words": fault.argv, "limits": asdict(fault.limits)},
         about=fault.about,
     )
     for name, fault in FAULTS.items()

@@ -1,0 +1,178 @@
+"""What `pytest bench` and the `regraft` command share: choosing scenarios, measuring them, the pages at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from regraft.core.files import write_text
+from regraft.core.guard import make_deterministic
+from regraft.data import MissingData
+from regraft_bench.engines import ENGINES
+from regraft_bench.report.page import page
+from regraft_bench.report.render import ROWS, Figure, Table, for_papers, load_rows, summary, write_pages
+from regraft_bench.rows import Row
+from regraft_bench.run import run
+from regraft_bench.studies import STUDIES, study
+from regraft_bench.study import RunPaths, Scenario, Study, nearest
+
+if TYPE_CHECKING:
+    from regraft_bench.cli import Options
+
+
+def prepare(options: Options) -> None:
+    """Make torch deterministic where it is asked for. Raises ValueError for options that no run can have."""
+    if options.seeds is not None and options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: torch finds no CUDA device here")
+    if options.deterministic:
+        make_deterministic()
+
+
+def run_paths(options: Options) -> RunPaths:
+    """Where a run with these options finds and leaves things."""
+    kept = {} if options.cache is None else {"cache": options.cache}
+    return RunPaths(options.data, device=options.device, **kept)
+
+
+def choose(
+    studies: Sequence[str] = (), scenarios: Sequence[str] = (), methods: Sequence[str] = ()
+) -> list[tuple[Study, Scenario]]:
+    """The scenarios of these names in these studies (all studies if none is named); without names the quick ones.
+
+    With methods, those scenarios that have any of them, and these methods alone. Raises ValueError, with the nearest
+    names, for a study, a scenario or a method that there is not.
+    """
+    chosen = _choose_scenarios([study(name) for name in studies or STUDIES], scenarios)
+    if not methods:
+        return chosen
+    known = {method.name for _, scenario in chosen for method in scenario.methods}
+    for name in methods:
+        if name not in known:
+            raise ValueError(f"there is no method {name!r} here{nearest(name, sorted(known))}")
+    narrowed = [
+        (one, replace(s, methods=tuple(m for m in s.methods if m.name in methods))) for one, s in chosen
+    ]
+    return [(one, scenario) for one, scenario in narrowed if scenario.methods]
+
+
+def _choose_scenarios(studies: Sequence[Study], scenarios: Sequence[str]) -> list[tuple[Study, Scenario]]:
+    if not scenarios:
+        return [(one, scenario) for one in studies for scenario in one.select(one.quick)]
+    names = {scenario.name: (one, scenario) for one in studies for scenario in one.scenarios}
+    for name in scenarios:
+        if name not in names:
+            raise ValueError(f"there is no scenario {name!r}{nearest(name, names)}")
+    return [names[name] for name in scenarios]
+
+
+def measure(one: Study, scenario: Scenario, options: Options, place: RunPaths) -> list[Row]:
+    """Run one scenario, its rows in ``results/<study>/rows.jsonl``.
+
+    Raises MissingData where its data are not there, ValueError for an engine that is not installed.
+    """
+    return list(
+        run(
+            one,
+            [scenario],
+            place=place,
+            rows=options.results / one.name / ROWS,
+            seeds=None if options.seeds is None else range(options.seeds),
+            resume=options.resume,
+            keep_older=options.keep_older,
+            engine=ENGINES[options.engine],
+        )
+    )
+
+
+def measure_unless_missing(
+    one: Study, scenario: Scenario, options: Options, place: RunPaths, console: Console
+) -> list[Row] | None:
+    """Run one scenario with progress on the console; None, and a line that says why, where its data are missing."""
+    try:
+        with progress(place, console) as shown:
+            return measure(one, scenario, options, shown)
+    except MissingData as missing:
+        console.print(f"{scenario.name} is skipped: {missing}")
+        return None
+
+
+@contextmanager
+def progress(place: RunPaths, console: Console) -> Iterator[RunPaths]:
+    """The place with a bar in the terminal for whatever runs there; as it is where the console is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    if not console.is_terminal:
+        yield place
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown = bar.add_task("", total=None)
+
+        def report_progress(what: str, done: int, total: int) -> None:
+            bar.update(shown, description=what, completed=done, total=total)
+
+        yield replace(place, tell=report_progress)
+
+
+def conclude(rows: Mapping[str, Sequence[Row]], results: Path, console: Console) -> None:
+    """Print the summary of the rows of each study, write the pages of all that lies in the folder, and say where."""
+    for name, own in rows.items():
+        for sheet in summary(study(name), own):
+            console.print(sheet.rich())
+            console.print()
+    regenerate(results)
+    console.print(f"rows, tables and figures: {results}; the page: {results / 'index.html'}")
+
+
+def regenerate(results: Path, documents: Sequence[Path] = (), papers: bool = False) -> list[Path]:
+    """Make the pages of a results folder, and the tables that documents quote; returns what was written.
+
+    papers: also tables in LaTeX and figures as PNG.
+    """
+    studies = [study(name) for name in STUDIES]
+    written = write_pages(results, studies, documents)
+    written += for_papers(results, studies) if papers else []
+    write_text(results / "index.html", page(results, studies))
+    return [*written, results / "index.html"]
+
+
+def reproduce(
+    name: str, tables: Sequence[str], figures: Sequence[str], *, paper: bool, options: Options
+) -> int:
+    """Run the scenarios of a study's tables and figures, all of them if none is named, and print the tables.
+
+    Raises ValueError for a table or figure that there is not. Returns 0, or 1 where data were missing for any.
+    """
+    prepare(options)
+    one, console = study(name), Console(markup=False)
+    pages, place = select_pages(one, tables, figures), run_paths(options)
+    names = dict.fromkeys(scenario for item in pages for scenario in item.scenarios)
+    scenarios = one.select([name for name in names if name.endswith("-paper") == paper])
+    measured = [measure_unless_missing(one, scenario, options, place, console) for scenario in scenarios]
+    rows = load_rows(options.results, one)
+    for item in pages:
+        for sheet in item.make_sheets(rows) if isinstance(item, Table) else ():
+            console.print(sheet.rich())
+    for path in regenerate(options.results):
+        console.print(str(path))
+    return int(None in measured)
+
+
+def select_pages(one: Study, tables: Sequence[str], figures: Sequence[str]) -> list[Table | Figure]:
+    """A study's tables and figures of these names; all of both where none is named."""
+    chosen: list[Table | Figure] = []
+    for names, known in ((tables, one.tables), (figures, one.figures)):
+        by_name: dict[str, Table | Figure] = {item.name: item for item in known}
+        for name in names:
+            if name not in by_name:
+                raise ValueError(f"study {one.name} has no {name!r}{nearest(name, by_name)}")
+        chosen += [by_name[name] for name in names]
+    return chosen or [*one.tables, *one.figures]
