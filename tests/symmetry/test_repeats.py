@@ -25,7 +25,7 @@ def test_repetitions_say_nothing_new(name, monkeypatch):
     torch.manual_seed(0)
     model, x = make(), torch.rand(shape)
     once = trace(model, x)
-    monkeypatch.setattr(labels, "_expanded", lambda tensor: [])
+    monkeypatch.setattr(labels, "_expanded_dims", lambda tensor: [])
     assert trace(model, x) == once
 
 

@@ -120,8 +120,8 @@ def test_what_moves_is_counted():
         {"g": 3}, {"w": [3, [["g", 0, 3, 1], [None, 0, 4, 1]]], "v": ["g", "g"], "b": [3]}
     )
     # the exchange of units 0 and 1 leaves five columns of w, and one scalar of v
-    assert spec.moved({"g": torch.tensor([1, 0, 2])}) == {"w": 6, "v": 8, "b": 0}
-    assert set(spec.moved(spec.identity()).values()) == {0}
+    assert spec.count_moved({"g": torch.tensor([1, 0, 2])}) == {"w": 6, "v": 8, "b": 0}
+    assert set(spec.count_moved(spec.identity()).values()) == {0}
 
 
 # ---- application

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from regraft.core.tensors import Perm, Tensors, check_alike, check_finite
 from regraft.symmetry import PermutationSpec
-from regraft.symmetry.spec import groups_of
+from regraft.symmetry.axes import groups_of
 from regraft_kernels import Term, similarity, similarity_many
 
 AxisIndices = dict[tuple[str, int], Tensor]  # (tensor, axis) -> index vector

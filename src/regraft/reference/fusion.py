@@ -124,4 +124,5 @@ def cancellation_term(
 ) -> Tensor:
     """Appendix B.2: - beta_B H_A g_B at the initial point, from the whole Hessian."""
     hessian = torch.func.hessian(loss_a)(start)
-    return -rate_b * hessian @ torch.func.grad(loss_b)(start)
+    result: Tensor = -rate_b * hessian @ torch.func.grad(loss_b)(start)
+    return result

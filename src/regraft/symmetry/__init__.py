@@ -4,7 +4,8 @@
 a :class:`PermutationSpec` is plain data and can be written by hand (:mod:`regraft.symmetry.spec`).
 """
 
-from regraft.symmetry.spec import Axis, PermutationSpec, Segment, apply, inverse, parameters_moved
+from regraft.symmetry.axes import Axis, Segment
+from regraft.symmetry.spec import PermutationSpec, apply, inverse, parameters_moved
 from regraft.symmetry.trace import trace
 from regraft.symmetry.verify import verify
 

@@ -54,7 +54,7 @@ class Call:
 
     def run(self, model: nn.Module, *, heads: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs that count, and by-products. With auxiliary ``heads`` every output counts."""
-        return Caller(model, self, heads)(*self.args, **self.kwargs)
+        return Caller(model, self, heads).forward(*self.args, **self.kwargs)
 
 
 class Caller(nn.Module):
@@ -75,7 +75,9 @@ class Caller(nn.Module):
         else:
             result = forward(self.model, *args, **kwargs)
         tensors = _tensors(result)
-        chosen = tensors if self.heads else _chosen(result, self.call.output, type(self.model).__name__)
+        chosen = (
+            tensors if self.heads else _choose_outputs(result, self.call.output, type(self.model).__name__)
+        )
         counts = {id(tensor) for tensor in chosen}
         return chosen, [tensor for tensor in tensors if id(tensor) not in counts]
 
@@ -118,9 +120,9 @@ def check_placed(model: nn.Module, call: Call) -> None:
 # ---- outputs
 
 
-def _chosen(result: Any, output: Output, name: str) -> list[Tensor]:
+def _choose_outputs(result: Any, output: Output, name: str) -> list[Tensor]:
     if isinstance(output, Sequence) and not isinstance(output, str):
-        return [tensor for one in output for tensor in _chosen(result, one, name)]
+        return [tensor for one in output for tensor in _choose_outputs(result, one, name)]
     if output is None:
         logits = part(result, "logits")
         chosen = logits if isinstance(logits, Tensor) else next(iter(_tensors(result)), None)

@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regraft.symmetry.axes import Axis, Segment
 from regraft.symmetry.labels import Flow, Leaf, Value, line, varying
-from regraft.symmetry.nesting import arrange, nest
-from regraft.symmetry.spec import Axis, PermutationSpec, Segment
+from regraft.symmetry.nesting import arrange, mix, nest
+from regraft.symmetry.spec import PermutationSpec
 
 
 def specify(flow: Flow, leaves: Sequence[Leaf]) -> PermutationSpec:
     """The specification that a finished pass of labels amounts to."""
     every = [*leaves, *flow.derived]
-    settle(flow, every)
+    fix_elementwise_axes(flow, every)
     groups, blocks = arrange(flow, nest(flow, lambda: signatures(flow, every)))
     group = np.full(
         flow.units.count, -1
@@ -41,7 +42,7 @@ def specify(flow: Flow, leaves: Sequence[Leaf]) -> PermutationSpec:
     return PermutationSpec({name: len(units) for name, units in groups.items()}, axes, blocks=blocks)
 
 
-def settle(flow: Flow, leaves: Iterable[Leaf]) -> None:
+def fix_elementwise_axes(flow: Flow, leaves: Iterable[Leaf]) -> None:
     """A tensor used element by element moves along one axis, or not at all."""
     for leaf in leaves:
         if leaf.scalars is None or not leaf.shape:
@@ -52,9 +53,9 @@ def settle(flow: Flow, leaves: Iterable[Leaf]) -> None:
             continue
         axis = along[0] if along else int(np.argmax(leaf.shape))
         flow.join(flow.axis(leaf, axis), line(leaf.scalars, axis))
-        for other in range(len(leaf.shape)):
-            if other != axis and leaf.axes[other] is not None:
-                flow.freeze(leaf.axes[other])
+        for other, labels in enumerate(leaf.axes):
+            if other != axis and labels is not None:
+                flow.freeze(labels)
 
 
 # ---- signatures
@@ -77,17 +78,17 @@ def signatures(flow: Flow, leaves: Sequence[Leaf]) -> np.ndarray:
         if tie.sources:
             table = torch.cat([ranks(source).flatten() + (j << 40) for j, source in enumerate(tie.sources)])
             keys = torch.where(keys < 0, torch.iinfo(torch.int64).min, table[keys.clamp(min=0)])
-        _add(total, flow.units.roots(tie.labels), _mix(_salted(ranks(tie.labels), number)) + keys)
+        _add(total, flow.units.roots(tie.labels), _mix(_salt(ranks(tie.labels), number)) + keys)
     for leaf in leaves:
         for labels in leaf.axes:
             number += 1
             if labels is not None:
                 held = ranks(labels)
-                _add(total, flow.units.roots(labels), _mix(_salted(held, number)) + held)
+                _add(total, flow.units.roots(labels), _mix(_salt(held, number)) + held)
     return total.numpy().view(np.uint64)
 
 
-def _salted(ranks: Tensor, number: int) -> Tensor:
+def _salt(ranks: Tensor, number: int) -> Tensor:
     return ranks + number * 0x9E3779B97F4A7C15 % (1 << 62)
 
 
@@ -97,11 +98,8 @@ def _add(total: Tensor, roots: Tensor, keys: Tensor) -> None:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64, on int64 with wrap-around."""
-    bits = x.numpy().view(np.uint64)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy((bits ^ (bits >> np.uint64(31))).view(np.int64))
+    """`mix` on int64 with wrap-around."""
+    return torch.from_numpy(mix(x.numpy().view(np.uint64)).view(np.int64))
 
 
 def occurrences(roots: Tensor) -> Tensor:

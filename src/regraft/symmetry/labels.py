@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Units:
 
     def roots(self, labels: Tensor) -> Tensor:
         """The smallest label of each label's set; expanded where the labels are."""
-        return self._find(thin(labels)).expand(labels.shape)
+        return self._find(unexpand(labels)).expand(labels.shape)
 
     def _find(self, labels: Tensor) -> Tensor:
         root = self._root[labels]
@@ -64,27 +64,28 @@ class Units:
 
     def join(self, a: Tensor, b: Tensor) -> None:
         """Makes one unit of ``a`` and ``b``, element by element, after broadcasting."""
-        a, b = (x.flatten() for x in _compact(*torch.broadcast_tensors(a, b)))
+        a, b = (x.flatten() for x in _compact(a, b))
         differ = a != b
         a, b = self._find(a[differ]), self._find(b[differ])
         while (differ := a != b).any():
             a, b = a[differ], b[differ]
             high, low = torch.maximum(a, b), torch.minimum(a, b)
             self._root[high] = (
-                low  # one of several, where a root meets several: the others are left for another round
+                low  # one of several, where a root meets several: another round takes the others
             )
             a, b = self._find(high), self._find(low)
 
 
-def _compact(*tensors: Tensor) -> list[Tensor]:
-    """Without the dimensions that are expanded in all tensors (of one shape): they would say the same again."""
-    again = [d for d in _expanded(tensors[0]) if all(t.stride(d) == 0 for t in tensors)]
-    return [first(t, again) for t in tensors]
+def _compact(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """After broadcasting, of length 1 along the dimensions that are expanded in both: they say the same again."""
+    a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+    again = [d for d in _expanded_dims(a) if b.stride(d) == 0]
+    return first(a, again), first(b, again)
 
 
-def thin(tensor: Tensor) -> Tensor:
+def unexpand(tensor: Tensor) -> Tensor:
     """Of length 1 along the dimensions in which it is expanded: what it holds, without the repetitions."""
-    return first(tensor, _expanded(tensor))
+    return first(tensor, _expanded_dims(tensor))
 
 
 def first(tensor: Tensor, dims: Sequence[int]) -> Tensor:
@@ -94,11 +95,24 @@ def first(tensor: Tensor, dims: Sequence[int]) -> Tensor:
     return tensor
 
 
-def _expanded(tensor: Tensor) -> list[int]:
+def _expanded_dims(tensor: Tensor) -> list[int]:
     return [d for d, n in enumerate(tensor.shape) if n > 1 and tensor.stride(d) == 0]
 
 
+def is_repeating(labels: Tensor) -> bool:
+    """Whether some label stands at several places."""
+    return len(labels.unique()) < labels.numel()  # type: ignore[no-untyped-call]
+
+
+def constant_keys(tensor: Tensor) -> Tensor:
+    """int64 of the same shape: equal where a constant's values are."""
+    return torch.unique(tensor.detach(), return_inverse=True)[1]  # type: ignore[no-any-return]
+
+
 # ---- values that flow
+
+Relation = Literal["within", "twin"]
+"""How a unit stands to another one: see this module's docstring."""
 
 
 @dataclass
@@ -129,17 +143,22 @@ class Value:
     changed: bool = False  # a function of the leaf's scalars, not these themselves
     labels: Tensor | None = None  # once an operator has read them
     repeats: tuple[Tensor, Tensor] | None = (
-        None  # where the base is expanded: the place in its thin form, and the turn
+        None  # of an expanded base: the place in its unexpanded form, and the turn
     )
 
     def places(self) -> Tensor:
         """int32 of this shape: the place of every scalar in the base."""
         return places(self.shape) if self.positions is None else self.positions
 
-    def moved(self, function: Callable[[Tensor], Any]) -> Any:
+    def rearrange(self, function: Callable[[Tensor], Tensor]) -> Value:
+        """What an operator with one result makes of it that only moves scalars."""
+        result: Value = self.map_positions(function)
+        return result
+
+    def map_positions(self, function: Callable[[Tensor], Any]) -> Any:
         """What an operator makes of it that only moves scalars, by running it on positions (-1: a constant)."""
         repeats = self.repeats
-        if self.positions is None and isinstance(self.base, Tensor) and _expanded(self.base):
+        if self.positions is None and isinstance(self.base, Tensor) and _expanded_dims(self.base):
             repeats = _lines(self.base), _turns(self.base)
         if repeats is None:
             made = function(self.places())
@@ -173,21 +192,21 @@ class Tie:
     labels: Tensor
     positions: Tensor
     sources: tuple[Tensor, ...]
-    kind: str = "same"
+    kind: Literal["same"] | Relation = "same"
 
 
-def thinned(tie: Tie) -> Tie:
+def drop_repeats(tie: Tie) -> Tie:
     """The same demand, said once: where a line of units is repeated, and what it is tied to is repeated alike."""
     labels, positions = _compact(tie.labels, tie.positions)
-    again = _expanded(labels)
+    again = _expanded_dims(labels)
     if not again:
         return replace(tie, labels=labels, positions=positions)
     if tie.sources:
         held, at = positions < 0, positions.clamp(min=0)
-        sources = tuple(map(thin, tie.sources))
+        sources = tuple(map(unexpand, tie.sources))
         starts = accumulate((s.numel() for s in sources), initial=0)
         lines = map(_lines, tie.sources, starts)
-        seen, turn = (torch.where(held, -1, joined(x)[at]) for x in (lines, map(_turns, tie.sources)))
+        seen, turn = (torch.where(held, -1, concat(x)[at]) for x in (lines, map(_turns, tie.sources)))
     else:
         sources, seen, turn = (), positions, positions
     same_line = set(again).isdisjoint(varying(seen))
@@ -198,17 +217,17 @@ def thinned(tie: Tie) -> Tie:
 
 
 def _lines(source: Tensor, start: int = 0) -> Tensor:
-    """int32 of the same shape: the place of each scalar in the thin form."""
-    return places(thin(source).shape, start).expand(source.shape)
+    """int32 of the same shape: the place of each scalar in the unexpanded form."""
+    return places(unexpand(source).shape, start).expand(source.shape)
 
 
 def _turns(source: Tensor) -> Tensor:
     """int32 of the same shape: the number of the repetition that a scalar stands in."""
-    again = _expanded(source)
+    again = _expanded_dims(source)
     return places([n if d in again else 1 for d, n in enumerate(source.shape)]).expand(source.shape)
 
 
-def joined(tensors: Iterable[Tensor]) -> Tensor:
+def concat(tensors: Iterable[Tensor]) -> Tensor:
     """All scalars of some tensors, one tensor after the other."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
@@ -221,10 +240,7 @@ class Flow:
         self.units = Units()
         self.ties: list[Tie] = []
         self.made: list[tuple[Leaf, Tensor]] = []  # labels in the order in which parameters produce them
-        self.related: dict[str, list[tuple[Tensor, Tensor]]] = {
-            "within": [],
-            "twin": [],
-        }  # labels, and theirs
+        self.related: dict[Relation, list[tuple[Tensor, Tensor]]] = {"within": [], "twin": []}
         self.derived: list[Leaf] = []  # functions of parameters that have axes as these have
         self.frozen: dict[str, str] = {}  # operator -> why it froze what it touches, and where first
         self.operator = self.module = ""  # what is being passed through
@@ -232,7 +248,7 @@ class Flow:
 
     # -- labels of values
 
-    def fixed(self, shape: Sequence[int]) -> Value:
+    def fixed_value(self, shape: Sequence[int]) -> Value:
         """A tensor that no permutation moves."""
         return Value(torch.zeros((), dtype=torch.int32).expand(tuple(shape)), tuple(shape))
 
@@ -241,7 +257,7 @@ class Flow:
         return Value(labels.view(labels.shape), tuple(labels.shape))
 
     def is_fixed(self, labels: Tensor) -> bool:
-        return not self.units.roots(thin(labels)).any()
+        return not self.units.roots(unexpand(labels)).any()
 
     def stays(self, value: Value) -> bool:
         """Whether nothing of what a value is a view of moves."""
@@ -251,7 +267,7 @@ class Flow:
 
     def passes(self, value: Value, dim: int) -> bool:
         """Whether every line along ``dim`` is a single unit, or fixed."""
-        roots = self.units.roots(thin(self.labels(value)))
+        roots = self.units.roots(unexpand(self.labels(value)))
         return bool((roots == roots.narrow(dim, 0, 1)).all()) if roots.ndim else True
 
     def axis(self, leaf: Leaf, axis: int) -> Tensor:
@@ -284,15 +300,16 @@ class Flow:
         return value.labels
 
     def _read(self, value: Value, base: Tensor) -> Tensor:
-        if value.repeats is None or bool((thin(value.repeats[0]) < 0).any()):
-            return self.gather(value.positions, base)
+        positions = value.places()
+        if value.repeats is None or bool((unexpand(value.repeats[0]) < 0).any()):
+            return self.gather(positions, base)
         line, turn = value.repeats
-        once = joined([thin(base)])[thin(line)]
+        once = concat([unexpand(base)])[unexpand(line)]
         labels = once.expand(value.shape)
-        if set(varying(turn)) <= set(_expanded(line)):
-            self.tie(once, thin(line), thin(base))
+        if set(varying(turn)) <= set(_expanded_dims(line)):
+            self.tie(once, unexpand(line), unexpand(base))
         else:
-            self.tie(labels, value.positions, base)
+            self.tie(labels, positions, base)
         return labels
 
     def base(self, value: Value) -> Tensor:
@@ -301,7 +318,7 @@ class Flow:
 
     def gather(self, positions: Tensor, *sources: Tensor) -> Tensor:
         """A new tensor whose scalars come from ``positions`` of the sources, read one after the other."""
-        labels = joined(sources)[positions.clamp(min=0)]
+        labels = concat(sources)[positions.clamp(min=0)]
         padding = positions < 0
         if padding.any():
             labels[padding] = self.units.fresh(int(padding.sum()))  # a constant takes any unit's part
@@ -313,8 +330,7 @@ class Flow:
     def constant(self, tensor: Tensor) -> Tensor:
         """Labels of a constant: it takes the part of any units, but only of such as see the same values."""
         labels = self.units.fresh(*tensor.shape)
-        _, keys = torch.unique(tensor.detach(), return_inverse=True)
-        self.tie(labels, keys)
+        self.tie(labels, constant_keys(tensor))
         return labels
 
     # -- what rules demand
@@ -337,19 +353,19 @@ class Flow:
     def tie(self, labels: Tensor, positions: Tensor, *sources: Tensor) -> None:
         """See :class:`Tie`; without sources: units may only trade places that have equal ``positions``."""
         if not self.is_fixed(labels):
-            self.ties.append(thinned(Tie(labels, positions.expand(labels.shape), sources)))
+            self.ties.append(drop_repeats(Tie(labels, positions.expand(labels.shape), sources)))
 
-    def relate(self, labels: Tensor, others: Tensor, kind: str, positions: Tensor | None = None) -> None:
+    def relate(self, labels: Tensor, others: Tensor, kind: Relation, positions: Tensor | None = None) -> None:
         """Every unit of ``labels`` is "within" the unit that ``others`` has at its places, or its "twin"; those that it
         has at several places become one. ``positions``: in ``others``; its own after broadcasting where not given."""
         if self.is_fixed(labels):
             self.freeze(others)
             return
         if positions is None:
-            others = thin(others)
+            others = unexpand(others)
             positions = places(others.shape).expand(labels.shape)
-        self.ties.append(thinned(Tie(labels, positions, (others,), kind)))
-        mine, at = _compact(*torch.broadcast_tensors(labels, positions))
+        self.ties.append(drop_repeats(Tie(labels, positions, (others,), kind)))
+        mine, at = _compact(labels, positions)
         mine, theirs = self.units.roots(mine).flatten(), others.reshape(-1)[at.flatten()]
         order = mine.argsort(stable=True)
         mine, theirs = mine[order], theirs[order]
@@ -374,10 +390,12 @@ class Flow:
         if leaf.learned:
             self.made.append((leaf, labels))
 
-    def is_matrix(self, value: Value) -> bool:
-        """Whether it is all of a parameter of two axes or more, in order, whatever its shape."""
-        leaf = value.base
-        return isinstance(leaf, Leaf) and sum(n > 1 for n in leaf.shape) > 1 and _in_order(value)
+    def weight(self, value: Any) -> Leaf | None:
+        """The parameter of two axes or more that a value is all of, in order, whatever its shape."""
+        leaf = value.base if isinstance(value, Value) else None
+        if not isinstance(leaf, Leaf) or sum(n > 1 for n in leaf.shape) < 2 or not _in_order(value):
+            return None
+        return leaf
 
     def plane(self, value: Value, dim: int) -> Tensor | None:
         """int32 [value.shape[dim]]: the labels of one dimension of a weight; None where the value is no leaf, or
@@ -387,11 +405,12 @@ class Flow:
         leaf = value.base
         if value.shape == leaf.shape and _in_order(value):
             return self.axis(leaf, dim)
-        if (value.positions < 0).any():
+        positions = value.places()
+        if bool((positions < 0).any()):
             return None
         along: dict[int, list[int]] = {d: [] for d in range(len(value.shape))}
         origin = (0,) * len(value.shape)
-        coordinates = torch.unravel_index(thin(value.positions).long(), leaf.shape)
+        coordinates = torch.unravel_index(unexpand(positions).long(), leaf.shape)
         for a, coordinate in enumerate(coordinates):
             dims = varying(coordinate)
             if len(dims) > 1:
@@ -406,7 +425,7 @@ class Flow:
         labels = self.axis(leaf, first_axis)[line(coordinates[first_axis], dim)]
         for a in (
             others
-        ):  # several axes flattened, as a kernel's are: the units of the first, each at several places
+        ):  # several axes flattened, as a kernel's are: the units of the first, at several places each
             self.freeze(self.axis(leaf, a))
             self.tie(labels, line(coordinates[a], dim).int())
         return labels

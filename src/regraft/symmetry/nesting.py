@@ -2,7 +2,7 @@
 
 A unit may be *within* a block, a unit too, and go where its block goes; and it may have a *twin*: units of one twin
 stand in different blocks and move alike. Both are forests or grids only after some joining, which is always correct:
-what moves together has less freedom. Equal colours (:func:`_refined`) then mean that units may trade places, blocks
+what moves together has less freedom. Equal colours (:func:`_refine`) then mean that units may trade places, blocks
 with all that is in them.
 """
 
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from regraft.symmetry.labels import Flow, thin
+from regraft.symmetry.labels import Flow, unexpand
 
-ROUNDS = 6
+COLOURING_ROUNDS = 6
 """Of colouring: a colour hears of blocks in blocks so deep."""
 
 
@@ -36,13 +36,16 @@ def nest(flow: Flow, signatures: Callable[[], np.ndarray]) -> Nesting:
     ``signatures()``: uint64 for every root, equal where units may trade places but for their blocks and twins.
     """
     while True:
-        block, twin = _related(flow)
+        block, twin = _merge_relations(flow)
         twin[twin == block] = 0  # that says nothing new
-        colour = _refined(signatures(), block, twin)
+        colour = _refine(signatures(), block, twin)
         size = _class_sizes(colour, flow)
         nesting = Nesting(colour, np.where(size[block] > 1, block, 0), np.where(size[twin] > 1, twin, 0))
         together = (
-            _stuck(flow, nesting) or _bound(nesting, twin) or _ragged(nesting, size) or _single(nesting, size)
+            _pairs_of_unordered(flow, nesting)
+            or _pairs_with_twin(nesting, twin)
+            or _pairs_of_ragged(nesting, size)
+            or _pairs_of_lone(nesting, size)
         )
         if not together:
             return nesting
@@ -50,10 +53,10 @@ def nest(flow: Flow, signatures: Callable[[], np.ndarray]) -> Nesting:
         flow.join(a, b)
 
 
-def _related(flow: Flow) -> tuple[np.ndarray, np.ndarray]:
+def _merge_relations(flow: Flow) -> tuple[np.ndarray, np.ndarray]:
     """The block and the twin of every root: one each, as several become one."""
     while True:
-        found, joined = [], False
+        relations, joined = [], False
         for pairs in flow.related.values():
             other = np.zeros(flow.units.count, dtype=np.int64)
             if pairs:
@@ -67,16 +70,16 @@ def _related(flow: Flow) -> tuple[np.ndarray, np.ndarray]:
                 differ = other[mine] != theirs
                 joined |= bool(differ.any())
                 flow.join(torch.from_numpy(other[mine][differ]).int(), torch.from_numpy(theirs[differ]).int())
-            found.append(other)
+            relations.append(other)
         if not joined:
-            return found[0], found[1]
+            return relations[0], relations[1]
 
 
-def _refined(signature: np.ndarray, block: np.ndarray, twin: np.ndarray) -> np.ndarray:
+def _refine(signature: np.ndarray, block: np.ndarray, twin: np.ndarray) -> np.ndarray:
     """Signatures that know of those of the unit's block and twin, and of those of whose block or twin it is."""
     colour = signature.copy()
     relations = [(np.flatnonzero(other), other, 2 * n + 1) for n, other in enumerate((block, twin))]
-    for _ in range(ROUNDS if block.any() or twin.any() else 0):
+    for _ in range(COLOURING_ROUNDS if block.any() or twin.any() else 0):
         new = mix(colour)
         for members, other, salt in relations:
             new[members] += mix(colour[other[members]] + np.uint64(salt))
@@ -89,7 +92,7 @@ def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64, on uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def _class_sizes(colour: np.ndarray, flow: Flow) -> np.ndarray:
@@ -107,7 +110,7 @@ def _class_sizes(colour: np.ndarray, flow: Flow) -> np.ndarray:
 Pairs = list[tuple[int, int]]
 
 
-def _stuck(flow: Flow, nesting: Nesting) -> Pairs:
+def _pairs_of_unordered(flow: Flow, nesting: Nesting) -> Pairs:
     """Blocks and twins of something that no parameter gives an order, and blocks that are in themselves: they are
     fixed."""
     ordered = np.zeros(flow.units.count, dtype=bool)
@@ -118,19 +121,19 @@ def _stuck(flow: Flow, nesting: Nesting) -> Pairs:
     alone = np.flatnonzero((nesting.block > 0) & ~ordered)
     stuck = {*nesting.block[alone].tolist(), *(t for t in np.unique(nesting.twin).tolist() if not ordered[t])}
     around = nesting.block
-    for _ in range(ROUNDS):
+    for _ in range(COLOURING_ROUNDS):
         around = nesting.block[around]
     stuck |= set(around.tolist())
     return [(0, unit) for unit in stuck - {0}]
 
 
-def _bound(nesting: Nesting, twin: np.ndarray) -> Pairs:
+def _pairs_with_twin(nesting: Nesting, twin: np.ndarray) -> Pairs:
     """Units whose block stays move as their twin does."""
     units = np.flatnonzero((twin > 0) & (nesting.block == 0))
     return list(zip(units.tolist(), twin[units].tolist(), strict=True))
 
 
-def _ragged(nesting: Nesting, size: np.ndarray) -> Pairs:
+def _pairs_of_ragged(nesting: Nesting, size: np.ndarray) -> Pairs:
     """Blocks of units that do not make a grid, every block of one with every twin: they are fixed."""
     both = np.flatnonzero((nesting.block > 0) & (nesting.twin > 0))
     stuck: set[int] = set()
@@ -147,7 +150,7 @@ def _ragged(nesting: Nesting, size: np.ndarray) -> Pairs:
     return [(0, unit) for unit in stuck]
 
 
-def _single(nesting: Nesting, size: np.ndarray) -> Pairs:
+def _pairs_of_lone(nesting: Nesting, size: np.ndarray) -> Pairs:
     """The only one of its kind in its block, or of its twin, is one with it."""
     pairs: Pairs = []
     for other in (nesting.block, nesting.twin):
@@ -188,7 +191,7 @@ def arrange(flow: Flow, nesting: Nesting) -> tuple[dict[str, list[int]], dict[st
 
     for leaf, labels in flow.made:
         stem = leaf.name.removesuffix(".weight").removesuffix(".bias")
-        roots = flow.units.roots(thin(labels)).flatten().numpy()
+        roots = flow.units.roots(unexpand(labels)).flatten().numpy()
         for root in roots[~added[roots]].tolist():
             add(root, stem)
     for root in np.flatnonzero(
@@ -196,7 +199,7 @@ def arrange(flow: Flow, nesting: Nesting) -> tuple[dict[str, list[int]], dict[st
     ).tolist():  # in their blocks' and twins' order
         add(root, stems[int(nesting.colour[nesting.twin[root]])])
     kept = {colour: units for colour, units in members.items() if len(units) > 1}
-    names = _numbered({colour: stems[colour] for colour in kept})
+    names = _number_names({colour: stems[colour] for colour in kept})
     place: dict[int, int] = {}
     groups: dict[str, list[int]] = {}
     blocks: dict[str, tuple[str, ...]] = {}
@@ -215,7 +218,7 @@ def arrange(flow: Flow, nesting: Nesting) -> tuple[dict[str, list[int]], dict[st
     return groups, {name: blocks[name] for name in groups if name in blocks}
 
 
-def _numbered(stems: dict[int, str]) -> dict[int, str]:
+def _number_names(stems: dict[int, str]) -> dict[int, str]:
     made, seen = Counter(stems.values()), Counter[str]()
     names = {}
     for colour, stem in stems.items():

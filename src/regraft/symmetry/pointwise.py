@@ -11,7 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Flow, Leaf, Value, first, line, places, thin, varying
+from regraft.symmetry.labels import (
+    Flow,
+    Leaf,
+    Relation,
+    Value,
+    constant_keys,
+    first,
+    is_repeating,
+    line,
+    places,
+    unexpand,
+    varying,
+)
 from regraft.symmetry.rules import Operation, each_size, first_of, rule, words
 
 UNARY = words(
@@ -31,7 +43,7 @@ BRANCHES = 4
 @rule(*UNARY)
 def _unary(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
     alone = isinstance(x, Value) and (len(op.values) == 1 or op.name == "type_as")
-    return changed(flow, x) if alone else NotImplemented
+    return mark_changed(flow, x) if alone else NotImplemented
 
 
 def pointwise(flow: Flow, op: Operation) -> Value:
@@ -40,37 +52,37 @@ def pointwise(flow: Flow, op: Operation) -> Value:
     if len(op.values) == 1:
         (value,) = op.values
         if all(x.numel() == 1 and x.ndim <= len(value.shape) for x in constants):
-            return changed(flow, value)
-    return combine(flow, op.out, [*op.values, *constants])
+            return mark_changed(flow, value)
+    return join_operands(flow, op.out, [*op.values, *constants])
 
 
-def changed(flow: Flow, value: Value) -> Value:
+def mark_changed(flow: Flow, value: Value) -> Value:
     """Every scalar stays at its place and meets nothing but constants that are the same everywhere."""
     if isinstance(value.base, Leaf):
         return replace(value, changed=True, fill=math.nan)
     return flow.new(flow.labels(value))
 
 
-def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> Value:
+def join_operands(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> Value:
     """Scalars that meet become one unit. A fixed operand that is broadcast only keeps units where they see the
     same of it: dividing by a norm moves nothing."""
     values = [x for x in operands if isinstance(x, Value)]
-    if len(values) == len(operands) and _are_weights(flow, out, values):
-        for other in values[1:]:  # a weight that is computed from weights has their axes
+    weights = [w for v in values if v.positions is None and v.shape == tuple(out) and (w := flow.weight(v))]
+    if len(weights) == len(operands):
+        for other in weights[1:]:  # a weight that is computed from weights has their axes
             for a in range(len(out)):
-                flow.join(flow.axis(values[0].base, a), flow.axis(other.base, a))
-        return changed(flow, values[0])
-    if scaled := _scaled(flow, out, operands):
+                flow.join(flow.axis(weights[0], a), flow.axis(other, a))
+        return mark_changed(flow, values[0])
+    if scaled := _scale_weight(flow, out, operands):
         return scaled
     fixed = [v for v in values if flow.is_fixed(flow.base(v))]
     moving = [v for v in values if not any(v is f for f in fixed)]
     if not moving:
-        return flow.fixed(out)
+        return flow.fixed_value(out)
     constants = [x for x in operands if isinstance(x, Tensor) and bool((x != x.reshape(-1)[:1]).any())]
-    result = _met(flow, [(value, _broadcast(flow, value, out)) for value in moving])
+    result = _join_where_met(flow, [(value, _broadcast(flow, value, out)) for value in moving])
     for x in constants:
-        _, keys = torch.unique(x.detach(), return_inverse=True)
-        flow.tie(result, keys.expand(out))
+        flow.tie(result, constant_keys(x).expand(out))
     for v in fixed:
         seen = v.places().expand(out)
         if _are_distinct(seen):
@@ -80,28 +92,27 @@ def combine(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> 
     return flow.new(result)
 
 
-def _scaled(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> Value | None:
+def _scale_weight(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> Value | None:
     """A weight, less or times something for each place along one of its axes; None for anything else."""
-    whole = [x for x in operands if isinstance(x, Value) and _is_whole(flow, x) and x.shape == tuple(out)]
+    whole = [x for x in operands if isinstance(x, Value) and _whole_weight(flow, x) and x.shape == tuple(out)]
     others = [x for x in operands if not any(x is w for w in whole)]
-    if len(whole) != 1 or any(
-        len(x.shape) not in (0, len(out)) or sum(n > 1 for n in x.shape) > 1 for x in others
-    ):
+    weight = _whole_weight(flow, whole[0]) if len(whole) == 1 else None
+    if weight is None or any(len(x.shape) not in (0, len(out)) for x in others):
         return None
-    if any(isinstance(x, Tensor) and x.numel() > 1 for x in others):
+    if any(sum(n > 1 for n in x.shape) > (0 if isinstance(x, Tensor) else 1) for x in others):
         return None
     for x in others:
         for d, n in enumerate(x.shape):
-            if n > 1:
-                flow.join(flow.axis(whole[0].base, d), flow.labels(x).flatten())
-    return changed(flow, whole[0])
+            if n > 1 and isinstance(x, Value):
+                flow.join(flow.axis(weight, d), flow.labels(x).flatten())
+    return mark_changed(flow, whole[0])
 
 
-def _met(flow: Flow, operands: Sequence[tuple[Value, Tensor]]) -> Tensor:
+def _join_where_met(flow: Flow, operands: Sequence[tuple[Value, Tensor]]) -> Tensor:
     """The labels of what is computed from several labels of one shape. They become one, but for two kinds of
     broadcasting: what is the same for a block of units (the gate of a head) is what they are within, and a parameter
     that is the same for several blocks (the scale of every head) holds their twins."""
-    (_, largest), *others = sorted(operands, key=lambda pair: -thin(pair[1]).numel())
+    (_, largest), *others = sorted(operands, key=lambda pair: -unexpand(pair[1]).numel())
     equal = [largest]
     for value, labels in others:
         if kind := _kind_of_broadcast(flow, largest, value, labels):
@@ -112,22 +123,18 @@ def _met(flow: Flow, operands: Sequence[tuple[Value, Tensor]]) -> Tensor:
     return largest if len(equal) <= len(others) else equal[-1]
 
 
-def _kind_of_broadcast(flow: Flow, largest: Tensor, value: Value, labels: Tensor) -> str:
-    roots = flow.units.roots(thin(largest))
-    along, own = varying(roots), varying(flow.units.roots(thin(labels)))
+def _kind_of_broadcast(flow: Flow, largest: Tensor, value: Value, labels: Tensor) -> Relation | None:
+    roots = flow.units.roots(unexpand(largest))
+    along, own = varying(roots), varying(flow.units.roots(unexpand(labels)))
     again = [d for d in along if d not in own]
     stretched = [d for d, n in enumerate(((1,) * labels.ndim + tuple(value.shape))[-labels.ndim :]) if n == 1]
     if not again or not set(again) <= set(stretched):  # of one unit, but with a value for each place
-        return ""
-    if not set(own) <= set(along) or len(roots.unique()) < roots.numel() or not roots.all():
-        return ""
+        return None
+    if not set(own) <= set(along) or is_repeating(roots) or not roots.all():
+        return None
     if not isinstance(value.base, Leaf):
         return "within"
-    return "twin" if own and max(again) < min(own) else ""
-
-
-def _are_weights(flow: Flow, out: torch.Size, values: Sequence[Value]) -> bool:
-    return all(v.positions is None and v.shape == tuple(out) and flow.is_matrix(v) for v in values)
+    return "twin" if own and max(again) < min(own) else None
 
 
 @rule("_weight_norm", "_weight_norm_interface")
@@ -138,7 +145,7 @@ def _weight_norm(flow: Flow, op: Operation, v: Any, g: Any, *_: Any) -> Any:
     for a, length in enumerate(g.shape):
         if length > 1:
             flow.join(flow.axis(v.base, a), flow.axis(g.base, a))
-    return first_of(flow, op.out, changed(flow, v))
+    return first_of(flow, op.out, mark_changed(flow, v))
 
 
 def _broadcast(flow: Flow, value: Value, shape: torch.Size) -> Tensor:
@@ -169,17 +176,17 @@ def _where(flow: Flow, op: Operation, *operands: Any) -> Any:
     """torch tags only some of its overloads."""
     if len(operands) != 3:
         return NotImplemented
-    return combine(flow, op.out, [x for x in operands if isinstance(x, Value | Tensor)])
+    return join_operands(flow, op.out, [x for x in operands if isinstance(x, Value | Tensor)])
 
 
 # ---- slices
 
 
 @rule("cumsum", "cummax", "cummin", "kthvalue", "median", "mode")
-def _ordered(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
+def _order_dependent(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
     """The result tells places along ``dim`` apart: what is fixed there, and nothing else, can come out."""
     if isinstance(x, Value) and flow.is_fixed(flow.labels(x)):
-        return each_size(flow.fixed, op.out)
+        return each_size(flow.fixed_value, op.out)
     return NotImplemented
 
 
@@ -206,25 +213,26 @@ def _reduction(flow: Flow, op: Operation, *_: Any) -> Any:
         return NotImplemented
     dims = op.arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else dims or ()
-    if _is_whole(flow, op.values[0]):
-        return _of_weights(flow, op, op.values[0], dims)
+    if weight := _whole_weight(flow, op.values[0]):
+        return _weight_statistic(flow, op, weight, dims)
     return each_size(lambda size: reduce(flow, size, op.values[0], dims), op.out)
 
 
-def _is_whole(flow: Flow, x: Value) -> bool:
-    return flow.is_matrix(x) and x.shape == x.base.shape
+def _whole_weight(flow: Flow, x: Value) -> Leaf | None:
+    weight = flow.weight(x)
+    return weight if weight and x.shape == weight.shape else None
 
 
-def _of_weights(flow: Flow, op: Operation, x: Value, dims: Sequence[int]) -> Any:
+def _weight_statistic(flow: Flow, op: Operation, weight: Leaf, dims: Sequence[int]) -> Any:
     """A statistic of a weight, of all of it or one for each place along an axis: no order of the others changes it."""
-    ndim = len(x.shape)
+    ndim = len(weight.shape)
     summed = {d % ndim for d in dims} or set(range(ndim))
-    kept = [d for d in range(ndim) if d not in summed and x.shape[d] > 1]
+    kept = [d for d in range(ndim) if d not in summed and weight.shape[d] > 1]
     if len(kept) > 1:
         return NotImplemented
     if not kept:
-        return each_size(flow.fixed, op.out)
-    units = flow.axis(x.base, kept[0])
+        return each_size(flow.fixed_value, op.out)
+    units = flow.axis(weight, kept[0])
     return each_size(lambda size: Value(units.reshape(size), tuple(size)), op.out)
 
 
@@ -233,12 +241,12 @@ def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
     a few branches that are added become one."""
     labels = flow.labels(x)
     if flow.is_fixed(labels):
-        return flow.fixed(out)
+        return flow.fixed_value(out)
     dims = tuple(sorted({d % labels.ndim for d in dims})) or tuple(range(labels.ndim))
-    once = thin(labels)
+    once = unexpand(labels)
     slices = first(once, dims)
     units = once.numel() // max(slices.numel(), 1)
-    if units <= min(BRANCHES, slices.numel() - 1) and len(flow.units.roots(once).unique()) == once.numel():
+    if units <= min(BRANCHES, slices.numel() - 1) and not is_repeating(flow.units.roots(once)):
         flow.join(once, slices)
     roots = flow.units.roots(once)
     single = (roots == first(roots, dims)).all(dims, keepdim=True)
@@ -248,23 +256,23 @@ def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
     return Value(passed.reshape(out), tuple(out))
 
 
-def normalised(flow: Flow, x: Value, dims: Sequence[int]) -> Value:
+def normalise_slices(flow: Flow, x: Value, dims: Sequence[int]) -> Value:
     """Every scalar, and something of its slice along ``dims``."""
     slices = [1 if d in [dim % len(x.shape) for dim in dims] else n for d, n in enumerate(x.shape)]
-    return combine(flow, torch.Size(x.shape), [x, reduce(flow, torch.Size(slices), x, dims)])
+    return join_operands(flow, torch.Size(x.shape), [x, reduce(flow, torch.Size(slices), x, dims)])
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax")
 def _softmax(flow: Flow, op: Operation, x: Value, dim: int, *_: Any) -> Value:
-    return normalised(flow, x, [dim])
+    return normalise_slices(flow, x, [dim])
 
 
 @rule("layer_norm", "rms_norm", "native_layer_norm")
 def _layer_norm(flow: Flow, op: Operation, x: Any, normalized_shape: list[int], *options: Any) -> Any:
-    result = normalised(flow, x, range(len(x.shape) - len(normalized_shape), len(x.shape)))
+    result = normalise_slices(flow, x, range(len(x.shape) - len(normalized_shape), len(x.shape)))
     for tensor in options[:2]:
         if isinstance(tensor, Value):
-            result = combine(flow, torch.Size(x.shape), [result, tensor])
+            result = join_operands(flow, torch.Size(x.shape), [result, tensor])
     return first_of(flow, op.out, result)
 
 
@@ -290,14 +298,14 @@ def spread(flow: Flow, out: torch.Size, channels: Tensor, bias: Any = None, spat
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "instance_norm")
 def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
-    if flow.is_matrix(x):  # standardised weights: each row by its own mean and deviation
-        if x.shape[:2] != (1, x.base.shape[0]) or any(isinstance(t, Tensor) for t in options[:4]):
+    if weight := flow.weight(x):  # standardised weights: each row by its own mean and deviation
+        if x.shape[:2] != (1, weight.shape[0]) or any(isinstance(t, Tensor) for t in options[:4]):
             return NotImplemented
-        units = flow.axis(x.base, 0)
+        units = flow.axis(weight, 0)
         for tensor in options[:4]:
             if isinstance(tensor, Value):
                 flow.join(flow.labels(tensor), units)
-        return first_of(flow, op.out, changed(flow, x))
+        return first_of(flow, op.out, mark_changed(flow, x))
     units = _join_channels(flow, x, options[:4])
     return first_of(flow, op.out, spread(flow, x.shape, units, spatial=len(x.shape) - 2))
 
@@ -320,7 +328,7 @@ def _join_channels(flow: Flow, x: Value, tensors: Sequence[Any]) -> Tensor:
 
 def _pool(flow: Flow, op: Operation, x: Value, *_: Any, spatial: int) -> Any:
     labels = flow.labels(x)
-    plane = labels[(..., *(slice(0, 1),) * spatial)]
+    plane = first(labels, range(labels.ndim - spatial, labels.ndim))
     flow.join(labels, plane)
     return each_size(lambda size: Value(plane.expand(size), tuple(size)), op.out)
 

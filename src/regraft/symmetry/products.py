@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Flow, Leaf, Value, places, thin
-from regraft.symmetry.pointwise import channel_units, combine, spread
-from regraft.symmetry.rules import Operation, each_size, freeze, rule
+from regraft.symmetry.labels import Flow, Leaf, Value, is_repeating, places, unexpand
+from regraft.symmetry.pointwise import channel_units, join_operands, spread
+from regraft.symmetry.rules import Operation, each_size, freeze, freeze_operator, rule
 
 # ---- an activation with a weight
 
@@ -34,7 +34,7 @@ def contract(
     if inward is None or outward is None:
         return freeze(flow, out, [x, weight, bias], " with such a weight")
     labels = flow.labels(x) if isinstance(x, Value) else flow.constant(x)
-    if uniform(flow, labels, -1):  # it mixes places of one unit, such as tokens: the unit passes
+    if is_uniform(flow, labels, -1):  # it mixes places of one unit, such as tokens: the unit passes
         for tensor in (weight, bias):
             if isinstance(tensor, Value):
                 flow.freeze(tensor)
@@ -50,9 +50,9 @@ def planes(flow: Flow, weight: Any, *dims: int) -> list[Tensor | None]:
     return [flow.plane(weight, d) if usable else None for d in dims]
 
 
-def uniform(flow: Flow, labels: Tensor, dim: int) -> bool:
+def is_uniform(flow: Flow, labels: Tensor, dim: int) -> bool:
     """Whether every line along ``dim`` is a single unit that may move, at more than one place."""
-    roots = flow.units.roots(thin(labels))
+    roots = flow.units.roots(unexpand(labels))
     return labels.shape[dim] > 1 and bool((roots != 0).all() and (roots == roots.narrow(dim, 0, 1)).all())
 
 
@@ -142,7 +142,7 @@ def _recurrent(flow: Flow, op: Operation, x: Any, hidden: Any, weights: Any, *_:
     layers, directions = arguments["num_layers"], 1 + arguments["bidirectional"]
     each = 4 if arguments["has_biases"] else 2
     if len(weights) != layers * directions * each:  # such as projections
-        return freeze(flow, op.out, [x, *states, *weights])
+        return freeze_operator(flow, op, [x, *states, *weights])
     states = [s if isinstance(s, Value) else flow.new(flow.constant(s)) for s in states]
     for state in states:
         labels = flow.labels(state)  # [layers, B, H]: the units of one layer are the same for all samples
@@ -155,7 +155,7 @@ def _recurrent(flow: Flow, op: Operation, x: Any, hidden: Any, weights: Any, *_:
             initial = [flow.labels(s)[k] for s in states]
             units = _cell(flow, GATES[op.name], x, weights[each * k : each * (k + 1)], initial)
             if units is None:
-                return freeze(flow, op.out, [x, *states, *weights])
+                return freeze_operator(flow, op, [x, *states, *weights])
             made.append(units)
         ends += made
         channels = torch.cat(made)
@@ -173,7 +173,7 @@ def _recurrent_cell(flow: Flow, op: Operation, x: Any, hidden: Any, *weights: An
     gates = GATES[op.name.removesuffix("_cell")]
     units = _cell(flow, gates, x, given, [flow.labels(s) for s in states])
     if units is None:
-        return freeze(flow, op.out, [x, *states, *given])
+        return freeze_operator(flow, op, [x, *states, *given])
     return each_size(lambda size: Value(units.expand(size), tuple(size)), op.out)
 
 
@@ -215,35 +215,35 @@ def _dot(flow: Flow, op: Operation, a: Any, b: Any) -> Any:
     if not (isinstance(a, Value) and isinstance(b, Value)):
         return NotImplemented
     flow.join(flow.labels(a), flow.labels(b))
-    return flow.fixed(op.out)
+    return flow.fixed_value(op.out)
 
 
 @rule("baddbmm")
 def _baddbmm(flow: Flow, op: Operation, bias: Any, a: Any, b: Any, *_: Any) -> Value:
-    return combine(flow, op.out, [multiply(flow, op.out, a, b), bias])
+    return join_operands(flow, op.out, [multiply(flow, op.out, a, b), bias])
 
 
 def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
     """a [..., N, K] and b [..., K, M] give [..., N, M], of which one may be a weight, and one a constant."""
-    a, b = (flow.fixed(x.shape) if isinstance(x, Tensor) else x for x in (a, b))
+    a, b = (flow.fixed_value(x.shape) if isinstance(x, Tensor) else x for x in (a, b))
     if _is_weight(b):
         return contract(flow, out, a, b, dims=(len(b.shape) - 2, len(b.shape) - 1))
     if _is_weight(a) and isinstance(b, Value) and len(b.shape) > 1:
         flipped = torch.Size((*out[:-2], out[-1], out[-2]))
         dims = (len(a.shape) - 1, len(a.shape) - 2)
-        return contract(flow, flipped, b.moved(_flip), a, dims=dims).moved(_flip)
+        return contract(flow, flipped, b.rearrange(_flip), a, dims=dims).rearrange(_flip)
     if not (isinstance(a, Value) and isinstance(b, Value)) or len(a.shape) < 2 or len(b.shape) < 2:
         return freeze(flow, out, [a, b])
     left, right = flow.labels(a), flow.labels(b)
-    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    if batch != left.shape[:-2] or batch != right.shape[:-2]:
+    batch = left.shape[:-2]
+    if batch != right.shape[:-2]:
         return freeze(flow, out, [a, b])
-    if _is_one_block(flow, left) and uniform(flow, right, -2):
-        return _mixed(flow, out, _unshared(flow, b, right, -1), by=left, dim=-2)
-    if _is_one_block(flow, right) and uniform(flow, left, -1):
-        return _mixed(flow, out, _unshared(flow, a, left, -2), by=right, dim=-1)
+    if _is_one_block(flow, left) and is_uniform(flow, right, -2):
+        return _mix_places(flow, out, _give_copies_own_units(flow, b, right, -1), by=left, dim=-2)
+    if _is_one_block(flow, right) and is_uniform(flow, left, -1):
+        return _mix_places(flow, out, _give_copies_own_units(flow, a, left, -2), by=right, dim=-1)
     # Units are contracted with units: those of one side are those of the other, and stay inside their matrix.
-    left, right = _unshared(flow, a, left, -1), _unshared(flow, b, right, -2)
+    left, right = _give_copies_own_units(flow, a, left, -1), _give_copies_own_units(flow, b, right, -2)
     flow.join(left, right.transpose(-2, -1).narrow(-2, 0, 1))
     flow.join(right, left.transpose(-2, -1).narrow(-1, 0, 1))
     blocks = flow.blocks(left[..., :1, :], (-2, -1))
@@ -252,7 +252,7 @@ def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
     return Value(blocks.expand(out), tuple(out))
 
 
-def _unshared(flow: Flow, x: Value, labels: Tensor, dim: int) -> Tensor:
+def _give_copies_own_units(flow: Flow, x: Value, labels: Tensor, dim: int) -> Tensor:
     """Labels of matrices x [..., N, M] with units along ``dim``: where some matrices are copies (the keys of several
     query heads), each gets units of its own, whose twins the copied ones are."""
     if x.positions is None or bool((x.positions < 0).any()) or not _are_copies(x.positions):
@@ -260,7 +260,7 @@ def _unshared(flow: Flow, x: Value, labels: Tensor, dim: int) -> Tensor:
     batch, one = labels.shape[:-2], {-1: (1, labels.shape[-1]), -2: (labels.shape[-2], 1)}[dim]
     own = flow.units.fresh(*batch, *one)
     flow.relate(own.expand(labels.shape), flow.base(x), "twin", x.positions)
-    around, which = flow.units.roots(flow.blocks(labels, (-2, -1))).unique(return_inverse=True)
+    around, which = torch.unique(flow.units.roots(flow.blocks(labels, (-2, -1))), return_inverse=True)
     flow.relate(labels, around, "within", which.int().expand(labels.shape))
     flow.relate(flow.blocks(own, (-2, -1)), around, "within", which.int())
     return own.expand(labels.shape)
@@ -268,15 +268,14 @@ def _unshared(flow: Flow, x: Value, labels: Tensor, dim: int) -> Tensor:
 
 def _are_copies(positions: Tensor) -> bool:
     """Whether two matrices show the same."""
-    first = positions[..., 0, 0].flatten()
-    return len(first.unique()) < len(first)
+    return is_repeating(positions[..., 0, 0].flatten())
 
 
 def _is_weight(x: Any) -> bool:
     """Whether it is a matrix of a parameter, perhaps the same for a whole batch."""
     if not (isinstance(x, Value) and isinstance(x.base, Leaf)) or len(x.shape) < 2:
         return False
-    return len(x.shape) == 2 or (x.positions is not None and math.prod(thin(x.positions).shape[:-2]) == 1)
+    return len(x.shape) == 2 or (x.positions is not None and math.prod(unexpand(x.positions).shape[:-2]) == 1)
 
 
 def _flip(matrix: Tensor) -> Tensor:
@@ -285,11 +284,11 @@ def _flip(matrix: Tensor) -> Tensor:
 
 def _is_one_block(flow: Flow, matrices: Tensor) -> bool:
     """Whether each matrix has one unit at all of its places, or none that moves: attention's weights in a head."""
-    roots = flow.units.roots(thin(matrices))
+    roots = flow.units.roots(unexpand(matrices))
     return bool((roots == roots[..., :1, :1]).all())
 
 
-def _mixed(flow: Flow, out: torch.Size, labels: Tensor, by: Tensor, dim: int) -> Value:
+def _mix_places(flow: Flow, out: torch.Size, labels: Tensor, by: Tensor, dim: int) -> Value:
     """Weights that move as whole matrices mix the places of each unit, matrix by matrix: the units pass."""
     if flow.is_fixed(by):
         flow.tie(labels, places((*labels.shape[:-2], 1, 1)))
@@ -303,22 +302,22 @@ def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = No
     if not all(isinstance(x, Value) for x in (q, k, v)):
         return freeze(flow, op.out, [q, k, v, mask])
     if op.arguments.get("enable_gqa"):  # a head of keys and values serves its share of those of queries
-        k, v = (x.moved(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3)) for x in (k, v))
-    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
+        k, v = (x.rearrange(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3)) for x in (k, v))
+    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))  # type: ignore[no-untyped-call]
     if any(x.shape[:-2] != batch for x in (q, k, v)):
-        q, k, v = (x.moved(lambda t: t.expand(*batch, *t.shape[-2:])) for x in (q, k, v))
+        q, k, v = (x.rearrange(lambda t: t.expand(*batch, *t.shape[-2:])) for x in (q, k, v))
     size = torch.Size((*q.shape[:-1], k.shape[-2]))
-    scores = multiply(flow, size, q, k.moved(_flip))
+    scores = multiply(flow, size, q, k.rearrange(_flip))
     if mask is not None:
-        scores = combine(flow, size, [scores, mask])
+        scores = join_operands(flow, size, [scores, mask])
     return multiply(flow, op.out, scores, v)
 
 
 @rule("einsum")
 def _einsum(flow: Flow, op: Operation, equation: str, operands: Sequence[Any], *_: Any) -> Value:
     """Two operands: each is brought to [batch, rows, contracted], and it is a matrix product."""
-    terms, _, result = equation.replace(" ", "").partition("->")
-    names = terms.split(",")
+    terms, _arrow, result = equation.replace(" ", "").partition("->")
+    names: list[str] = terms.split(",")
     if not _is_matrix_product(names, result) or not all(isinstance(x, Value) for x in operands):
         return freeze(flow, op.out, operands)
     a, b = names
@@ -332,13 +331,13 @@ def _einsum(flow: Flow, op: Operation, equation: str, operands: Sequence[Any], *
     def matrix(x: Value, name: str, *parts: list[str]) -> Value:
         shape = [length[i] for i in batch] + [math.prod(length[i] for i in part) for part in parts]
         order = [name.index(i) for part in (batch, *parts) for i in part]
-        return x.moved(lambda t: t.permute(order).reshape(shape))
+        return x.rearrange(lambda t: t.permute(order).reshape(shape))
 
     left, right = matrix(operands[0], a, rows, summed), matrix(operands[1], b, summed, columns)
     product = multiply(flow, torch.Size((*left.shape[:-1], right.shape[-1])), left, right)
-    order = [*batch, *rows, *columns]
-    lengths, axes = [length[i] for i in order], [order.index(i) for i in result]
-    return product.moved(lambda t: t.reshape(lengths).permute(axes))
+    product_order = [*batch, *rows, *columns]
+    lengths, axes = [length[i] for i in product_order], [product_order.index(i) for i in result]
+    return product.rearrange(lambda t: t.reshape(lengths).permute(axes))
 
 
 def _is_matrix_product(names: Sequence[str], result: str) -> bool:

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
@@ -99,21 +98,30 @@ def each_size(make: Callable[[torch.Size], Any], out: Any) -> Any:
 
 def first_of(flow: Flow, out: Any, value: Value) -> Any:
     """The result alone, or the first of several (the others are saved for a backward pass)."""
-    return value if _is_size(out) else [value, *(flow.fixed(size) for size in out[1:])]
+    return value if _is_size(out) else [value, *(flow.fixed_value(size) for size in out[1:])]
 
 
 def _is_size(x: Any) -> bool:
     return isinstance(x, torch.Size)
 
 
-def freeze(
-    flow: Flow, out: Any, values: Iterable[Value | Tensor | Any], why: str = " with such operands"
-) -> Any:
-    """Always correct: nothing that goes in moves, and nothing that comes out. The user is told ``why``."""
+def freeze(flow: Flow, out: torch.Size, values: Iterable[Any], why: str = " with such operands") -> Value:
+    """Always correct: nothing that goes in moves, and nothing that comes out. A warning says ``why``."""
+    freeze_operands(flow, values, why)
+    return flow.fixed_value(out)
+
+
+def freeze_operator(flow: Flow, op: Operation, values: Iterable[Any]) -> Any:
+    """The same for an operator with any number of results."""
+    freeze_operands(flow, values)
+    return each_size(flow.fixed_value, op.out)
+
+
+def freeze_operands(flow: Flow, values: Iterable[Any], why: str = " with such operands") -> None:
+    """Nothing that goes in moves."""
     moving = [value for value in values if isinstance(value, Value) and not flow.stays(value)]
     if moving:
         where = f" (in {flow.module})" if flow.module else ""
         flow.frozen.setdefault(flow.operator, f"{why} is not known to the tracer{where}")
     for value in moving:
         flow.freeze(value)
-    return each_size(flow.fixed, out)

@@ -74,14 +74,14 @@ if TYPE_CHECKING:
 SHOWN = 12
 """How many weights of which an axis stays are named in print."""
 
-Units = Annotated[int, Meta(ge=0, le=1 << 24)]
+_UnitCount = Annotated[int, Meta(ge=0, le=1 << 24)]
 """A number of units: far beyond any layer, and still one that fits in memory."""
 
 
-class _Written(Struct, forbid_unknown_fields=True):
+class _SpecFile(Struct, forbid_unknown_fields=True):
     """The JSON form; an axis is a length, a group, or segments."""
 
-    groups: dict[str, Units]
+    groups: dict[str, _UnitCount]
     axes: dict[str, list[int | str | list[Segment]]]
     blocks: dict[str, list[str]] = {}
     optional: list[str] = []
@@ -173,10 +173,10 @@ class PermutationSpec:
     @classmethod
     def from_json(cls, text: str) -> PermutationSpec:
         """Reads what :meth:`to_json` or a person wrote. Raises ValueError saying what is wrong, and where."""
-        return cls._of(parse_json(text, _Written, "not a permutation specification"))
+        return cls._of(parse_json(text, _SpecFile, "not a permutation specification"))
 
     @classmethod
-    def _of(cls, data: _Written) -> PermutationSpec:
+    def _of(cls, data: _SpecFile) -> PermutationSpec:
         spec = cls.build(data.groups, data.axes, data.optional, data.blocks)
         spec.mark(proven=data.proven == spec._digest)
         return spec
@@ -188,7 +188,7 @@ class PermutationSpec:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
         """Reads :meth:`save`'s file. Raises OSError or ValueError naming the path."""
-        data = read_json(Path(path), _Written, "a permutation specification")
+        data = read_json(Path(path), _SpecFile, "a permutation specification")
         try:
             return cls._of(data)
         except ValueError as error:
@@ -337,7 +337,7 @@ class PermutationSpec:
                 )
         return stacked is not None
 
-    def moved(self, perm: Perm) -> dict[str, int]:
+    def count_moved(self, perm: Perm) -> dict[str, int]:
         """How many scalars of each tensor ``perm`` moves to another place."""
         moved = {}
         for name, shape in self.shapes.items():
@@ -390,7 +390,7 @@ class PermutationSpec:
         table.add_column("tensors (axis)", overflow="fold")
         for group, size in self.groups.items():
             members = ", ".join(f"{name} ({axis})" for name, axis in self._members[group])
-            members += self._nested(group)
+            members += self._nesting_in_words(group)
             table.add_row(group, str(size), members)
         return table
 
@@ -398,10 +398,10 @@ class PermutationSpec:
         lines = [self._title]
         for group, size in self.groups.items():
             members = ", ".join(f"{name}:{axis}" for name, axis in self._members[group])
-            lines.append(f"{group} [{size}]: {members}{self._nested(group)}")
+            lines.append(f"{group} [{size}]: {members}{self._nesting_in_words(group)}")
         return "\n".join([*lines, f"stay along an axis: {self._lacking or 'none'}"])
 
-    def _nested(self, group: str) -> str:
+    def _nesting_in_words(self, group: str) -> str:
         """In words, where a group is nested in others."""
         outer, *inner = self.blocks.get(group, ("",))
         if not outer:
@@ -451,7 +451,7 @@ def inverse(perm: Perm) -> Perm:
 
 def parameters_moved(spec: PermutationSpec, model: nn.Module) -> float:
     """The share of a model's parameters that a random permutation (of seed 0) moves to another place."""
-    moved = spec.moved(spec.random(torch.Generator().manual_seed(0)))
+    moved = spec.count_moved(spec.random(torch.Generator().manual_seed(0)))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return sum(moved[name] for name in sizes) / max(sum(sizes.values()), 1)
 

@@ -26,13 +26,14 @@ from torch.utils import _pytree as pytree
 
 from regraft.core.tensors import live_state
 from regraft.symmetry import products  # noqa: F401 (its rules register themselves)
+from regraft.symmetry.axes import Segment
 from regraft.symmetry.calls import Call, Caller, Forward, Output, cause, check_placed, ready, shadow
-from regraft.symmetry.choices import chosen
+from regraft.symmetry.choices import apply_choice
 from regraft.symmetry.groups import specify
 from regraft.symmetry.labels import Choice, Flow, Leaf, Value
 from regraft.symmetry.pointwise import UNARY, pointwise
-from regraft.symmetry.rules import RULES, Operation, freeze, operator_name
-from regraft.symmetry.spec import PermutationSpec, Segment
+from regraft.symmetry.rules import RULES, Operation, each_size, freeze_operands, operator_name
+from regraft.symmetry.spec import PermutationSpec
 from regraft.symmetry.verify import verify as prove
 from regraft.symmetry.views import ALIASES, VIEWS
 
@@ -67,13 +68,15 @@ def trace(
     shadowed = shadow(model)
     programs = export(shadowed, call)
     try:
-        flow, leaves = run(programs, shadowed)
+        flow, leaves = propagate_labels(programs, shadowed)
     except Entangled:  # the functional form is slower to make: only where writing in place matters
-        flow, leaves = run([p._replace(program=p.program.run_decompositions({})) for p in programs], shadowed)
-    spec = _named(specify(flow, list(leaves.values())), model, leaves)
+        flow, leaves = propagate_labels(
+            [p._replace(program=p.program.run_decompositions({})) for p in programs], shadowed
+        )
+    spec = _name_everything(specify(flow, list(leaves.values())), model, leaves)
     for name, why in flow.frozen.items():
         _warn(f"operator {name}{why}: what it touches stays fixed")
-    if idle := _unused(programs, shadowed):
+    if idle := _unused_parameters(programs, shadowed):
         name = type(model).__name__
         _warn(f"{len(idle)} parameters of {name} are not used and stay fixed, such as {idle[0]!r}")
     if verify:
@@ -86,7 +89,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _named(spec: PermutationSpec, model: nn.Module, leaves: Mapping[int, Leaf]) -> PermutationSpec:
+def _name_everything(spec: PermutationSpec, model: nn.Module, leaves: Mapping[int, Leaf]) -> PermutationSpec:
     """With all that the state dictionary holds: other names of shared tensors, and what the graph has not."""
     axes = dict(spec.axes)
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -119,10 +122,12 @@ def export(model: nn.Module, call: Call) -> list[Exported]:
             f"torch.export cannot trace {type(model).__name__} ({cause(error, model)}); trace it without "
             "data-dependent control flow, or write its specification by hand (PermutationSpec.build)"
         ) from None
-    if idle := _unused(programs, model):
+    if idle := _unused_parameters(programs, model):
         with contextlib.suppress(Exception):  # heads may need larger inputs
             more = _export(model, call, heads=True)
-            if not any(map(_is_random, more.program.graph.nodes)) and len(_unused([more], model)) < len(idle):
+            if not any(map(_is_random, more.program.graph.nodes)) and len(
+                _unused_parameters([more], model)
+            ) < len(idle):
                 programs.append(more)
     return programs
 
@@ -157,9 +162,9 @@ def _is_random(node: Node) -> bool:
     return False not in node.args
 
 
-def _unused(programs: Sequence[Exported], model: nn.Module) -> list[str]:
+def _unused_parameters(programs: Sequence[Exported], model: nn.Module) -> list[str]:
     """The parameters that occur in no graph."""
-    every = _held(model)
+    every = _graph_tensors(model)
     used = {
         id(every[spec.target])
         for program, _ in programs
@@ -169,7 +174,7 @@ def _unused(programs: Sequence[Exported], model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if id(parameter) not in used]
 
 
-def _held(model: nn.Module) -> dict[str, Tensor]:
+def _graph_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by the names that they have in a graph of :class:`Caller`."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {f"model.{name}": tensor for name, tensor in named}
@@ -183,7 +188,7 @@ def _inputs(program: ExportedProgram) -> Iterable[tuple[Any, Node]]:
 # ---- the walk
 
 
-def run(programs: Sequence[Exported], model: nn.Module) -> tuple[Flow, dict[int, Leaf]]:
+def propagate_labels(programs: Sequence[Exported], model: nn.Module) -> tuple[Flow, dict[int, Leaf]]:
     """One pass of labels; every parameter and buffer that is saved is a leaf (by id), which the graphs share."""
     flow = Flow()
     learned = {id(parameter) for parameter in model.parameters()}
@@ -194,8 +199,8 @@ def run(programs: Sequence[Exported], model: nn.Module) -> tuple[Flow, dict[int,
         if id(tensor) in saved
     }
     for program, counts in programs:
-        held = {**program.constants, **_held(model)}
-        results = walk(flow, program.graph_module, _placed(flow, program, leaves, held))
+        held = {**program.constants, **_graph_tensors(model)}
+        results = walk(flow, program.graph_module, _placeholder_values(flow, program, leaves, held))
         _finish(flow, program, results, counts, lambda name: leaves.get(id(held.get(name))))  # noqa: B023
     return flow, leaves
 
@@ -220,7 +225,7 @@ def _module(node: Node) -> str:
     return f"{path!r} ({kind.rpartition('.')[2]})" if path else ""
 
 
-def _placed(
+def _placeholder_values(
     flow: Flow, program: ExportedProgram, leaves: Mapping[int, Leaf], held: Mapping[str, Any]
 ) -> dict[Node, Any]:
     """The value of every placeholder: a leaf, a constant, or an input of the model, which is fixed."""
@@ -233,7 +238,7 @@ def _placed(
             values[node] = tensor.detach().cpu().clone()  # operators may write into it
         else:
             content = node.meta.get("val")
-            values[node] = flow.fixed(content.shape) if isinstance(content, Tensor) else content
+            values[node] = flow.fixed_value(content.shape) if isinstance(content, Tensor) else content
     return values
 
 
@@ -251,7 +256,7 @@ def _finish(
         outputs += is_output
         leaf = leaf_of(spec.target)
         if not (is_output and outputs > counts):
-            result = settled(flow, result)
+            result = resolve(flow, result)
         if not isinstance(result, Value) or (is_output and outputs > counts):
             continue
         if leaf is None or tuple(leaf.shape) != result.shape:
@@ -267,6 +272,7 @@ REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     """What one operator does to labels; to constants it does what it always does."""
     target = node.target
+    args: Any
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
     if target is operator.getitem:
         return args[0][args[1]]
@@ -278,7 +284,7 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
         return walk(flow, args[part], dict(zip(inputs, args[part + 1 :], strict=True)))
     if not isinstance(target, OpOverload):
         for x in pytree.tree_leaves((args, kwargs)):
-            settled(flow, x)
+            resolve(flow, x)
         return unknown(flow, str(target), given, out)
     if "device" in kwargs:
         kwargs = {**kwargs, "device": "cpu"}
@@ -286,7 +292,7 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
         result = _choices(flow, Operation.bind(target, args, kwargs, out))
         if result is not NotImplemented:
             return result
-        args, kwargs = pytree.tree_map(lambda x: settled(flow, x), (args, kwargs))
+        args, kwargs = pytree.tree_map(lambda x: resolve(flow, x), (args, kwargs))
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
     if not given and torch.Tag.nondeterministic_seeded not in target.tags:
         return target(*args, **kwargs)
@@ -298,7 +304,7 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     if not (operation.name in UNARY or operation.is_pointwise) or not _is_alone(node):
         raise Entangled
     result = operate(flow, operation)
-    for same in _written(node):
+    for same in _written_tensors(node):
         values[same] = result
     return result
 
@@ -307,25 +313,25 @@ def _choices(flow: Flow, operation: Operation) -> Any:
     """What moves with the units that were chosen; else NotImplemented, and those that were may not move."""
     flow.operator = str(operation.target)
     mutable = operation.target._schema.is_mutable or not operation.target._schema.returns
-    result = NotImplemented if mutable else chosen(flow, operation)
+    result = NotImplemented if mutable else apply_choice(flow, operation)
     if result is NotImplemented and operation.target._schema.returns:
         lines = [flow.new(x.line) for x in operation.leaves if isinstance(x, Choice)]
-        freeze(flow, [], lines, " of what was chosen")
+        freeze_operands(flow, lines, " of what was chosen")
     return result
 
 
-def settled(flow: Flow, x: Any) -> Any:
+def resolve(flow: Flow, x: Any) -> Any:
     """A choice among units that do not move is a value like any other."""
     if not isinstance(x, Choice):
         return x
     flow.freeze(x.line)
-    return flow.fixed(x.shape)
+    return flow.fixed_value(x.shape)
 
 
 def operate(flow: Flow, operation: Operation) -> Any:
     """By the operator's own rule, else as torch tags it."""
     flow.operator = str(operation.target)
-    result = NotImplemented
+    result: Any = NotImplemented
     if operation.name in RULES:
         result = RULES[operation.name](flow, operation, *operation.arguments.values())
     if result is NotImplemented and operation.is_pointwise:
@@ -338,7 +344,8 @@ def operate(flow: Flow, operation: Operation) -> Any:
 def unknown(flow: Flow, name: str, given: Iterable[Value], out: Any) -> Any:
     """Freezes what an operator touches, and remembers to say so."""
     flow.operator = name
-    return freeze(flow, out, given, "")
+    freeze_operands(flow, given, "")
+    return each_size(flow.fixed_value, out)
 
 
 # ---- writing in place
@@ -348,18 +355,18 @@ class Entangled(Exception):
     """An operator writes into a tensor that others may be views of."""
 
 
-def _written(node: Node) -> list[Node]:
+def _written_tensors(node: Node) -> list[Node]:
     """The tensors that a node writes in place: its own, and those that were written to give that one."""
     tensor = node.args[0]
     if not isinstance(tensor, Node):
         raise Entangled
     mutable = isinstance(tensor.target, OpOverload) and tensor.target._schema.is_mutable
-    return [tensor, *(_written(tensor) if mutable else [])]
+    return [tensor, *(_written_tensors(tensor) if mutable else [])]
 
 
 def _is_alone(node: Node) -> bool:
     """Whether the tensor that a node writes in place is new, and no view of it was made before."""
-    *later, first = _written(node)
+    *later, first = _written_tensors(node)
     before = {user for tensor in (*later, first) for user in tensor.users if user < node}
     return all(map(_is_new, [first, *(before - set(later))]))
 

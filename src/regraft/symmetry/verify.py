@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.core.tensors import Perm, check_finite, live_state, use_generator
+from regraft.symmetry.axes import Segment, groups_of
 from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, double, ready
-from regraft.symmetry.spec import PermutationSpec, Segment, apply, groups_of, like_state
+from regraft.symmetry.spec import PermutationSpec, apply, like_state
 from regraft_kernels import permute
 
 MAX_CANDIDATES = 256
@@ -154,12 +155,12 @@ def _distinguishing(spec: PermutationSpec, draws: int, generator: torch.Generato
     """Random permutations, ``draws`` or (where groups are tiny) more: so many that each group moves in one of them,
     and that no two groups always move alike."""
     perms: list[Perm] = []
-    while len(perms) < draws or not _told_apart(spec, perms):
+    while len(perms) < draws or not _are_distinguished(spec, perms):
         perms.append(spec.random(generator))
     return perms
 
 
-def _told_apart(spec: PermutationSpec, perms: Sequence[Perm]) -> bool:
+def _are_distinguished(spec: PermutationSpec, perms: Sequence[Perm]) -> bool:
     sizes = {group: size for group, size in spec.groups.items() if size > 1 and spec.moves_freely(group)}
     moves = [tuple(i for perm in perms for i in perm[group].tolist()) for group in sizes]
     still = [tuple(range(size)) * len(perms) for size in set(sizes.values())]
@@ -197,11 +198,11 @@ def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 LOW = {torch.float32, torch.float16, torch.bfloat16}
 
 
-class _Exact(TorchDispatchMode):
+class _Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lifts what a model casts to less than float64; and remembers what tensors were read."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.read: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -214,11 +215,11 @@ class _Exact(TorchDispatchMode):
             kwargs["dtype"] = torch.complex128
         low = [x for x in tensors if x.dtype in LOW]
         if low and len(low) < len(tensors) and not function._schema.is_mutable:
-            args, kwargs = pytree.tree_map(lambda x: _lifted(x), (args, kwargs))
+            args, kwargs = pytree.tree_map(lambda x: _lift(x), (args, kwargs))
         return function(*args, **kwargs)
 
 
-def _lifted(x: Any) -> Any:
+def _lift(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.dtype in LOW else x
 
 

@@ -37,32 +37,32 @@ def _alias(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
 @rule(*VIEWS)
 def _view(flow: Flow, op: Operation, x: Any, *rest: Any) -> Any:
     if op.name == "index" and isinstance(x, Value) and len(op.values) > 1:
-        return _looked_up(flow, op, x, rest[0])
+        return _look_up_by_data(flow, op, x, rest[0])
     if not isinstance(x, Value) or (len(op.values) > 1 and op.name not in LIKE):
         return NotImplemented
 
-    def on_places(held: Tensor) -> Any:
+    def on_places(positions: Tensor) -> Any:
         if op.name in ("view", "_unsafe_view"):  # strides differ from the real tensor's
-            return held.reshape(*rest)
-        return op.run([held, *map(_blank, rest)])
+            return positions.reshape(*rest)
+        return op.run([positions, *map(_blank, rest)])
 
     with contextlib.suppress(RuntimeError, TypeError):  # such as a view as another type
-        return x.moved(on_places)
+        return x.map_positions(on_places)
     return NotImplemented
 
 
-def _looked_up(flow: Flow, op: Operation, x: Value, indices: Any) -> Any:
+def _look_up_by_data(flow: Flow, op: Operation, x: Value, indices: Any) -> Any:
     """What is read depends on data: units must stand along the whole of every dimension that is looked up."""
     if not all(flow.is_fixed(flow.labels(i)) for i in indices if isinstance(i, Value)):
         return NotImplemented
     if any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices):
         return NotImplemented
-    if len(indices) == 1 and is_table(x):
-        flow.freeze(flow.axis(x.base, 0))
-        return slices_of(flow, op.out, x.base)
+    if len(indices) == 1 and (table := table_of(x)):
+        flow.freeze(flow.axis(table, 0))
+        return slices_of(flow, op.out, table)
     labels = flow.labels(x)
     if flow.is_fixed(labels):
-        return flow.fixed(op.out)
+        return flow.fixed_value(op.out)
     dims = [d for d, i in enumerate(indices) if i is not None]
     if not all(flow.passes(x, d) for d in dims):
         return NotImplemented
@@ -73,11 +73,12 @@ def _looked_up(flow: Flow, op: Operation, x: Value, indices: Any) -> Any:
     return Value(first, tuple(positions.shape), positions) if positions.shape == op.out else NotImplemented
 
 
-def is_table(x: Any) -> bool:
-    """Whether it is all of a parameter of several axes that nothing has used element by element."""
-    leaf = x.base if isinstance(x, Value) else None
-    whole = isinstance(leaf, Leaf) and x.positions is None and x.shape == leaf.shape
-    return whole and len(leaf.shape) > 1 and leaf.scalars is None
+def table_of(x: Value) -> Leaf | None:
+    """The parameter of several axes that a value is all of, if nothing has used it element by element."""
+    leaf = x.base
+    if not isinstance(leaf, Leaf) or x.positions is not None or x.shape != leaf.shape:
+        return None
+    return leaf if len(leaf.shape) > 1 and leaf.scalars is None else None
 
 
 def slices_of(flow: Flow, out: torch.Size, leaf: Leaf) -> Value:
@@ -91,7 +92,7 @@ def slices_of(flow: Flow, out: torch.Size, leaf: Leaf) -> Value:
 @rule(
     "empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"
 )  # fmt: skip
-def _constant_like(flow: Flow, op: Operation, *arguments: Any) -> Tensor:
+def _constant_like(flow: Flow, op: Operation, *arguments: Any) -> Any:
     return op.run([_blank(x) for x in arguments])
 
 
@@ -103,7 +104,7 @@ def _blank(x: Any) -> Any:
 @rule("copy")
 def _copy(flow: Flow, op: Operation, x: Any, source: Any, *_: Any) -> Any:
     if isinstance(source, Value):
-        return source.moved(lambda held: held.expand(op.out))
+        return source.rearrange(lambda positions: positions.expand(op.out))
     return source.expand(op.out)
 
 
@@ -114,7 +115,7 @@ def _pad(flow: Flow, op: Operation, x: Value, pad: list[int], *options: Any) -> 
     if x.positions is not None and fill != x.fill and (x.positions < 0).any():
         x = flow.new(flow.labels(x))
     constant = {"value": -1.0} if mode == "constant" else {}
-    padded = x.moved(lambda p: torch.nn.functional.pad(p, pad, mode=mode, **constant))
+    padded = x.rearrange(lambda p: torch.nn.functional.pad(p, pad, mode=mode, **constant))
     return replace(padded, fill=fill)
 
 
