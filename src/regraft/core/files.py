@@ -64,9 +64,7 @@ def _write_beside(path: Path, size: int, write: Callable[[Path], object]) -> Non
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         part.touch()
-        mode = (
-            part.stat().st_mode
-        )  # what the user's umask leaves; safetensors makes files that only he can read
+        mode = part.stat().st_mode  # by the umask; safetensors makes files that only their owner can read
         write(part)
         part.chmod(mode)
         with part.open("rb") as handle:
@@ -83,12 +81,12 @@ def clean(path: Path) -> None:
     """Remove what killed processes left of `path` when they wrote it."""
     own = re.compile(rf"\.{re.escape(path.name)}\.(\d+)-\d+\.part")
     for file in path.parent.iterdir() if path.parent.is_dir() else ():
-        found = own.fullmatch(file.name)
-        if found and not _alive(int(found[1])):
+        match = own.fullmatch(file.name)
+        if match and not _is_alive(int(match[1])):
             file.unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-_Container = dict | set | list
-
 
 def _set_deterministic(value: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(value[0], warn_only=value[1])
@@ -77,7 +75,7 @@ def same_settings() -> Iterator[None]:
 def _contents(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Each attribute, with a copy of what it holds where it is a container."""
     return {
-        name: (value, value.copy() if isinstance(value, _Container) else None)
+        name: (value, value.copy() if isinstance(value, dict | set | list) else None)
         for name, value in module.__dict__.items()
     }
 
@@ -97,7 +95,7 @@ def _restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
 def _same(one: Any, other: Any) -> bool:
     """Whether two containers hold the same objects; by identity, since tensors have no plain equality."""
     if isinstance(one, set):
-        return one == other
+        return bool(one == other)
     if isinstance(one, dict):
         one, other = [*one, *one.values()], [*other, *other.values()]
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

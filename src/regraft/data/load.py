@@ -87,7 +87,7 @@ def load(
     family, _, path = name.partition(":")
     if family not in READERS or bool(path) != (family == "folder"):
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(READERS)}:PATH")
-    place = DataSource(
+    source = DataSource(
         name=name,
         root=Path(path) if path else Path(root) if root is not None else default_root(),
         download=download,
@@ -96,7 +96,7 @@ def load(
         channels=channels or 3,
         workers=(os.cpu_count() or 1) if workers is None else workers,
     )
-    raw = READERS[family](place)
+    raw = READERS[family](source)
     if classes is not None:
         raw = _choose_classes(raw, classes)
     everything, test = (_convert(split, image_size, channels) for split in (raw.train, raw.test))
@@ -154,7 +154,8 @@ def _recolour(images: Tensor, channels: int) -> Tensor:
     if (images.shape[1], channels) == (3, 1):
         from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-        return rgb_to_grayscale(images)
+        grey: Tensor = rgb_to_grayscale(images)
+        return grey
     raise ValueError(f"images have {images.shape[1]} channels; 1 and 3 can be had, not {channels}")
 
 

@@ -1,6 +1,6 @@
 """Where each data set lies and how it is read: a new one is one more entry of `READERS`, at the end.
 
-A reader takes a `Place` and returns a `Raw`. What torchvision reads is a line of a table (`Torchvision`).
+A reader takes a `DataSource` and returns a `Raw`. What torchvision reads is a line of a table (`Torchvision`).
 scikit-learn and torchvision's data sets are imported when a set is read, not before.
 """
 
@@ -92,9 +92,7 @@ class DataSource:
             how = "The download failed." if self.download else "Fetch it with download=True."
         try:
             return getattr(datasets, cls)(*args, **options)
-        except (
-            Exception
-        ) as cause:  # torchvision raises whatever its parsers do where a file is not what it should be
+        except Exception as cause:  # torchvision raises whatever its parsers do for a bad file
             raise self.missing(looked_for, how, cause) from cause
 
 
@@ -121,77 +119,82 @@ class TorchvisionReader:
     files: bool = False
     how: str | None = None
 
-    def __call__(self, place: DataSource) -> Raw:
+    def __call__(self, source: DataSource) -> Raw:
         train, test = (
-            place.construct(self.cls, self.folder, self.how, place.root / self.root, **half)
+            source.construct(self.cls, self.folder, self.how, source.root / self.root, **half)
             for half in self.halves
         )
-        kept, tests = (self._split(place, part) for part in (train, test))
+        kept, tests = (self._split(source, part) for part in (train, test))
         return Raw(kept, tests, tuple(self.classes or train.classes))
 
-    def _split(self, place: DataSource, part: Any) -> Split:
+    def _split(self, source: DataSource, part: Any) -> Split:
         labels = torch.as_tensor(self.labels(part), dtype=torch.int64)
-        return place.files(part, labels) if self.files else Split(_channels_first(part.data), labels)
+        return source.files(part, labels) if self.files else Split(_channels_first(part.data), labels)
 
 
-def _channels_first(pixels: Any) -> Tensor:
+def _channels_first(data: Any) -> Tensor:
     """[N, H, W], [N, H, W, 3] or [N, 3, H, W], array or tensor -> [N, C, H, W]."""
-    pixels = torch.as_tensor(pixels)
+    pixels: Tensor = torch.as_tensor(data)
     if pixels.ndim == 3:
         return pixels[:, None].contiguous()
     return pixels.permute(0, 3, 1, 2) if pixels.shape[3] == 3 else pixels
 
 
-def digits(place: DataSource) -> Raw:
+def digits(source: DataSource) -> Raw:
     """scikit-learn's 1,797 digits, 8x8. They have no test split: ours is fixed, so that seeds share it."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).to(torch.float32)[:, None] / 16
     everything = Split(images, torch.from_numpy(bunch.target).to(torch.int64))
-    kept, held = stratified_split(everything.labels, 397 / 1797, torch.Generator().manual_seed(0))
-    return Raw(everything.subset(kept), everything.subset(held), TEN_DIGITS)
+    return _hold_out(everything, 397 / 1797, TEN_DIGITS)
+
+
+def _hold_out(everything: Split, share: float, classes: tuple[str, ...]) -> Raw:
+    """A set without a test split of its own: always the same images."""
+    kept, held = stratified_split(everything.labels, share, torch.Generator().manual_seed(0))
+    return Raw(everything.subset(kept), everything.subset(held), classes)
 
 
 def image_folder(
-    place: DataSource,
+    source: DataSource,
     folder: str = "",
     how: str = "Images go into one folder per class, under train and test.",
 ) -> Raw:
     """``folder``/{train,test or val}/<class>/<image>."""
-    place = replace(place, root=place.root / folder)
-    held_out = next((f for f in ("test", "val") if (place.root / f).is_dir()), "test")
+    source = replace(source, root=source.root / folder)
+    held_out = next((f for f in ("test", "val") if (source.root / f).is_dir()), "test")
     for half in ("train", held_out):
-        if not (place.root / half).is_dir():
-            raise place.missing(half, how)
+        if not (source.root / half).is_dir():
+            raise source.missing(half, how)
     train, test = (
-        place.construct("ImageFolder", half, how, place.root / half) for half in ("train", held_out)
+        source.construct("ImageFolder", half, how, source.root / half) for half in ("train", held_out)
     )
     if train.classes != test.classes:
         difference = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
-        raise ValueError(f"{place.root}: train and {held_out} differ in the classes {difference}")
-    return Raw(place.files(train, train.targets), place.files(test, test.targets), tuple(train.classes))
+        raise ValueError(f"{source.root}: train and {held_out} differ in the classes {difference}")
+    return Raw(source.files(train, train.targets), source.files(test, test.targets), tuple(train.classes))
 
 
-def cifar100_extract(place: DataSource) -> Raw:
+def cifar100_extract(source: DataSource) -> Raw:
     """Some classes of CIFAR-100 as image files, read into memory."""
     how = "Write the images of the classes there as <class>/<image>.png, or load all of cifar100."
-    raw = image_folder(replace(place, size=32, channels=3), EXTRACT, how)
+    raw = image_folder(replace(source, size=32, channels=3), EXTRACT, how)
     return replace(raw, train=raw.train.in_memory(), test=raw.test.in_memory())
 
 
 EXTRACT = "cifar-100-18"
 
 
-def cifar100(place: DataSource) -> Raw:
+def cifar100(source: DataSource) -> Raw:
     """All of CIFAR-100, or its 18-class extract where only that is there and holds what is wanted."""
     try:
-        return TorchvisionReader("CIFAR100", "cifar-100-python", HALVES)(place)
+        return TorchvisionReader("CIFAR100", "cifar-100-python", HALVES)(source)
     except MissingData as missing:
-        extract = place.root / EXTRACT / "train"
+        extract = source.root / EXTRACT / "train"
         if not extract.is_dir():
             raise
-        if not all(isinstance(name, str) and (extract / name).is_dir() for name in place.classes or (None,)):
+        if not all(isinstance(name, str) and (extract / name).is_dir() for name in source.classes or (None,)):
             there = ", ".join(sorted(folder.name for folder in extract.iterdir()))
             raise MissingData(
                 f"{missing} Choose by name among the classes that are there: {there}."
@@ -201,29 +204,27 @@ def cifar100(place: DataSource) -> Raw:
             "the images are the same, their order is not.",
             stacklevel=3,
         )
-        return cifar100_extract(place)
+        return cifar100_extract(source)
 
 
-def caltech256(place: DataSource) -> Raw:
+def caltech256(source: DataSource) -> Raw:
     """Caltech-256 without its 257th folder, which is clutter; a fixed fifth of it are the test images."""
-    source = place.construct("Caltech256", "caltech256/256_ObjectCategories", None, place.root)
-    names = [name for name in source.categories if "clutter" not in name]
-    everything = place.files(source, source.y)
+    images = source.construct("Caltech256", "caltech256/256_ObjectCategories", None, source.root)
+    names = [name for name in images.categories if "clutter" not in name]
+    everything = source.files(images, images.y)
     everything = everything.subset((everything.labels < len(names)).nonzero().flatten())
-    kept, held = stratified_split(everything.labels, 0.2, torch.Generator().manual_seed(0))
-    classes = tuple(name.partition(".")[2] or name for name in names)
-    return Raw(everything.subset(kept), everything.subset(held), classes)
+    return _hold_out(everything, 0.2, tuple(name.partition(".")[2] or name for name in names))
 
 
-def cub200(place: DataSource) -> Raw:
+def cub200(source: DataSource) -> Raw:
     """CUB-200-2011 by its four tables."""
-    folder = place.root / "CUB_200_2011"
+    folder = source.root / "CUB_200_2011"
 
     def table(file: str) -> Mapping[int, str]:
         path = folder / file
         if not path.is_file():
             how = "Unpack CUB_200_2011.tgz there (its images and its four tables)."
-            raise place.missing(f"CUB_200_2011/{file}", how)
+            raise source.missing(f"CUB_200_2011/{file}", how)
         rows = (line.split() for line in path.read_text().splitlines() if line.strip())
         return {int(number): value for number, value in rows}
 
@@ -235,8 +236,8 @@ def cub200(place: DataSource) -> Raw:
             f"{folder}: images.txt, image_class_labels.txt and train_test_split.txt differ in ids"
         )
     order = {number: position for position, number in enumerate(sorted(names))}
-    source = _Files([folder / "images" / path for path in paths.values()])
-    everything = place.files(source, [order[int(labels[number])] for number in paths])
+    images = _Files([folder / "images" / path for path in paths.values()])
+    everything = source.files(images, [order[int(labels[number])] for number in paths])
     in_training = torch.tensor([training[number] == "1" for number in paths])
     return Raw(
         everything.subset(in_training.nonzero().flatten()),

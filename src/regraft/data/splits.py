@@ -55,7 +55,8 @@ class ImageFiles:
             where = files[number][0] if number < len(files) else f"number {number}"
             raise OSError(f"image {where} cannot be read: {cause}") from cause
         image = transforms.resize(image, [self.size], antialias=True)
-        return transforms.pil_to_tensor(transforms.center_crop(image, [self.size, self.size]))
+        pixels: Tensor = transforms.pil_to_tensor(transforms.center_crop(image, [self.size, self.size]))
+        return pixels
 
     def decode(self, order: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         """uint8 images [B, C, S, S] of each index vector of ``order``."""
@@ -236,8 +237,8 @@ def flip_and_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, *(padding,) * 4))
     image = torch.arange(count)[:, None, None] * (height + 2 * padding)
     pixel = (image + rows[:, :, None]) * (width + 2 * padding) + columns[:, None, :]
-    found = padded.flatten(0, 2).index_select(0, pixel.flatten().to(images.device))
-    return found.unflatten(0, (count, height, width)).permute(0, 3, 1, 2)
+    cropped = padded.flatten(0, 2).index_select(0, pixel.flatten().to(images.device))
+    return cropped.view(count, height, width, -1).permute(0, 3, 1, 2)
 
 
 def draw_per_class(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -252,7 +252,7 @@ class Stratified:
                 f"its size must be a multiple of {self.num_classes}, not {self.size}"
             )
         members = [(self.split.labels == label).nonzero().flatten() for label in range(self.num_classes)]
-        empty = [label for label, found in enumerate(members) if len(found) == 0]
+        empty = [label for label, images in enumerate(members) if len(images) == 0]
         if empty:
             raise ValueError(
                 f"stratified batches need images of every class, and the training data have none of {empty}"

@@ -125,8 +125,8 @@ def fine_tune(
                     model, optimiser(groups), stream, range(done, last), after_step=after_step
                 )
                 check_weights(model, done + len(losses) - 1)
-        except Diverged as found:
-            return Outcome(found.step, found.step + 1, tuple(ends))
+        except Diverged as problem:
+            return Outcome(problem.step, problem.step + 1, tuple(ends))
         done += len(losses)
         ends.append(done)
     return Outcome(done, None, tuple(ends))

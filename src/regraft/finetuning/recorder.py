@@ -163,10 +163,10 @@ class Record:
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    if not found:
+    areas = list(values)
+    if not areas:
         raise ValueError("the run ended before its first checkpoint")
-    return sum(found) / len(found)
+    return sum(areas) / len(areas)
 
 
 def _check_classes(validation: Iterable[Batch], num_classes: int) -> None:
@@ -343,14 +343,14 @@ class Recorder:
 
     def _validate(self) -> Validation:
         live = live_state(self.model)
-        (found,) = scores(self.model, [{}], self.validation)
-        row = Validation(self.step, self._clock.cost, found, *self._geometry(live))
+        (own,) = scores(self.model, [{}], self.validation)
+        row = Validation(self.step, self._clock.cost, own, *self._geometry(live))
         self._validations.append(row)
         # The loss is not finite where a logit is not: such a state is never deployed.
-        if self.step == 0 or (math.isfinite(found.loss) and found.top1 > self._best_accuracy):
+        if self.step == 0 or (math.isfinite(own.loss) and own.top1 > self._best_accuracy):
             self._states[self.step] = {name: tensor.detach().clone() for name, tensor in live.items()}
             # Whatever the start is worth, the first step is the first candidate (the paper deploys trained states).
-            self._best, self._best_accuracy = self.step, found.top1 if self.step else -math.inf
+            self._best, self._best_accuracy = self.step, own.top1 if self.step else -math.inf
             self._drop_unneeded()
         return row
 
@@ -396,7 +396,7 @@ class Recorder:
         try:
             with same_streams(
                 self._device
-            ):  # a loader draws from them, and training must not see the difference
+            ):  # loaders draw from them, and training must not see the difference
                 yield
         finally:
             self._charge(EVALUATION)

@@ -143,7 +143,7 @@ def evaluate(
             done.add(*points.count(rows[begin : begin + chunk]))
             if progress is not None:
                 progress(len(done.correct), len(rows))
-    right, nonfinite = (torch.tensor(found, dtype=torch.int64) for found in (done.correct, done.nonfinite))
+    right, nonfinite = (torch.tensor(counts, dtype=torch.int64) for counts in (done.correct, done.nonfinite))
     return Grid(rows, right, nonfinite, count)
 
 
@@ -227,6 +227,9 @@ class _Points:
 class _Reached(Exception):
     """Ends a forward pass as soon as the first layer's input is known."""
 
+    def __init__(self, inputs: Tensor) -> None:
+        self.inputs = inputs
+
 
 class _Given(nn.Module):
     """Stands in for the first layer: returns an output that was made elsewhere, or hands out its input."""
@@ -284,10 +287,10 @@ class FirstLayer:
                 return None
             (first,) = cut.outputs([tensors], images)
             try:
-                found = cut.run(cut.without_first(tensors), first, torch.full_like(images, torch.nan))
+                logits = cut.run(cut.without_first(tensors), first, torch.full_like(images, torch.nan))
             except (RuntimeError, ValueError):
                 return None
-        return cut if torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True) else None
+        return cut if torch.allclose(logits, expected, rtol=1e-4, atol=1e-5, equal_nan=True) else None
 
     def inputs(self, tensors: Tensors, images: Tensor) -> Tensor:
         """What reaches the first layer."""
@@ -295,7 +298,7 @@ class FirstLayer:
         try:
             run(self.rest, self.without_first(tensors), images)
         except _Reached as reached:
-            return reached.args[0]
+            return reached.inputs
         raise AssertionError("the first layer was called once, and then not again")
 
     def outputs(self, sources: Sequence[Tensors], images: Tensor) -> list[Tensor]:

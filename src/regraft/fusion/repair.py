@@ -151,11 +151,11 @@ def _moments(
         sums[name] = sums.get(name, torch.zeros_like(row)) + row
 
     _run(model, tensors, [inputs for inputs, _ in batches], modules, add)
-    found = {}
+    moments = {}
     for name, (total, squares, count) in sums.items():
         mean = total / count
-        found[name] = (mean, (squares / count - mean.square()).clamp_min(0).sqrt())
-    return found
+        moments[name] = (mean, (squares / count - mean.square()).clamp_min(0).sqrt())
+    return moments
 
 
 def _corrections(

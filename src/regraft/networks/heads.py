@@ -31,11 +31,11 @@ def find_head(model: nn.Module) -> str:
     if not linear:
         raise ValueError(f"{type(model).__name__} has no linear layer that could be its classifier")
     if hasattr(model, "get_classifier"):
-        found = cast(Any, model).get_classifier()
-        last = list(found) if isinstance(found, tuple | list) else [found]
+        classifier = cast(Any, model).get_classifier()
+        last: list[nn.Module] = list(classifier) if isinstance(classifier, tuple | list) else [classifier]
     else:
-        traced = _by_tracing(model)
-        last = _by_width(list(linear)) if traced is None else traced
+        traced = _trace_last_layers(model)
+        last = _last_by_width(list(linear)) if traced is None else traced
     names = [linear.get(module) for module in last]
     if len(names) == 1 and names[0]:
         return names[0]
@@ -68,7 +68,7 @@ def linear_of(model: nn.Module, head: str) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule(head))
 
 
-def _by_tracing(model: nn.Module) -> list[nn.Module] | None:
+def _trace_last_layers(model: nn.Module) -> list[nn.Module] | None:
     """The last modules with parameters on every way to the output; None where fx cannot trace the model."""
     tracer = fx.Tracer()
     try:
@@ -95,7 +95,7 @@ def _by_tracing(model: nn.Module) -> list[nn.Module] | None:
     return list(last)
 
 
-def _by_width(linear: list[nn.Linear]) -> list[nn.Module]:
+def _last_by_width(linear: list[nn.Linear]) -> list[nn.Module]:
     """The linear layers that feed no other, going by their widths."""
     inputs = {module.in_features for module in linear}
     return [module for module in linear if module.out_features not in inputs]

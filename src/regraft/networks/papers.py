@@ -74,7 +74,8 @@ class MLP(nn.Module):
         hidden = images.flatten(1)
         for layer in self.layers[:-1]:
             hidden = F.relu(layer(hidden))
-        return self.layers[-1](hidden)
+        logits: Tensor = self.layers[-1](hidden)
+        return logits
 
 
 @register
@@ -92,7 +93,8 @@ class ConvNet(nn.Module):
         self.classifier = MLP(classifier)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images))
+        logits: Tensor = self.classifier(self.features(images))
+        return logits
 
 
 def _conv(channels_in: int, channels_out: int, kernel: int = 3, padding: int = 1) -> list[nn.Module]:
@@ -195,7 +197,8 @@ class CifarResNet18(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.blocks(F.relu(self.bn1(self.conv1(images))))
-        return self.fc(F.adaptive_avg_pool2d(hidden, 1).flatten(1))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(hidden, 1).flatten(1))
+        return logits
 
 
 @register
@@ -223,7 +226,8 @@ class Residual8(nn.Module):
         hidden = F.max_pool2d(block[4](hidden), 2)
         hidden = F.max_pool2d(block[5](hidden), 2)
         hidden = hidden + block[7](block[6](hidden))
-        return self.fc(F.adaptive_max_pool2d(hidden, 1).flatten(1))
+        logits: Tensor = self.fc(F.adaptive_max_pool2d(hidden, 1).flatten(1))
+        return logits
 
 
 @register
@@ -249,7 +253,8 @@ class TransformerBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         seen = self.norm1(tokens)
         tokens = tokens + self.attention(seen, seen, seen, need_weights=False)[0]
-        return tokens + self.mlp(self.norm2(tokens))
+        hidden: Tensor = self.mlp(self.norm2(tokens))
+        return tokens + hidden
 
 
 class VisionTransformer(nn.Module):
@@ -270,7 +275,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.patches(images).flatten(2).transpose(1, 2) + self.positions
-        return self.head(self.norm(self.blocks(tokens)).mean(1))
+        logits: Tensor = self.head(self.norm(self.blocks(tokens)).mean(1))
+        return logits
 
 
 @register
@@ -311,4 +317,5 @@ class Torchvision:
     def __call__(self, **arguments: Any) -> nn.Module:
         from torchvision import models
 
-        return models.get_model(self.name, **arguments)
+        model: nn.Module = models.get_model(self.name, **arguments)
+        return model

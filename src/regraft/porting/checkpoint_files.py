@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from msgspec import Struct
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from regraft.core.files import (
@@ -432,8 +433,7 @@ def keep_tensors(folder: Path, name: str, make: Callable[[], Tensors]) -> Tensor
     """What ``make`` gives, or, where it was kept in a folder of `beside` before, that."""
     path = folder / f"{name}.kept"
     if path.exists():
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return load_file(path)
     made = make()
     write_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in made.items()})
     return made

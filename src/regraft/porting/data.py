@@ -37,21 +37,19 @@ class Data:
 
     def to(self, device: str) -> Data:
         """With batches that move there as they come."""
-
-        def placed(part: Iterable[Batch] | None) -> Iterable[Batch] | None:
-            return None if part is None else _Placed(part, device)
-
-        return Data(_Placed(self.train, device), placed(self.validation), placed(self.test), self.classes)
+        parts = (self.validation, self.test)
+        validation, test = (None if part is None else _OnDevice(part, device) for part in parts)
+        return Data(_OnDevice(self.train, device), validation, test, self.classes)
 
     @property
     def measured_on(self) -> tuple[str, Iterable[Batch]]:
         """The part on which accuracies are measured: the first that there is of test, validation, train."""
-        found = ((name, getattr(self, name)) for name in reversed(PARTS))
-        return next((name, part) for name, part in found if part is not None)
+        parts = ((name, getattr(self, name)) for name in reversed(PARTS))
+        return next((name, part) for name, part in parts if part is not None)
 
 
 @dataclass(frozen=True)
-class _Placed(Iterable[Batch]):
+class _OnDevice(Iterable[Batch]):
     """Batches on a device."""
 
     batches: Iterable[Batch]
@@ -79,18 +77,18 @@ def data_by_name(name: str, named: NamedModel) -> Data:
     if pixels.ndim != 4:
         raise ValueError("a folder of images is no data for this model: give module:function")
     try:
-        found = load(f"folder:{name}", image_size=pixels.shape[-1], channels=pixels.shape[1], workers=0)
+        dataset = load(f"folder:{name}", image_size=pixels.shape[-1], channels=pixels.shape[1], workers=0)
     except FileNotFoundError:
         raise
     except ValueError as problem:
         raise BadFile(str(problem)) from problem
     own = {"mean": named.mean, "std": named.std} if named.mean and named.std else {}
-    train, validation, test = (replace(getattr(found, part), **own) for part in PARTS)
+    train, validation, test = (replace(getattr(dataset, part), **own) for part in PARTS)
     return Data(
         train.batches(BATCH, generator=torch.Generator().manual_seed(0)),
         validation.batches(BATCH),
         test.batches(BATCH),
-        found.num_classes,
+        dataset.num_classes,
     )
 
 

@@ -45,9 +45,9 @@ def majority(
         for number, (inputs, labels) in enumerate(check_batches(batches)):
             for i, label in enumerate(labels.split(1)):
                 image = (portion(inputs, i, i + 1), label)
-                found = batch_gradient(model, values, parameters, image, loss, number)
-                check_gradients(list(parameters), found)  # the sign of NaN would be 0
-                torch._foreach_add_(list(votes.values()), [g.sign() for g in found])
+                gradient = batch_gradient(model, values, parameters, image, loss, number)
+                check_gradients(list(parameters), gradient)  # the sign of NaN would be 0
+                torch._foreach_add_(list(votes.values()), [g.sign() for g in gradient])
                 images_seen += 1
     if images_seen == 0:
         raise ValueError("there is no image to take a gradient on")

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -121,20 +122,7 @@ def loss_and_accuracy(
     ``loss(logits, labels)`` gives the mean over a batch. Logits that are not finite are wrong answers;
     the loss is then not finite either. Raises ValueError where there is no batch.
     """
-    values = copies(model, tensors)
-    count = 0
-    right: int | Tensor = 0  # on the device
-    total: float | Tensor = 0.0
-    with torch.inference_mode(), evaluating(model):
-        for number, (inputs, labels) in enumerate(check_batches(batches)):
-            logits = call(model, values, inputs)
-            _check_answers(logits, labels, number)
-            count += labels.numel()
-            right = right + _right(logits, labels)
-            total = total + loss_of(loss, logits, labels).double() * labels.numel()
-    if count == 0:
-        raise ValueError("there is no batch to evaluate on")
-    return float(total) / count, int(right) / count
+    return _evaluate(model, [tensors], batches, loss)
 
 
 def accuracy(model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[Batch]) -> float:
@@ -151,18 +139,32 @@ def ensemble_accuracy(
     """`accuracy` of the mean of the networks' logits. Raises ValueError for no networks, too."""
     if not networks:
         raise ValueError("there is no network to evaluate")
+    return _evaluate(model, networks, batches)[1]
+
+
+def _evaluate(
+    model: nn.Module,
+    networks: Sequence[Mapping[str, Tensor]],
+    batches: Iterable[Batch],
+    loss: Loss | None = None,
+) -> tuple[float, float]:
+    """(mean loss, share of right answers) of the mean of the networks' logits; loss 0 where none is given."""
     values = [copies(model, tensors) for tensors in networks]
     count = 0
     right: int | Tensor = 0  # on the device
+    total: float | Tensor = 0.0
     with torch.inference_mode(), evaluating(model):
         for number, (inputs, labels) in enumerate(check_batches(batches)):
-            logits = torch.stack([call(model, tensors, inputs) for tensors in values]).mean(0)
+            each = [call(model, tensors, inputs) for tensors in values]
+            logits = each[0] if len(each) == 1 else torch.stack(each).mean(0)
             _check_answers(logits, labels, number)
             count += labels.numel()
-            right = right + _right(logits, labels)
+            right = right + ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).sum()
+            if loss is not None:
+                total = total + loss_of(loss, logits, labels).double() * labels.numel()
     if count == 0:
         raise ValueError("there is no batch to evaluate on")
-    return int(right) / count
+    return float(total) / count, int(right) / count
 
 
 def _check_answers(logits: Tensor, labels: Tensor, number: int) -> None:
@@ -174,11 +176,6 @@ def _check_answers(logits: Tensor, labels: Tensor, number: int) -> None:
             "accuracy wants one label for each row of logits"
         )
     check_labels(labels, logits.shape[-1], f"batch {number}")
-
-
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Number of right answers, on the device. logits: [..., classes]; labels: [...]."""
-    return ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).sum()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -202,7 +199,7 @@ def gradients(
     generators give equal masks.
 
     Raises ValueError where there is no batch, `NotFinite` for a gradient that is not finite, naming its tensor.
-    Labels are checked for the default loss alone: what another one makes of them is its own affair.
+    Labels are checked for the default loss alone: another loss checks its own.
     """
     values = copies(model, tensors)
     parameters = {name: values[name].requires_grad_() for name, _ in model.named_parameters()}
@@ -229,10 +226,10 @@ def _mean_gradients(
     count = 0
     for inputs, labels in check_batches(batches):
         with around():
-            found = batch_gradient(
+            gradient = batch_gradient(
                 model, {**parameters, **buffers}, parameters, (inputs, labels), loss, count
             )
-        total = list(found) if total is None else torch._foreach_add(total, found)
+        total = list(gradient) if total is None else torch._foreach_add(total, gradient)
         count += 1
     if total is None:
         raise ValueError("there is no batch to take a gradient on")
@@ -267,10 +264,10 @@ def batch_gradient(
     )
 
 
-def check_gradients(names: Sequence[str], found: Sequence[Tensor]) -> None:
+def check_gradients(names: Sequence[str], gradients: Sequence[Tensor]) -> None:
     """Raises `NotFinite` for a gradient that is not finite, naming its tensor."""
     # The largest entry is not finite where any entry is not; one number per tensor goes to the host.
-    largest = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in found])
+    largest = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in gradients])
     for name, finite in zip(names, largest.isfinite().tolist(), strict=True):
         if not finite:
             raise NotFinite(f"the gradient of {name} is not finite")
@@ -366,9 +363,9 @@ def interpolate(
             raise ValueError(f"a line needs two points at least, not {points}")
         points = torch.linspace(0, 1, points, dtype=torch.float64).tolist()
     a, b = complete(model, a), complete(model, b)
-    found = [_at(model, _combine([a, b], [1 - p, p]), batches, statistics, loss) for p in points]
-    loss_values, accuracies = torch.tensor(found, dtype=torch.float64).T
-    return Line(torch.tensor(points, dtype=torch.float64), loss_values, accuracies)
+    measure = partial(_measure_sum, model, batches, statistics, loss, [a, b])
+    losses, accuracies = torch.tensor([measure([1 - p, p]) for p in points], dtype=torch.float64).T
+    return Line(torch.tensor(points, dtype=torch.float64), losses, accuracies)
 
 
 @dataclass(frozen=True)
@@ -423,28 +420,27 @@ def plane(
         torch.linspace(float(l), float(h), points, dtype=torch.float64)
         for l, h in zip(low, high, strict=True)
     )
-    found = []
+    measure = partial(_measure_sum, model, batches, statistics, loss, [a, b, c])
+    values = []
     for ordinate in y.tolist():
         for abscissa in x.tolist():
             along_c = ordinate / height
             along_b = (abscissa - along_c * foot) / width
-            here = _combine([a, b, c], [1 - along_b - along_c, along_b, along_c])
-            found.append(_at(model, here, batches, statistics, loss))
-    loss_values, accuracies = torch.tensor(found, dtype=torch.float64).T.reshape(2, points, points)
-    return Plane(x, y, loss_values, accuracies, corners)
+            values.append(measure([1 - along_b - along_c, along_b, along_c]))
+    losses, accuracies = torch.tensor(values, dtype=torch.float64).T.reshape(2, points, points)
+    return Plane(x, y, losses, accuracies, corners)
 
 
-def _combine(sources: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
-    return {name: sum_networks(sources, weights, name) for name in sources[0]}
-
-
-def _at(
+def _measure_sum(
     model: nn.Module,
-    tensors: Tensors,
     batches: Iterable[Batch],
     statistics: Iterable[Batch] | None,
     loss: Loss,
+    sources: Sequence[Tensors],
+    weights: Sequence[float],
 ) -> tuple[float, float]:
+    """Loss and accuracy of a weighted sum of networks."""
+    tensors = {name: sum_networks(sources, weights, name) for name in sources[0]}
     if statistics is not None:
         tensors = reset_batchnorm(model, tensors, statistics)
     return loss_and_accuracy(model, tensors, batches, loss)

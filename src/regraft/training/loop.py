@@ -326,8 +326,8 @@ def _name_epoch(epoch: int) -> Iterator[None]:
     """Inside, a divergence says in which epoch it was."""
     try:
         yield
-    except Diverged as found:
-        raise Diverged(found.step, epoch) from None
+    except Diverged as problem:
+        raise Diverged(problem.step, epoch) from None
 
 
 def _check_finite(losses: Sequence[Tensor], last: int) -> None:
@@ -388,11 +388,11 @@ def check_weights(network: nn.Module, step: int, epoch: int | None = None) -> No
 
 def _history(text: str, recipe: Recipe, path: Path) -> list[Epoch]:
     """A checkpoint's history. Raises ValueError unless it is one of this recipe's run."""
-    found = parse_json(text, list[Epoch], f"{path}: history")
-    epochs = [row.epoch for row in found]
+    rows = parse_json(text, list[Epoch], f"{path}: history")
+    epochs = [row.epoch for row in rows]
     if not epochs or epochs[0] != 0 or epochs != sorted(epochs) or epochs[-1] not in range(recipe.epochs + 1):
         raise ValueError(f"{path}: its history is of epochs {epochs}, the run's are 0 to {recipe.epochs}")
-    return found
+    return rows
 
 
 def _scorer(

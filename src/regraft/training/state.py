@@ -87,16 +87,16 @@ class TrainingState:
 
     def _slots(self, tensors: Tensors) -> dict[int, Tensors]:
         """The optimiser's state by parameter. Raises ValueError unless it has what a step makes for each of them."""
-        found = _under("optimiser/", tensors)
+        left = _under("optimiser/", tensors)
         slots: dict[int, Tensors] = {}
         for index, wanted in self._after_a_step().items():
-            own = {name: found.pop(f"{index}/{name}") for name in list(wanted) if f"{index}/{name}" in found}
-            if found.pop(f"{index}/{UNUSED}", None) is not None and not own:
+            own = {name: left.pop(f"{index}/{name}") for name in wanted if f"{index}/{name}" in left}
+            if left.pop(f"{index}/{UNUSED}", None) is not None and not own:
                 continue
             check_alike(wanted, own, "an optimiser's step", f"optimiser/{index} of {self.path}")
             slots[index] = own
-        if found:
-            raise ValueError(f"{self.path} has optimiser/{min(found)}, which this run's optimiser has not")
+        if left:
+            raise ValueError(f"{self.path} has optimiser/{min(left)}, which this run's optimiser has not")
         return slots
 
     def _after_a_step(self) -> dict[int, Tensors]:
@@ -110,14 +110,14 @@ class TrainingState:
         return {i: _on_cpu(made.get(i, {})) for i in range(len(parameters))}
 
     def _tensors(self) -> Tensors:
-        found = {f"model/{name}": tensor for name, tensor in state(self.network).items()}
+        tensors = {f"model/{name}": tensor for name, tensor in state(self.network).items()}
         kept = self.optimiser.state_dict()["state"]
         for index in range(len(list(self.network.parameters()))):
             slots = {key: value for key, value in kept.get(index, {}).items() if value is not None}
             slots = slots or {UNUSED: torch.zeros(0)}  # so that nothing can be missing without being missed
-            found |= {f"optimiser/{index}/{key}": value for key, value in slots.items()}
-        found["generator"] = self.generator.get_state()
-        return _on_cpu(found)
+            tensors |= {f"optimiser/{index}/{key}": value for key, value in slots.items()}
+        tensors["generator"] = self.generator.get_state()
+        return _on_cpu(tensors)
 
     def _read(self) -> tuple[dict[str, str], Tensors]:
         from safetensors import SafetensorError, safe_open
@@ -128,10 +128,10 @@ class TrainingState:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             written = json.loads(metadata["sha256"])
-            found = json.loads(_hashes(tensors, metadata["identity"], metadata["history"]))
+            read = json.loads(_hashes(tensors, metadata["identity"], metadata["history"]))
         except (SafetensorError, OSError, KeyError, ValueError) as cause:
             raise ValueError(f"{self.path} is no training checkpoint, or a damaged one: {cause!r}") from cause
-        damaged = [key for key in written.keys() | found.keys() if written.get(key) != found.get(key)]
+        damaged = [key for key in written.keys() | read.keys() if written.get(key) != read.get(key)]
         if damaged:
             raise ValueError(f"{self.path} is damaged: {min(damaged)} is not what was written")
         return metadata, tensors
@@ -143,8 +143,8 @@ def _on_cpu(tensors: Mapping[str, Any]) -> Tensors:
 
 def _hashes(tensors: Mapping[str, Tensor], identity: str, history: str) -> str:
     texts = {"identity": identity, "history": history}
-    found = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    return json.dumps(found | {name: tensor_digest(tensor) for name, tensor in tensors.items()})
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    return json.dumps(hashes | {name: tensor_digest(tensor) for name, tensor in tensors.items()})
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
