@@ -15,19 +15,20 @@ from regraft.finetuning.phases import nesterov
 from regraft.training.loop import Recipe
 from regraft_bench.fast import STUDY, methods, networks
 from regraft_bench.fast.methods import (
+    COMPARISON_METHODS,
     FAN_IN,
-    MAIN,
-    Draw,
+    DrawHead,
     FineTuning,
     LayerDecay,
     OneBlock,
     TowardsStart,
-    at,
-    tuned,
+    at_each,
+    at_rates,
+    best_of,
 )
 from regraft_bench.fast.pages import COLUMNS, FIGURES, LONGEST, TABLE_1, at_edge, steps_cell
 from regraft_bench.fast.scenarios import DIGITS_CONV, HIGH
-from regraft_bench.fast.setting import FastSetting, Settings
+from regraft_bench.fast.setting import FastSetting, FastSettings
 from regraft_bench.report.figures import svg
 from regraft_bench.report.tables import current, groups
 from regraft_bench.rows import Code, Environment, Row, Series, plain_data, read_rows
@@ -71,9 +72,9 @@ def methods_of(figure: str) -> set[str]:
 
 
 def test_every_tuned_method_of_the_comparison_has_as_many_trials():
-    trials = {len(method.candidates) for method in MAIN} - {0}
+    trials = {len(method.candidates) for method in COMPARISON_METHODS} - {0}
     assert len(trials) == 1
-    for method in MAIN:
+    for method in COMPARISON_METHODS:
         assert len({json.dumps(plain_data(c.config)) for c in method.candidates}) == len(method.candidates)
         assert all(candidate.name == method.name for candidate in method.candidates)
 
@@ -112,7 +113,7 @@ def test_a_pretrained_network_comes_from_a_package(monkeypatch):
 
 
 def test_trials_of_the_pretrained_network_are_at_a_tenth_of_the_rates():
-    wide = {method.name: method for method in MAIN}
+    wide = {method.name: method for method in COMPARISON_METHODS}
     for method in SCENARIOS["imagenet-cifar100"].methods:
         for near, far in zip(method.candidates, wide[method.name].candidates, strict=True):
             assert near.run.rates == pytest.approx([rate and rate / 10 for rate in far.run.rates])
@@ -133,7 +134,7 @@ def test_xavier_in_both_modes_has_the_papers_variance(draw, fan):
 def tiny(*methods, **changes) -> Scenario:
     """Digits, a source that is trained for seconds, few steps."""
     origin = replace(DIGITS_CONV, recipe=Recipe(epochs=6, lr=0.05, batch_size=50))
-    settings = Settings(origin, HIGH, **{"steps": 5, "batch_size": 20, **changes})
+    settings = FastSettings(origin, HIGH, **{"steps": 5, "batch_size": 20, **changes})
     return Scenario("tiny", methods, settings, seeds=1)
 
 
@@ -145,10 +146,10 @@ def place(tmp_path_factory) -> RunPaths:
 @pytest.fixture(scope="module")
 def every(place, tmp_path_factory) -> dict[str, Row]:
     """One row of every method of the comparison, each at its first rates."""
-    chosen = [replace(method, candidates=()) for method in MAIN]
+    chosen = [replace(method, candidates=()) for method in COMPARISON_METHODS]
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows = list(run(STUDY, [tiny(*chosen)], place=place, rows=path))
-    assert [row.failure for row in rows] == [None] * len(MAIN)
+    assert [row.failure for row in rows] == [None] * len(COMPARISON_METHODS)
     return {row.method: row for row in rows}
 
 
@@ -184,7 +185,7 @@ def test_methods_differ_in_what_they_prepare(every):
 def test_one_block_learns_one_layer(place):
     setting = FastSetting(tiny(), 0, place)
     for which in (0.0, 1.0):
-        model, adopted = setting.adopted()
+        model, adopted = setting.adopt_source()
         OneBlock(which)(model, adopted, setting)
         body = [p for name, p in model.named_parameters() if not name.startswith(f"{adopted.name}.")]
         learns = [parameter.requires_grad for parameter in body]
@@ -247,7 +248,7 @@ def test_a_claim_is_judged_as_it_stands(early, late, verdicts):
 
 def test_a_run_repeats_with_its_seed(every, place, tmp_path):
     again, other = run(
-        STUDY, [tiny(at("fan-in", *every["fan-in"].config["method"]["rates"], prepare=FAN_IN))],
+        STUDY, [tiny(at_rates("fan-in", *every["fan-in"].config["method"]["rates"], prepare=FAN_IN))],
         place=place, rows=tmp_path / "rows.jsonl", seeds=[0, 1],
     )  # fmt: skip
     assert again.series == every["fan-in"].series and again.config == every["fan-in"].config
@@ -256,9 +257,9 @@ def test_a_run_repeats_with_its_seed(every, place, tmp_path):
 
 def test_without_a_bias_there_is_none(place):
     setting = FastSetting(tiny(), 0, place)
-    model, adopted = setting.adopted()
+    model, adopted = setting.adopt_source()
     assert adopted.head.bias is not None
-    Draw(zero, bias=False)(model, adopted, setting)
+    DrawHead(zero, bias=False)(model, adopted, setting)
     assert f"{adopted.name}.bias" not in dict(model.named_parameters())
     assert model(torch.zeros(1, 1, 8, 8)).tolist() == [[0.0] * 5]
 
@@ -273,7 +274,7 @@ def test_all_methods_see_the_same_batches_whatever_their_preparation_took(place)
 
 def test_a_cap_on_the_targets_images_holds_for_validation_and_test(place, tmp_path):
     (row,) = run(
-        STUDY, [tiny(at("fast", 0.3, 0.1), target_images=7)], place=place, rows=tmp_path / "rows.jsonl"
+        STUDY, [tiny(at_rates("fast", 0.3, 0.1), target_images=7)], place=place, rows=tmp_path / "rows.jsonl"
     )
     for accuracy in (row.values["accuracy"], *row.series["validated"].values):
         assert 7 * accuracy == pytest.approx(round(7 * accuracy), abs=1e-3)
@@ -284,7 +285,7 @@ def test_a_cap_on_the_targets_images_holds_for_validation_and_test(place, tmp_pa
 
 def test_rates_are_chosen_on_validation_alone_and_what_was_tried_is_kept(place, tmp_path):
     grid = ((1e30, 1e30), (0.3, 0.1), (1e-6, 1e-6))
-    scenario = tiny(tuned("fast", grid), steps=13)
+    scenario = tiny(best_of("fast", at_each(grid)), steps=13)
     rows = list(run(STUDY, [scenario], place=place, rows=tmp_path / "rows.jsonl"))
     assert [row.seed for row in rows] == [TUNING_SEED] * 3 + [0]
     assert rows[0].failure.startswith("diverged") and not rows[0].values
@@ -297,14 +298,17 @@ def test_rates_are_chosen_on_validation_alone_and_what_was_tried_is_kept(place, 
 def test_a_run_that_chooses_rates_does_not_look_at_test_data(place):
     for seed in (TUNING_SEED, 0):
         setting = FastSetting(tiny(), seed, place)
-        model, adopted = setting.adopted()
+        model, adopted = setting.adopt_source()
         recorder = setting.recorder(model, adopted)
         assert (recorder.test is recorder.validation) == (recorder.source is None) == setting.tuning
 
 
 def test_a_diverged_run_is_judged_by_the_best_state_that_it_had(place, tmp_path):
     (row,) = run(
-        STUDY, [tiny(at("fan-in", 1e30, 1e30, prepare=FAN_IN))], place=place, rows=tmp_path / "rows.jsonl"
+        STUDY,
+        [tiny(at_rates("fan-in", 1e30, 1e30, prepare=FAN_IN))],
+        place=place,
+        rows=tmp_path / "rows.jsonl",
     )
     assert row.values["diverged [step]"] == 2 and row.failure is None
     assert row.series["deployed"].at == ((0, 1, 2, 3, 5),)
@@ -337,7 +341,7 @@ def row_of(scenario: Scenario, name: str, seed: int = 0, **values) -> Row:
 @pytest.mark.parametrize(("best", "edge"), [((0.1, 0.1), True), ((0.03, 0.03), False), ((0.01, 0.01), True)])
 def test_rates_at_an_edge_of_those_tried_are_found(best, edge):
     grid = [[0.01, 0.01], [0.03, 0.03], [0.1, 0.1]]
-    scenario = tiny(at("fan-in", *best))
+    scenario = tiny(at_rates("fan-in", *best))
     (found, *_) = at_edge([replace(row_of(scenario, "fan-in"), notes={"tried": grid})]) or [None]
     assert (found is not None) == edge
     assert not edge or (found.method, found.best) == ("fan-in", best)
@@ -345,13 +349,13 @@ def test_rates_at_an_edge_of_those_tried_are_found(best, edge):
 
 @pytest.mark.parametrize(("best", "edge"), [((1.0, 0.03), False), ((3.0, 0.03), True), ((0.3, 0.003), True)])
 def test_of_two_rates_each_may_be_at_an_edge(best, edge):
-    scenario = tiny(at("fast", *best))
+    scenario = tiny(at_rates("fast", *best))
     row = replace(row_of(scenario, "fast"), notes={"tried": [list(pair) for pair in methods.UNEQUAL]})
     assert bool(at_edge([row])) == edge
 
 
 def test_of_lines_at_several_rates_the_best_may_be_at_an_edge():
-    lines = [at(f"adam: fan-in {rate:g}", rate, rate) for rate in (0.001, 0.01, 0.1)]
+    lines = [at_rates(f"adam: fan-in {rate:g}", rate, rate) for rate in (0.001, 0.01, 0.1)]
     scenario = tiny(*lines)
     for best, edge in ((0, True), (1, False), (2, True)):
         rows = [
@@ -398,7 +402,7 @@ def test_a_table_says_which_rates_are_at_an_edge_and_compares_with_n_and_p(commi
 
 
 def test_a_cell_says_when_the_best_is_nearly_reached_and_how_many_diverged():
-    scenario = tiny(at("fast", 0.3, 0.1), at("fan-in", 0.1, 0.1))
+    scenario = tiny(at_rates("fast", 0.3, 0.1), at_rates("fan-in", 0.1, 0.1))
     rows = [row_of(scenario, "fast", seed, accuracy=a) for seed, a in enumerate((0.9, 0.9))]
     rows += [row_of(scenario, "fan-in", 0, accuracy=0.9), row_of(scenario, "fan-in", 1, accuracy=0.5)]
     rows[2].values["diverged [step]"] = 7
@@ -423,18 +427,18 @@ def test_the_papers_table_is_whole_and_stands_beside_ours(committed):
 
 def test_a_method_is_one_entry():
     """A new optimiser under FAST: nothing but its entry says so."""
-    method = at("nesterov", 0.3, 0.03, optimiser=nesterov)
+    method = at_rates("nesterov", 0.3, 0.03, optimiser=nesterov)
     assert isinstance(method.run, FineTuning) and method.config["optimiser"] == "nesterov"
 
 
 def test_adoption_leaves_the_source_as_it_is(place):
     setting = FastSetting(tiny(), 0, place)
     before = {name: tensor.clone() for name, tensor in setting.source.values.items()}
-    model, adopted = setting.adopted()
+    model, adopted = setting.adopt_source()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
     assert all(torch.equal(setting.source.values[name], tensor) for name, tensor in before.items())
-    fresh, again = setting.adopted()
+    fresh, again = setting.adopt_source()
     assert torch.equal(adopted.source_head.weight, again.source_head.weight)
     assert adopt(fresh, 3).head.out_features == 3

@@ -102,6 +102,7 @@ def _best(rows: Rows, name: str) -> str:
     for row in rows:
         if row.method == name:
             return name
-        if row.method.startswith(f"{name} ") and row.values.get("validation") is not None:
-            scores.setdefault(row.method, []).append(row.values["validation"])
+        validation = row.values.get("validation")
+        if row.method.startswith(f"{name} ") and validation is not None:
+            scores.setdefault(row.method, []).append(validation)
     return max(scores, key=lambda method: statistics.fmean(scores[method]), default=name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from regraft.data import CIFAR100_FUSION, CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW
 from regraft.finetuning.fast import Normal
@@ -19,19 +20,20 @@ from regraft.networks.papers import Torchvision, digits_conv
 from regraft.training.loop import Recipe
 from regraft_bench.fast import networks
 from regraft_bench.fast.methods import (
+    COMPARISON_METHODS,
     FAN_IN,
     FAN_OUT,
     FIXED,
-    MAIN,
     PRETRAINED,
-    Draw,
-    Rates,
-    at,
-    tuned,
+    DrawHead,
+    FineTuning,
+    at_each,
+    at_rates,
+    best_of,
     warm_up,
     warm_up_with_statistics,
 )
-from regraft_bench.fast.setting import Origin, Settings
+from regraft_bench.fast.setting import FastSettings, Origin
 from regraft_bench.study import Method, Scenario, Task
 
 _task = partial(Task, validation=0.05)  # section 6.2.1: five percent, stratified
@@ -46,70 +48,80 @@ FASHION, MNIST, MNIST_SMALL = _task("fashion-mnist"), _task("mnist"), _task("mni
 FASHION_SMALL, MNIST_GREY, DIGITS_GREY = (_task(d, size=14) for d in ("fashion-mnist", "mnist", "digits"))
 LOW, HIGH = _task("digits", DIGITS_LOW), _task("digits", DIGITS_HIGH)
 
-RECIPE = Recipe(epochs=4, lr=0.1, weight_decay=5e-4, batch_size=100, nesterov=True)
+SOURCE_RECIPE = Recipe(epochs=4, lr=0.1, weight_decay=5e-4, batch_size=100, nesterov=True)
 
-CONV3 = Origin(networks.conv3, CIFAR10, RECIPE)
-CONV3_SMALL = Origin(networks.conv3, CIFAR10_SMALL, replace(RECIPE, epochs=12))
+CONV3 = Origin(networks.conv3, CIFAR10, SOURCE_RECIPE)
+CONV3_SMALL = Origin(networks.conv3, CIFAR10_SMALL, replace(SOURCE_RECIPE, epochs=12))
 RESNET, DENSENET, RESNEXT = (
-    Origin(network, FASHION_SMALL, replace(RECIPE, epochs=2))
+    Origin(network, FASHION_SMALL, replace(SOURCE_RECIPE, epochs=2))
     for network in (networks.small_resnet, networks.small_densenet, networks.small_resnext)
 )
-VGG = Origin(networks.small_vgg, FASHION_SMALL, replace(RECIPE, lr=0.03, epochs=3))
-FASHION_CONV3 = Origin(networks.grey_conv3, FASHION, replace(RECIPE, epochs=2))
+VGG = Origin(networks.small_vgg, FASHION_SMALL, replace(SOURCE_RECIPE, lr=0.03, epochs=3))
+FASHION_CONV3 = Origin(networks.grey_conv3, FASHION, replace(SOURCE_RECIPE, epochs=2))
 EFFICIENTNET = Origin(networks.efficientnet_lite0, None, None, "imagenet")
 DIGITS_CONV = Origin(digits_conv, LOW, Recipe(epochs=30, lr=0.05, batch_size=50))
 
 # ---------------------------------------------------------------- FAST beside every baseline
 
-_digits = Settings(DIGITS_CONV, HIGH, steps=89, batch_size=50)
-_imagenet = Settings(EFFICIENTNET, CIFAR100_TEN_LARGE, steps=89, batch_size=50, flip=True, target_images=250)
+_digits = FastSettings(DIGITS_CONV, HIGH, steps=89, batch_size=50)
+_imagenet = FastSettings(
+    EFFICIENTNET, CIFAR100_TEN_LARGE, steps=89, batch_size=50, flip=True, target_images=250
+)
 
 COMPARISON = (
-    Scenario("digits", MAIN, _digits, seeds=5),
+    Scenario("digits", COMPARISON_METHODS, _digits, seeds=5),
     Scenario(
         "fashion-mnist",
-        MAIN,
-        Settings(FASHION_CONV3, MNIST, steps=89, source_images=1000, target_images=1000),
+        COMPARISON_METHODS,
+        FastSettings(FASHION_CONV3, MNIST, steps=89, source_images=1000, target_images=1000),
         seeds=5,
     ),
-    Scenario("cifar10-cifar100", MAIN, Settings(CONV3, CIFAR100_TEN, steps=200, source_images=2000), seeds=5),
+    Scenario(
+        "cifar10-cifar100",
+        COMPARISON_METHODS,
+        FastSettings(CONV3, CIFAR100_TEN, steps=200, source_images=2000),
+        seeds=5,
+    ),
     Scenario(  # ten other classes, at half the resolution
         "cifar10-cifar100-other",
-        MAIN,
-        Settings(CONV3_SMALL, CIFAR100_OTHER_SMALL, steps=200, source_images=2000),
+        COMPARISON_METHODS,
+        FastSettings(CONV3_SMALL, CIFAR100_OTHER_SMALL, steps=200, source_images=2000),
         seeds=5,
     ),
     # a deeper network with the features of ImageNet, as in the paper; what it forgets of that is not measured
     Scenario("imagenet-cifar100", PRETRAINED, _imagenet, seeds=5),
 )
-QUICK = Scenario("digits-fixed", FIXED, _digits, seeds=2)
+QUICK_DIGITS = Scenario("digits-fixed", FIXED, _digits, seeds=2)
 
 # ---------------------------------------------------------------- the arms of the paper's experiments
 
-_TINY = Draw(Normal(1e-8))
+_TINY = DrawHead(Normal(1e-8))
 
 
 def _scales(rate: float) -> tuple[Method, ...]:
     """Section 6.2: equal rates, heads from N(0, 1) down to zero."""
     return tuple(
-        at(f"N(0, {std:g}²)", rate, rate, prepare=Draw(Normal(std))) for std in (1.0, 0.1, 0.01, 1e-4, 1e-8)
+        at_rates(f"N(0, {std:g}²)", rate, rate, prepare=DrawHead(Normal(std)))
+        for std in (1.0, 0.1, 0.01, 1e-4, 1e-8)
     )
 
 
 def _frozen(rate: float) -> tuple[Method, ...]:
     """Section 6.3: a random head that stays as it is, and one that learns."""
-    drawn = Draw(Normal(0.01))
-    return at("alpha = 0", None, rate, prepare=drawn), at("alpha = beta", rate, rate, prepare=drawn)
+    drawn = DrawHead(Normal(0.01))
+    return at_rates("alpha = 0", None, rate, prepare=drawn), at_rates(
+        "alpha = beta", rate, rate, prepare=drawn
+    )
 
 
 def _warm_ups(rate: float) -> tuple[Method, ...]:
     """Section 6.4."""
     return (
-        at("fan-out", rate, rate, plan=warm_up, prepare=FAN_OUT),
-        at("fan-in", rate, rate, plan=warm_up, prepare=FAN_IN),
-        at("fan-in, statistics", rate, rate, plan=warm_up_with_statistics, prepare=FAN_IN),
-        at("N(0, 1e-08²), statistics", rate, rate, plan=warm_up_with_statistics, prepare=_TINY),
-        at("no warm-up: N(0, 1e-08²)", rate, rate, prepare=_TINY),
+        at_rates("fan-out", rate, rate, plan=warm_up, prepare=FAN_OUT),
+        at_rates("fan-in", rate, rate, plan=warm_up, prepare=FAN_IN),
+        at_rates("fan-in, statistics", rate, rate, plan=warm_up_with_statistics, prepare=FAN_IN),
+        at_rates("N(0, 1e-08²), statistics", rate, rate, plan=warm_up_with_statistics, prepare=_TINY),
+        at_rates("no warm-up: N(0, 1e-08²)", rate, rate, prepare=_TINY),
     )
 
 
@@ -123,18 +135,18 @@ def _unequal(c: float) -> tuple[Method, ...]:
         "10c, c": (10 * c, c),
         "c, 10c": (c, 10 * c),
     }
-    return tuple(at(name, *rates, prepare=_TINY) for name, rates in pairs.items())
+    return tuple(at_rates(name, *rates, prepare=_TINY) for name, rates in pairs.items())
 
 
-def _baselines(name: str, rates: Sequence[float], **how: object) -> tuple[Method, ...]:
+def _baselines(name: str, rates: Sequence[float], **how: Any) -> tuple[Method, ...]:
     """A head drawn by fan-in, head and features at the same rate: a method for each rate, which its name ends in."""
-    return tuple(at(f"{name} {rate:g}", rate, rate, prepare=FAN_IN, **how) for rate in rates)
+    return tuple(at_rates(f"{name} {rate:g}", rate, rate, prepare=FAN_IN, **how) for rate in rates)
 
 
-def _around(alpha: float, beta: float) -> tuple[Rates, ...]:
+def _around(alpha: float, beta: float, **how: Any) -> list[FineTuning]:
     """FAST's five trials: both rates, and each of them three times larger and smaller."""
     pairs = [(alpha, beta), (alpha / 3, beta), (alpha * 3, beta), (alpha, beta / 3), (alpha, beta * 3)]
-    return tuple((float(f"{a:.4g}"), float(f"{b:.4g}")) for a, b in pairs)
+    return at_each([(float(f"{a:.4g}"), float(f"{b:.4g}")) for a, b in pairs], **how)
 
 
 def _optimisers() -> tuple[Method, ...]:
@@ -143,18 +155,21 @@ def _optimisers() -> tuple[Method, ...]:
     adaptive, faster = (1e-3, 3e-3, 0.01, 0.03, 0.1), (3e-3, 0.01, 0.03, 0.1, 0.3)
     return (
         *_baselines("sgd: fan-in", sgd),
-        tuned("sgd: fast", _around(0.6, 0.03)),
-        tuned("nesterov: fast", _around(0.3, 0.03), optimiser=nesterov),
+        best_of("sgd: fast", _around(0.6, 0.03)),
+        best_of("nesterov: fast", _around(0.3, 0.03, optimiser=nesterov)),
         *_baselines("adam: fan-in", adaptive, optimiser=adam),
-        tuned("adam: fast", _around(0.03, 0.003), optimiser=adam),
+        best_of("adam: fast", _around(0.03, 0.003, optimiser=adam)),
         *_baselines("radam: fan-in", faster, optimiser=radam),
-        tuned("radam: fast", _around(0.1, 0.01), optimiser=radam),
+        best_of("radam: fast", _around(0.1, 0.01, optimiser=radam)),
     )
 
 
 def _convergence(alpha: float, beta: float) -> tuple[Method, ...]:
     """Section 6.7: five baselines and FAST at the best of five pairs of rates around these."""
-    return (*_baselines("baseline", (0.2, 0.1, 0.05, 0.01, 0.005)), tuned("fast", _around(alpha, beta)))
+    return (
+        *_baselines("baseline", (0.2, 0.1, 0.05, 0.01, 0.005)),
+        best_of("fast", _around(alpha, beta)),
+    )
 
 
 def _optimisers_paper() -> tuple[Method, ...]:
@@ -162,19 +177,19 @@ def _optimisers_paper() -> tuple[Method, ...]:
     sgd, adaptive = (0.005, 0.01, 0.05), (1e-4, 5e-4, 1e-3)
     return (
         *_baselines("sgd: fan-in", sgd),
-        at("sgd: fast", 0.05, 0.005),
-        at("nesterov: fast", 0.05, 0.005, optimiser=nesterov),
+        at_rates("sgd: fast", 0.05, 0.005),
+        at_rates("nesterov: fast", 0.05, 0.005, optimiser=nesterov),
         *_baselines("adam: fan-in", adaptive, optimiser=adam),
-        at("adam: fast", 1e-3, 1e-4, optimiser=adam),
+        at_rates("adam: fast", 1e-3, 1e-4, optimiser=adam),
         *_baselines("radam: fan-in", adaptive, optimiser=radam),
-        at("radam: fast", 1e-3, 1e-4, optimiser=radam),
+        at_rates("radam: fast", 1e-3, 1e-4, optimiser=radam),
     )
 
 
 # ---------------------------------------------------------------- the paper's experiments, for two cores
 
-_same = Settings(CONV3_SMALL, CIFAR10_SMALL, 144, flip=True, source_images=1000, target_images=1000)
-_grey = Settings(RESNET, MNIST_GREY, 144, source_images=1000, target_images=1000)
+_same = FastSettings(CONV3_SMALL, CIFAR10_SMALL, 144, flip=True, source_images=1000, target_images=1000)
+_grey = FastSettings(RESNET, MNIST_GREY, 144, source_images=1000, target_images=1000)
 _long = replace(_grey, origin=RESNEXT, steps=987, batch_size=10)
 _ten = replace(_same, target=CIFAR100_TEN_SMALL)
 _vgg, _densenet = replace(_grey, origin=VGG), replace(_grey, origin=DENSENET)
@@ -211,7 +226,7 @@ _resnet18_cifar100 = Origin(
     Recipe(epochs=120, lr=0.01, batch_size=100, schedule="constant"),
     "IMAGENET1K_V1",
 )
-_same_paper = Settings(_resnet18_cifar100, _cifar100, steps=1000, flip=True)
+_same_paper = FastSettings(_resnet18_cifar100, _cifar100, steps=1000, flip=True)
 _resnet_paper = replace(_same_paper, origin=_resnet18)
 _vgg_paper, _densenet_paper = (
     replace(_resnet_paper, origin=_vgg19),
@@ -220,7 +235,7 @@ _vgg_paper, _densenet_paper = (
 # 250 and 330 epochs with one image a class in every batch; FAST's rates are not in the text.
 _cifar100_paper = replace(_resnet_paper, origin=_resnext101, steps=250 * 475)
 _caltech_paper = replace(_cifar100_paper, target=_caltech, batch_size=256, steps=330 * 91)
-_convergence_paper = (*_baselines("baseline", (0.05, 0.01, 0.005)), at("fast", 0.01, 0.001))
+_convergence_paper = (*_baselines("baseline", (0.05, 0.01, 0.005)), at_rates("fast", 0.01, 0.001))
 
 PAPER = (
     Scenario("initial-same-paper", _scales(0.01), _same_paper, seeds=15),
@@ -235,4 +250,4 @@ PAPER = (
     Scenario("convergence-caltech-paper", _convergence_paper, _caltech_paper, seeds=15),
 )
 
-SCENARIOS = (QUICK, *COMPARISON, *TWO_CORES, *PAPER)
+FAST_SCENARIOS = (QUICK_DIGITS, *COMPARISON, *TWO_CORES, *PAPER)

@@ -35,7 +35,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Settings:
+class FastSettings:
     """One fine-tuning problem: training batches are stratified and of ``batch_size``; ``flip`` mirrors their images.
 
     source_images, target_images: for speed, of the source's test images, and of the target's validation and its test
@@ -73,7 +73,7 @@ class FastSetting(Setting):
         """Trained from seed 0, or read from the place's cache where that has been done."""
         origin: Origin = self.settings.origin
         data = None if origin.task is None else self.dataset(origin.task)
-        model = _untrained(origin, data).to(self.device, memory_format=torch.channels_last)
+        model = _build_untrained(origin, data).to(self.device).to(memory_format=torch.channels_last)
         start = state(model)
         if data is None or origin.recipe is None:
             return Pretrained(model, start, start, data)
@@ -90,7 +90,7 @@ class FastSetting(Setting):
         )
         return Pretrained(model, trained.tensors, start, data)
 
-    def adopted(self) -> tuple[nn.Module, Adoption]:
+    def adopt_source(self) -> tuple[nn.Module, Adoption]:
         """A copy of the source network with a zero head for the target's classes."""
         model = copy.deepcopy(self.source.model)
         fill_(model, self.source.values)
@@ -127,7 +127,7 @@ class FastSetting(Setting):
         return split.batches(500, device=self.device)
 
 
-def _untrained(origin: Origin, data: Dataset | None) -> nn.Module:
+def _build_untrained(origin: Origin, data: Dataset | None) -> nn.Module:
     """The network that pre-training begins with; a new head for its task where it begins with weights."""
     if origin.weights is None:
         if data is None:

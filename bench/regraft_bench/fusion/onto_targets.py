@@ -7,10 +7,11 @@ takes beyond the trained networks, which it is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,34 +26,20 @@ from regraft_bench.fusion.setting import SEARCH, FusionSetting
 from regraft_bench.fusion.settings import GRADIENT, WEIGHTS, PanelSettings, Target
 from regraft_bench.study import Measured, Method, Series, Task
 
-# ---------------------------------------------------------------- what is added
-
-
-def _theta_a(setting: FusionSetting, panel: PanelSettings) -> Tensors:
-    return setting.train_start(setting.settings.task, panel.scale).tensors
-
-
-def _g(setting: FusionSetting, panel: PanelSettings) -> Tensors:
-    return gradient(setting.start(), _theta_a(setting, panel))
-
-
-def _by_formula(setting: FusionSetting, panel: PanelSettings) -> Tensors:
-    return (_g if setting.settings.formula == GRADIENT else _theta_a)(setting, panel)
-
 
 @dataclass(frozen=True)
 class TargetSum:
     """A method: called with a setting, it adds a source to every target, for every alpha.
 
-    source: what the formula adds, if nothing else. onto: whether there is a target (else: alpha times the source).
+    source: "theta_A" or "g"; "": what the formula adds. onto: whether there is a target (else: alpha times the source).
     average: of the two, at alpha = 1, in place of their sum. mend: "align" permutes theta_A's units to match the
     target's, "repair" repairs the sum's activations.
     """
 
-    source: Callable[[FusionSetting, PanelSettings], Tensors] = _by_formula
+    source: Literal["", "theta_A", "g"] = ""
     onto: bool = True
     average: bool = False
-    mend: str = ""
+    mend: Literal["", "align", "repair"] = ""
 
     def __call__(self, setting: FusionSetting) -> Measured:
         """A grid over alpha and target for each panel; for a table (one panel) the best alpha of each target, too."""
@@ -65,7 +52,7 @@ class TargetSum:
             sums = {
                 name: self._sums(setting, panel, tensors, clock) for name, (tensors, _) in targets.items()
             }
-            measure = partial(_measure, setting, settings.task, _split(panel), clock)
+            measure = partial(_measure, setting, settings.task, _images_of(panel), clock)
             accuracies = torch.stack([measure(own) for own in sums.values()], dim=1)
             series[panel.name] = grid_series({"alpha": alphas, "target": tuple(targets)}, accuracies)
         values: dict[str, float] = {}
@@ -77,23 +64,23 @@ class TargetSum:
         return Measured(values, series, clock.seconds, {"stands in for": stand_ins} if stand_ins else {})
 
     def _sums(self, setting: FusionSetting, panel: PanelSettings, theta_n: Tensors, clock: Clock) -> Sums:
-        source = self.source(setting, panel)
-        if not self.onto:
-            return Sums([source], [[alpha] for alpha in setting.settings.alphas])
-        if self.average:
-            return Sums([theta_n, source], [[0.5, 0.5]])
-        rows = [[1.0, alpha] for alpha in setting.settings.alphas]
+        settings = setting.settings
+        theta_a = setting.train_start(settings.task, panel.scale).tensors
+        by_formula = "g" if settings.formula == GRADIENT else "theta_A"
+        source = gradient(setting.start(), theta_a) if (self.source or by_formula) == "g" else theta_a
         if self.mend == "align":
-            source = setting.align(theta_n, _theta_a(setting, panel), source, clock)
-        sums = Sums([theta_n, source], rows)
+            source = setting.align(theta_n, theta_a, source, clock)
+        if not self.onto:
+            return Sums([source], [[alpha] for alpha in settings.alphas])
+        rows = [[0.5, 0.5]] if self.average else [[1.0, alpha] for alpha in settings.alphas]
         if self.mend != "repair":
-            return sums
-        batches = setting.calibration([setting.settings.task], panel.scale)
-        parents = [theta_n, _theta_a(setting, panel)]
-        return replace(sums, finish=repair_on(setting.model, parents, batches))
+            return Sums([theta_n, source], rows)
+        batches = setting.calibration([settings.task], panel.scale)
+        finish = repair_on(setting.model, [theta_n, theta_a], batches)
+        return Sums([theta_n, source], rows, finish=finish)
 
 
-def _split(panel: PanelSettings) -> str:
+def _images_of(panel: PanelSettings) -> str:
     return "test" if panel.evaluated_on == "test" else "training"
 
 
@@ -143,12 +130,12 @@ def average_logits_with_target(setting: FusionSetting) -> Measured:
     """The mean of the logits of theta_n and theta_A: two networks, twice the inference."""
     settings, targets, clock = setting.settings, setting.targets(), Clock()
     (panel,) = settings.panels
-    theta_a = _theta_a(setting, panel)
+    theta_a = setting.train_start(settings.task, panel.scale).tensors
 
     def measure(theta_n: Tensors, task: Task, split: str) -> float:
         return measure_ensemble(setting, [theta_n, theta_a], setting.images(task, split, "small"), clock)
 
-    table = [measure(theta_n, settings.task, _split(panel)) for theta_n, _ in targets.values()]
+    table = [measure(theta_n, settings.task, _images_of(panel)) for theta_n, _ in targets.values()]
     test = [measure(theta_n, settings.task, "test") for theta_n, _ in targets.values()]
     own_task = [measure(theta_n, t.task, "test") for theta_n, t in targets.values() if t is not None]
     values = {"accuracy": fmean(test)}
@@ -162,17 +149,17 @@ TARGET_SUMS = (
     Method("sum", TargetSum(), about=f"{GRADIENT} (equation 6) or {WEIGHTS} (equation 7)."),
     Method(
         "theta_A alone",
-        TargetSum(_theta_a, onto=False),
+        TargetSum("theta_A", onto=False),
         about="alpha theta_A without any target: what scaling alone does. The same for every target.",
     ),
-    Method("g alone", TargetSum(_g, onto=False), about="alpha g without any target."),
+    Method("g alone", TargetSum("g", onto=False), about="alpha g without any target."),
 )
 """What figures show: the sum, and what scaling alone does (a zero target)."""
 
 TARGET_CONTROLS = (
     Method(
         "average",
-        TargetSum(_theta_a, average=True),
+        TargetSum("theta_A", average=True),
         about="(theta_n + theta_A) / 2, at alpha = 1: theta_n + theta_A, rescaled.",
     ),
     Method("ensemble", average_logits_with_target),

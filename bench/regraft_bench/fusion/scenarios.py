@@ -244,7 +244,7 @@ def _make_widths() -> Iterator[Scenario]:
 
 # ---------------------------------------------------------------- small ones
 
-DIGITS_RECIPE = Recipe(epochs=10, lr=0.05, batch_size=32)
+TWO_DIGITS_RECIPE = Recipe(epochs=10, lr=0.05, batch_size=32)
 DIGITS = Scenario(
     "digits-two-tasks",
     CONTINUAL,
@@ -254,7 +254,7 @@ DIGITS = Scenario(
         alphas=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
         betas=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
         network="mlp",
-        regime=Regime(DIGITS_RECIPE, DIGITS_RECIPE, DIGITS_RECIPE),
+        regime=Regime(TWO_DIGITS_RECIPE, TWO_DIGITS_RECIPE, TWO_DIGITS_RECIPE),
     ),
 )
 

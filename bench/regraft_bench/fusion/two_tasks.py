@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def _train_further(number: int, setting: FusionSetting, clock: Clock) -> Tensors
     return gradient(start, run.tensors)
 
 
-SOURCES: dict[str, Callable[[FusionSetting, Clock], Tensors]] = {
+TERMS: dict[str, Callable[[FusionSetting, Clock], Tensors]] = {
     "theta_0": lambda setting, _: setting.start(),
     "theta_A": lambda setting, _: setting.theta_a,
     "theta_B": lambda setting, _: setting.theta_b,
@@ -78,6 +79,7 @@ FORMULAS = {TWO_NETWORKS: ("theta_A", "theta_B"), TWO_GRADIENTS: ("theta_0", "g_
 
 # ---------------------------------------------------------------- by how much
 
+Statistics = Literal["own", "summed", "reset", "repair"]
 Axes = Mapping[str, Sequence[float]]
 Points = tuple[Axes, list[list[float]]]
 """Positions by axis, the first one outermost; and for each point a coefficient of every source that is scaled."""
@@ -111,17 +113,17 @@ def middle_point(_settings: TwoTasks, _scaled: int) -> Points:
 class Fusion:
     """A method: called with a setting, it measures a sum of sources at all coefficients, and chooses among them.
 
-    sources: names in `SOURCES`; without any, those of the table's formula. statistics: of BatchNorm: each batch's
+    sources: names in `TERMS`; without any, those of the table's formula. statistics: of BatchNorm: each batch's
     "own", "summed" as weights are, taken anew on both tasks' training images ("reset"), or by "repair".
     """
 
     sources: tuple[str, ...]
     coefficients: Callable[[TwoTasks, int], Points]
-    statistics: str = "own"
+    statistics: Statistics = "own"
 
     def __call__(self, setting: FusionSetting) -> Measured:
         clock, names = Clock(), self.sources or FORMULAS[setting.settings.formula]
-        sources = [SOURCES[name](setting, clock) for name in names]
+        sources = [TERMS[name](setting, clock) for name in names]
         starts = [1.0 for name in names if name in STARTS]
         axes, rows = self.coefficients(setting.settings, len(names) - len(starts))
         return choose_on_validation(
@@ -227,7 +229,7 @@ def _method(
     about: str,
     *sources: str,
     coefficients: Callable[[TwoTasks, int], Points] = diagonal_points,
-    statistics: str = "own",
+    statistics: Statistics = "own",
 ) -> Method:
     return Method(name, Fusion(sources, coefficients, statistics), about=about)
 
