@@ -1,7 +1,7 @@
-"""Files that are either the old one or the new one, never a mixture; and files that are read only if they are whole.
+"""Atomic writes and checked reads.
 
-Whatever is written is written beside its place, flushed to disk and renamed. Whatever is JSON is read by `parse_json`,
-against a type; what only the library writes is sealed with a hash besides.
+Every file is written under a temporary name, flushed to disk and renamed, so that after a kill there is the old file or
+the new one. JSON is parsed against a type (`parse_json`); files that only the library writes carry a hash, too.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import msgspec
 _T = TypeVar("_T")
 
 LARGEST_JSON = 1 << 30
-"""Bytes: nothing that is read as JSON comes near it."""
+"""Bytes; no JSON file of the library comes near it."""
 
 
 class BadFile(ValueError):
-    """What a file holds is damaged, or does not fit what is to be done with it."""
+    """A file is damaged, or does not fit what it is to be used for."""
 
 
 # ---------------------------------------------------------------- writing
@@ -56,7 +56,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, st
 
 
 def _write_beside(path: Path, size: int, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk, then rename it into place."""
+    """Let `write` fill a temporary file next to `path`, flush it to disk, then rename it."""
     from safetensors import SafetensorError
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def _write_beside(path: Path, size: int, write: Callable[[Path], object]) -> Non
 
 
 def clean(path: Path) -> None:
-    """Remove what killed processes left of `path` when they wrote it."""
+    """Remove temporary files of `path` that killed processes left."""
     own = re.compile(rf"\.{re.escape(path.name)}\.(\d+)-\d+\.part")
     for file in path.parent.iterdir() if path.parent.is_dir() else ():
         match = own.fullmatch(file.name)
@@ -98,7 +98,7 @@ def _is_alive(process: int) -> bool:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Inside, nobody else is inside for this folder. Raises BlockingIOError, naming it, where somebody is."""
+    """Hold the lock of a folder. Raises BlockingIOError, naming it, if another process holds it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -112,7 +112,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Inside, no other process is inside for this file, which is made empty and stays; one that comes waits."""
+    """Hold the lock of a file, which is created if need be; another process waits for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -123,7 +123,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path) -> None:
-    """Raise FileNotFoundError, or OSError for what is no plain file (a folder, a pipe, a device), naming the path."""
+    """Raise FileNotFoundError, or OSError for a folder, a pipe or a device, naming the path."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, f"{path} is not a plain file")
 
@@ -139,8 +139,7 @@ def read_json(path: Path, kind: type[_T], what: str) -> _T:
 def parse_json(data: bytes | str, kind: type[_T], where: str) -> _T:
     """JSON as a ``kind`` (a msgspec.Struct, a dataclass, a dictionary of ...).
 
-    Raises ValueError that says where, and which key, for what is not JSON, not UTF-8, nested without end, or of
-    another type.
+    Raises ValueError that names the place and the key for invalid JSON or UTF-8, unbounded nesting, or another type.
     """
     try:
         return msgspec.json.decode(data, type=kind)
@@ -157,7 +156,7 @@ class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
 def write_sealed(path: Path, name: str, content: Any) -> None:
     """Write JSON data, the name of their format and their hash.
 
-    Raises ValueError for what is no JSON data (a NaN, an object), and as `write_text`.
+    Raises ValueError for what JSON cannot hold (a NaN, an object), and as `write_text`.
     """
     try:
         text = json.dumps(content, allow_nan=False)
@@ -170,7 +169,7 @@ def write_sealed(path: Path, name: str, content: Any) -> None:
 def read_sealed(path: Path, name: str, kind: type[_T]) -> _T:
     """What `write_sealed` wrote, as a ``kind``.
 
-    Raises as `read_json`, and ValueError for another format or a content that is not what was written.
+    Raises as `read_json`, and ValueError for another format or a content that does not match its hash.
     """
     what = f"a {name} file"
     sealed = read_json(path, _Sealed, what)

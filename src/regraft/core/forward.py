@@ -1,15 +1,14 @@
-"""Where a model meets a batch: which of it is input and which label, and which of the model's output are the logits.
+"""Running a model on a batch: which part is input and which labels, and which part of the output the logits are.
 
 A batch (`regraft.core.tensors.Batch`) is
 
 - ``(images, labels)``, two tensors, or ``(inputs, labels)``, where the inputs are a tuple or list of positional
   arguments or a mapping of keyword arguments;
 - ``(first, second, ..., labels)``: positional arguments, the labels last;
-- ``{"input_ids": ..., "attention_mask": ..., "labels": ...}``: keyword arguments, and the labels, which the model is
-  not given.
+- ``{"input_ids": ..., "attention_mask": ..., "labels": ...}``: keyword arguments, and the labels, which are not passed.
 
-The logits are the model's output, or its ``logits`` where it answers with a mapping or an object (transformers'
-``ModelOutput``); of a model that answers otherwise, `with_output` makes one that gives the right thing.
+The logits are the model's output, or its ``logits`` if the output is a mapping or an object (transformers'
+``ModelOutput``); `with_output` selects them for any other model.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from regraft.core.tensors import Batch, Inputs, Loss, Tensors
 
 
 def split(batch: Batch, number: int = 0) -> tuple[Inputs, Tensor]:
-    """(inputs, labels) of a batch. Raises ValueError, with its number, for one that is of none of the forms above."""
+    """(inputs, labels) of a batch. Raises ValueError, with its number, for a batch of another form."""
     if isinstance(batch, Mapping):
         inputs: Inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch.get("labels")
@@ -69,7 +68,7 @@ def name_inputs(inputs: Inputs) -> Tensors:
 
 
 def examples(inputs: Inputs) -> int:
-    """How many examples there are: the length of the first tensor. Raises ValueError where there is none."""
+    """The number of examples: the length of the first tensor. Raises ValueError if there is none."""
     first = next((tensor for tensor in name_inputs(inputs).values() if tensor.ndim), None)
     if first is None:
         raise ValueError("the inputs hold no tensor of examples")
@@ -77,7 +76,7 @@ def examples(inputs: Inputs) -> int:
 
 
 def portion(inputs: Inputs, begin: int, end: int) -> Any:
-    """The inputs of the examples begin .. end - 1; tensors that have another length are every example's."""
+    """The inputs of the examples begin .. end - 1; tensors of another length are shared by all examples."""
     count = examples(inputs)
     return map_inputs(lambda x: x[begin:end] if x.ndim and len(x) == count else x, inputs)
 
@@ -95,10 +94,10 @@ def call(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Ten
 
 
 def run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
-    """Whatever the model answers with the values ``tensors``.
+    """The model's output, of any kind, with the values ``tensors``.
 
     In training mode BatchNorm writes its running statistics into ``tensors``, as torch does. Raises ValueError, naming
-    both, for values and inputs of dtypes or devices that do not go together.
+    both, for values and inputs whose dtypes or devices do not match.
     """
     args, kwargs = arguments(inputs)
     with _explain_mismatch(tensors, inputs):
@@ -115,13 +114,13 @@ def answer(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
-    """``loss(logits, labels)``. Raises ValueError, naming both, for dtypes or devices that do not go together."""
+    """``loss(logits, labels)``. Raises ValueError, naming both, for dtypes or devices that do not match."""
     with _explain_mismatch({"logits": logits}, {"labels": labels}, "the logits are", "the labels"):
         return loss(logits, labels)
 
 
 def part(result: Any, key: str | int) -> Any:
-    """result[key] or result.key, None where there is neither."""
+    """result[key] or result.key; None if there is neither."""
     if isinstance(result, Tensor):
         return result if key == 0 else None
     if isinstance(key, str) and not isinstance(result, Mapping):
@@ -133,7 +132,7 @@ def part(result: Any, key: str | int) -> Any:
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:
-    """The logits in a model's output. Raises ValueError, saying what is there instead, where there are none."""
+    """The logits in a model's output. Raises ValueError, describing the output, if it has none."""
     if isinstance(output, Tensor):
         return output
     logits = part(output, "logits")
@@ -147,11 +146,11 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
 
 
 def with_output(model: nn.Module, output: str | int | Callable[[Any], Tensor]) -> nn.Module:
-    """A view of the model (the same tensors and submodules, under the same names) that answers with one tensor.
+    """A view of the model (the same tensors and submodules, under the same names) that returns only the logits.
 
-    output: the key, attribute or place of the logits in what the model answers with, or a function of that. All of
-    regraft takes the view as it takes a model; what is trained or adopted in one is so in the other. Calling the view
-    raises ValueError where the model's output has no such part.
+    output: the key, attribute or index of the logits in the model's output, or a function of the output. The view works
+    wherever regraft takes a model, and shares all changes with it. Calling it raises ValueError if the output has no
+    such part.
     """
     kind = type(model)
 
@@ -174,7 +173,7 @@ def _explain_mismatch(
     what: str = "the parameters are",
     other: str = "the inputs",
 ) -> Iterator[None]:
-    """Torch's own error, in words that name both dtypes or devices, where those differ; models may convert inputs."""
+    """Rephrase torch's error so that it names both dtypes or devices, if they differ; models may convert inputs."""
     try:
         yield
     except RuntimeError as problem:

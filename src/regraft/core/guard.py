@@ -1,4 +1,4 @@
-"""The user's objects stay as they are: whatever runs a user's model does so inside `preserve_state`.
+"""The user's objects stay as they are: all code that runs a user's model does so inside `preserve_state`.
 
 Values are safe in another way: a model is run on copies of them (`torch.func.functional_call`), never on the user's.
 """
@@ -34,16 +34,16 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     ),
     (lambda: torch.backends.cudnn.benchmark, lambda on: setattr(torch.backends.cudnn, "benchmark", on)),
 )
-"""How to read and to set what a process has one of."""
+"""How to read and set each of torch's process-wide settings."""
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Inside, anything may happen to the model; afterwards it is as before.
+    """Restore the model after the body.
 
-    That is: every attribute of every module (mode, hooks, which parameters, buffers and submodules it has, counters,
-    momenta), what takes a gradient and which it has, and torch's settings (threads, determinism, default dtype). Not
-    the values of its tensors, which are run as copies, and no random state: see `same_streams`.
+    Restored are every attribute of every module (mode, hooks, parameters, buffers, submodules, counters, momenta),
+    `requires_grad` and gradients, and torch's settings (threads, determinism, default dtype). Not restored are the
+    values of its tensors, since models run on copies, and random states: see `same_streams`.
     """
     modules = [(module, _contents(module)) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -62,7 +62,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_settings() -> Iterator[None]:
-    """Inside, torch's settings (see `SETTINGS`) may be set; afterwards they are as before."""
+    """Restore torch's settings (see `SETTINGS`) after the body."""
     settings = [(put, get, get()) for get, put in SETTINGS]
     try:
         yield
@@ -103,9 +103,9 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextmanager
 def same_streams(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside, torch, numpy and Python may draw random numbers; afterwards their global states are as before.
+    """Restore the global random states of torch, numpy and Python after the body.
 
-    device: a CUDA device's own state is kept too.
+    device: of a CUDA device, its own state too.
     """
     device = torch.device(device)
     python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -121,9 +121,9 @@ def same_streams(device: torch.device | str = "cpu") -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Let this process take only algorithms that give the same bits in every run; rows say so.
+    """Use only algorithms that give the same bits in every run, in this process; rows record it.
 
-    The number of threads still matters, on a CPU, and is in the row too.
+    On a CPU the number of threads still matters; rows record that, too.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)

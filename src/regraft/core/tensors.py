@@ -1,4 +1,4 @@
-"""Tensors by name: what every part of the library takes and returns, and the checks that all of them share."""
+"""Tensors by name, which every part of the library takes and returns, and the checks and sums that all share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def state(model: nn.Module) -> Tensors:
 
 def live_state(model: nn.Module) -> Tensors:
     """The model's own parameters and buffers by name: not copies. What its state dictionary does not hold
-    (buffers that are not persistent) is part of the function, not of the state."""
+    (buffers that are not persistent) belongs to the function, not to the state."""
     passing = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -60,10 +60,10 @@ def fill_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def use_generator(generator: torch.Generator, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside, torch's global random state is one that the generator chose; afterwards it is as before.
+    """Seed torch's global random state from the generator for the body; restore it afterwards.
 
     For code that can only draw from the global state: module constructors, dropout. Takes one number
-    from the generator. Not for several threads at once: the global state is one for all of them.
+    from the generator. Not thread-safe: all threads share the global state.
     """
     device = torch.device(device)
     accelerators = [device] if device.type == "cuda" else []
@@ -109,7 +109,7 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 over dtype, shape and bytes."""
-    # numpy knows no bfloat16, so the bytes are looked at as uint8
+    # numpy has no bfloat16: view the bytes as uint8
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     whole = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     whole.update(data.data)
@@ -139,7 +139,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # A sum is one pass over memory and not finite where an entry is not; only a sum of huge values is looked at again.
+    # The sum takes one pass and is not finite if an entry is not; only a sum that overflows needs the exact check.
     return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())
 
 

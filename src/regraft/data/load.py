@@ -1,4 +1,4 @@
-"""A data set by name: read, cut down to the classes and the size asked for, split with a seed, normalised."""
+"""Load a data set by name: read it, select classes, resize, split with a seed, normalise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from regraft.data.sets import READERS, ROOT_VARIABLE, DataSource, Raw
 from regraft.data.splits import ImageFiles, Split, normalise, stratified_split
 
-FILE_SAMPLE = 2000  # so many image files are decoded for a mean and a deviation
+FILE_SAMPLE = 2000  # image files that are decoded for mean and deviation
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def load(
     validation: share of the training images held out for validation.
     download: fetch what is missing, where the set's makers allow it.
     image_size, channels: resize to squares and turn grey into colour or back. File-based sets are 224
-        pixels and colour unless told; the others keep what they have.
+        pixels and colour by default; the others keep their own.
     workers: processes that decode file-based images; by default as many as there are cores.
 
     Raises MissingData (a FileNotFoundError) where the set is not there, ValueError for an unknown name or

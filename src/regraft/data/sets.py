@@ -1,7 +1,7 @@
-"""Where each data set lies and how it is read: a new one is one more entry of `READERS`, at the end.
+"""Where each data set lies and how it is read. To add one, add an entry to `READERS`, at the end.
 
-A reader takes a `DataSource` and returns a `Raw`. What torchvision reads is a line of a table (`Torchvision`).
-scikit-learn and torchvision's data sets are imported when a set is read, not before.
+A reader takes a `DataSource` and returns a `Raw`; `TorchvisionReader` reads torchvision's. scikit-learn and
+torchvision's data sets are imported when a set is read, not before.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ TEN_DIGITS = tuple(map(str, range(10)))
 
 
 class MissingData(FileNotFoundError):
-    """A data set is not where it was looked for. The message says what, where, and how to get it."""
+    """A data set was not found. The message says where it was expected, and how to get it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Raw:
-    """What a reader finds: everything that is not test data, the test data, and the names of labels 0, 1, ..."""
+    """What a reader returns: all but the test data, the test data, and the names of labels 0, 1, ..."""
 
     train: Split
     test: Split
@@ -52,9 +52,9 @@ class Raw:
 
 @dataclass(frozen=True)
 class DataSource:
-    """What a reader is told: the set's name, the root folder, and how image files are decoded.
+    """What a reader gets: the set's name, the root folder, and how image files are decoded.
 
-    ``classes`` are those asked for, which tell the CIFAR-100 reader whether its extract would do.
+    ``classes``: the requested ones; the CIFAR-100 reader uses its extract if that has them all.
     """
 
     name: str
@@ -72,7 +72,7 @@ class DataSource:
         return Split(images, labels)
 
     def missing(self, looked_for: str, how: str, cause: Exception | None = None) -> MissingData:
-        """The exception that says what is not there, where it was looked for, and how to get it."""
+        """The exception to raise: where the set was expected, and how to get it."""
         reason = f" ({str(cause).splitlines()[0].rstrip('.')})" if cause is not None and str(cause) else ""
         return MissingData(
             f"{self.name} is missing{' or damaged' if cause else ''}: "
@@ -83,7 +83,7 @@ class DataSource:
     def construct(self, cls: str, looked_for: str, how: str | None, *args: Any, **options: Any) -> Any:
         """One of torchvision's data sets; `MissingData` where its files are not there.
 
-        how: what to do without the files; None: they can be downloaded.
+        how: how to get the files; None if they can be downloaded.
         """
         from torchvision import datasets
 
@@ -104,10 +104,10 @@ SPLITS = ({"split": "train"}, {"split": "test"})
 class TorchvisionReader:
     """A data set that torchvision reads.
 
-    cls: its name in torchvision.datasets. folder: where its files lie, under the root. halves: what the class is
-    told for the training and for the test images. labels: gets them from its instances. classes: their names,
-    where the instances have none fit to use. root: the class's own root, under ours. files: images are decoded
-    when they are wanted; otherwise they are in memory. how: where to get it, if it cannot be downloaded.
+    cls: its name in torchvision.datasets. folder: where its files lie, under the root. halves: arguments of the class
+    for the training and for the test images. labels: gets them from an instance. classes: their names, if the
+    instances have no usable ones. root: the class's own root, under ours. files: images are decoded on demand;
+    otherwise they are in memory. how: where to get it, if it cannot be downloaded.
     """
 
     cls: str

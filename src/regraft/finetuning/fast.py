@@ -83,8 +83,8 @@ def param_groups(
         model: with its (new) classifier in place; DistributedDataParallel and torch.compile may be around it.
         head_lr, body_lr: alpha and beta of the paper. None leaves that part out of training: ``body_lr=None`` is
             feature extraction, ``head_lr=None`` a frozen classifier. The defaults are for SGD with momentum 0.9 in
-            torch's form; the paper's own form wants them ten times as large (see `start_momentum_at_zero_`).
-        head: the classifier or its name, where it is not to be looked for.
+            torch's form; the paper's own form needs them ten times as large (see `start_momentum_at_zero_`).
+        head: the classifier or its name; found by `find_head` when not given.
         options: further entries of both groups, such as weight_decay=1e-4.
 
     A scheduler that multiplies rates keeps their ratio; one that sets them (OneCycleLR) takes a list of two, body
@@ -227,11 +227,11 @@ def features_of(model: nn.Module, head: nn.Linear, inputs: Inputs) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Stratified:
-    """Batches for ever, each with the same number of images of every class (the paper's training batches).
+    """Endless batches, each with the same number of images of every class (the paper's training batches).
 
     split: a training split of `regraft.data`. size: a multiple of the number of classes (the paper also takes one
-    image a class). Every class is gone through in a random order before it begins anew. Images left over at the
-    end of a class's pass go into the next one. flip: mirror images at random.
+    image a class). Every class is read in a random order, then in a new one; images left over at the end of a pass
+    go into the next batch. flip: mirror images at random.
 
     Raises ValueError for a size that is no such multiple, and where a class of 0 .. num_classes - 1 has no image.
     """
@@ -263,7 +263,7 @@ class Stratified:
         split = self.split.to(self.device)
         order = self._order()
         while True:
-            # A pass at a time: image files are decoded ahead, and cannot look ahead for ever.
+            # A pass at a time: image files are decoded ahead, which must end somewhere.
             a_pass = list(islice(order, max(1, len(split) // self.size)))
             for images, labels in split.fetch(a_pass, torch.device(self.device)):
                 if self.flip:
@@ -272,7 +272,7 @@ class Stratified:
                 yield normalise(images, split.mean, split.std), labels
 
     def _order(self) -> Iterator[Tensor]:
-        """Index vectors [size], for ever: classes side by side."""
+        """Endless index vectors [size]: classes side by side."""
         each = self.size // self.num_classes
         left = [members[:0] for members in self._members]
         while True:
@@ -303,7 +303,7 @@ class NoGain:
     waited: int = 0
 
     def __call__(self, accuracy: float) -> bool:
-        """Tell it the accuracy after one more step; True when the warm-up is over."""
+        """True when the warm-up is over; call it with the accuracy after each step."""
         if accuracy >= self.best + self.least:
             self.best, self.waited = accuracy, 0
         else:

@@ -98,7 +98,7 @@ def fine_tune(
 ) -> Outcome:
     """Train the adopted model in place for ``steps`` steps; the loss is cross-entropy, mean over the batch.
 
-    batches: at least as many as steps. recorder: is told of each step. validation: for phases that end by validation
+    batches: at least as many as steps. recorder: counts each step. validation: for phases that end by validation
     accuracy. A loss that is not finite, or weights at the end of a phase, end the run; this is reported, no exception.
 
     Raises ValueError for labels that the head has no class for, for too few batches, and for a phase that ends by
@@ -133,7 +133,7 @@ def fine_tune(
 
 
 def _check_as_read(batches: Iterable[Batch], num_classes: int) -> Iterator[Batch]:
-    """The batches, looked at; elsewhere than on a CPU the first one alone (each look waits for the device)."""
+    """The batches, checked; on an accelerator only the first one, since each check waits for the device."""
     for number, batch in enumerate(batches):
         inputs, labels = split(batch, number)
         if number == 0 or labels.device.type == "cpu":
@@ -146,7 +146,7 @@ def _check_as_read(batches: Iterable[Batch], num_classes: int) -> Iterator[Batch
 def _training_only(
     model: nn.Module, head: nn.Linear, groups: Sequence[Mapping[str, Any]], statistics: bool
 ) -> Iterator[None]:
-    """Inside, only the groups' parameters take gradients, and modes are as the phase wants them."""
+    """For the body, let only the groups' parameters take gradients, and set the modes of the phase."""
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     before: dict[Tensor, bool] = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:

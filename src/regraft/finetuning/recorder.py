@@ -1,18 +1,17 @@
-"""Anytime Deployment Performance: what a training run is worth whenever it is stopped (FAST, section 6.1).
+"""Anytime Deployment Performance: the performance of a run if it is stopped at any time (FAST, section 6.1).
 
     recorder = Recorder(model, validation=validation_batches, test=test_batches)
     for batch in batches:
-        ...                                  # one's own training step
+        ...                                  # your training step
         recorder.after_step()
     record = recorder.finish()
     record.area(), record.steps_to_reach(0.9), record.deployments
 
-Validations come one step apart at first and ten later; the state that is best on validation is kept; at the
-Fibonacci numbers 1, 2, 3, 5, 8, ... the best state so far is deployed: tested. Tests are put off and done for
-several states in one pass over the data. Evaluation is timed apart from training.
+Validations come one step apart at first and ten later; the best state on validation is kept; at the Fibonacci
+numbers 1, 2, 3, 5, 8, ... the best state so far is deployed, that is, tested. Tests of several states are done in one
+pass over the data. Evaluation is timed apart from training.
 
-Forgetting is measured in one way: what the features, through the detached source head, still score on the source's
-test set.
+Forgetting is the score of the features, through the detached source head, on the source's test set.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def _all_fibonacci() -> Iterator[int]:
 def growing_gaps() -> Iterator[int]:
     """Validation steps: 1 apart at first, 2 apart after step 10, 3 after step 20, ..., never more than 10.
 
-    (The paper says that the gap grows gradually from 1 to 10; how, it does not say.)
+    (The paper says that the gap grows gradually from 1 to 10, but not how.)
     """
     step = 0
     while True:
@@ -179,7 +178,7 @@ def _check_classes(validation: Iterable[Batch], num_classes: int) -> None:
             return
     if seen and num_classes > 1:
         raise ValueError(
-            f"all validation images are of class {seen.pop()}: whoever names it always is right, and no state is best"
+            f"all validation images are of class {seen.pop()}: a constant answer is always right, and no state is best"
         )
 
 
@@ -198,7 +197,7 @@ def scores(
 
 
 def _scores(model: nn.Module, states: Sequence[Tensors], batches: Iterable[Batch]) -> list[Scores]:
-    """`scores` of whole states that nobody else holds."""
+    """`scores` of complete states, without copying them."""
     count = 0
     totals: list[Tensor] = [torch.zeros((), dtype=torch.float64) for _ in states]
     with torch.inference_mode(), evaluating(model):
@@ -234,7 +233,7 @@ def _sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What forgetting is measured by: the detached source head (`Adoption.source_head`), the source's test batches."""
+    """To measure forgetting: the detached source head (`Adoption.source_head`), and the source's test batches."""
 
     head: nn.Linear
     test: Iterable[Batch]
@@ -257,9 +256,10 @@ class Recorder:
         validate_at: increasing steps at which to validate.
         hold: states kept for testing before a test pass is made; a pass tests them all.
 
-    Deployed states are kept as copies. Between its calls the recorder does nothing at all; a call at which nothing is
-    due is one comparison. Raises ValueError for checkpoints that are not increasing from 1 on, for ``hold`` below 1,
-    for validation images of one class alone, and as `regraft.networks.heads.find_head`.
+    Deployed states are kept as copies. A call at which nothing is due is one comparison.
+
+    Raises ValueError for checkpoints that do not increase from 1 on, for ``hold`` below 1, for validation images of one
+    class alone, and as `regraft.networks.heads.find_head`.
     """
 
     def __init__(
@@ -310,8 +310,8 @@ class Recorder:
     def finish(self, until: int | None = None) -> Record:
         """Deploy at the last step, if that is no checkpoint, test what is left, and return the record.
 
-        until: the steps that were planned. A run that ended before (it diverged, or was stopped) is judged at the
-        checkpoints that are left by the best state that it had.
+        until: the planned number of steps. If the run ended earlier (it diverged, or was stopped), its best state
+        counts at the remaining checkpoints.
         """
         last = max(self.step, until or 0)
         checkpoints = fibonacci(last) if self.checkpoints is None else self.checkpoints
@@ -349,7 +349,7 @@ class Recorder:
         # The loss is not finite where a logit is not: such a state is never deployed.
         if self.step == 0 or (math.isfinite(own.loss) and own.top1 > self._best_accuracy):
             self._states[self.step] = {name: tensor.detach().clone() for name, tensor in live.items()}
-            # Whatever the start is worth, the first step is the first candidate (the paper deploys trained states).
+            # The first step replaces the start in any case (the paper deploys trained states).
             self._best, self._best_accuracy = self.step, own.top1 if self.step else -math.inf
             self._drop_unneeded()
         return row
@@ -391,7 +391,7 @@ class Recorder:
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """What came before is charged to training, the body to evaluation."""
+        """Charge the time so far to training, and the body to evaluation."""
         self._charge("train")
         try:
             with same_streams(
@@ -419,14 +419,14 @@ def _increasing(checkpoints: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Cursor:
-    """The next of increasing steps; one that is never reached once they are over."""
+    """The next of increasing steps; infinity after the last."""
 
     def __init__(self, steps: Iterator[int]) -> None:
         self._steps = steps
         self.next: float = next(steps, math.inf)
 
     def beyond(self, step: int) -> float:
-        """Move on to the first that is after ``step``."""
+        """Advance to the first step after ``step``."""
         while self.next <= step:
             self.next = next(self._steps, math.inf)
         return self.next

@@ -1,9 +1,8 @@
-"""Grids: how accurate are hundreds of weighted sums of a few networks, without hundreds of passes.
+"""Grids: the accuracy of hundreds of weighted sums of a few networks, without hundreds of full passes.
 
-What is shared by all points is done once: images are loaded and normalised by the caller; the first layer
-is linear in its parameters, so its output for a sum of networks is the sum of its outputs, and the images
-are convolved once for each source instead of once for each point. Points are made in chunks that fit the
-memory asked for, and a grid that was interrupted resumes after its last finished chunk.
+Work that all points share is done once. The first layer is linear in its parameters, so its output for a sum of
+networks is the sum of its outputs: the images are convolved once for each source instead of once for each point.
+Points are made in chunks that fit the given memory; an interrupted grid resumes after its last finished chunk.
 
 Sums run one after the other: on a CPU, batching them over networks (`torch.func.vmap`) was no faster for an MLP and
 slower for convolutional networks.
@@ -98,31 +97,26 @@ def evaluate(
         coefficients: [K, m].
         images: float [N, ...], already normalised; or several inputs, or a mapping of keyword inputs, of N examples.
         labels: int64 [N].
-        finish: mends the activations of each point, e.g. :func:`regraft.fusion.repair.reset_on`.
+        finish: repairs the activations of each point, e.g. :func:`regraft.fusion.repair.reset_on`.
         memory: bytes that parameter sets and activations may take beside sources and images, about. Never
             less than one network and one image need.
         batch_size: images at a time; smaller batches stay in the cache, and with
             :func:`regraft.fusion.repair.batch_statistics` it is what each batch is normalised with. It is lowered
             only where `memory` asks for it, and never where a BatchNorm reads its batch.
-        resume: a file that keeps what is finished after every chunk; a grid called again with the same file
-            resumes there. It knows networks, points, images and labels by their digest, `finish` by its name.
+        resume: a file that keeps finished points; called again with the same file, the grid resumes there. The file
+            identifies networks, points, images and labels by their digest, `finish` by its name.
         progress: called with (points finished, K) after every chunk.
 
     Raises:
-        ValueError: as :func:`regraft.fusion.sums.fuse` for sources and coefficients; no images, or one that is
-            not finite; another number of labels than of images; a label that the head has no class for; `resume`
+        ValueError: as :func:`regraft.fusion.sums.fuse` for sources and coefficients; no images, or one that is not
+            finite; a number of labels other than that of images; a label that the head has no class for; `resume`
             that is damaged or another grid's.
-        OSError: `resume` that is no plain file.
+        OSError: `resume` that is not a plain file.
     """
     rows = torch.as_tensor(coefficients, dtype=torch.float64)
     check(sources, rows)
     complete(model, sources[0])
-    count = examples(images)
-    if count == 0:
-        raise ValueError("the data set is empty: there is nothing to evaluate on")
-    if labels.shape != (count,):
-        raise ValueError(f"{count} images need {count} labels, got shape {tuple(labels.shape)}")
-    check_finite(name_inputs(images), "the data set")
+    count = _check_data(images, labels)
     model = copy.deepcopy(model).eval()
     sources = [{name: tensor.clone() for name, tensor in source.items()} for source in sources]
     if labels.device.type == "cpu":
@@ -147,6 +141,17 @@ def evaluate(
     return Grid(rows, right, nonfinite, count)
 
 
+def _check_data(images: Inputs, labels: Tensor) -> int:
+    """The number of images. Raises ValueError for none, another number of labels, or values that are not finite."""
+    count = examples(images)
+    if count == 0:
+        raise ValueError("the data set is empty: there is nothing to evaluate on")
+    if labels.shape != (count,):
+        raise ValueError(f"{count} images need {count} labels, got shape {tuple(labels.shape)}")
+    check_finite(name_inputs(images), "the data set")
+    return count
+
+
 def _probe(model: nn.Module, tensors: Tensors, images: Inputs) -> tuple[int, int]:
     """(the head's classes, bytes of activations that one image keeps alive, about)."""
     # two, because a BatchNorm that reads its batch wants more than one value a channel
@@ -165,7 +170,7 @@ def _probe(model: nn.Module, tensors: Tensors, images: Inputs) -> tuple[int, int
 
 
 def _chunk(tensors: Tensors, memory: int, finish: Finish | None) -> int:
-    """Points whose parameters take half the memory (a quarter where they are mended, as both are alive)."""
+    """Points whose parameters take half the memory (a quarter with a finish, as both are alive)."""
     bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return max(1, min(CHUNK, memory // (2 if finish is None else 4) // max(1, bytes_each)))
 
@@ -188,10 +193,10 @@ class _Points:
         networks = [{name: tensor[k] for name, tensor in stack.items()} for k in range(len(rows))]
         cut = self.cut
         if self.finish is not None:
-            mended = [self.finish(network, row) for network, row in zip(networks, rows, strict=True)]
-            if cut is not None and cut.differs(networks, mended):
+            repaired = [self.finish(network, row) for network, row in zip(networks, rows, strict=True)]
+            if cut is not None and cut.differs(networks, repaired):
                 cut = None
-            networks = mended
+            networks = repaired
         if cut is not None:
             networks = [cut.without_first(network) for network in networks]
         counts = torch.zeros(2, len(rows), dtype=torch.int64, device=self.labels.device)
@@ -232,7 +237,7 @@ class _Reached(Exception):
 
 
 class _Given(nn.Module):
-    """Stands in for the first layer: returns an output that was made elsewhere, or hands out its input."""
+    """Replaces the first layer: returns a given output, or raises `_Reached` with its input."""
 
     value: Tensor | None = None
 
@@ -316,7 +321,7 @@ class FirstLayer:
         return {name: tensor for name, tensor in tensors.items() if not name.startswith(self.prefix)}
 
     def differs(self, before: Sequence[Tensors], after: Sequence[Tensors]) -> bool:
-        """Whether the first layer of any network is another one now."""
+        """Whether the first layer of any network has changed."""
         pairs = zip(before, after, strict=True)
         return any(
             not torch.equal(tensor, self._own(b)[name])
@@ -388,7 +393,7 @@ class _Counts:
             raise ValueError(f"{path}: not a {GRID_FORMAT} file: {problem}") from None
 
     def _check(self) -> None:
-        """Raise ValueError for counts that no grid of so many points and images can have."""
+        """Raise ValueError for counts that do not fit the numbers of points and images."""
         if not len(self.correct) == len(self.nonfinite) <= self.points:
             raise ValueError(f"{len(self.correct)} and {len(self.nonfinite)} counts for {self.points} points")
         for counts in zip(self.correct, self.nonfinite, strict=True):

@@ -1,16 +1,15 @@
 """What to do about the activations of a sum of networks.
 
-Four ways to treat BatchNorm statistics, of which the caller takes one:
+Four ways to treat BatchNorm statistics:
 
-- summed like weights: nothing to do, running means and variances are summed as everything else is;
-- :func:`batch_statistics`: every batch is normalised with its own (training mode, nothing updated);
-- :func:`reset_on`: re-estimated on data;
-- :func:`repair_on`: as `reset_on`, and the activations of layers without BatchNorm get back the mean and
-  deviation that the summed networks had (REPAIR, Jordan et al., 2022).
+- sum them like weights, which is the default;
+- :func:`batch_statistics`: normalise every batch with its own (training mode, nothing updated);
+- :func:`reset_on`: estimate them again on data;
+- :func:`repair_on`: as `reset_on`, and give the activations of layers without BatchNorm the mean and
+  deviation that they had in the summed networks (REPAIR, Jordan et al., 2022).
 
 The last two return a :data:`Finish`, which `regraft.fusion.sums.fuse` and `regraft.fusion.grids.evaluate` take.
-
-Whatever runs a model here does so in evaluation mode and leaves it as it was: mode, statistics, random state.
+Models run in evaluation mode and are left as they were: mode, statistics, random state.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from regraft.core.tensors import Batch, Inputs, Tensors, weighted_sum
 from regraft.training.evaluation import check_batches, copies, evaluating, reset_batchnorm
 
 Finish = Callable[[Tensors, Tensor], Tensors]
-"""(summed tensors, their coefficients [m]) -> mended tensors."""
+"""(summed tensors, their coefficients [m]) -> repaired tensors."""
 
 See = Callable[[str, tuple[Any, ...], Any], Any]
 """(module's name, its inputs, its output) -> None, or what replaces the output."""
@@ -42,7 +41,7 @@ SMALLEST_DEVIATION = 1e-12  # a channel that never changes has nothing to rescal
 
 @contextmanager
 def hooks(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    """Inside, `see` is told of every call of one of the modules; what it returns replaces the output."""
+    """Call `see` after every call of one of the modules; what it returns replaces the output."""
     handles = [
         module.register_forward_hook(lambda _module, inputs, output, name=name: see(name, inputs, output))
         for name, module in modules.items()
@@ -89,12 +88,12 @@ def repair_on(model: nn.Module, sources: Sequence[Tensors], batches: Iterable[Ba
 
     The weights are |c_i| / sum |c_i|, so they sum to one for any coefficients. Convolutions and linear
     layers with a bias are rescaled (the correction is folded into weight and bias), but for the last one
-    called, whose outputs are the answer. A BatchNorm that follows a layer undoes any rescaling before it,
-    so there the statistics are re-estimated, which is what REPAIR comes to.
+    called, which returns the logits. A BatchNorm that follows a layer undoes any rescaling before it, so there
+    the statistics are estimated again, which amounts to REPAIR.
 
     Args:
-        sources: the networks being fused. One that is no network (a gradient) has activations that mean
-            nothing; give it a coefficient of 0 or use :func:`reset_on`.
+        sources: the networks being fused. The activations of a gradient mean nothing: give it a coefficient of 0
+            or use :func:`reset_on`.
         batches: calibration data, iterated over once for each source and once for each fused network.
 
     Raises:
@@ -116,8 +115,8 @@ def repair_on(model: nn.Module, sources: Sequence[Tensors], batches: Iterable[Ba
         for layer in layers:
             means, deviations = zip(*(of[layer] for of in moments), strict=True)
             goals[layer] = weighted_sum(means, shares), weighted_sum(deviations, shares)
-        mended = _rescale(tensors, _corrections(model, tensors, seen, goals), goals)
-        return reset_batchnorm(model, mended, seen)  # a model without BatchNorm gets its tensors back
+        repaired = _rescale(tensors, _corrections(model, tensors, seen, goals), goals)
+        return reset_batchnorm(model, repaired, seen)  # a model without BatchNorm gets its tensors back
 
     return finish
 
@@ -161,14 +160,14 @@ def _moments(
 def _corrections(
     model: nn.Module, tensors: Tensors, batches: Sequence[tuple[Inputs, Tensor]], goals: Moments
 ) -> Moments:
-    """Moments of each layer's output where the layers before it are already mended, averaged over batches.
+    """Moments of each layer's output where the layers before it are already repaired, averaged over batches.
 
     One pass does for all layers: inside a batch, every output is replaced by what it will be.
     """
     modules = {name: model.get_submodule(name) for name in goals}
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in goals}
 
-    def mend(name: str, _inputs: Any, output: Tensor) -> Tensor:
+    def repair(name: str, _inputs: Any, output: Tensor) -> Tensor:
         flat = _by_channel(modules[name], output)
         mean, deviation = flat.mean(1), flat.std(1, correction=0)
         seen[name].append((mean, deviation.square()))
@@ -177,7 +176,7 @@ def _corrections(
             scale, shift = (t.reshape(-1, *[1] * (output.dim() - 2)) for t in (scale, shift))
         return output * scale.to(output) + shift.to(output)
 
-    _run(model, tensors, [inputs for inputs, _ in batches], modules, mend)
+    _run(model, tensors, [inputs for inputs, _ in batches], modules, repair)
     averages = {
         name: [torch.stack(of).mean(0) for of in zip(*pairs, strict=True)] for name, pairs in seen.items()
     }
@@ -193,13 +192,13 @@ def _affine(moments: tuple[Tensor, Tensor], goal: tuple[Tensor, Tensor]) -> tupl
 
 
 def _rescale(tensors: Tensors, measured: Moments, goals: Moments) -> Tensors:
-    mended = dict(tensors)
+    repaired = dict(tensors)
     for name, moments in measured.items():
         scale, shift = _affine(moments, goals[name])
-        weight, bias = mended[f"{name}.weight"], mended[f"{name}.bias"]
-        mended[f"{name}.weight"] = weight * scale.reshape(-1, *[1] * (weight.dim() - 1)).to(weight)
-        mended[f"{name}.bias"] = bias * scale.to(bias) + shift.to(bias)
-    return mended
+        weight, bias = repaired[f"{name}.weight"], repaired[f"{name}.bias"]
+        repaired[f"{name}.weight"] = weight * scale.reshape(-1, *[1] * (weight.dim() - 1)).to(weight)
+        repaired[f"{name}.bias"] = bias * scale.to(bias) + shift.to(bias)
+    return repaired
 
 
 def _run(

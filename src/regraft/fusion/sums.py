@@ -27,7 +27,7 @@ def fuse(
     Args:
         models: m >= 1 dictionaries name -> tensor with the same names, shapes, dtypes and devices.
         coefficients: m finite numbers.
-        finish: mends the activations afterwards, e.g. :func:`regraft.fusion.repair.reset_on`.
+        finish: repairs the activations afterwards, e.g. :func:`regraft.fusion.repair.reset_on`.
 
     Returns:
         A new dictionary; nothing is shared with what was given.

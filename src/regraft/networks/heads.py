@@ -1,4 +1,4 @@
-"""The classifier of a model: which of its linear layers makes the logits, and how to put another in its place."""
+"""The classifier of a model: which of its linear layers makes the logits, and how to replace it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from regraft.core.registry import register
 def find_head(model: nn.Module) -> str:
     """The name of the model's classifier: the linear layer that makes its output.
 
-    A model that says so itself (timm's ``get_classifier``) is believed. Otherwise the model is traced by torch.fx,
-    without running it, and the last layer on the way to the output is taken. Where it cannot be traced, it is the one
-    linear layer whose output is no other linear layer's width.
+    A model's own answer (timm's ``get_classifier``) is taken. Otherwise the model is traced by torch.fx, without
+    running it, and the last layer before the output is taken. If tracing fails, it is the linear layer whose output
+    width differs from all inputs of linear layers.
 
-    Raises ValueError where this is not exactly one linear layer; the message says what there is instead.
+    Raises ValueError, listing the candidates, if this is not exactly one linear layer.
     """
-    linear = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = model.named_modules()
+    linear: dict[nn.Module, str] = {module: name for name, module in modules if isinstance(module, nn.Linear)}
     if not linear:
         raise ValueError(f"{type(model).__name__} has no linear layer that could be its classifier")
     if hasattr(model, "get_classifier"):
@@ -35,7 +36,7 @@ def find_head(model: nn.Module) -> str:
         last: list[nn.Module] = list(classifier) if isinstance(classifier, tuple | list) else [classifier]
     else:
         traced = _trace_last_layers(model)
-        last = _last_by_width(list(linear)) if traced is None else traced
+        last = _last_by_width(model) if traced is None else traced
     names = [linear.get(module) for module in last]
     if len(names) == 1 and names[0]:
         return names[0]
@@ -95,8 +96,9 @@ def _trace_last_layers(model: nn.Module) -> list[nn.Module] | None:
     return list(last)
 
 
-def _last_by_width(linear: list[nn.Linear]) -> list[nn.Module]:
+def _last_by_width(model: nn.Module) -> list[nn.Module]:
     """The linear layers that feed no other, going by their widths."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     inputs = {module.in_features for module in linear}
     return [module for module in linear if module.out_features not in inputs]
 
@@ -123,8 +125,8 @@ def torch_default(weight: Tensor, generator: torch.Generator | None = None) -> N
 class Adoption:
     """What `adopt` did: the classifier's name in the model, the new one, and the source's, detached.
 
-    ``source_head`` is no part of the model any more and takes no gradient; `regraft.finetuning.recorder` calls
-    it back to see what the features still know of the source task.
+    ``source_head`` has left the model and takes no gradient; `regraft.finetuning.recorder` uses it to measure
+    forgetting.
     """
 
     name: str
@@ -143,15 +145,15 @@ def adopt(
     """Give the model a new classifier for another task, in place, and keep the one that it had.
 
     Args:
-        model: a classifier whose last layer is linear, of torchvision, timm or one's own. Only that layer is replaced;
+        model: a classifier whose last layer is linear, of torchvision, timm or your own. Only that layer is replaced;
             the new one has the old one's width, device and dtype, and a bias (zero) where that had one.
         num_classes: of the new task.
-        head: the name of the last layer, such as "fc" or "classifier.6", where it is not to be looked for.
+        head: the name of the last layer, such as "fc" or "classifier.6"; found by `find_head` when not given.
         initialise: of the new weight; `zero` unless a baseline is wanted. Global random states stay as they are.
         generator: for an initialisation that is random; without one it draws from seed 0.
 
-    Raises ValueError where there is no linear last layer, where there are several candidates (the message names
-    them), where `head` names none, or where the layer's weight is shared with another one.
+    Raises ValueError if there is no linear last layer, or several candidates (which the message names), if `head` is
+    not a linear layer, or if the layer's weight is shared with another one.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
@@ -176,7 +178,7 @@ def adopt(
 
 
 def _say_classes(model: nn.Module, num_classes: int) -> None:
-    """Where timm and transformers keep the number of classes, as their own ways to replace a head do."""
+    """Update the number of classes where timm and transformers keep it, as their own functions do."""
     own: Any = model  # plain attributes, which torch does not know
     if hasattr(own, "get_classifier") and isinstance(getattr(own, "num_classes", None), int):
         own.num_classes = num_classes

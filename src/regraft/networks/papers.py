@@ -294,7 +294,7 @@ def vit(
 
     size, patch: pixels along a side of an image and of a patch. width: of a token; a multiple of ``heads``.
 
-    Raises ValueError for a size that is no multiple of ``patch``, or a width that is none of ``heads``.
+    Raises ValueError unless ``size`` is a multiple of ``patch``, and ``width`` of ``heads``.
     """
     if size % patch or width % heads:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a command takes as data: a folder of images, or a function of the user's."""
+"""Data for the command: a folder of images, or a function of the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Data:
-    """Batches, each part iterated over as often as one likes.
+    """Batches; each part can be iterated over again.
 
     Attributes:
         train: for gradients and BatchNorm statistics.
@@ -63,7 +63,7 @@ def data_by_name(name: str, named: NamedModel) -> Data:
     """A folder ``{train, test or val}/<class>/<image>``, or ``module:function`` as `data_of` takes its result.
 
     Images of a folder have the size of the model's inputs, and its normalisation where that is known (else the data's).
-    Raises OSError or BadFile where a folder is not there or is no such folder, ValueError for a function that fails.
+    Raises OSError or BadFile for a missing or another folder, ValueError for a function that fails.
     """
     if ":" in name and not Path(name).exists():
         made = from_module(name)

@@ -1,4 +1,4 @@
-"""Checkpoints made to fit a model: names, ties, heads of other classes; and whether a fine-tune comes from its base."""
+"""Fit checkpoints to a model: names, ties, heads of other classes; and check that a fine-tune comes from its base."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from regraft.symmetry import PermutationSpec, Segment
 from regraft.symmetry.axes import groups_of
 
 UNRELATED = 0.9
-"""The relative distance from which on a fine-tune is not believed to come from a base. Independent weights have 1, and
-a change as large as the base itself 0.58."""
+"""The relative distance above which a fine-tune is refused as not coming from its base. Independent weights have 1, a
+change as large as the base 0.58."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def fit_names(checkpoint: CheckpointFile, layout: StateLayout, *, is_base: bool)
 
     is_base: parts that the model does not have at all (another task's head) are left out, and the note says so.
 
-    Raises BadFile, naming file and tensor, for a tensor that the model has not, or ties that are not tied in the file.
+    Raises BadFile, naming file and tensor, for a tensor that the model lacks, or tied tensors that differ.
     """
     fitted = checkpoint.named_as({*layout.shapes, *layout.aliases}, layout.base_prefix)
     entries = dict(fitted.entries)
@@ -108,8 +108,8 @@ def list_unfit(checkpoint: CheckpointFile, layout: StateLayout) -> list[str]:
 
 
 def list_new_parts(checkpoint: CheckpointFile, layout: StateLayout) -> list[str]:
-    """The tensors of the model's last parts, of which the checkpoint has none: what a task puts behind a body, such as
-    "classifier" or "bert.pooler". A numbered part ("blocks.11") is a layer that is lacking, and no new one."""
+    """The tensors of the model's last parts, of which the checkpoint has none: what a task adds to a body, such as
+    "classifier" or "bert.pooler". A numbered part ("blocks.11") is not new but a missing layer."""
     outer = {name.partition(".")[0] for name in checkpoint.entries}
     inner = {".".join(name.split(".")[:2]) for name in checkpoint.entries}
     new: list[str] = []
@@ -123,9 +123,9 @@ def list_new_parts(checkpoint: CheckpointFile, layout: StateLayout) -> list[str]
 
 
 def find_other_head(checkpoint: CheckpointFile, layout: StateLayout, names: list[str]) -> str:
-    """The module that holds the tensors ``names``, if it alone, and only in its number of outputs, is other.
+    """The module that holds the tensors ``names``, if only this module differs, and only in its number of outputs.
 
-    Raises BadFile, naming file and tensor, where it is not so.
+    Raises BadFile, naming file and tensor, otherwise.
     """
     modules = {name.rpartition(".")[0] for name in names}
     entries = checkpoint.entries
@@ -151,7 +151,7 @@ def find_other_head(checkpoint: CheckpointFile, layout: StateLayout, names: list
 def fit_outputs(spec: PermutationSpec, entries: Mapping[str, Entry], names: Sequence[str]) -> PermutationSpec:
     """The specification for a head, ``names``, of another number of outputs, which no permutation moves.
 
-    Raises BadFile, naming file and tensor, where they are no head's: the outputs are units.
+    Raises BadFile, naming file and tensor, if they are not a head's: a permutation moves their outputs.
     """
     proven = spec.proven
     for name in [name for name in names if name in entries]:
@@ -162,7 +162,7 @@ def fit_outputs(spec: PermutationSpec, entries: Mapping[str, Entry], names: Sequ
                 "no classifier's: is it of another architecture?"
             )
         spec = spec.with_axis(name, 0, (Segment(None, 0, entry.shape[0]),))
-    spec.mark(proven=proven)  # of what does not move the length says nothing
+    spec.mark(proven=proven)  # the length of an axis that does not move is not part of the proof
     return spec
 
 

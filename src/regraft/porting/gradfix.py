@@ -28,7 +28,7 @@ Direction = Callable[[nn.Module, Mapping[str, Tensor], Iterable[Batch], Loss], T
 def majority(
     model: nn.Module, theta: Mapping[str, Tensor], batches: Iterable[Batch], loss: Loss = F.cross_entropy
 ) -> Tensors:
-    """The sum of the signs of each image's own gradient, one for each parameter: who has the majority of images.
+    """The sum of the signs of each image's own gradient, for each parameter: the vote of the majority of images.
 
     In evaluation mode, since a batch of one image has no statistics: BatchNorm uses theta's running ones. Batches may
     have any size and form (`regraft.core.forward`); every image is one vote. A parameter that the loss does

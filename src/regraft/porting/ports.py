@@ -63,8 +63,8 @@ def port(
         settings: see `PortSettings`.
 
     Raises BadFile (a ValueError) for files that are damaged, of another architecture, of another base, or not finite;
-    OSError for files that are not there, too little memory or disk, or something at ``out``; ValueError for what is
-    asked wrongly. All before any work; the tensor or path is named.
+    OSError for missing files, too little memory or disk, or something at ``out``; ValueError for bad settings. All are
+    raised before any work, and the message names the tensor or path.
     """
     clock = Clock()
     with clock.phase("checks"):

@@ -1,4 +1,4 @@
-"""What a set of parameters is worth: accuracy, loss, gradients, BatchNorm statistics, landscapes.
+"""Evaluate a set of parameters: accuracy, loss, gradients, BatchNorm statistics, landscapes.
 
 A network is a module (the function) and a dictionary of tensors (its values). Every function here takes
 both, runs the module on copies of those values (`torch.func.functional_call`), and leaves module, values, random
@@ -6,8 +6,8 @@ states and torch's settings as they were (`regraft.core.guard`). While one runs,
 thread.
 
 Batches are any iterable of what `regraft.core.forward` knows ((images, labels), dictionaries, ...), on the
-device of the tensors. Inputs that are not finite, and labels that the model has no output for, are refused by
-the number of their batch (from 0).
+device of the tensors. Inputs that are not finite and labels that the model has no output for raise ValueError with
+the number of the batch (from 0).
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from regraft.networks.heads import check_labels
 
 
 class NotFinite(FloatingPointError, ValueError):
-    """A result that left the finite numbers: of given values, and so a ValueError; a run that ends so diverged."""
+    """A result that is not finite: a ValueError, as it comes from the given values; a run that ends so diverged."""
 
 
 @contextmanager
 def mode(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """Inside, each submodule is in training mode where ``training(submodule)``; then all is as it was before."""
+    """Put each submodule in training mode if ``training(submodule)``, for the body; then restore the model."""
     with preserve_state(model):
         for module in model.modules():
             module.training = training(module)
@@ -53,10 +53,9 @@ def mode(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[No
 
 @contextmanager
 def evaluating(model: nn.Module, *, heads: bool = False) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; then all is as it was before, global random states included.
+    """Put the model in evaluation mode for the body; then restore it and the global random states.
 
-    ``heads``: modules that are built of others behave as in training, when auxiliary heads run; the layers
-    themselves (dropout, norms) do not.
+    ``heads``: composite modules stay in training mode, so that auxiliary heads run; layers (dropout, norms) do not.
     """
 
     def training(module: nn.Module) -> bool:
@@ -103,7 +102,7 @@ def complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
-    """`complete`, all of it copied: what a model does to its tensors when it runs never reaches the user's.
+    """Copies of `complete`: in-place changes by the model never reach the user's tensors.
 
     Convolution weights have the memory format in which convolutions are fastest.
     """
@@ -221,7 +220,7 @@ def _mean_gradients(
     loss: Loss,
     around: Callable[[], AbstractContextManager[None]],
 ) -> Tensors:
-    """around: what each forward pass runs in; the batches draw from their own streams, outside of it."""
+    """around: context of each forward pass; the batches draw their random numbers outside of it."""
     total: list[Tensor] | tuple[Tensor, ...] | None = None
     count = 0
     for inputs, labels in check_batches(batches):
@@ -333,7 +332,7 @@ class Line:
 
     @property
     def barrier(self) -> float:
-        """How far the loss rises above the straight line between the ends' losses; at least 0.
+        """The largest rise of the loss above the straight line between the losses of the ends; at least 0.
 
         (Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", with the line of
         Entezari et al. in place of the mean.) The ends are the first and the last point.

@@ -1,4 +1,4 @@
-"""Training: one loop for plain training, for the phases of fine-tuning and for training under a penalty.
+"""One training loop: for plain training, for the phases of fine-tuning and for training with a penalty.
 
     recipe = Recipe(epochs=10, lr=0.05, weight_decay=1e-4)
     trained = train(model, start, data, recipe, generator=generator)
@@ -99,7 +99,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The state of a run after so many epochs (0: before training; 2.5: in the middle of the third).
+    """The state of a run after ``epoch`` epochs (0: before training; 2.5: in the middle of the third).
 
     cost: of training so far; evaluation, recording and checkpoints are not in it. train_loss: mean over the
     epoch's batches so far. Accuracies are shares (0 to 1). None: not measured.
@@ -176,12 +176,12 @@ def train(
     """Train from ``start`` on ``data.train``. Neither model nor start is changed.
 
     generator: on the CPU; it gives the order of the images, augmentation and dropout masks.
-    on_epoch: is told each row of the history. evaluate_at: steps that have a row, beside the start and the ends of
+    on_epoch: called with each row of the history. evaluate_at: steps that have a row, beside the start and the ends of
         epochs (step s: after s updates). test: measure test accuracy too.
-    record: is handed (step, copies of the values) at the steps ``record_at``; by default at the ends of epochs.
+    record: called with (step, copies of the values) at the steps ``record_at``; by default at the ends of epochs.
     stop: the run ends after the first whole epoch whose row makes this true.
     checkpoint: a file for the whole state, written now and then and at the end. A run that finds one resumes there
-        and ends as if it had not been interrupted; what was told before is not told again.
+        and ends as if it had not been interrupted; it does not repeat calls that were made before.
 
     Raises ValueError for tensors that do not fit the model or are not finite, for images that are not finite, for
     labels that the model has no output for, and for a checkpoint that is damaged or another run's; `Diverged` for a
@@ -195,15 +195,15 @@ def train(
     rate = partial(recipe.learning_rate, steps_per_epoch=len(batches))
     loop = Loop(network, recipe.optimiser(network), batches, rate, penalty)
     ends = range(0, len(batches) * recipe.epochs + 1, len(batches))
-    rows_at = {*ends, *(step for step in range(ends[-1]) if step in evaluate_at)}
-    wanted = ends if record_at is None else record_at
-    recorded = {step for step in range(ends[-1] + 1) if record is not None and step in wanted}
+    rows_at = {*ends, *_steps_in(evaluate_at, ends[-1])}
+    recorded = _steps_in(ends if record_at is None else record_at, ends[-1]) if record is not None else set()
     score = _scorer(network, data, batches.device, test)
-    history, saved = [], None
+    history: list[Epoch] = []
+    saved = None
     if checkpoint is not None:
         identity = _identity(start, data, recipe, generator, penalty) | {"rows": [sorted(rows_at), test]}
         saved = TrainingState(Path(checkpoint), identity, network, loop.optimiser, generator)
-        history = list(saved.resume_(partial(_history, recipe=recipe, path=Path(checkpoint))))
+        history += saved.resume_(partial(_history, recipe=recipe, path=Path(checkpoint)))
     loop.clock.add({"train": history[-1].cost if history else Cost()})
 
     def pause(step: int, train_loss: float | None) -> None:
@@ -227,6 +227,10 @@ def train(
     if saved is not None:
         saved.save(history, last=True)
     return Training(state(network), tuple(history))
+
+
+def _steps_in(steps: Container[int], last: int) -> set[int]:
+    return {step for step in range(last + 1) if step in steps}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -289,8 +293,8 @@ def train_steps_(
     """The loop of all training: an update of the network, in its mode, for each of ``steps`` (counted from 0).
 
     The loss is cross-entropy, mean over the batch. learning_rate: of a step, for all parameters; without it the
-    optimiser's groups keep their own. after_step: is told how many updates there have been (step + 1), and ends the
-    loop by answering True.
+    optimiser's groups keep their own. after_step: called with the number of updates (step + 1); ends the
+    loop by returning True.
 
     Returns the loss before each update, float [updates made]. Raises `Diverged` for one that is not finite (on a CPU
     before the update is made) and ValueError where the batches end too early.
@@ -323,7 +327,7 @@ def train_steps_(
 
 @contextmanager
 def _name_epoch(epoch: int) -> Iterator[None]:
-    """Inside, a divergence says in which epoch it was."""
+    """Add the epoch to a `Diverged` that the body raises."""
     try:
         yield
     except Diverged as problem:
@@ -363,7 +367,7 @@ def _try_one_step(network: nn.Module, data: Dataset, batches: Batches) -> None:
     """One step on a copy, thrown away, before anything is timed or changed.
 
     The first step of a process loads libraries and chooses algorithms (it was seen to take seconds on a
-    freshly installed machine). That is no part of training's price.
+    freshly installed machine). Training is not charged for it.
     """
     few = data.train.subset(torch.arange(min(batches.size, len(data.train))))
     throwaway = copy.deepcopy(network)

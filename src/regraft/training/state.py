@@ -23,15 +23,15 @@ from regraft.core.tensors import Tensors, check_alike, check_finite, fill_, stat
 _T = TypeVar("_T")
 
 UNUSED = "unused"
-"""The slot of a parameter for which the optimiser keeps nothing."""
+"""Marks a parameter for which the optimiser keeps nothing."""
 
 SECONDS = 2.0
-"""At least so many pass between two writes: short epochs do not pay for the file."""
+"""The shortest time between two writes, so that writing costs little in short epochs."""
 
 
 @dataclass
 class TrainingState:
-    """Where a run keeps network, optimiser, generator and history, at ends of epochs.
+    """The file that holds network, optimiser, generator and history, written at ends of epochs.
 
     identity: JSON data that is equal exactly for the same run.
     """
@@ -57,10 +57,10 @@ class TrainingState:
     def resume_(self, read: Callable[[str], list[_T]]) -> list[_T]:
         """Put the file's state into network, optimiser and generator; the history, empty where there is no file.
 
-        read: makes rows of the history's JSON text; raises ValueError, naming the file, where they are none.
+        read: parses the history's JSON text; raises ValueError, naming the file, if that is invalid.
 
-        Raises ValueError, naming the file, where it is damaged, incomplete or another run's, and OSError where it is
-        no plain file; then nothing was changed.
+        Raises ValueError, naming the file, if it is damaged, incomplete or another run's, and OSError if it is not a
+        plain file; then nothing was changed.
         """
         clean(self.path)
         if not self.path.exists():
