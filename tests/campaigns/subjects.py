@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.core import tensors
-from regraft.core.tensors import Tensors
+from regraft.core.tensors import Tensors, state
 from regraft.data import Dataset, Split
 from regraft.fusion.grids import evaluate
 from regraft.learning_transfer.trajectory import INDEX_FILE, Trajectory
@@ -36,40 +35,25 @@ def layers() -> nn.Module:
     )  # fmt: skip
 
 
-@lru_cache
-def model() -> nn.Module:
-    return build(layers, seed(0))
+MODEL = build(layers, seed(0))
+IMAGES, LABELS = torch.randn(16, 1, 6, 6, generator=seed(7)), torch.arange(16) % CLASSES
+BATCHES = list(zip(IMAGES.split(8), LABELS.split(8), strict=True))
 
 
 @lru_cache
 def weights(number: int) -> Tensors:
     """Values of the network, as good as trained ones here. Not to be changed."""
-    return tensors.state(build(layers, seed(number)))
+    return state(build(layers, seed(number)))
 
 
 @lru_cache
 def spec() -> PermutationSpec:
-    return trace(model(), images()[:2])
+    return trace(MODEL, IMAGES[:2])
 
 
-@lru_cache
-def images(count: int = 16) -> Tensor:
-    return torch.randn(count, 1, 6, 6, generator=seed(7))
-
-
-@lru_cache
-def labels(count: int = 16) -> Tensor:
-    return torch.arange(count) % CLASSES
-
-
-def batches() -> list[tuple[Tensor, Tensor]]:
-    return list(zip(images().split(8), labels().split(8), strict=True))
-
-
-def dataset(x: Tensor | None = None, y: Tensor | None = None) -> Dataset:
-    training = Split(images() if x is None else x, labels() if y is None else y)
-    other = Split(images(6), labels(6))
-    return Dataset("little", training, other, other, ("a", "b", "c"), (0.0,), (1.0,))
+def dataset(x: Tensor = IMAGES, y: Tensor = LABELS) -> Dataset:
+    other = Split(IMAGES[:6], LABELS[:6])
+    return Dataset("little", Split(x, y), other, other, ("a", "b", "c"), (0.0,), (1.0,))
 
 
 def path(number: int = 0) -> Trajectory:
@@ -78,13 +62,11 @@ def path(number: int = 0) -> Trajectory:
 
 def grid(file: Path | None) -> Tensor:
     points = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
-    return evaluate(model(), [weights(1), weights(2)], points, images(), labels(), resume=file).correct
+    return evaluate(MODEL, [weights(1), weights(2)], points, IMAGES, LABELS, resume=file).correct
 
 
 def trained(file: Path, **options: Any) -> Tensors:
-    return train(
-        model(), weights(1), dataset(), RECIPE, generator=seed(1), checkpoint=file, **options
-    ).tensors
+    return train(MODEL, weights(1), dataset(), RECIPE, generator=seed(1), checkpoint=file, **options).tensors
 
 
 def row(number: int = 0) -> Row:

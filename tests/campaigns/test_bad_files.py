@@ -15,7 +15,8 @@ import subprocess
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
+from operator import getitem
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -84,25 +85,13 @@ def replace(by: Callable[[bytes], bytes]) -> Damage:
     return lambda file: file.write_bytes(by(file.read_bytes()))
 
 
-def replace_by_folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-def replace_by_pipe(file: Path) -> None:
-    file.unlink()
-    os.mkfifo(file)
-
-
 DAMAGES: dict[str, Damage] = {
     "another encoding (UTF-16)": replace(lambda data: data.decode("latin-1").encode("utf-16")),
     "bytes that are not UTF-8": replace(lambda data: b"\xff\xfe" + data),
     "an HTML page": replace(lambda data: HTML),
     "lists without end": replace(lambda data: b"[" * 200_000),
     "objects without end": replace(lambda data: b'{"a":' * 200_000),
-    "an integer of 5,000 digits": replace(
-        lambda data: b'{"groups": {"a": ' + b"9" * 5000 + b'}, "axes": {}}'
-    ),
+    "an integer of 5,000 digits": replace(lambda data: b'{"groups": {"a": %b}, "axes": {}}' % (b"9" * 5000)),
     "NaN": replace(lambda data: b'{"content": NaN}'),
     "null": replace(lambda data: b"null"),
     "a number": replace(lambda data: b"3"),
@@ -111,8 +100,8 @@ DAMAGES: dict[str, Damage] = {
     "an empty object": replace(lambda data: b"{}\n"),
     "zeros": replace(lambda data: bytes(len(data))),
     "noise": replace(lambda data: np.random.default_rng(0).bytes(len(data))),
-    "a folder": replace_by_folder,
-    "a pipe": replace_by_pipe,
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
 }
 TRUNCATED = {
     "empty": replace(lambda data: b""),
@@ -149,19 +138,15 @@ WRONG: tuple[Any, ...] = (None, "x", -1, 10**30, 1.5, True, [], {}, [[]])
 def edits(document: Any) -> Iterator[tuple[str, Any]]:
     """(what, edited copy): each key taken away, and each place holding a value of another kind."""
     for place in places(document):
-        where = ".".join(map(str, place))
-        yield f"without {where}", edit(document, place, lambda holder, key: holder.pop(key))
-        old = value_at(document, place)
-        for value in WRONG:
-            if type(value) is not type(old) and not (type(old) is float and type(value) is int):
-                yield f"{where} = {value!r}", edit(document, place, partial(assign, value=value))
-        if type(old) is int:
-            for value in (-1, 10**30):
-                yield f"{where} = {value}", edit(document, place, partial(assign, value=value))
-
-
-def assign(holder: Any, key: Any, value: Any) -> None:
-    holder[key] = value
+        where, old = ".".join(map(str, place)), reduce(getitem, place, document)
+        edited = copy.deepcopy(document)
+        reduce(getitem, place[:-1], edited).pop(place[-1])
+        yield f"without {where}", edited
+        wrong = [v for v in WRONG if type(v) not in (type(old), int if type(old) is float else None)]
+        for value in (*wrong, *((-1, 10**30) if type(old) is int else ())):
+            edited = copy.deepcopy(document)
+            reduce(getitem, place[:-1], edited)[place[-1]] = value
+            yield f"{where} = {value!r}", edited
 
 
 def places(document: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -170,18 +155,6 @@ def places(document: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
         yield (*here, key)
         if isinstance(document[key], dict | list):
             yield from places(document[key], (*here, key))
-
-
-def value_at(document: Any, place: tuple[Any, ...]) -> Any:
-    for key in place:
-        document = document[key]
-    return document
-
-
-def edit(document: Any, place: tuple[Any, ...], change: Callable[[Any, Any], object]) -> Any:
-    edited = copy.deepcopy(document)
-    change(value_at(edited, place[:-1]), place[-1])
-    return edited
 
 
 def is_valid_edit(what: str) -> bool:
@@ -292,22 +265,16 @@ class Hostile:
         return self.call
 
 
+def to_bytes(write: Callable[..., object], *arguments: Any, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    write(*arguments, stream, **options)
+    return stream.getvalue()
+
+
 def zip_bytes(data: bytes) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("archive/data.pkl", data)
-    return stream.getvalue()
-
-
-def torch_bytes(value: Any, **how: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream, **how)
-    return stream.getvalue()
-
-
-def numpy_bytes(value: Any, save: Callable[..., None]) -> bytes:
-    stream = io.BytesIO()
-    save(stream, np.array([value], dtype=object))
     return stream.getvalue()
 
 
@@ -324,18 +291,18 @@ def payloads(marker: Path) -> dict[str, bytes]:
         "Path.touch": Hostile(Path.touch, marker),
         "os.mknod": Hostile(os.mknod, str(marker)),
     }
-    plain = pickle.dumps(run)
+    plain, array = pickle.dumps(run), np.array([run], dtype=object)
     files = {name: pickle.dumps(call, protocol=2) for name, call in calls.items()}
     files |= {f"protocol {n}": pickle.dumps(run, protocol=n) for n in (0, 1, 3, 4, 5)}
     return files | {
         "in a dictionary": pickle.dumps({"weight": run}),
         "in a list": pickle.dumps([torch.ones(2), run]),
         "in a state dictionary": pickle.dumps(OrderedDict(weight=torch.ones(2), bias=run)),
-        "torch.save": torch_bytes(run),
-        "torch.save, a state dictionary": torch_bytes({"weight": torch.ones(2), "bias": run}),
-        "torch.save, the old format": torch_bytes(run, _use_new_zipfile_serialization=False),
-        "npy": numpy_bytes(run, np.save),
-        "npz": numpy_bytes(run, np.savez),
+        "torch.save": to_bytes(torch.save, run),
+        "torch.save, a state dictionary": to_bytes(torch.save, {"weight": torch.ones(2), "bias": run}),
+        "torch.save, the old format": to_bytes(torch.save, run, _use_new_zipfile_serialization=False),
+        "npy": to_bytes(lambda stream: np.save(stream, array)),
+        "npz": to_bytes(lambda stream: np.savez(stream, array)),
         "gzip": gzip.compress(plain),
         "bz2": bz2.compress(plain),
         "xz": lzma.compress(plain),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,11 +47,6 @@ Batches = list[tuple[Tensor, Tensor]]
 NAME = "4.weight"
 
 
-def put_value(tensors: Tensors, value: float) -> None:
-    tensors[NAME] = tensors[NAME].clone()
-    tensors[NAME].view(-1)[3] = value
-
-
 SHAPES: dict[str, Change] = {
     "a tensor is missing": lambda t: t.pop(NAME),
     "a tensor too many": lambda t: t.update({"4.weightt": t[NAME]}),
@@ -59,35 +55,34 @@ SHAPES: dict[str, Change] = {
 }
 DTYPE: dict[str, Change] = {"another dtype": lambda t: t.update({NAME: t[NAME].double()})}
 VALUES: dict[str, Change] = {
-    "NaN": lambda t: put_value(t, math.nan),
-    "infinity": lambda t: put_value(t, math.inf),
+    "NaN": lambda t: t.update({NAME: t[NAME].where(t[NAME] < t[NAME].max(), math.nan)}),
+    "infinity": lambda t: t.update({NAME: t[NAME].where(t[NAME] < t[NAME].max(), math.inf)}),
 }
 ALL = SHAPES | DTYPE | VALUES
 
 TAKES_TENSORS: dict[str, tuple[Change, dict[str, Change]]] = {
-    "accuracy": (lambda t: accuracy(s.model(), t, s.batches()), SHAPES),
-    "loss_and_accuracy": (lambda t: loss_and_accuracy(s.model(), t, s.batches()), SHAPES),
-    "ensemble_accuracy": (lambda t: ensemble_accuracy(s.model(), [s.weights(1), t], s.batches()), SHAPES),
-    "gradients": (lambda t: gradients(s.model(), t, s.batches()), SHAPES | VALUES),
-    "reset_batchnorm": (lambda t: reset_batchnorm(s.model(), t, s.batches()), SHAPES),
-    "interpolate": (lambda t: interpolate(s.model(), s.weights(1), t, s.batches(), 3), SHAPES),
-    "plane": (lambda t: plane(s.model(), s.weights(1), s.weights(2), t, s.batches(), 3), SHAPES),
+    "accuracy": (lambda t: accuracy(s.MODEL, t, s.BATCHES), SHAPES),
+    "loss_and_accuracy": (lambda t: loss_and_accuracy(s.MODEL, t, s.BATCHES), SHAPES),
+    "ensemble_accuracy": (lambda t: ensemble_accuracy(s.MODEL, [s.weights(1), t], s.BATCHES), SHAPES),
+    "gradients": (lambda t: gradients(s.MODEL, t, s.BATCHES), SHAPES | VALUES),
+    "reset_batchnorm": (lambda t: reset_batchnorm(s.MODEL, t, s.BATCHES), SHAPES),
+    "interpolate": (lambda t: interpolate(s.MODEL, s.weights(1), t, s.BATCHES, 3), SHAPES),
+    "plane": (lambda t: plane(s.MODEL, s.weights(1), s.weights(2), t, s.BATCHES, 3), SHAPES),
     "fuse": (lambda t: fuse([s.weights(1), t], [0.5, 0.5]), ALL),
     "fuse_many": (lambda t: fuse_many([s.weights(1), t], [[0.5, 0.5]]), SHAPES | DTYPE),
     "assign_gradient": (lambda t: assign_gradient(s.weights(1), t, 0.5), ALL),
     "evaluate (grid)": (lambda t: grid([s.weights(1), t], [[1.0, 0.5]]), SHAPES | DTYPE),
-    "transfer, start": (lambda t: transfer(s.model(), s.path(), t, s.batches(), spec=s.spec()), ALL),
+    "transfer, start": (lambda t: transfer(s.MODEL, s.path(), t, s.BATCHES, spec=s.spec()), ALL),
     "match": (lambda t: match(s.spec(), s.weights(1), t), ALL),
     "apply": (lambda t: apply(s.spec(), s.spec().identity(), t), SHAPES),
-    "train": (lambda t: train(s.model(), t, s.dataset(), s.RECIPE, generator=s.seed()), SHAPES | VALUES),
+    "train": (lambda t: train(s.MODEL, t, s.dataset(), s.RECIPE, generator=s.seed()), SHAPES | VALUES),
     "Trajectory.linear": (lambda t: Trajectory.linear(s.weights(1), t), ALL),
     "Trajectory.recorded": (lambda t: Trajectory.recorded([s.weights(1), t]), ALL),
 }
 
 
-def grid(sources: list[Tensors], rows: Any, x: Tensor | None = None, y: Tensor | None = None) -> object:
-    x, y = s.images() if x is None else x, s.labels() if y is None else y
-    return evaluate(s.model(), sources, rows, x, y)
+def grid(sources: list[Tensors], rows: Any, x: Tensor = s.IMAGES, y: Tensor = s.LABELS) -> object:
+    return evaluate(s.MODEL, sources, rows, x, y)
 
 
 @pytest.mark.parametrize("function", TAKES_TENSORS)
@@ -104,7 +99,7 @@ def test_tensors(refuse, function):
 
 def bad_batches(at: int, image: float | None = None, label: int | None = None) -> Batches:
     """Batches of which one has a bad pixel or label."""
-    batches = [(x.clone(), y.clone()) for x, y in s.batches()]
+    batches = [(x.clone(), y.clone()) for x, y in s.BATCHES]
     if image is not None:
         batches[at][0].view(-1)[5] = image
     if label is not None:
@@ -121,36 +116,34 @@ IMAGES: dict[str, Batches] = {
 LABELS: dict[str, Batches] = {
     **{f"label {n}": bad_batches(0, label=n) for n in (-1, -100, 3, 255, 2**40)},
     "label -100 in the second batch": bad_batches(1, label=-100),
-    "labels that are no integers": [(x, y.float()) for x, y in s.batches()],
-    "fewer labels than images": [(x, y[:-1]) for x, y in s.batches()],
+    "labels that are no integers": [(x, y.float()) for x, y in s.BATCHES],
+    "fewer labels than images": [(x, y[:-1]) for x, y in s.BATCHES],
 }
 ABOUT_BATCHES = ("batch", "images", "label", "data set", "split")
 TAKES_BATCHES: dict[str, Callable[[Batches], object]] = {
-    "accuracy": lambda b: accuracy(s.model(), s.weights(1), b),
-    "loss_and_accuracy": lambda b: loss_and_accuracy(s.model(), s.weights(1), b),
-    "ensemble_accuracy": lambda b: ensemble_accuracy(s.model(), [s.weights(1)], b),
-    "gradients": lambda b: gradients(s.model(), s.weights(1), b),
-    "scores": lambda b: scores(s.model(), [s.weights(1)], b),
-    "Recorder": lambda b: Recorder(s.model(), validation=b, test=b),
+    "accuracy": lambda b: accuracy(s.MODEL, s.weights(1), b),
+    "loss_and_accuracy": lambda b: loss_and_accuracy(s.MODEL, s.weights(1), b),
+    "ensemble_accuracy": lambda b: ensemble_accuracy(s.MODEL, [s.weights(1)], b),
+    "gradients": lambda b: gradients(s.MODEL, s.weights(1), b),
+    "scores": lambda b: scores(s.MODEL, [s.weights(1)], b),
+    "Recorder": lambda b: Recorder(s.MODEL, validation=b, test=b),
     "transfer": lambda b: transfer_small(batches=b, gradient_batches=2),
     "transfer, validation": lambda b: transfer_small("naive", validation=b),
     "fine_tune": lambda b: fine_tune_small(b),
-    "interpolate": lambda b: interpolate(s.model(), s.weights(1), s.weights(2), b, 3),
+    "interpolate": lambda b: interpolate(s.MODEL, s.weights(1), s.weights(2), b, 3),
     "evaluate (grid)": lambda b: grid([s.weights(1)], [[1.0]], *concat(b)),
-    "train": lambda b: train(s.model(), s.weights(1), s.dataset(*concat(b)), s.RECIPE, generator=s.seed()),
+    "train": lambda b: train(s.MODEL, s.weights(1), s.dataset(*concat(b)), s.RECIPE, generator=s.seed()),
 }
 TAKES_IMAGES: dict[str, Callable[[Batches], object]] = {
-    "reset_batchnorm": lambda b: reset_batchnorm(s.model(), s.weights(1), b),
-    "reset_on": lambda b: fuse([s.weights(1)], [1.0], finish=reset_on(s.model(), b)),
-    "repair_on": lambda b: fuse([s.weights(1)], [1.0], finish=repair_on(s.model(), [s.weights(1)], b)),
+    "reset_batchnorm": lambda b: reset_batchnorm(s.MODEL, s.weights(1), b),
+    "reset_on": lambda b: fuse([s.weights(1)], [1.0], finish=reset_on(s.MODEL, b)),
+    "repair_on": lambda b: fuse([s.weights(1)], [1.0], finish=repair_on(s.MODEL, [s.weights(1)], b)),
 }
 
 
 def concat(batches: Batches) -> tuple[Tensor, Tensor]:
-    if not batches:
-        return s.images()[:0], s.labels()[:0]
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    return images, labels
+    images, labels = zip(*batches, strict=True) if batches else ([s.IMAGES[:0]], [s.LABELS[:0]])
+    return torch.cat(images), torch.cat(labels)
 
 
 def fine_tune_small(batches: Batches) -> object:
@@ -168,21 +161,12 @@ def test_batches(refuse, function):
 # ---------------------------------------------------------------- numbers and names
 
 
-def transfer_small(*method: str, batches: Batches | None = None, **options: Any) -> object:
-    batches = s.batches() if batches is None else batches
-    return transfer(s.model(), s.path(), s.weights(3), batches, *method, spec=s.spec(), **options)
+def transfer_small(*method: str, batches: Batches = s.BATCHES, **options: Any) -> object:
+    return transfer(s.MODEL, s.path(), s.weights(3), batches, *method, spec=s.spec(), **options)
 
 
-def make_recorder(**options: Any) -> object:
-    return Recorder(s.model(), validation=s.batches(), test=s.batches(), **options)
-
-
-def make_recipe(**options: Any) -> object:
-    return Recipe(**({"epochs": 1, "lr": 0.1} | options))
-
-
-def group(**options: Any) -> object:
-    return fast.param_groups(s.model(), **options)
+def make_recipe(epochs: int = 1, lr: float = 0.1, **options: Any) -> object:
+    return Recipe(epochs, lr, **options)
 
 
 def fuse_two(alpha: float, beta: float) -> object:
@@ -202,18 +186,16 @@ def at_values(
     return [(f"{name} = {v!r}", lambda v=v: run(**{name: v}), word or name) for v in values]
 
 
-def first_group() -> str:
-    return next(iter(s.spec().groups))
-
-
+recorder = partial(Recorder, s.MODEL, validation=s.BATCHES, test=s.BATCHES)
+groups = partial(fast.param_groups, s.MODEL)
 NUMBERS: list[tuple[str, Callable[[], object], str]] = [
     *at_values("gradient_batches", (0, -1), transfer_small),
     *at_values("bn_batches", (-1,), transfer_small),
     *at_values("method", ("", "fgmtt", "FGMT"), transfer_small),
     *at_values("backend", ("", "cuda", "numpy"), transfer_small),
-    *at_values("hold", (0, -1), make_recorder),
-    *at_values("checkpoints", ([], [0, 1], [2, 1], [1, 1]), make_recorder),
-    *at_values("head", ("0", "nothing", ""), make_recorder, "linear"),
+    *at_values("hold", (0, -1), recorder),
+    *at_values("checkpoints", ([], [0, 1], [2, 1], [1, 1]), recorder),
+    *at_values("head", ("0", "nothing", ""), recorder, "linear"),
     *at_values("lr", (math.nan, math.inf, -1.0), make_recipe, "learning rate"),
     *at_values("epochs", (-1,), make_recipe),
     *at_values("batch_size", (0, -5), make_recipe),
@@ -222,14 +204,14 @@ NUMBERS: list[tuple[str, Callable[[], object], str]] = [
     *at_values("weight_decay", (math.nan, -0.1, math.inf), make_recipe),
     *at_values("schedule", ("", "linear"), make_recipe),
     *at_values("optimizer", ("", "rmsprop"), make_recipe),
-    *at_values("head_lr", (0.0, -1.0, math.nan, math.inf), group),
-    *at_values("body_lr", (0.0, -1.0, math.nan, math.inf), group),
-    ("a convolution as head", lambda: group(head=s.model()[0]), "linear"),
-    ("another model's head", lambda: group(head=nn.Linear(8, 3)), "head"),
+    *at_values("head_lr", (0.0, -1.0, math.nan, math.inf), groups),
+    *at_values("body_lr", (0.0, -1.0, math.nan, math.inf), groups),
+    ("a convolution as head", lambda: groups(head=s.MODEL[0]), "linear"),
+    ("another model's head", lambda: groups(head=nn.Linear(8, 3)), "head"),
     ("adopt: a convolution as head", lambda: adopt(build(s.layers, s.seed()), 3, head="0"), "linear"),
     *at_values("num_classes", (0, -1), lambda num_classes: adopt(build(s.layers, s.seed()), num_classes)),
-    ("features_of a convolution", lambda: fast.features_of(s.model(), s.model()[0], s.images()), "linear"),
-    ("features_of another head", lambda: fast.features_of(s.model(), nn.Linear(8, 3), s.images()), "head"),
+    ("features_of a convolution", lambda: fast.features_of(s.MODEL, s.MODEL[0], s.IMAGES), "linear"),
+    ("features_of another head", lambda: fast.features_of(s.MODEL, nn.Linear(8, 3), s.IMAGES), "head"),
     *at_values("alpha", (math.nan, math.inf, -math.inf), lambda alpha: fuse_two(alpha, 0.5), "coefficient"),
     *at_values("beta", (math.nan, math.inf, -math.inf), lambda beta: fuse_two(0.5, beta), "coefficient"),
     ("a sum that overflows", lambda: fuse_two(1e300, 1e300), "the sum"),
@@ -240,11 +222,11 @@ NUMBERS: list[tuple[str, Callable[[], object], str]] = [
     *at_values("steps", (0, -1), lambda steps: Trajectory.linear(s.weights(1), s.weights(2), steps), "step"),
     ("an unknown schedule", lambda: Trajectory.linear(s.weights(1), s.weights(2), 3, "square"), "schedule"),
     ("a path of one checkpoint", lambda: Trajectory.recorded([s.weights(1)]), "step"),
-    ("perm: a group is missing", lambda: apply_perm(lambda p: p.pop(first_group())), "group"),
+    ("perm: a group is missing", lambda: apply_perm(lambda p: p.pop("4")), "group"),
     ("perm: a group too many", lambda: apply_perm(lambda p: p.update(more=torch.arange(3))), "group"),
-    ("perm: twice the same", lambda: apply_perm(lambda p: p[first_group()].zero_()), "group"),
-    ("perm: out of range", lambda: apply_perm(lambda p: p[first_group()].add_(1)), "group"),
-    ("perm: no integers", lambda: apply_perm(lambda p: p.update({first_group(): torch.rand(4)})), "group"),
+    ("perm: twice the same", lambda: apply_perm(lambda p: p["4"].zero_()), "group"),
+    ("perm: out of range", lambda: apply_perm(lambda p: p["4"].add_(1)), "group"),
+    ("perm: no integers", lambda: apply_perm(lambda p: p.update({"4": torch.rand(4)})), "group"),
     ("assign: NaN", lambda: assign(torch.full((3, 3), math.nan)), "similarity"),
     ("assign: infinite", lambda: assign(torch.full((3, 3), math.inf)), "similarity"),
     ("assign: not square", lambda: assign(torch.zeros(3, 4)), "similarity"),
@@ -257,23 +239,23 @@ NUMBERS: list[tuple[str, Callable[[], object], str]] = [
         lambda assignment: match(s.spec(), s.weights(1), s.weights(2), assignment=assignment), "backend",
     ),
     *at_values("points", (1, 0, -1), lambda points: interpolate(
-        s.model(), s.weights(1), s.weights(2), s.batches(), points), "points"),
+        s.MODEL, s.weights(1), s.weights(2), s.BATCHES, points), "points"),
     ("plane: three on a line", lambda: plane(
-        s.model(), s.weights(1), s.weights(1), s.weights(2), s.batches()), "line"),
-    ("a split of float64 images", lambda: Split(s.images().double(), s.labels()), "images"),
-    ("a split of int32 labels", lambda: Split(s.images(), s.labels().int()), "labels"),
-    *at_values("size", (0, -1), lambda size: Split(s.images(), s.labels()).batches(size), "batch size"),
-    ("augmentation without generator", lambda: Split(s.images(), s.labels()).batches(4, augment=True), "generator"),
+        s.MODEL, s.weights(1), s.weights(1), s.weights(2), s.BATCHES), "line"),
+    ("a split of float64 images", lambda: Split(s.IMAGES.double(), s.LABELS), "images"),
+    ("a split of int32 labels", lambda: Split(s.IMAGES, s.LABELS.int()), "labels"),
+    *at_values("size", (0, -1), lambda size: Split(s.IMAGES, s.LABELS).batches(size), "batch size"),
+    ("augmentation without generator", lambda: Split(s.IMAGES, s.LABELS).batches(4, augment=True), "generator"),
     ("an unknown data set", lambda: load("cifar11"), "cifar11"),
     ("an unknown class", lambda: load("digits", classes=["eleven"]), "eleven"),
     ("a class twice", lambda: load("digits", classes=[1, 1]), "distinct"),
     *at_values("validation", (-0.1, 1.0, 2.0, math.nan), lambda validation: load(
         "digits", validation=validation), "share"),
-    ("trace: a wrong input", lambda: trace(s.model(), torch.zeros(2, 5, 6, 6)), "trace"),
+    ("trace: a wrong input", lambda: trace(s.MODEL, torch.zeros(2, 5, 6, 6)), "trace"),
     ("verify: another model", lambda: verify(s.spec(), nn.Linear(2, 2), torch.zeros(1, 2)), "tensor"),
-    ("verify: a NaN in the model", lambda: verify(s.spec(), model_with_nan(), s.images()[:2]), NAME),
+    ("verify: a NaN in the model", lambda: verify(s.spec(), model_with_nan(), s.IMAGES[:2]), NAME),
     ("repair_on: all coefficients 0", lambda: fuse(
-        [s.weights(1)], [0.0], finish=repair_on(s.model(), [s.weights(1)], s.batches())), "coefficients"),
+        [s.weights(1)], [0.0], finish=repair_on(s.MODEL, [s.weights(1)], s.BATCHES)), "coefficients"),
 ]  # fmt: skip
 
 

@@ -24,12 +24,12 @@ def everything(noise: int) -> list:
     torch.manual_seed(noise)
     random.seed(noise)
     np.random.seed(noise)
-    trained = train(s.model(), s.weights(1), s.dataset(), s.RECIPE, generator=s.seed(2))
-    moved = transfer(s.model(), s.path(), trained.tensors, s.batches(), spec=s.spec(), validation=s.batches())
+    trained = train(s.MODEL, s.weights(1), s.dataset(), s.RECIPE, generator=s.seed(2))
+    moved = transfer(s.MODEL, s.path(), trained.tensors, s.BATCHES, spec=s.spec(), validation=s.BATCHES)
     network = s.build(s.layers, s.seed(3))
     adopted = fast.adopt(network, 3, initialise=fast.xavier)
-    recorder = Recorder(network, validation=s.batches(), test=s.batches())
-    fine_tune(network, adopted.head, [Phase(0.1, 0.01)], s.batches(), 2, recorder=recorder)
+    recorder = Recorder(network, validation=s.BATCHES, test=s.BATCHES)
+    fine_tune(network, adopted.head, [Phase(0.1, 0.01)], s.BATCHES, 2, recorder=recorder)
     record = recorder.finish()
     return [
         digest_tensors(trained.tensors),
@@ -62,7 +62,7 @@ def test_a_row_says_whether_it_was_deterministic_and_with_how_many_threads():
 def test_divergence_is_named_by_its_step(lr):
     with pytest.raises(Diverged, match=r"of step \d+ \(epoch \d\) is not finite") as caught:
         recipe = s.Recipe(epochs=3, lr=lr, batch_size=8, schedule="constant")
-        train(s.model(), s.weights(1), s.dataset(), recipe, generator=s.seed())
+        train(s.MODEL, s.weights(1), s.dataset(), recipe, generator=s.seed())
     assert 0 <= caught.value.step < 6
 
 
@@ -70,11 +70,11 @@ def test_weights_that_are_not_finite_at_the_end_are_a_divergence():
     """The last loss was finite; the last update was not."""
     recipe = s.Recipe(epochs=1, lr=1e38, batch_size=16, momentum=0.0, weight_decay=1e10)
     with pytest.raises(Diverged, match=r"tensor '.*' of step 0") as caught:
-        train(s.model(), s.weights(1), s.dataset(), recipe, generator=s.seed())
+        train(s.MODEL, s.weights(1), s.dataset(), recipe, generator=s.seed())
     assert caught.value.what.startswith("tensor")
 
 
 def test_fine_tuning_that_diverges_says_when():
     network = s.build(s.layers, s.seed())
-    found = fine_tune(network, network[-1], [Phase(1e30, 1e30)], s.batches() * 4, 8)
+    found = fine_tune(network, network[-1], [Phase(1e30, 1e30)], s.BATCHES * 4, 8)
     assert found.diverged is not None and found.steps == found.diverged - 1

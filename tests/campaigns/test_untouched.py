@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from campaigns.subjects import BATCHES, IMAGES, LABELS, dataset, seed
 from regraft import Trajectory, assign_gradient, fuse, match, trace, transfer, verify
 from regraft.core.guard import preserve_state, same_streams
 from regraft.core.tensors import live_state, state
-from regraft.data import Dataset, Split
 from regraft.finetuning import fast
 from regraft.finetuning.recorder import Recorder, scores
 from regraft.fusion.grids import evaluate
@@ -57,10 +57,6 @@ class Restless(nn.Module):
         return self.fc(torch.relu(self.hidden(x)))
 
 
-def seed(number: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(number)
-
-
 def network() -> nn.Module:
     """Training mode but for a frozen norm; a hook, a gradient, a parameter that takes none."""
     model = build(Restless, seed())
@@ -73,19 +69,15 @@ def network() -> nn.Module:
 
 def snapshot(model: nn.Module) -> list:
     """All that must be the same, in a form that compares exactly."""
-    hooks = {
-        k: len(v)
-        for m in model.modules()
-        for k, v in vars(m).items()
-        if "hook" in k and hasattr(v, "__len__")
-    }
+    tables = [(name, table) for module in model.modules() for name, table in vars(module).items()]
+    hooks = {name: len(table) for name, table in tables if "hook" in name and hasattr(table, "__len__")}
     python, arrays = random.getstate(), np.random.get_state()
     return [
         [(name, tensor.detach().clone().numpy().tobytes()) for name, tensor in live_state(model).items()],
         [(name, id(tensor), tensor.data_ptr()) for name, tensor in live_state(model).items()],
         [(name, module.training) for name, module in model.named_modules()],
         [
-            (p.requires_grad, None if p.grad is None else p.grad.clone().numpy().tobytes())
+            (p.requires_grad, p.grad if p.grad is None else p.grad.numpy().tobytes())
             for p in model.parameters()
         ],
         [hooks, list(dict(model.named_modules())), model.seen, list(model.notes), model.norm.momentum],
@@ -102,11 +94,9 @@ def given():
     threads = torch.get_num_threads()
     model = network()
     a, b = (state(build(Restless, seed(n))) for n in (1, 2))
-    x, y = torch.randn(16, 1, 6, 6, generator=seed(5)), torch.arange(16) % 3
-    batches = list(zip(x.split(8), y.split(8), strict=True))
-    tensors = {"a": a, "b": b, "data": {"x": x, "y": y}}
+    tensors = {"a": a, "b": b, "data": {"x": IMAGES, "y": LABELS}}
     kept, before = copy.deepcopy(tensors), snapshot(model)
-    yield model, a, b, batches
+    yield model, a, b, BATCHES
     after = snapshot(model)
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
@@ -122,10 +112,8 @@ def spec_of(model):
 
 
 def trained(model, a, batches):
-    x, y = batches[0]
-    split = Split(x, y)
-    data = Dataset("little", split, split, split, ("a", "b", "c"), (0.0,), (1.0,))
-    return train(model, a, data, Recipe(epochs=1, lr=0.01, batch_size=4), generator=seed())
+    recipe = Recipe(epochs=1, lr=0.01, batch_size=4)
+    return train(model, a, dataset(*batches[0]), recipe, generator=seed())
 
 
 def recorded(model, batches):

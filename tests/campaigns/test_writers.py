@@ -87,7 +87,7 @@ def look_at_run(folder: Path) -> int | None:
         epochs = checkpoint.metadata()["history"].count('"epoch"') - 1
     resumed, whole = (
         s.trained(file),
-        train(s.model(), s.weights(1), s.dataset(), s.RECIPE, generator=s.seed(1)),
+        train(s.MODEL, s.weights(1), s.dataset(), s.RECIPE, generator=s.seed(1)),
     )
     assert all(torch.equal(resumed[name], whole.tensors[name]) for name in resumed), "it ends elsewhere"
     return {1: 0, 2: 1}[epochs]
@@ -134,9 +134,14 @@ def prepare() -> None:
 
 @pytest.fixture(scope="module")
 def fresh():
-    """Runs a function in the fresh process, and returns what it returns."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=prepare) as executor:
-        yield lambda function, *arguments: executor.submit(function, *arguments).result()
+        yield executor
+
+
+@pytest.fixture
+def run(fresh, record_property):
+    """Run a campaign in the fresh process, and count its attempts, which it returns."""
+    return lambda *campaign: record_property("attempts", fresh.submit(*campaign).result())
 
 
 def start_forked(function: Callable[..., object], *arguments: object) -> multiprocessing.Process:
@@ -153,7 +158,9 @@ def run_forked(function: Callable[..., object], *arguments: object) -> int:
     """The exit status of a forked process that calls a function: 0 where it returned, -9 where it was killed."""
     process = start_forked(function, *arguments)
     process.join(LIMIT)
-    assert process.exitcode is not None, "it hangs"
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError("it hangs")
     return process.exitcode
 
 
@@ -227,14 +234,14 @@ def kill_after_times(name: str, count: int, seconds: float = 0.05) -> int:
     "every", [pytest.param(23, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("writer", WRITERS)
-def test_kills_at_a_step(fresh, record_property, writer, every):
-    record_property("attempts", fresh(kill_at_steps, writer, every))
+def test_kills_at_a_step(run, writer, every):
+    run(kill_at_steps, writer, every)
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_kills_after_a_time(fresh, record_property, writer, count):
-    record_property("attempts", fresh(kill_after_times, writer, count))
+def test_kills_after_a_time(run, writer, count):
+    run(kill_after_times, writer, count)
 
 
 # ---------------------------------------------------------------- two writers
@@ -282,13 +289,13 @@ def save_by_two(pairs: int) -> int:
 
 
 @pytest.mark.parametrize("files", [1, pytest.param(6, marks=pytest.mark.slow)])
-def test_two_writers_of_rows(fresh, record_property, files):
-    record_property("attempts", fresh(append_by_two, files, 25))
+def test_two_writers_of_rows(run, files):
+    run(append_by_two, files, 25)
 
 
 @pytest.mark.parametrize("pairs", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_two_writers_of_a_trajectory(fresh, record_property, pairs):
-    record_property("attempts", fresh(save_by_two, pairs))
+def test_two_writers_of_a_trajectory(run, pairs):
+    run(save_by_two, pairs)
 
 
 # ---------------------------------------------------------------- a full disk
@@ -318,5 +325,5 @@ def fill_disk(name: str, limits: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize("limits", [(0, 100), pytest.param((0, 1, 20, 100, 200), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_full_disk(fresh, record_property, writer, limits):
-    record_property("attempts", fresh(fill_disk, writer, limits))
+def test_full_disk(run, writer, limits):
+    run(fill_disk, writer, limits)
