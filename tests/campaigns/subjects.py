@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regraft.core.tensors import Tensors, state
 from regraft.data import Dataset, Split
 from regraft.fusion.grids import evaluate
-from regraft.learning_transfer.trajectory import INDEX_FILE, Trajectory
+from regraft.learning_transfer.trajectory import TRAJECTORY_INDEX, Trajectory
 from regraft.networks.papers import build
 from regraft.symmetry import PermutationSpec, trace
 from regraft.training.loop import Recipe, train
@@ -96,7 +96,7 @@ def read_path(file: Path) -> list[Tensors]:
 
 
 FORMATS = {
-    "index of a trajectory": Format(INDEX_FILE, save_path, read_path),
+    "index of a trajectory": Format(TRAJECTORY_INDEX, save_path, read_path),
     "tensors of a trajectory": Format("*.safetensors", save_path, read_path),
     "specification": Format(
         "spec.json",

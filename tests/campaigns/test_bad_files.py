@@ -32,7 +32,7 @@ from campaigns.subjects import FORMATS
 from regraft.core.files import write_sealed
 from regraft.core.tensors import Tensors
 from regraft.data import load
-from regraft.learning_transfer.trajectory import INDEX_FILE
+from regraft.learning_transfer.trajectory import TRAJECTORY_INDEX
 from regraft.training.state import _hashes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -332,7 +332,7 @@ def test_hostile_pickles(refuse_damaged, name):
 
     def put(file: Path, payload: str) -> None:
         file.write_bytes(payloads(file.parent / EXECUTED)[payload])
-        if file.suffix == ".safetensors" and (index := file.with_name(INDEX_FILE)).exists():
+        if file.suffix == ".safetensors" and (index := file.with_name(TRAJECTORY_INDEX)).exists():
             document = json.loads(index.read_text(encoding="utf-8"))
             for anchor in document["content"]["anchors"]:
                 anchor["bytes"] = (file.parent / anchor["file"]).stat().st_size

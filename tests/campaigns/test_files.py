@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from campaigns.subjects import path
 from regraft import Trajectory
 from regraft.core import files
-from regraft.learning_transfer.trajectory import INDEX_FILE
+from regraft.learning_transfer.trajectory import TRAJECTORY_INDEX
 from regraft.symmetry import PermutationSpec
 from regraft.training.loop import Epoch
 
@@ -88,7 +88,7 @@ def test_a_killed_saves_leftovers_go_before_anything_is_written(tmp_path, monkey
     orphans = [
         f"{'0' * 24}.safetensors",
         f".{'1' * 24}.safetensors.{DEAD}-1.part",
-        f".{INDEX_FILE}.{DEAD}-1.part",
+        f".{TRAJECTORY_INDEX}.{DEAD}-1.part",
     ]
     for name in orphans:
         (tmp_path / name).write_text("half")
@@ -132,16 +132,16 @@ def test_what_is_sealed_comes_back(tmp_path, content):
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_bit_of_an_index_can_change_unseen(tmp_path, at, bit):
-    if not (tmp_path / INDEX_FILE).exists():
+    if not (tmp_path / TRAJECTORY_INDEX).exists():
         path().save(tmp_path)
-        (tmp_path / "whole").write_bytes((tmp_path / INDEX_FILE).read_bytes())
+        (tmp_path / "whole").write_bytes((tmp_path / TRAJECTORY_INDEX).read_bytes())
     data = bytearray((tmp_path / "whole").read_bytes())
     at %= len(data) - 1  # the last byte ends the last line
     data[at] ^= 1 << bit
     if bytes(data).split() == (tmp_path / "whole").read_bytes().split():
         return  # another blank
-    (tmp_path / INDEX_FILE).write_bytes(data)
-    with pytest.raises(ValueError, match=INDEX_FILE):
+    (tmp_path / TRAJECTORY_INDEX).write_bytes(data)
+    with pytest.raises(ValueError, match=TRAJECTORY_INDEX):
         Trajectory.open(tmp_path)
 
 

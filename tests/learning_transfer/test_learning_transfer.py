@@ -74,7 +74,7 @@ def learned(model: nn.Module, start: dict[str, Tensor], seed: int = 9) -> dict[s
     """A few real steps of gradient descent."""
     theta = dict(start)
     for batch in islice(cycle(sample(seed, 3)), 12):
-        g = reference.batch_gradient(model, theta, [batch])
+        g = reference.mean_gradient(model, theta, [batch])
         theta = {n: t - 0.3 * g[n] if n in g else t for n, t in theta.items()}
     return theta
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from regraft import Trajectory
 from regraft.core.files import write_sealed
-from regraft.learning_transfer.trajectory import INDEX_FILE, TRAJECTORY_FORMAT
+from regraft.learning_transfer.trajectory import TRAJECTORY_FORMAT, TRAJECTORY_INDEX
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -154,23 +154,23 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage, message):
 )
 def test_a_damaged_index_is_refused_by_name(tmp_path, change):
     Trajectory.linear(tensors(0), tensors(1), 5).save(tmp_path)
-    index = json.loads((tmp_path / INDEX_FILE).read_text())["content"]
+    index = json.loads((tmp_path / TRAJECTORY_INDEX).read_text())["content"]
     change(index)
-    write_sealed(tmp_path / INDEX_FILE, TRAJECTORY_FORMAT, index)
-    with pytest.raises(ValueError, match=INDEX_FILE):
+    write_sealed(tmp_path / TRAJECTORY_INDEX, TRAJECTORY_FORMAT, index)
+    with pytest.raises(ValueError, match=TRAJECTORY_INDEX):
         Trajectory.open(tmp_path)
 
 
 def test_an_index_of_another_format_is_refused(tmp_path):
-    write_sealed(tmp_path / INDEX_FILE, "another", {})
+    write_sealed(tmp_path / TRAJECTORY_INDEX, "another", {})
     with pytest.raises(ValueError, match="its format is 'another', not 'regraft-trajectory-1'"):
         Trajectory.open(tmp_path)
 
 
 @pytest.mark.parametrize("text", [b"{", b"\xff\xfe{}", b"[" * 100_000, b"[]"])
 def test_an_index_of_another_kind_is_refused_by_name(tmp_path, text):
-    (tmp_path / INDEX_FILE).write_bytes(text)
-    with pytest.raises(ValueError, match=INDEX_FILE):
+    (tmp_path / TRAJECTORY_INDEX).write_bytes(text)
+    with pytest.raises(ValueError, match=TRAJECTORY_INDEX):
         Trajectory.open(tmp_path)
 
 

@@ -20,10 +20,7 @@ def seed():
 
 
 def test_flatten_and_its_transpose():
-    for order, segments in (
-        ((0, 1, 2, 3), [("stem", 0, 4, 9)]),
-        ((0, 2, 3, 1), [("stem", 0, 4, 1)] * 9),
-    ):
+    for order, segments in (((0, 1, 2, 3), [("stem", 0, 4, 9)]), ((0, 2, 3, 1), [("stem", 0, 4, 1)] * 9)):
         net = Net(
             lambda m, x, order=order: m.out(m.stem(x).permute(order).flatten(1)),
             stem=nn.Conv2d(2, 4, 3),

@@ -54,11 +54,7 @@ class Attention(nn.Module):
         return self.head(self.norm(x + self.scale * self.attention(y, y, y)[0]).mean(1))
 
 
-PROVED = {
-    "mlp": (Mlp, (3, 5)),
-    "residual": (Residual, (2, 2, 2, 2)),
-    "attention": (Attention, (2, 5, 3)),
-}
+PROVED = {"mlp": (Mlp, (3, 5)), "residual": (Residual, (2, 2, 2, 2)), "attention": (Attention, (2, 5, 3))}
 
 
 @pytest.mark.parametrize("name", PROVED)

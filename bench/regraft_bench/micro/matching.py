@@ -132,7 +132,7 @@ def _make_fgmt(setting: MicroSetting) -> dict[str, Contender]:
     batches = images.batches(128, generator=setting.generator("batches"))
     end = dict(start)
     for _, batch in zip(range(300), batches, strict=False):
-        g = literal_transfer.batch_gradient(model, end, [batch])
+        g = literal_transfer.mean_gradient(model, end, [batch])
         end = {name: tensor - 0.1 * g[name] for name, tensor in end.items()}
     path = Trajectory.linear(start, end, 10)
     sample = [batch for _, batch in zip(range(path.steps), batches, strict=False)]
@@ -162,8 +162,8 @@ def _literal_fgmt(
     targets: list[Tensors] = []
     perm, theta, found = spec.identity(), [target], [0.0]
     for s in range(1, path.steps + 1):
-        sources.append(literal_transfer.batch_gradient(model, path[s - 1], [sample[s - 1]]))
-        targets.append(literal_transfer.batch_gradient(model, theta[s - 1], [sample[s - 1]]))
+        sources.append(literal_transfer.mean_gradient(model, path[s - 1], [sample[s - 1]]))
+        targets.append(literal_transfer.mean_gradient(model, theta[s - 1], [sample[s - 1]]))
         with clock.phase("matching"):
             perm, found = literal.coordinate_descent(spec, targets, sources, order, start=perm)
             theta = literal_transfer.rebuild(spec, list(path), target, perm, s)

@@ -37,12 +37,12 @@ class Transfer:
         best_step: the step t >= 1 with the best validation accuracy, the earliest of equals; T without validation.
         best_accuracy: ``accuracies[best_step]``; None without validation.
         accuracies: validation accuracy of theta_2^t (under pi_t) for t = 0 .. T; empty without validation. Step 0 is
-            the target's start, untouched but for its BatchNorm statistics, which are estimated as at every step.
+            the target's start with BatchNorm statistics that are estimated as at every step.
         perms: pi_t for t = 0 .. T; pi_0 is the identity (one and the same object where a method has a single one).
-        objectives: of each matching, in the order in which they were made.
+        objectives: of each matching, in order.
         gradients: batch gradients computed (2 T gradient_batches for fgmt, T (T + 1) gradient_batches for gmt).
-        seconds: by phase: gradients, similarity, assignment, objective, graft, batchnorm; and evaluation, which
-            includes all that is spent on step 0.
+        seconds: by phase: gradients, similarity, assignment, objective, graft, batchnorm; and evaluation, to which
+            all of step 0 is charged.
     """
 
     method: str
@@ -58,7 +58,7 @@ class Transfer:
 
     @property
     def cost(self) -> Cost:
-        """What the method took: the sum over the phases, evaluation apart."""
+        """The method's cost: the sum over the phases without evaluation."""
         return total_charge(self.seconds)
 
 
@@ -117,7 +117,7 @@ def transfer(
             for BatchNorm statistics; iterated over again when it ends. Both networks see the same ones.
         method: a name of `TRANSFER_METHODS`: "naive", "weights", "oracle", "fgmt" or "gmt"; or a function like those.
         spec: the model's permutation groups; traced on a batch when not given.
-        target_end: theta_2^T of a real training, which "oracle" alone wants.
+        target_end: theta_2^T of a real training; only "oracle" needs it.
         validation: batches on which every theta_2^t is evaluated; the best one is kept ("early stopping", section 4.1).
         gradient_batches: batches over which one gradient is averaged.
         bn_batches: batches from which running statistics are estimated anew before an evaluation, and for the result;
@@ -173,21 +173,14 @@ def transfer_to_many(
     """Transfer `path` to each of P networks, to its end, as `regraft.transfer` does by "fgmt" (Chijiwa, Algorithm 2).
 
     The source's gradient of a step is the same for every target: it is computed once, and (1 + P) T gradients are taken
-    where P transfers take 2 P T. All paths are grafted at once. Without `generator` each permutation is that which a
-    transfer to this target alone finds on the same batches.
+    where P transfers take 2 P T. All targets are grafted in one launch. Without `generator` each permutation equals
+    that of a transfer to this target alone on the same batches.
 
     Args:
-        model: as `regraft.transfer` takes it.
-        path: theta_1^0 .. theta_1^T, of the model's parameters and buffers, on the device to compute on.
-        target_starts: theta_2^0 of each target, alike; P of them. In memory are P pairs of T gradients.
-        batches: (images, labels), or any form that `regraft.core.forward` knows; iterated over again when it ends. All
-            networks see the same ones.
-        spec: the model's permutation groups; traced on a batch when not given.
-        gradient_batches: batches over which one gradient is averaged.
-        bn_batches: batches from which running statistics are estimated anew for the result.
-        loss: of (logits, labels), averaged over the batch.
+        model, path, batches, spec, gradient_batches, bn_batches, loss, backend: as in `regraft.transfer`. All networks
+            see the same batches.
+        target_starts: theta_2^0 of each target, alike; P of them. P pairs of T gradients are held in memory.
         generator: draws the order in which groups are visited, for one target after the other.
-        backend: of the kernels, "auto", "torch" or "triton".
 
     Raises:
         ValueError: no target, and all that `regraft.transfer` refuses; the message names the target.
@@ -209,7 +202,7 @@ def transfer_to_many(
 
 @dataclass
 class _Course:
-    """One target's way: what `Transfer` says of it."""
+    """One target's results, as in `Transfer`."""
 
     params: Tensors
     best_step: int = 0
@@ -226,7 +219,7 @@ def _drive(
 ) -> list[_Course]:
     """Follow the method's permutations: graft, estimate BatchNorm statistics, evaluate, keep the best step.
 
-    Without `validation` that is the last one. `on_step` hears of the first target.
+    Without `validation` that is the last step. `on_step` gets the first target's accuracy.
     """
     problem, clock = work.problem, work.clock
     courses = [_Course(start) for start in problem.starts]
@@ -259,7 +252,7 @@ def _drive(
 def check_tensors(
     model: nn.Module, path: Trajectory, target_start: Tensors, target_end: Tensors | None = None
 ) -> None:
-    """Raises ValueError, naming tensor and step, where they do not fit together or are not finite."""
+    """Raises ValueError, naming tensor and step, where tensors do not fit together or are not finite."""
     for name, parameter in model.named_parameters():
         if name not in target_start:
             raise ValueError(f"the target's start has no tensor {name!r}, which the model has")
@@ -276,7 +269,7 @@ def check_tensors(
 
 
 def _anchors(path: Trajectory) -> Iterator[tuple[str, Tensors]]:
-    """Every tensor that the path is made of, once, with the (last) step that leans on it."""
+    """Every anchor of the path once, with the last step that uses it."""
     for t, (_, scale) in enumerate(path.legs):
         if not math.isfinite(scale):
             raise ValueError(f"step {t} of the path has scale {scale}")

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from msgspec import Struct
+from msgspec.structs import asdict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,7 +28,7 @@ from regraft.core.files import only_writer, read_sealed, write_sealed, write_ten
 from regraft.core.tensors import Tensors, check_alike, check_finite, tensor_digest
 
 TRAJECTORY_FORMAT = "regraft-trajectory-1"
-INDEX_FILE = "index.json"
+TRAJECTORY_INDEX = "index.json"
 OURS = re.compile(r"[0-9a-f]{24}\.safetensors|\.([0-9a-f]{24}\.safetensors|index\.json)\.\d+-\d+\.part")
 
 
@@ -55,7 +56,7 @@ class Trajectory:
     Attributes:
         anchors: the tensors that are stored, theta^0 first; any sequence, so also one that reads from disk.
         legs: for each t = 0 .. T the anchor it leans on and the scale, as in the module's formula.
-        metadata: whatever the writer wants to keep with it (JSON values).
+        metadata: of the writer's choice (JSON values).
     """
 
     anchors: Sequence[Tensors]
@@ -146,68 +147,56 @@ class Trajectory:
         """Write the path to `folder`: one safetensors file an anchor, and an index that comes last.
 
         A kill at any moment leaves the earlier path or this one, never a mixture: the files have names
-        made from their content, and the index that names them replaces the old one in a single rename. What a
-        killed writer left goes first.
+        made from their content, and the index that names them replaces the old one in a single rename. Files that a
+        killed writer left are removed first.
 
         Raises:
             ValueError: a value that is not finite; metadata that are no JSON data.
-            OSError: the folder is being written by somebody else (BlockingIOError), or a file, which is named with
-                its bytes, cannot be written; the earlier path is as it was.
+            OSError: another process writes the folder (BlockingIOError), or a file, which is named with its bytes,
+                cannot be written; the earlier path is as it was.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with only_writer(folder):
             _clean(folder)
             try:
-                stored = [
-                    _Anchor.write(folder, tensors, f"anchor {i}") for i, tensors in enumerate(self.anchors)
+                anchors = [
+                    asdict(_Anchor.write(folder, tensors, f"anchor {i}"))
+                    for i, tensors in enumerate(self.anchors)
                 ]
-                anchors = [{"file": a.file.name, "bytes": a.bytes, "sha256": a.digests} for a in stored]
                 index = {"anchors": anchors, "legs": self.legs, "metadata": dict(self.metadata)}
-                write_sealed(folder / INDEX_FILE, TRAJECTORY_FORMAT, index)
+                write_sealed(folder / TRAJECTORY_INDEX, TRAJECTORY_FORMAT, index)
             finally:
                 _clean(folder)
 
     @classmethod
     def open(cls, folder: Path | str) -> Trajectory:
-        """A path saved by `save`; anchors are read, and their hashes checked, each time one is asked for.
+        """A path saved by `save`; an anchor is read, and its hashes are checked, at each access.
 
         Raises:
             FileNotFoundError: no index or an anchor's file is missing; the path is named.
-            OSError: something else than a file lies in a file's place; the path is named.
+            OSError: something that is no file lies in a file's place; the path is named.
             ValueError: not a trajectory, an index that was changed, or a file whose size does not fit (truncated);
                 when an anchor is read, a tensor that differs from the index in name, dtype, shape or value, or that
                 is not finite.
         """
         folder = Path(folder)
-        path = folder / INDEX_FILE
+        path = folder / TRAJECTORY_INDEX
         if not path.exists():
-            raise FileNotFoundError(f"no trajectory in {folder}: {INDEX_FILE} is missing")
+            raise FileNotFoundError(f"no trajectory in {folder}: {TRAJECTORY_INDEX} is missing")
         index = read_sealed(path, TRAJECTORY_FORMAT, _Index)
-        stored = [_Anchor(folder / Path(a.file).name, a.bytes, a.sha256) for a in index.anchors]
-        for anchor in stored:
-            anchor.check_size()
-        fits = all(0 <= anchor < len(stored) and math.isfinite(scale) for anchor, scale in index.legs)
+        for anchor in index.anchors:
+            anchor.check_size(folder)
+        count = len(index.anchors)
+        fits = all(0 <= anchor < count and math.isfinite(scale) for anchor, scale in index.legs)
         if len(index.legs) < 2 or not fits:
-            raise ValueError(f"{path}: the steps do not fit the {len(stored)} stored anchors")
-        return cls(_Stored(tuple(stored)), index.legs, index.metadata)
-
-
-class _File(Struct, forbid_unknown_fields=True):
-    file: str
-    bytes: int
-    sha256: dict[str, str]
-
-
-class _Index(Struct, forbid_unknown_fields=True):
-    anchors: list[_File]
-    legs: tuple[tuple[int, float], ...]
-    metadata: dict[str, Any]
+            raise ValueError(f"{path}: the steps do not fit the {count} stored anchors")
+        return cls(_Stored(folder, index.anchors), index.legs, index.metadata)
 
 
 def _clean(folder: Path) -> None:
     """Remove our files that the index does not name; none where there is an index that cannot be read."""
-    path = folder / INDEX_FILE
+    path = folder / TRAJECTORY_INDEX
     try:
         named = (
             {a.file for a in read_sealed(path, TRAJECTORY_FORMAT, _Index).anchors} if path.exists() else set()
@@ -219,13 +208,12 @@ def _clean(folder: Path) -> None:
             file.unlink()
 
 
-@dataclass(frozen=True)
-class _Anchor:
-    """One anchor's file, its size in bytes, and the digest of each tensor."""
+class _Anchor(Struct, forbid_unknown_fields=True):
+    """One anchor's file by name, its size in bytes, and the digest of each tensor."""
 
-    file: Path
+    file: str
     bytes: int
-    digests: Mapping[str, str]
+    sha256: dict[str, str]
 
     @classmethod
     def write(cls, folder: Path, tensors: Tensors, what: str) -> _Anchor:
@@ -240,46 +228,54 @@ class _Anchor:
         whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
         file = folder / f"{whole[:24]}.safetensors"
         write_tensors(file, tensors)
-        return cls(file, file.stat().st_size, digests)
+        return cls(file.name, file.stat().st_size, digests)
 
-    def check_size(self) -> None:
-        """Raise where the file is missing or has another size: that costs nothing, and finds what is truncated."""
-        if not self.file.is_file():
-            raise FileNotFoundError(f"{self.file} is missing or no plain file, though {INDEX_FILE} names it")
-        if self.file.stat().st_size != self.bytes:
-            raise ValueError(
-                f"{self.file} has {self.file.stat().st_size} bytes instead of {self.bytes}: "
-                "it is truncated or changed"
-            )
+    def path(self, folder: Path) -> Path:
+        """In the folder, whatever the index says."""
+        return folder / Path(self.file).name
 
-    def read(self) -> Tensors:
+    def check_size(self, folder: Path) -> None:
+        """Raise where the file is missing or has another size: that costs nothing, and finds truncated files."""
+        path = self.path(folder)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing or no plain file, though {TRAJECTORY_INDEX} names it")
+        if (size := path.stat().st_size) != self.bytes:
+            raise ValueError(f"{path} has {size} bytes instead of {self.bytes}: it is truncated or changed")
+
+    def read(self, folder: Path) -> Tensors:
         """The tensors. Raises ValueError for any that is not what the index says, or not finite."""
+        path = self.path(folder)
         try:
-            tensors = load_file(self.file)
+            tensors = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.file} cannot be read: {error}") from error
-        if odd := sorted(tensors.keys() ^ self.digests.keys()):
-            raise ValueError(f"{self.file}: tensor {odd[0]!r} stands in only one of file and index")
-        for name, expected in self.digests.items():
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if odd := sorted(tensors.keys() ^ self.sha256.keys()):
+            raise ValueError(f"{path}: tensor {odd[0]!r} stands in only one of file and index")
+        for name, expected in self.sha256.items():
             if tensor_digest(tensors[name]) != expected:
-                raise ValueError(
-                    f"{self.file}: tensor {name!r} does not have the digest that the index gives"
-                )
-        check_finite(tensors, str(self.file))
+                raise ValueError(f"{path}: tensor {name!r} does not have the digest that the index gives")
+        check_finite(tensors, str(path))
         return tensors
+
+
+class _Index(Struct, forbid_unknown_fields=True):
+    anchors: list[_Anchor]
+    legs: tuple[tuple[int, float], ...]
+    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Stored(Sequence[Tensors]):
-    """Anchors on disk, read when they are asked for."""
+    """Anchors on disk, each read when it is needed."""
 
-    anchors: tuple[_Anchor, ...]
+    folder: Path
+    anchors: Sequence[_Anchor]
 
     def __len__(self) -> int:
         return len(self.anchors)
 
     def __getitem__(self, i: int) -> Tensors:  # type: ignore[override]
-        return self.anchors[i].read()
+        return self.anchors[i].read(self.folder)
 
 
 def _between(start: Tensor, end: Tensor, fraction: float) -> Tensor:

@@ -12,7 +12,7 @@ every sweep: the objective is 5 to 8 % higher on MLPs 784-256x3-10 (6 pairs), 8 
 784-1024x3-10 (2), and 0.9 % on torchvision's resnet18 (2 pairs, three orders; a tenth of what the identity lacks),
 with 2 or 3 sweeps where those took 7 to 16. Other orders of placing (from the output, or inside out) are worse.
 
-Nothing that is known already is computed again:
+What is known is not computed again:
 
 - a group is visited only when a neighbouring permutation, or the data, changed since its last solve;
 - its similarity is kept: what the placing computed stays, terms of neighbours placed later are added, and where m

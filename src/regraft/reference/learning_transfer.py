@@ -18,7 +18,7 @@ from regraft.symmetry import PermutationSpec
 Minibatches = Sequence[Pair]
 
 
-def batch_gradient(model: nn.Module, theta: Tensors, batches: Minibatches) -> Tensors:
+def mean_gradient(model: nn.Module, theta: Tensors, batches: Minibatches) -> Tensors:
     """g = 1/b sum_i grad L(f(x_i; theta), y_i), in training mode, averaged over `batches`."""
     model.train()
     parameters = {name: theta[name].detach().clone().requires_grad_() for name, _ in model.named_parameters()}
@@ -61,8 +61,8 @@ def algorithm_1(
     for s in range(1, len(path)):
         g1, g2 = [], []
         for t in range(1, s + 1):
-            g1.append(batch_gradient(model, path[t - 1], batches[s - 1][t - 1]))
-            g2.append(batch_gradient(model, transferred[t - 1], batches[s - 1][t - 1]))
+            g1.append(mean_gradient(model, path[t - 1], batches[s - 1][t - 1]))
+            g2.append(mean_gradient(model, transferred[t - 1], batches[s - 1][t - 1]))
         perms.append(coordinate_descent(spec, g2, g1, order, start=perms[-1] if s > 1 else None)[0])
         transferred = rebuild(spec, path, target_start, perms[-1], s)
     return transferred, perms[1:]
@@ -81,8 +81,8 @@ def algorithm_2(
     g1: list[Tensors] = []
     g2: list[Tensors] = []
     for s in range(1, len(path)):
-        g1.append(batch_gradient(model, path[s - 1], batches[s - 1]))
-        g2.append(batch_gradient(model, transferred[s - 1], batches[s - 1]))
+        g1.append(mean_gradient(model, path[s - 1], batches[s - 1]))
+        g2.append(mean_gradient(model, transferred[s - 1], batches[s - 1]))
         perms.append(coordinate_descent(spec, g2, g1, order, start=perms[-1] if s > 1 else None)[0])
         transferred = rebuild(spec, path, target_start, perms[-1], s)
     return transferred, perms[1:]

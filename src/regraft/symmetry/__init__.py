@@ -9,13 +9,4 @@ from regraft.symmetry.spec import PermutationSpec, apply, inverse, parameters_mo
 from regraft.symmetry.trace import trace
 from regraft.symmetry.verify import verify
 
-__all__ = [
-    "Axis",
-    "PermutationSpec",
-    "Segment",
-    "apply",
-    "inverse",
-    "parameters_moved",
-    "trace",
-    "verify",
-]
+__all__ = ["Axis", "PermutationSpec", "Segment", "apply", "inverse", "parameters_moved", "trace", "verify"]

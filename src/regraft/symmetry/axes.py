@@ -17,7 +17,7 @@ class Segment(NamedTuple):
 
     group: str | None
     start: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing asks for
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is not used
     repeat: int = 1
 
     @property

@@ -113,8 +113,8 @@ def check_placed(model: nn.Module, call: Call) -> None:
     devices = {t.device: f"tensor {n!r}" for n, t in reversed(named.items())}
     devices |= {t.device: "an input" for t in inputs if t.device not in devices}
     if len(devices) > 1:
-        held = ", ".join(f"{what} on {device}" for device, what in devices.items())
-        raise ValueError(f"{name} is on several devices ({held}): move model and inputs to one")
+        places = ", ".join(f"{what} on {device}" for device, what in devices.items())
+        raise ValueError(f"{name} is on several devices ({places}): move model and inputs to one")
 
 
 # ---- outputs
@@ -170,18 +170,18 @@ def double(model: nn.Module) -> nn.Module:
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """A copy of the modules alone, which share their tensors with the model: what they cache stays theirs."""
+    """A copy of the modules that shares the model's tensors: what the copy caches does not reach the model."""
     tensors = [*model.parameters(), *model.buffers()]
     return _copy(model, lambda tensor: tensor, {id(tensor): tensor for tensor in tensors})
 
 
 def _copy(
-    model: nn.Module, held: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None
+    model: nn.Module, copy_tensor: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None
 ) -> nn.Module:
-    """A deep copy; plain attributes that are tensors (torch copies none with a history) become ``held`` of them."""
+    """A deep copy; plain attributes that are tensors (torch copies none with a history) go through ``copy_tensor``."""
     memo = memo or {}
     for module in model.modules():
-        memo |= {id(x): held(x) for x in vars(module).values() if isinstance(x, Tensor)}
+        memo |= {id(x): copy_tensor(x) for x in vars(module).values() if isinstance(x, Tensor)}
     return copy.deepcopy(model, memo)
 
 
@@ -195,7 +195,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def cause(error: BaseException, model: nn.Module) -> str:
-    """One line: the module in which an error came up, the line of its source, and what the error says."""
+    """One line: the module that raised an error, the line of its source, and the error's message."""
     names = {id(module): name for name, module in model.named_modules()}
     where = ""
     trail = error.__traceback__
@@ -212,5 +212,5 @@ def cause(error: BaseException, model: nn.Module) -> str:
                 named = f"module {names[id(module)]!r}" if names[id(module)] else "its own forward"
                 where = f" in {named} ({type(module).__name__}) at `{source[:120]}`"
         trail = trail.tb_next
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}{where}: {said[:200]}"
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}{where}: {message[:200]}"

@@ -47,7 +47,7 @@ def _unary(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
 
 
 def pointwise(flow: Flow, op: Operation) -> Value:
-    """What every operator does that torch tags pointwise."""
+    """The rule of every operator that torch tags pointwise."""
     constants = [x for x in op.leaves if isinstance(x, Tensor)]
     if len(op.values) == 1:
         (value,) = op.values
@@ -57,7 +57,7 @@ def pointwise(flow: Flow, op: Operation) -> Value:
 
 
 def mark_changed(flow: Flow, value: Value) -> Value:
-    """Every scalar stays at its place and meets nothing but constants that are the same everywhere."""
+    """Every scalar stays at its place and meets only constants that are the same everywhere."""
     if isinstance(value.base, Leaf):
         return replace(value, changed=True, fill=math.nan)
     return flow.new(flow.labels(value))

@@ -1,7 +1,7 @@
-"""What operators do to labels: one rule for each, in views.py, pointwise.py, products.py and choices.py.
+"""What operators do to labels: one rule for each, in views.py, pointwise.py and products.py.
 
 To teach the tracer an operator, write one function in one of these files and register it with ``@rule``, or add
-the operator's name to a rule that fits. Nothing else has to know.
+the operator's name to a rule that fits. Nothing else changes.
 """
 
 from __future__ import annotations

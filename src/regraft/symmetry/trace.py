@@ -1,7 +1,7 @@
 """Finding a model's symmetry: export it, let unit labels flow through the graph, and group what may trade places.
 
-The labels are those of :mod:`regraft.symmetry.labels`; what an operator does to them is its rule's affair
-(:mod:`regraft.symmetry.rules`); :mod:`regraft.symmetry.groups` makes the specification.
+The labels are those of :mod:`regraft.symmetry.labels`, each operator has a rule for them
+(:mod:`regraft.symmetry.rules`), and :mod:`regraft.symmetry.groups` makes the specification.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from regraft.core.tensors import live_state
-from regraft.symmetry import products  # noqa: F401 (its rules register themselves)
+from regraft.symmetry import products  # noqa: F401 (registers its rules)
 from regraft.symmetry.axes import Segment
 from regraft.symmetry.calls import Call, Caller, Forward, Output, cause, check_placed, ready, shadow
-from regraft.symmetry.choices import apply_choice
 from regraft.symmetry.groups import specify
 from regraft.symmetry.labels import Choice, Flow, Leaf, Value
 from regraft.symmetry.pointwise import UNARY, pointwise
 from regraft.symmetry.rules import RULES, Operation, each_size, freeze_operands, operator_name
 from regraft.symmetry.spec import PermutationSpec
 from regraft.symmetry.verify import verify as prove
-from regraft.symmetry.views import ALIASES, VIEWS
+from regraft.symmetry.views import ALIASES, VIEWS, apply_choice
 
 
 def trace(
@@ -90,7 +89,7 @@ def _warn(message: str) -> None:
 
 
 def _name_everything(spec: PermutationSpec, model: nn.Module, leaves: Mapping[int, Leaf]) -> PermutationSpec:
-    """With all that the state dictionary holds: other names of shared tensors, and what the graph has not."""
+    """Adds the rest of the state dictionary: other names of shared tensors, and tensors that the graph lacks."""
     axes = dict(spec.axes)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or name in axes:
@@ -145,7 +144,7 @@ def _export(model: nn.Module, call: Call, *, heads: bool = False) -> Exported:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What fails inside is reported by an exception, not by logs, nor by graphs that torch prints."""
+    """Failures inside are reported by exceptions alone: no logs, no graphs that torch prints."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -270,7 +269,7 @@ REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 
 def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
-    """What one operator does to labels; to constants it does what it always does."""
+    """The result of one operator: its rule on labels, the operator itself on constants."""
     target = node.target
     args: Any
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
@@ -310,7 +309,7 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
 
 
 def _choices(flow: Flow, operation: Operation) -> Any:
-    """What moves with the units that were chosen; else NotImplemented, and those that were may not move."""
+    """The result of an operator on a choice of units; NotImplemented, and the units frozen, where it is not known."""
     flow.operator = str(operation.target)
     mutable = operation.target._schema.is_mutable or not operation.target._schema.returns
     result = NotImplemented if mutable else apply_choice(flow, operation)
@@ -342,7 +341,7 @@ def operate(flow: Flow, operation: Operation) -> Any:
 
 
 def unknown(flow: Flow, name: str, given: Iterable[Value], out: Any) -> Any:
-    """Freezes what an operator touches, and remembers to say so."""
+    """Freezes what an operator touches, and records a warning."""
     flow.operator = name
     freeze_operands(flow, given, "")
     return each_size(flow.fixed_value, out)

@@ -63,7 +63,7 @@ def verify(
     for heads in (False, True):
         if heads and not proof.repeats(heads):  # as in training: they drop out, and nothing can be compared
             break
-        for perm in _distinguishing(spec, draws, proof.generator):
+        for perm in _draw_perms(spec, draws, proof.generator):
             error, read = proof.compare(perm, heads)
             unread -= read
             if not error < tolerance:
@@ -118,7 +118,7 @@ class _Proof:
             return False  # heads may need larger inputs
 
     def explain(self, error: float, heads: bool) -> str:
-        """Says which group changes the function, and which of its axes, where one axis alone explains it."""
+        """Which group changes the function, and which of its axes, where a single axis explains it."""
         name = type(self.model).__name__
         _, state, _ = self.draw(heads)
         before = self.outputs(state, heads)
@@ -139,8 +139,8 @@ class _Proof:
 def _run(
     call: Call, model: nn.Module, heads: bool, generator: torch.Generator
 ) -> tuple[list[Tensor], set[int]]:
-    """The outputs that count, and the ids of all tensors that were read. What is random is other each time: a model
-    that draws numbers must not pass for one that does not."""
+    """The outputs that count, and the ids of all tensors that were read. Each run draws other random numbers, so that
+    a model that uses them is detected."""
     device = next((tensor.device for tensor in live_state(model).values()), "cpu")
     with ready(model, heads=heads), use_generator(generator, device), _Exact() as exact:
         try:
@@ -151,7 +151,7 @@ def _run(
             ) from None
 
 
-def _distinguishing(spec: PermutationSpec, draws: int, generator: torch.Generator) -> list[Perm]:
+def _draw_perms(spec: PermutationSpec, draws: int, generator: torch.Generator) -> list[Perm]:
     """Random permutations, ``draws`` or (where groups are tiny) more: so many that each group moves in one of them,
     and that no two groups always move alike."""
     perms: list[Perm] = []
@@ -172,7 +172,7 @@ def _is_floating(x: Any) -> bool:
 
 
 def _apply_(spec: PermutationSpec, perm: Perm, state: dict[str, Any]) -> dict[str, Any]:
-    """Like :func:`apply`, but empties what it is given: a big model fits once, not twice."""
+    """Like :func:`apply`, but empties ``state``: a big model is in memory once, not twice."""
     spec.validate({name: x for name, x in state.items() if isinstance(x, Tensor)})
     device = next((x.device for x in state.values() if isinstance(x, Tensor)), torch.device("cpu"))
     indices = spec.indices({group: index.to(device) for group, index in perm.items()})
@@ -199,7 +199,7 @@ LOW = {torch.float32, torch.float16, torch.bfloat16}
 
 
 class _Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lifts what a model casts to less than float64; and remembers what tensors were read."""
+    """Computes in float64 what a model casts to less, and records which tensors were read."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
