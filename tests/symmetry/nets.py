@@ -34,12 +34,16 @@ def share(spec: PermutationSpec, model: nn.Module) -> float:
 
 
 class Net(nn.Module):
-    """A module from its layers and a function of them."""
+    """A module from its layers and a function of them; a pair (in, out) is a linear layer."""
 
-    def __init__(self, forward: Callable[..., Tensor], **members: nn.Module | nn.Parameter | Tensor) -> None:
+    def __init__(
+        self, forward: Callable[..., Tensor], **members: tuple[int, int] | nn.Module | nn.Parameter | Tensor
+    ) -> None:
         super().__init__()
         for name, member in members.items():
-            if isinstance(member, Tensor) and not isinstance(member, nn.Parameter):
+            if isinstance(member, tuple):
+                setattr(self, name, nn.Linear(*member))
+            elif isinstance(member, Tensor) and not isinstance(member, nn.Parameter):
                 self.register_buffer(name, member)
             else:
                 setattr(self, name, member)
@@ -68,8 +72,8 @@ def attention(heads: int, shared: int = 1, *, width: int = 4, rotary: bool = Fal
         return m.out(m.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
 
     few = heads // shared * width
-    layers = {"q": nn.Linear(6, heads * width), "k": nn.Linear(6, few), "v": nn.Linear(6, few)}
-    ends = {"stem": nn.Linear(3, 6), "proj": nn.Linear(heads * width, 6), "out": nn.Linear(6, 2)}
+    layers = {"q": (6, heads * width), "k": (6, few), "v": (6, few)}
+    ends = {"stem": (3, 6), "proj": (heads * width, 6), "out": (6, 2)}
     return Net(forward, **ends, **layers)
 
 

@@ -32,7 +32,7 @@ def test_a_bias_for_each_head_goes_with_it():
         return m.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
     net = Net(
-        forward, qkv=nn.Linear(5, 36), out=nn.Linear(12, 2), table=nn.Embedding(9, 3),
+        forward, qkv=(5, 36), out=(12, 2), table=nn.Embedding(9, 3),
         scale=nn.Parameter(torch.randn(3, 1, 1)), index=(torch.arange(5)[:, None] - torch.arange(5)) + 4,
     )  # fmt: skip
     spec = proved(net, 2, 5, 5)
@@ -55,7 +55,7 @@ def test_attention_that_shares_keys_itself():
         y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return m.out(y.transpose(1, 2).flatten(2))
 
-    layers = {"q": nn.Linear(3, 16), "k": nn.Linear(3, 8), "v": nn.Linear(3, 8), "out": nn.Linear(16, 2)}
+    layers = {"q": (3, 16), "k": (3, 8), "v": (3, 8), "out": (16, 2)}
     spec = proved(Net(forward, **layers), 2, 5, 3)
     assert spec.blocks["q"] == ("q/blocks", "k")
 
@@ -69,8 +69,8 @@ def test_a_constant_that_differs_between_heads_keeps_them_apart():
         y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=far)
         return m.out(y.transpose(1, 2).flatten(2))
 
-    layers = {name: nn.Linear(3, 12) for name in "qkv"}
-    spec = proved(Net(forward, **layers, out=nn.Linear(12, 2)), 2, 5, 3)
+    layers = {name: (3, 12) for name in "qkv"}
+    spec = proved(Net(forward, **layers, out=(12, 2)), 2, 5, 3)
     assert sorted(spec.groups.values()) == [2, 4, 4, 8, 8]  # two of three heads see the same
 
 

@@ -84,9 +84,9 @@ def test_casts_to_less_are_lifted_in_the_proof():
         lambda m, x: m.out(
             (m.gain * (h := m.stem(x).float()) * h.square().mean(-1, True).rsqrt()).to(x.dtype)
         ),
-        stem=nn.Linear(4, 6),
+        stem=(4, 6),
         gain=parameter(6),
-        out=nn.Linear(6, 2),
+        out=(6, 2),
     )
     x = torch.rand(3, 4)
     assert verify(trace(net, x), net, x) < 1e-12
@@ -95,7 +95,7 @@ def test_casts_to_less_are_lifted_in_the_proof():
 @pytest.mark.parametrize("norm", ["new", "old"])
 def test_weight_normalised_layers(norm):
     wrap = nn.utils.parametrizations.weight_norm if norm == "new" else nn.utils.weight_norm
-    net = Net(lambda m, x: m.out(m.fc(x).relu()), fc=wrap(nn.Linear(4, 6)), out=nn.Linear(6, 2))
+    net = Net(lambda m, x: m.out(m.fc(x).relu()), fc=wrap(nn.Linear(4, 6)), out=(6, 2))
     spec = trace(net, torch.rand(3, 4), verify=True)
     assert list(spec.groups.values()) == [6]
 
@@ -132,22 +132,18 @@ def test_standardised_weights(how):
 
 
 def test_what_is_read_by_data_stays_or_passes():
-    net = Net(
-        lambda m, x: m.out(m.stem(x)[torch.arange(2), x[..., 0].argmax(1)]),
-        stem=nn.Linear(4, 6),
-        out=nn.Linear(6, 2),
-    )
+    net = Net(lambda m, x: m.out(m.stem(x)[torch.arange(2), x[..., 0].argmax(1)]), stem=(4, 6), out=(6, 2))
     assert trace(net, torch.rand(2, 5, 4), verify=True).groups == {"stem": 6}
-    best = Net(lambda m, x: m.fc(m.stem(x)).topk(2).values, stem=nn.Linear(4, 6), fc=nn.Linear(6, 5))
+    best = Net(lambda m, x: m.fc(m.stem(x)).topk(2).values, stem=(4, 6), fc=(6, 5))
     assert trace(best, torch.rand(2, 4), verify=True).groups == {"stem": 6, "fc": 5}
-    added = Net(lambda m, x: m.fc(m.stem(x)).cumsum(1), stem=nn.Linear(4, 6), fc=nn.Linear(6, 5))
+    added = Net(lambda m, x: m.fc(m.stem(x)).cumsum(1), stem=(4, 6), fc=(6, 5))
     with pytest.warns(UserWarning, match="cumsum"):
         assert trace(added, torch.rand(2, 4), verify=True).groups == {"stem": 6}
 
 
 def test_what_cannot_be_traced_says_so_in_one_line(capfd):
-    branching = Net(lambda m, x: m.fc(x) if x.sum() > 0 else x, fc=nn.Linear(4, 4))
-    texts = Net(lambda m, x: "text", fc=nn.Linear(4, 4))
+    branching = Net(lambda m, x: m.fc(x) if x.sum() > 0 else x, fc=(4, 4))
+    texts = Net(lambda m, x: "text", fc=(4, 4))
     for model, complaint in (
         (branching, "cannot trace Net .*Net"),
         (texts, "the output of Net is no tensor"),

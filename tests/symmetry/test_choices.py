@@ -28,7 +28,7 @@ def routed(experts: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Net:
         return m.out(h + experts(m, h, m.router(h).softmax(-1)))
 
     return Net(
-        forward, stem=nn.Linear(3, 8), router=nn.Linear(8, EXPERTS), out=nn.Linear(8, 2),
+        forward, stem=(3, 8), router=nn.Linear(8, EXPERTS), out=(8, 2),
         up=parameter(EXPERTS, HIDDEN, 8), bias=parameter(EXPERTS, HIDDEN), down=parameter(EXPERTS, 8, HIDDEN),
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def test_a_choice_that_is_used_otherwise_keeps_the_experts_where_they_are(use):
 
 
 def test_units_in_the_order_of_their_values_have_no_order_of_their_own():
-    net = Net(lambda m, x: m.out(m.stem(x).sort(-1).values), stem=nn.Linear(4, 6), out=nn.Linear(6, 2))
+    net = Net(lambda m, x: m.out(m.stem(x).sort(-1).values), stem=(4, 6), out=(6, 2))
     spec = proved(net, 3, 4)
     assert spec.groups == {"stem": 6}
     assert spec.axes["out.weight"][1][0].group is None
@@ -108,7 +108,7 @@ def test_units_in_the_order_of_their_values_have_no_order_of_their_own():
 def test_rows_of_a_parameter_that_the_input_looks_up_stay_and_their_columns_move():
     net = Net(
         lambda m, x: m.out(m.inner(m.table[x.long()] + m.bias)),
-        table=parameter(9, 6), bias=parameter(6), inner=nn.Linear(6, 5), out=nn.Linear(5, 2),
+        table=parameter(9, 6), bias=parameter(6), inner=(6, 5), out=(5, 2),
     )  # fmt: skip
     spec = proved(net, 2, 3)
     assert sorted(spec.groups.values()) == [5, 6]
@@ -120,7 +120,7 @@ def test_a_gate_ties_nothing_that_it_multiplies():
         h, gates = m.stem(x).split([8, 3], 1)
         return m.out(sum(h.relu() * gates[:, i : i + 1] for i in range(3)))
 
-    net = Net(forward, stem=nn.Linear(4, 11), out=nn.Linear(8, 2))
+    net = Net(forward, stem=(4, 11), out=(8, 2))
     assert 8 in proved(net, 2, 4).groups.values()
 
 
@@ -129,9 +129,7 @@ def test_gates_of_heads_move_with_them():
         h = m.stem(x)
         return m.out((m.values(h).unflatten(1, (3, 4)) * m.gate(h).sigmoid()[..., None]).flatten(1))
 
-    net = Net(
-        forward, stem=nn.Linear(5, 6), values=nn.Linear(6, 12), gate=nn.Linear(6, 3), out=nn.Linear(12, 2)
-    )
+    net = Net(forward, stem=(5, 6), values=(6, 12), gate=(6, 3), out=(12, 2))
     spec = proved(net, 2, 5)
     assert spec.groups == {"stem": 6, "values/blocks": 3, "values": 12}
     assert spec.axes["gate.weight"][0][0].group == "values/blocks"
@@ -142,7 +140,7 @@ def test_one_unit_with_a_value_for_each_place_is_no_gate():
         places = m.places(x.unsqueeze(1))  # [B, 4, 5]: a channel is one unit, at five places
         return m.out((places * m.stem(x).unflatten(1, (4, 5))).flatten(1))
 
-    net = Net(forward, places=nn.Conv1d(1, 4, 1), stem=nn.Linear(5, 20), out=nn.Linear(20, 2))
+    net = Net(forward, places=nn.Conv1d(1, 4, 1), stem=(5, 20), out=(20, 2))
     assert proved(net, 2, 5).groups == {"places": 4}
 
 
@@ -153,7 +151,7 @@ def test_tokens_with_positions_of_their_own_before_the_first_norm():
 
     net = Net(
         forward, stem=nn.Conv2d(2, 6, 1), token=parameter(1, 6, 1, 9), places=parameter(6), norm=nn.LayerNorm(6),
-        second=nn.LayerNorm(6), inner=nn.Linear(6, 6), out=nn.Linear(6, 2),
+        second=nn.LayerNorm(6), inner=(6, 6), out=(6, 2),
     )  # fmt: skip
     assert proved(net, 1, 2, 9, 9).groups == {"stem": 6}
 
@@ -169,5 +167,5 @@ def test_branches_that_are_added_have_the_same_units(select):
         return m.out(h.sum(1))
 
     layers = {"a": nn.Conv2d(2, 6, 1), "b": nn.Conv2d(2, 6, 1), "out": nn.Conv2d(6, 2, 1)}
-    net = Net(forward, **layers, **({"weigh": nn.Linear(6, 12)} if select else {}))
+    net = Net(forward, **layers, **({"weigh": (6, 12)} if select else {}))
     assert proved(net, 1, 2, 3, 3).groups == {"a": 6}

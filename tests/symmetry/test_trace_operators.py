@@ -16,6 +16,91 @@ def seed():
     torch.manual_seed(0)
 
 
+def alternate(m: nn.Module, x: Tensor) -> Tensor:
+    """a0 b0 b1 a1 ...: which of a unit's two places is relu and which is tanh differs between units."""
+    h = m.stem(x)
+    both = torch.stack([h.relu(), h.tanh()], dim=2)  # [B, 4, 2]
+    return m.out(torch.stack([both[:, i].flip(1) if i % 2 else both[:, i] for i in range(4)], 1).flatten(1))
+
+
+def alternate_tensors(m: nn.Module, x: Tensor) -> Tensor:
+    """The same, where relu and tanh never were parts of one tensor."""
+    a, b = m.stem(x).relu(), m.stem(x).tanh()
+    order = [(a, b), (b, a), (a, b), (b, a)]
+    return m.out(torch.stack([y[:, i] for i, pair in enumerate(order) for y in pair], dim=1))
+
+
+def pad_alternately(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.stem(x)
+    return m.out(torch.stack([F.pad(h[:, i : i + 1], (0, 1), value=i % 2) for i in range(4)], 1).flatten(1))
+
+
+def normalise(m: nn.Module, x: Tensor) -> Tensor:
+    """By what no exchange of units changes."""
+    scaled = F.softmax(F.normalize(F.layer_norm(m.stem(x), (6,)), dim=-1), -1)
+    return m.out(scaled * m.stem(x).logsumexp(-1, keepdim=True) - m.stem(x).mean(-1, keepdim=True))
+
+
+def excite(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.stem(x)
+    return m.out(h * m.up(m.down(h.mean((2, 3), keepdim=True)).relu()).sigmoid()).mean((2, 3))
+
+
+GROUPS = {
+    "the places of a unit are told apart": (alternate, {"stem": (4, 4), "out": (8, 2)}, (3, 4), [2, 2]),
+    "so are places from different tensors": (alternate_tensors, {"stem": (4, 4), "out": (8, 2)}, (3, 4), [2, 2]),
+    "and places beside different constants": (pad_alternately, {"stem": (4, 4), "out": (8, 2)}, (3, 4), []),
+    "constants tell units apart by their values": (
+        lambda m, x: m.out(m.stem(x) * torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0]) + torch.ones(5)),
+        {"stem": (4, 5), "out": (5, 2)}, (3, 4), [2, 3],
+    ),
+    "softmax over places leaves the channels free": (
+        lambda m, x: m.out((F.softmax(m.score(x), 1) * m.stem(x)).sum(1)),
+        {"score": (4, 6), "stem": (4, 6), "out": (6, 2)}, (2, 5, 4), [6],
+    ),
+    "normalisation": (normalise, {"stem": (4, 6), "out": (6, 2)}, (3, 4), [6]),
+    "squeeze and excitation": (
+        excite,
+        {
+            "stem": nn.Conv2d(2, 8, 3), "down": nn.Conv2d(8, 4, 1), "up": nn.Conv2d(4, 8, 1),
+            "out": nn.Conv2d(8, 2, 1),
+        },
+        (2, 2, 5, 5), [4, 8],
+    ),
+    "token mixing passes the channels on": (
+        lambda m, x: m.out((y := m.stem(x)) + m.tokens(y.transpose(1, 2)).transpose(1, 2)),
+        {"stem": (4, 6), "tokens": (5, 5), "out": (6, 2)}, (2, 5, 4), [6],
+    ),
+    "each half of one weight for two layers has its own units": (
+        lambda m, x: m.out(torch.cat([F.linear(x, w).tanh() for w in m.both.chunk(2)], 1)),
+        {"both": parameter(10, 4), "out": (10, 2)}, (3, 4), [5, 5],
+    ),
+    "a layer used twice is one group": (
+        lambda m, x: m.out(m.cell(m.cell(m.stem(x)).tanh()).tanh()),
+        {"stem": (4, 6), "cell": (6, 6), "out": (6, 2)}, (3, 4), [6],
+    ),
+    "a weight computed from weights has their axes": (
+        lambda m, x: m.out(F.linear(m.stem(x).relu(), m.weight + m.delta)),
+        {"stem": (4, 6), "weight": parameter(5, 6), "delta": parameter(5, 6), "out": (5, 2)}, (3, 4), [5, 6],
+    ),
+    "a weight that is read elsewhere as it stands is frozen": (
+        lambda m, x: m.out(m.first(x).relu()) + (m.first.weight * x.mean()).sum() + (m.first.weight * x).sum(),
+        {"first": (4, 4), "out": (4, 2)}, (4, 4), [],
+    ),
+    "a parameter [units, units] that is used elementwise freezes both axes": (
+        lambda m, x: m.out((m.stem(x).view(-1, 4, 4) * m.table).flatten(1)),
+        {"stem": (4, 16), "table": parameter(4, 4), "out": (16, 2)}, (3, 4), [],
+    ),
+}  # fmt: skip
+"""What it shows: the network's function, its members, the shape of its input, the sizes of its groups."""
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_which_units_form_a_group(case):
+    function, members, shape, sizes = GROUPS[case]
+    assert sorted(proved(Net(function, **members), *shape).groups.values()) == sizes
+
+
 # ---- shapes
 
 
@@ -24,7 +109,7 @@ def test_flatten_and_its_transpose():
         net = Net(
             lambda m, x, order=order: m.out(m.stem(x).permute(order).flatten(1)),
             stem=nn.Conv2d(2, 4, 3),
-            out=nn.Linear(36, 2),
+            out=(36, 2),
         )
         assert [tuple(s) for s in proved(net, 1, 2, 5, 5).axes["out.weight"][1]] == segments
 
@@ -42,31 +127,6 @@ def test_concatenation_chunks_and_shuffles():
     assert sum(spec.groups.values()) >= 4
 
 
-def test_occurrences_of_a_unit_are_told_apart():
-    """a0 b0 b1 a1 ...: which of a unit's two places is relu and which is tanh differs between units."""
-
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        h = m.stem(x)
-        both = torch.stack([h.relu(), h.tanh()], dim=2)  # [B, 4, 2]
-        mixed = torch.stack([both[:, 0], both[:, 1].flip(1), both[:, 2], both[:, 3].flip(1)], dim=1)
-        return m.out(mixed.flatten(1))
-
-    net = Net(forward, stem=nn.Linear(4, 4), out=nn.Linear(8, 2))
-    assert proved(net, 3, 4).groups == {"stem/0": 2, "stem/1": 2}
-
-
-def test_occurrences_that_come_from_different_tensors_are_told_apart():
-    """The same, where relu and tanh never were parts of one tensor."""
-
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        a, b = m.stem(x).relu(), m.stem(x).tanh()
-        order = [(a, b), (b, a), (a, b), (b, a)]
-        return m.out(torch.stack([y[:, i] for i, pair in enumerate(order) for y in pair], dim=1))
-
-    net = Net(forward, stem=nn.Linear(4, 4), out=nn.Linear(8, 2))
-    assert proved(net, 3, 4).groups == {"stem/0": 2, "stem/1": 2}
-
-
 @pytest.mark.parametrize("change", ["relu", "fill", "add"])
 def test_a_changed_part_is_told_from_an_unchanged_one(change):
     def forward(m: nn.Module, x: Tensor) -> Tensor:
@@ -77,31 +137,8 @@ def test_a_changed_part_is_told_from_an_unchanged_one(change):
         first = h[:, :2].relu() if change == "relu" else h[:, :2] + h[:, :2]
         return m.out(torch.cat([first, h[:, 2:]], 1))
 
-    net = Net(forward, stem=nn.Linear(4, 5), out=nn.Linear(5, 2))
+    net = Net(forward, stem=(4, 5), out=(5, 2))
     assert sorted(proved(net, 3, 4).groups.values()) == [2, 3]
-
-
-def test_different_constants_beside_each_other_are_told_apart():
-    net = Net(
-        lambda m, x: m.out(
-            torch.stack(
-                [F.pad(m.stem(x)[:, i : i + 1], (0, 1), value=float(i % 2)) for i in range(4)], 1
-            ).flatten(1)
-        ),
-        stem=nn.Linear(4, 4),
-        out=nn.Linear(8, 2),
-    )
-    proved(net, 3, 4)
-
-
-def test_softmax_over_places_leaves_the_channels_free():
-    net = Net(
-        lambda m, x: m.out((F.softmax(m.score(x), 1) * m.stem(x)).sum(1)),
-        score=nn.Linear(4, 6),
-        stem=nn.Linear(4, 6),
-        out=nn.Linear(6, 2),
-    )
-    assert proved(net, 2, 5, 4).groups == {"score": 6}
 
 
 def test_padded_channels():
@@ -112,7 +149,7 @@ def test_padded_channels():
         ),
         stem=nn.Conv2d(2, 4, 3, padding=1),
         wide=nn.Conv2d(4, 8, 3, stride=2, padding=1),
-        out=nn.Linear(8, 2),
+        out=(8, 2),
     )
     spec = proved(net, 1, 2, 6, 6)
     assert spec.groups == {"stem": 4, "wide": 4}
@@ -145,26 +182,17 @@ def test_views_that_are_overwritten_in_place():
         h[:, 2:4] += h[:, 4:6].relu()
         return m.out(h)
 
-    net = Net(forward, stem=nn.Linear(4, 8), out=nn.Linear(8, 2))
+    net = Net(forward, stem=(4, 8), out=(8, 2))
     spec = proved(net, 3, 4)
     assert sorted(spec.groups.values()) == [2, 2, 2]
     assert spec.axes["out.weight"][1][0].group is None
 
 
-def test_constants_tell_units_apart_by_their_values():
-    net = Net(
-        lambda m, x: m.out(m.stem(x) * torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0]) + torch.ones(5)),
-        stem=nn.Linear(4, 5),
-        out=nn.Linear(5, 2),
-    )
-    assert proved(net, 3, 4).groups == {"stem/0": 3, "stem/1": 2}
-
-
 def test_inputs_and_outputs_are_fixed():
-    net = Net(lambda m, x: m.back(m.up(x).relu()) + x, up=nn.Linear(6, 8), back=nn.Linear(8, 6))
+    net = Net(lambda m, x: m.back(m.up(x).relu()) + x, up=(6, 8), back=(8, 6))
     spec = proved(net, 3, 6)
     assert spec.groups == {"up": 8}
-    outputs = Net(lambda m, x: torch.cat([m.fc(x), x], 1), fc=nn.Linear(6, 8))
+    outputs = Net(lambda m, x: torch.cat([m.fc(x), x], 1), fc=(6, 8))
     assert proved(outputs, 3, 6).groups == {}
 
 
@@ -182,15 +210,6 @@ def test_weights_without_layers():
     spec = proved(net, 3, 4)
     assert spec.groups == {"a": 6, "c": 3}
     assert [tuple(s) for s in spec.axes["d"][1]] == [(None, 0, 1, 1), ("c", 0, 3, 1), (None, 0, 1, 1)]
-
-
-def test_one_weight_for_several_layers():
-    net = Net(
-        lambda m, x: m.out(torch.cat([w for w in map(lambda w: F.linear(x, w).tanh(), m.both.chunk(2))], 1)),
-        both=parameter(10, 4),
-        out=nn.Linear(10, 2),
-    )
-    assert proved(net, 3, 4).groups == {"both/0": 5, "both/1": 5}  # each half is a tensor of its own
 
 
 def test_grouped_depthwise_and_transposed_convolutions():
@@ -230,19 +249,6 @@ def test_norms_and_activations_with_parameters():
     }
 
 
-def test_normalisation_by_what_no_exchange_changes():
-    net = Net(
-        lambda m, x: m.out(
-            F.softmax(F.normalize(F.layer_norm(m.stem(x), (6,)), dim=-1), -1)
-            * m.stem(x).logsumexp(-1, keepdim=True)
-            - m.stem(x).mean(-1, keepdim=True)
-        ),
-        stem=nn.Linear(4, 6),
-        out=nn.Linear(6, 2),
-    )
-    assert proved(net, 3, 4).groups == {"stem": 6}
-
-
 def test_windows_taken_apart_and_added_up():
     """im2col and col2im."""
 
@@ -251,7 +257,7 @@ def test_windows_taken_apart_and_added_up():
         folded = F.fold(columns.tanh(), (5, 5), 3, padding=1)
         return m.out(folded).mean((2, 3)) + m.flat(columns.mT).mean(1)
 
-    net = Net(forward, stem=nn.Conv2d(2, 4, 1), out=nn.Conv2d(4, 2, 1), flat=nn.Linear(36, 2))
+    net = Net(forward, stem=nn.Conv2d(2, 4, 1), out=nn.Conv2d(4, 2, 1), flat=(36, 2))
     spec = proved(net, 1, 2, 5, 5)
     assert spec.groups == {"stem": 4}
     assert [tuple(s) for s in spec.axes["flat.weight"][1]] == [("stem", 0, 4, 9)]
@@ -266,13 +272,13 @@ def test_the_largest_and_either_of_two():
         either = torch.where(best > 0, torch.maximum(best, m.gain), 0.5 * best)
         return m.out(either) * h.max(2).values.amax(1, keepdim=True)
 
-    net = Net(forward, stem=nn.Linear(3, 6), gain=parameter(6), out=nn.Linear(6, 2))
+    net = Net(forward, stem=(3, 6), gain=parameter(6), out=(6, 2))
     assert proved(net, 2, 5, 3).groups == {"stem": 6}
 
     def placed(m: nn.Module, x: Tensor) -> Tensor:
         return m.out(m.stem(x)) * m.stem(x).max(1, keepdim=True).indices
 
-    told = Net(placed, stem=nn.Linear(3, 6), out=nn.Linear(6, 2))
+    told = Net(placed, stem=(3, 6), out=(6, 2))
     with pytest.warns(UserWarning, match="max"):
         assert trace(told, torch.rand(2, 3), verify=True).groups == {}
 
@@ -287,31 +293,8 @@ def test_biased_products_and_shared_keys():
         scores = torch.baddbmm(torch.ones(2, 1, 1), q[:, 0], k[:, 0].mT, beta=0.5)
         return m.out(mixed) + (scores.softmax(-1) @ v[:, 0]).mean(-1, keepdim=True)
 
-    net = Net(forward, stem=nn.Linear(3, 20), out=nn.Linear(12, 2))
+    net = Net(forward, stem=(3, 20), out=(12, 2))
     assert share(proved(net, 2, 5, 3), net) > 0.4
-
-
-def test_squeeze_and_excitation():
-    net = Net(
-        lambda m, x: m.out(
-            (h := m.stem(x)) * m.up(m.down(h.mean((2, 3), keepdim=True)).relu()).sigmoid()
-        ).mean((2, 3)),
-        stem=nn.Conv2d(2, 8, 3),
-        down=nn.Conv2d(8, 4, 1),
-        up=nn.Conv2d(4, 8, 1),
-        out=nn.Conv2d(8, 2, 1),
-    )
-    assert proved(net, 2, 2, 5, 5).groups == {"stem": 8, "down": 4}
-
-
-def test_token_mixing_passes_the_channels_on():
-    net = Net(
-        lambda m, x: m.out((y := m.stem(x)) + m.tokens(y.transpose(1, 2)).transpose(1, 2)),
-        stem=nn.Linear(4, 6),
-        tokens=nn.Linear(5, 5),
-        out=nn.Linear(6, 2),
-    )
-    assert proved(net, 2, 5, 4).groups == {"stem": 6}
 
 
 @pytest.mark.parametrize("kind", ["fused", "matmul", "einsum"])
@@ -328,8 +311,8 @@ def test_attention_keeps_units_in_their_head(kind):
             )
         return m.out(y.transpose(1, 2).flatten(2))
 
-    layers = {name: nn.Linear(4, 8) for name in "qkv"}
-    net = Net(forward, **layers, out=nn.Linear(8, 2), bias=parameter(2, 5, 5))
+    layers = {name: (4, 8) for name in "qkv"}
+    net = Net(forward, **layers, out=(8, 2), bias=parameter(2, 5, 5))
     if kind == "fused":
         del net.bias
     spec = proved(net, 2, 5, 4)
@@ -342,10 +325,10 @@ def test_attention_keeps_units_in_their_head(kind):
 def test_multi_head_attention(batch_first):
     net = Net(
         lambda m, x: m.out(m.norm((y := m.stem(x)) + m.attention(y, y, y)[0]).mean(1)),
-        stem=nn.Linear(4, 8),
+        stem=(4, 8),
         attention=nn.MultiheadAttention(8, 2, batch_first=batch_first),
         norm=nn.LayerNorm(8),
-        out=nn.Linear(8, 2),
+        out=(8, 2),
     )
     spec = proved(net, 2, 5, 4)
     assert sorted(spec.groups.values()) == [
@@ -360,13 +343,13 @@ def test_multi_head_attention(batch_first):
 def test_a_transformer_encoder_with_token_and_positions():
     net = Net(
         lambda m, x: m.out(m.encoder(torch.cat([m.token.expand(2, 1, 8), m.stem(x)], 1) + m.position)[:, 0]),
-        stem=nn.Linear(4, 8),
+        stem=(4, 8),
         token=parameter(1, 1, 8),
         position=parameter(1, 6, 8),
         encoder=nn.TransformerEncoder(
             nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
         ),
-        out=nn.Linear(8, 2),
+        out=(8, 2),
     )
     spec = proved(net, 2, 5, 4)
     assert share(spec, net) > 0.95
