@@ -14,7 +14,7 @@ from regraft_bench.run import run
 from regraft_bench.study import TUNING_SEED, RunPaths, Scenario, Task
 from regraft_bench.transfer import STUDY
 from regraft_bench.transfer.methods import ports
-from regraft_bench.transfer.pages import PORT_QUESTIONS, port_questions, ported
+from regraft_bench.transfer.pages import PORT_QUESTIONS, compare_ports, list_ports
 from regraft_bench.transfer.setting import PortSettings, Pretraining, TransferSetting
 
 RECIPE = Recipe(epochs=1, lr=0.05)
@@ -62,9 +62,9 @@ def test_every_method_says_what_it_comes_to(rows):
         assert all(0 <= value <= 1 for value in found.values())
     tuning = [row for row in rows if row.seed == TUNING_SEED]
     assert len(tuning) == 6 and all(set(row.values) == {"validation"} for row in tuning)
-    (sheet,) = ported(reported)
+    (sheet,) = list_ports(reported)
     assert len(sheet.lines) == len(SCENARIO.methods)
-    (sheet,) = port_questions(reported)
+    (sheet,) = compare_ports(reported)
     assert len(sheet.lines) == len(PORT_QUESTIONS) and all(line[1] == "2" for line in sheet.lines)
 
 

@@ -31,7 +31,7 @@ from regraft_bench.transfer.methods.leads import LEADS, PAIRS
 from regraft_bench.transfer.methods.peers import PEERS
 from regraft_bench.transfer.methods.ports import port_methods
 from regraft_bench.transfer.methods.transfers import TRANSFERS, run_transfer
-from regraft_bench.transfer.pages import COLUMNS, TABLES, epochs, reach, speed_up
+from regraft_bench.transfer.pages import METHOD_COLUMNS, TABLES, epochs, reach, speed_up
 from regraft_bench.transfer.plots import FIGURES
 from regraft_bench.transfer.setting import PortSettings, Pretraining, TransferSetting, TransferSettings
 
@@ -434,4 +434,4 @@ def test_the_race_to_95_percent():
     assert speed_up(groups([replace(plain, seed=1), never])["fgmt"]) == "not reached"
     alone: Group = groups([fast])["fgmt"]
     assert speed_up(alone) == epochs(alone) == "–", "without plain training there is nothing to race"
-    assert all(column.cell(alone) for column in COLUMNS)
+    assert all(column.cell(alone) for column in METHOD_COLUMNS)

@@ -4,206 +4,167 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 from regraft_bench.report.figures import Cells, Figure, Heatmap, Line, Panel, curves, leaders
 from regraft_bench.report.tables import Rows, by_scenario, groups
 from regraft_bench.study import Scenario
 from regraft_bench.transfer import scenarios
 
-
-def _names(found: Sequence[Scenario]) -> tuple[str, ...]:
-    return tuple(scenario.name for scenario in found)
+# ---------------------------------------------------------------- lines of rows
 
 
-def _panels(found: Sequence[Scenario], series: str, x: str, y: str, **style: bool) -> tuple[Panel, ...]:
-    """One for each scenario; those without rows are left out when the figure is drawn."""
-    return tuple(Panel(name, x, y, curves(series, scenario=name), **style) for name in _names(found))
-
-
-# ---------------------------------------------------------------- over a setting
-
-KNOBS = ("init", "lr", "epochs", "width")
-
-
-def _variants(rows: Rows, question: str, base: str) -> Iterator[tuple[str, Rows]]:
+def variants(rows: Rows, question: str, base: str) -> Iterator[tuple[str, Rows]]:
     """(variant, rows) of the scenarios question-base-variant."""
     for name, own in by_scenario(rows).items():
         if name.startswith(f"{question}-{base}-"):
             yield name.removeprefix(f"{question}-{base}-"), own
 
 
-def _mean(rows: Rows, method: str, value: str) -> float | None:
-    found = [v for r in rows if r.method == method and (v := r.values.get(value)) is not None]
-    return statistics.fmean(found) if found else None
+def mean_value(rows: Rows, method: str, name: str) -> float | None:
+    """Over one scenario's seeds."""
+    values = [v for r in rows if r.method == method and (v := r.values.get(name)) is not None]
+    return statistics.fmean(values) if values else None
 
 
-def regime(base: str, method: str) -> Callable[[Rows], list[Line]]:
+def draw_regime(base: str, method: str, rows: Rows) -> Iterator[Line]:
     """A line for each knob: accuracy without training, of plain training's, over |Delta| / |theta_1^0|."""
-
-    def lines(rows: Rows) -> list[Line]:
-        found = []
-        for knob in KNOBS:
-            points = []
-            for variant, own in _variants(rows, "regime", base):
-                numbers = (
-                    _mean(own, method, "delta_ratio"),
-                    _mean(own, method, "accuracy"),
-                    _mean(own, "plain", "accuracy"),
-                )
-                if variant.startswith((knob, "base")) and None not in numbers:
-                    points.append((numbers[0], numbers[1] / numbers[2]))
-            if points:
-                found.append(Line(knob, *zip(*sorted(points), strict=True)))
-        return found
-
-    return lines
+    for knob in ("init", "lr", "epochs", "width"):
+        points = []
+        for variant, own in variants(rows, "regime", base):
+            ratio, accuracy = (mean_value(own, method, name) for name in ("delta_ratio", "accuracy"))
+            plain = mean_value(own, "plain", "accuracy")
+            known = ratio is not None and accuracy is not None and plain is not None
+            if known and variant.startswith((knob, "base")):
+                points.append((ratio, accuracy / plain))
+        if points:
+            yield Line(knob, *zip(*sorted(points), strict=True))
 
 
-def over(question: str, base: str, knob: str, first: float) -> Callable[[Rows], list[Line]]:
+def draw_knob(question: str, base: str, knob: str, first: float, rows: Rows) -> Iterator[Line]:
     """A line for each method: accuracy without training over the knob's value; ``first`` is the base's."""
-
-    def lines(rows: Rows) -> list[Line]:
-        points: dict[str, list[tuple[float, float]]] = {}
-        for variant, own in _variants(rows, question, base):
-            if variant == "base" or variant.startswith(knob):
-                at = first if variant == "base" else float(variant.removeprefix(f"{knob}-"))
-                for method in groups(own):
-                    points.setdefault(method, []).append((at, _mean(own, method, "accuracy")))
-        return [
-            Line(method, *zip(*sorted(p for p in own if p[1] is not None), strict=True))
-            for method, own in points.items()
-            if len(own) > 1
-        ]
-
-    return lines
+    points: dict[str, list[tuple[float, float | None]]] = {}
+    for variant, own in variants(rows, question, base):
+        if variant == "base" or variant.startswith(knob):
+            at = first if variant == "base" else float(variant.removeprefix(f"{knob}-"))
+            for method in groups(own):
+                points.setdefault(method, []).append((at, mean_value(own, method, "accuracy")))
+    for method, line in points.items():
+        if len(line) > 1:
+            yield Line(method, *zip(*sorted((x, y) for x, y in line if y is not None), strict=True))
 
 
-def by_schedule(base: str, method: str) -> Callable[[Rows], list[Line]]:
+def draw_schedules(base: str, method: str, rows: Rows) -> Iterator[Line]:
     """A line for each schedule: validation accuracy along the path."""
-
-    def lines(rows: Rows) -> list[Line]:
-        found = []
-        for schedule, own in _variants(rows, "schedule", base):
-            for line in curves("validation", methods=(method,))(own):
-                found.append(Line(schedule, line.x, line.y, line.low, line.high))
-        return found
-
-    return lines
+    for schedule, own in variants(rows, "schedule", base):
+        for line in curves("validation", methods=(method,))(own):
+            yield replace(line, name=schedule)
 
 
-def over_width(side: int) -> Callable[[Rows], list[Line]]:
+def draw_widths(side: int, rows: Rows) -> Iterator[Line]:
     """A line for each permutation: the distance of first gradients over the width."""
-
-    def lines(rows: Rows) -> list[Line]:
-        points: dict[str, list[tuple[float, float, float]]] = {}
-        for name, own in by_scenario(rows).items():
-            _, sides, width = name.split("-")
-            for method, group in groups(own).items():
-                values = group.values("distance")
-                if sides == f"{side}x{side}" and values:
-                    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-                    points.setdefault(method, []).append((float(width), statistics.fmean(values), deviation))
-        found = []
-        for method, own in points.items():
-            x, y, deviation = zip(*sorted(own), strict=True)
-            low, high = (tuple(v + s * d for v, d in zip(y, deviation, strict=True)) for s in (-1, 1))
-            found.append(Line(method, x, y, low, high))
-        return found
-
-    return lines
+    distances: dict[str, dict[float, list[float]]] = {}
+    for name, own in by_scenario(rows).items():
+        _, sides, width = name.split("-")
+        for method, group in groups(own).items():
+            if sides == f"{side}x{side}" and (values := group.values("distance")):
+                distances.setdefault(method, {})[float(width)] = values
+    for method, line in distances.items():
+        x, seeds = zip(*sorted(line.items()), strict=True)
+        y = tuple(map(statistics.fmean, seeds))
+        deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in seeds]
+        low, high = (tuple(v + s * d for v, d in zip(y, deviations, strict=True)) for s in (-1, 1))
+        yield Line(method, x, y, low, high)
 
 
-def landscape(name: str, beginning: str) -> Callable[[Rows], list[Line]]:
+def draw_lines(scenario: str, beginning: str, rows: Rows) -> list[Line]:
     """The loss along the lines whose names begin so."""
-
-    def lines(rows: Rows) -> list[Line]:
-        return curves("loss", scenario=name)([row for row in rows if row.method.startswith(beginning)])
-
-    return lines
+    return curves("loss", scenario=scenario)([row for row in rows if row.method.startswith(beginning)])
 
 
-def plane(name: str) -> Callable[[Rows], Cells | None]:
+def draw_plane(scenario: str, rows: Rows) -> Cells | None:
     """Accuracy on the plane of the first seed."""
-
-    def cells(rows: Rows) -> Cells | None:
-        own = [row for row in rows if row.scenario == name and row.method == "plane" and row.series]
-        if not own:
-            return None
-        grid = own[0].series["accuracy"]
-        y, x = ([f"{v:.1f}" for v in axis] for axis in grid.at)
-        return Cells(tuple(reversed(y)), tuple(x), tuple(reversed(grid.values)))
-
-    return cells
+    own = [row for row in rows if row.scenario == scenario and row.method == "plane" and row.series]
+    if not own:
+        return None
+    grid = own[0].series["accuracy"]
+    y, x = ([f"{v:.1f}" for v in axis] for axis in grid.at)
+    return Cells(tuple(reversed(y)), tuple(x), tuple(reversed(grid.values)))
 
 
-PORTED = (
-    "own base",
-    "probe",
-    "few-shot",
-    "naive",
-    "weights",
-    "gradfix, mean",
-    "fgmt",
-    "fgmt + gradfix, mean",
-    "fgmt, then few-shot",
-)
+# ---------------------------------------------------------------- figures
+
+log_panel = partial(Panel, x_log=True, markers=True)
 NETWORKS = ("mlp", "conv", "resnet")
-RATIO = "‖Δ‖ / ‖θ₁⁰‖"
-SHARE = "accuracy, share of plain training's"
+LEADERBOARD = [
+    scenario
+    for name in ("mnist-mlp-512", "mnist-mlp-4096", "cifar10-conv6", "digits-conv")
+    for scenario in scenarios.COMPARISONS
+    if scenario.name == name
+]
+PORTS = (
+    *("own base", "probe", "few-shot", "naive", "weights"),
+    *("gradfix, mean", "fgmt", "fgmt + gradfix, mean", "fgmt, then few-shot"),
+)
 
-LEADERS = ("mnist-mlp-512", "mnist-mlp-4096", "cifar10-conv6", "digits-conv")
+
+def _figure(
+    name: str, title: str, asked: Sequence[Scenario], make_panel: Callable[[str], Panel | Heatmap]
+) -> Figure:
+    """A panel for each scenario; those without rows are left out when the figure is drawn."""
+    names = scenarios.list_names(asked)
+    return Figure(name, title, names, tuple(map(make_panel, names)))
+
 
 FIGURES = (
-    Figure(
+    _figure(
         "leaderboard",
         "Accuracy of a network that was never trained (plain: trained), and what it costs",
-        LEADERS,
-        tuple(
-            Panel(name, "CPU seconds", "test accuracy", leaders(name), x_log=True, markers=True)
-            for name in LEADERS
-        ),
+        LEADERBOARD,
+        lambda name: log_panel(name, "CPU seconds", "test accuracy", leaders(name)),
     ),
-    Figure(
+    _figure(
         "path",
         "Along the transferred path, no training",
-        _names(scenarios.COMPARISONS),
-        _panels(scenarios.COMPARISONS, "validation", "step t", "validation accuracy"),
+        scenarios.COMPARISONS,
+        lambda name: Panel(name, "step t", "validation accuracy", curves("validation", scenario=name)),
     ),
-    Figure(
+    _figure(
         "subsequent",
         "The training that follows, and plain training",
-        _names(scenarios.COMPARISONS),
-        tuple(
-            Panel(name, "epoch", "test accuracy", curves("subsequent", scenario=name, first=1), x_log=True)
-            for name in _names(scenarios.COMPARISONS)
+        scenarios.COMPARISONS,
+        lambda name: Panel(
+            name, "epoch", "test accuracy", curves("subsequent", scenario=name, first=1), x_log=True
         ),
     ),
-    Figure(
+    _figure(
         "settling",
         "Lemma 3.2: how far step t's permutation moves the path from where the last one does",
-        _names(scenarios.COMPARISONS),
-        _panels(scenarios.COMPARISONS, "unsettled", "step t", "‖π_t Δ − π_T Δ‖ / ‖Δ‖"),
+        scenarios.COMPARISONS,
+        lambda name: Panel(name, "step t", "‖π_t Δ − π_T Δ‖ / ‖Δ‖", curves("unsettled", scenario=name)),
     ),
     Figure(
         "regime",
         "When transfer works: accuracy without training",
-        _names(scenarios.REGIMES),
+        scenarios.list_names(scenarios.REGIMES),
         (
             *(
-                Panel(
-                    f"{method}, digits, {base}", RATIO, SHARE, regime(base, method), x_log=True, markers=True
+                log_panel(
+                    f"{method}, digits, {base}",
+                    "‖Δ‖ / ‖θ₁⁰‖",
+                    "accuracy, share of plain training's",
+                    partial(draw_regime, base, method),
                 )
                 for base in NETWORKS
                 for method in ("naive", "fgmt", "oracle")
             ),
             *(
-                Panel(
+                log_panel(
                     f"initial scale, {base}",
                     "times PyTorch's default",
                     "test accuracy",
-                    over("regime", base, "init", 1.0),
-                    x_log=True,
-                    markers=True,
+                    partial(draw_knob, "regime", base, "init", 1.0),
                 )
                 for base in NETWORKS
             ),
@@ -212,9 +173,9 @@ FIGURES = (
     Figure(
         "schedules",
         "Uniform, cosine, and the source's own checkpoints",
-        _names(scenarios.PATHS),
+        scenarios.list_names(scenarios.PATHS),
         tuple(
-            Panel(f"{method}, {base}", "step t", "validation accuracy", by_schedule(base, method))
+            Panel(f"{method}, {base}", "step t", "validation accuracy", partial(draw_schedules, base, method))
             for base in ("mlp2", "conv", "pretrained2", "cifar10")
             for method in ("fgmt", "gmt")
         ),
@@ -222,15 +183,13 @@ FIGURES = (
     Figure(
         "sensitivity",
         "T, batches a gradient, and their size",
-        _names(scenarios.SENSITIVITY),
+        scenarios.list_names(scenarios.SENSITIVITY),
         tuple(
-            Panel(
+            log_panel(
                 f"{title}, {base}",
                 title,
                 "test accuracy",
-                over("sensitivity", base, knob, first),
-                True,
-                markers=True,
+                partial(draw_knob, "sensitivity", base, knob, first),
             )
             for base in ("mlp2", "conv")
             for title, knob, first in (
@@ -240,60 +199,51 @@ FIGURES = (
             )
         ),
     ),
-    Figure(
+    _figure(
         "assumption",
         "Assumption (P): distance of what two runs learn, and 1 for unrelated runs",
-        _names(scenarios.ASSUMPTION),
-        _panels(scenarios.ASSUMPTION, "distance", "updates", "distance", x_log=True, markers=True),
+        scenarios.ASSUMPTION,
+        lambda name: log_panel(name, "updates", "distance", curves("distance", scenario=name)),
     ),
     Figure(
         "theorem",
         "Theorem A.1: distance of first gradients over the width",
-        _names(scenarios.THEOREM),
+        scenarios.list_names(scenarios.THEOREM),
         tuple(
-            Panel(
-                f"{side * side} inputs",
-                "hidden units",
-                "distance",
-                over_width(side),
-                x_log=True,
-                markers=True,
-            )
-            for side in (2, 4, 8)
+            log_panel(f"{side * side} inputs", "hidden units", "distance", partial(draw_widths, side))
+            for side in scenarios.SIDES
         ),
     ),
     Figure(
         "basins",
         "Loss from the first network to the second",
-        _names(scenarios.BASINS),
-        tuple(
-            Panel(
-                name, f"share of the second ({beginning} ...)", "test loss [nats]", landscape(name, beginning)
-            )
-            for name in _names(scenarios.BASINS)
-            for beginning in ("source", "target")
-        ),
-    ),
-    Figure(
-        "plane",
-        "Accuracy on the plane of target (origin), oracle and FGMT, seed 0",
-        _names(scenarios.BASINS),
-        tuple(Heatmap(name, "distance", "distance", plane(name)) for name in _names(scenarios.BASINS)),
-    ),
-    Figure(
-        "ports",
-        "A fine-tune on a new base",
-        _names(scenarios.PORTS),
+        scenarios.list_names(scenarios.BASINS),
         tuple(
             Panel(
                 name,
-                "images of each class",
-                "test accuracy",
-                curves("accuracy by images", methods=PORTED, scenario=name),
-                x_log=True,
-                markers=True,
+                f"share of the second ({beginning} ...)",
+                "test loss [nats]",
+                partial(draw_lines, name, beginning),
             )
-            for name in _names(scenarios.PORTS)
+            for name in scenarios.list_names(scenarios.BASINS)
+            for beginning in ("source", "target")
+        ),
+    ),
+    _figure(
+        "plane",
+        "Accuracy on the plane of target (origin), oracle and FGMT, seed 0",
+        scenarios.BASINS,
+        lambda name: Heatmap(name, "distance", "distance", partial(draw_plane, name)),
+    ),
+    _figure(
+        "ports",
+        "A fine-tune on a new base",
+        scenarios.PORTS,
+        lambda name: log_panel(
+            name,
+            "images of each class",
+            "test accuracy",
+            curves("accuracy by images", methods=PORTS, scenario=name),
         ),
     ),
 )

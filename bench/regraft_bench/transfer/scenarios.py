@@ -47,6 +47,10 @@ def untrained(settings: Named) -> Named:
     return {name: replace(own, subsequent=None, looks=()) for name, own in settings.items()}
 
 
+def list_names(scenarios: Scenarios) -> tuple[str, ...]:
+    return tuple(scenario.name for scenario in scenarios)
+
+
 def choose(*names: str) -> tuple[Method, ...]:
     return tuple(method for method in TRANSFERS if method.name in names)
 
