@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from regraft_bench.report.tables import (
     COMMON,
@@ -136,8 +137,8 @@ def compare_variants(
     def sheets(rows: Rows) -> Iterator[Sheet]:
         bases: dict[str, dict[str, list[Row]]] = {}
         for name, own in by_scenario(rows).items():
-            *base, variant = name.split("-", 1 if title else 2)
-            bases.setdefault("-".join(base), {})[variant] = own
+            *first, variant = name.split("-", 1 if title else 2)
+            bases.setdefault("-".join(first), {})[variant] = own
         for base, variants in bases.items():
             everything = [row for own in variants.values() for row in own]
             columns = accuracy_columns([m for m in methods if any(row.method == m for row in everything)])
@@ -284,7 +285,7 @@ SUBSEQUENT = (
 )
 METHOD_COLUMNS = (SEEDS, UNTRAINED, SECONDS, PLAIN_SHARE, DELTA, *SUBSEQUENT)
 RACE_COLUMNS = tuple(
-    Column(f"{heading} to {share:.0%}", lambda group, cell=cell, share=share: cell(group, share))
+    Column(f"{heading} to {share:.0%}", partial(cell, share=share))
     for share in (0.90, 0.95, 0.99)  # of plain training's accuracy
     for heading, cell in (("epochs", epochs), ("speed-up", speed_up))
 )

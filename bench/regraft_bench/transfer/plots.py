@@ -35,11 +35,11 @@ def draw_regime(base: str, method: str, rows: Rows) -> Iterator[Line]:
         for variant, own in variants(rows, "regime", base):
             ratio, accuracy = (mean_value(own, method, name) for name in ("delta_ratio", "accuracy"))
             plain = mean_value(own, "plain", "accuracy")
-            known = ratio is not None and accuracy is not None and plain is not None
-            if known and variant.startswith((knob, "base")):
+            if variant.startswith((knob, "base")) and ratio is not None and accuracy is not None and plain:
                 points.append((ratio, accuracy / plain))
         if points:
-            yield Line(knob, *zip(*sorted(points), strict=True))
+            x, y = zip(*sorted(points), strict=True)
+            yield Line(knob, x, y)
 
 
 def draw_knob(question: str, base: str, knob: str, first: float, rows: Rows) -> Iterator[Line]:
@@ -52,7 +52,8 @@ def draw_knob(question: str, base: str, knob: str, first: float, rows: Rows) -> 
                 points.setdefault(method, []).append((at, mean_value(own, method, "accuracy")))
     for method, line in points.items():
         if len(line) > 1:
-            yield Line(method, *zip(*sorted((x, y) for x, y in line if y is not None), strict=True))
+            x, y = zip(*sorted((at, mean) for at, mean in line if mean is not None), strict=True)
+            yield Line(method, x, y)
 
 
 def draw_schedules(base: str, method: str, rows: Rows) -> Iterator[Line]:

@@ -6,7 +6,7 @@ and the names of its scenarios begin with the question.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +47,7 @@ def untrained(settings: Named) -> Named:
     return {name: replace(own, subsequent=None, looks=()) for name, own in settings.items()}
 
 
-def list_names(scenarios: Scenarios) -> tuple[str, ...]:
+def list_names(scenarios: Sequence[Scenario]) -> tuple[str, ...]:
     return tuple(scenario.name for scenario in scenarios)
 
 

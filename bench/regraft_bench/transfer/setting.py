@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.core.clock import Clock, Cost
-from regraft.core.tensors import Batch, Tensors, fill_, state, use_generator
+from regraft.core.tensors import Pair, Tensors, fill_, state, use_generator
 from regraft.data import Dataset
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.networks.heads import adopt
@@ -225,17 +225,17 @@ class TransferSetting(Setting):
 
     # ---------------------------------------------------------------- images
 
-    def validation(self, size: int = EVALUATION_BATCH) -> Iterable[Batch]:
+    def validation(self, size: int = EVALUATION_BATCH) -> Iterable[Pair]:
         """Batches of the validation split."""
         return self.data.validation.batches(size, device=self.device)
 
-    def tests(self, size: int = EVALUATION_BATCH) -> Iterable[Batch]:
+    def tests(self, size: int = EVALUATION_BATCH) -> Iterable[Pair]:
         """Batches of the test split; a tuning run must not ask for them."""
         if self.tuning:
             raise ValueError("a tuning run must not look at test data")
         return self.data.test.batches(size, device=self.device)
 
-    def stream(self) -> Iterable[Batch]:
+    def stream(self) -> Iterable[Pair]:
         """Batches for gradients, drawn and augmented as training's are; the same ones for every method."""
         recipe = self.settings.recipe
         return self.data.train.batches(
@@ -246,7 +246,7 @@ class TransferSetting(Setting):
             drop_last=True,
         )
 
-    def endless_stream(self) -> Iterable[Batch]:
+    def endless_stream(self) -> Iterable[Pair]:
         """The same over and over, each time in another order."""
         return chain.from_iterable(repeat(self.stream()))
 

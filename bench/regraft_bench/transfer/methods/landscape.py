@@ -46,11 +46,11 @@ def measure_line(find_ends: Callable[[TransferSetting], Ends], setting: Transfer
 
 def measure_plane(setting: TransferSetting) -> Measured:
     """The plane through the trained target, the oracle's and FGMT's network (first version, figure 6c)."""
-    ends = (run_transfer(setting, name, evaluate=False).params for name in ("oracle", "fgmt"))
-    corners = setting.plain.tensors, *ends
+    target = setting.plain.tensors
+    oracle, fgmt = (run_transfer(setting, name, evaluate=False).params for name in ("oracle", "fgmt"))
     clock, batches = Clock(), _statistics(setting)
     with clock.phase("evaluation", setting.device):
-        grid = plane(setting.model, *corners, setting.tests(), PLANE_POINTS, statistics=batches)
+        grid = plane(setting.model, target, oracle, fgmt, setting.tests(), PLANE_POINTS, statistics=batches)
     at = tuple(tuple(round(v, 2) for v in axis.tolist()) for axis in (grid.y, grid.x))
     places = {
         f"{name} {axis}": float(grid.corners[row, column])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from regraft.core.clock import Clock
 from regraft.core.forward import call
-from regraft.core.tensors import Batch, Perm, Tensors, fill_, state
+from regraft.core.tensors import Pair, Perm, Tensors, fill_, state
 from regraft.fusion.repair import hooks
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.matching.descent import match
@@ -66,7 +66,7 @@ def match_activations(setting: TransferSetting) -> Perm:
     return perm
 
 
-def _outputs(setting: TransferSetting, theta: Tensors, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _outputs(setting: TransferSetting, theta: Tensors, batches: Sequence[Pair]) -> dict[str, Tensor]:
     """Each group's outputs, [units, images x places], every unit with mean 0 and length 1."""
     model, spec = setting.model, setting.spec
     layers = {name: group for group in spec.groups for name in _layers(model, spec, group)}

@@ -206,7 +206,9 @@ def port_by_command(setting: TransferSetting, seen: FewShotData, clock: Clock) -
         for name, file in files.items():
             write_tensors(file, {n: x for n, x in theta[name].items() if name == "tuned" or n not in head})
         result = regraft.port(
-            *files.values(),
+            files["base"],
+            files["tuned"],
+            files["new_base"],
             Path(folder, "port"),
             model=setting.model,
             inputs=seen.batches[0][0][:2],

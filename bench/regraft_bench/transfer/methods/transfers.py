@@ -28,8 +28,6 @@ from regraft.training.loop import Training
 from regraft_bench.study import Measured, Method, Series, first_paragraph
 from regraft_bench.transfer.setting import TransferSetting, count_updates
 
-Values = dict[str, float | None]
-
 
 def train_plainly(setting: TransferSetting) -> Measured:
     """Train the target's own start: what a transfer is to save."""
@@ -110,7 +108,7 @@ def measure_transfer(setting: TransferSetting, transfer: Transfer, before: Mappi
 
     before: what else the method took, by phase.
     """
-    values: Values = {
+    values = {
         "validation": transfer.best_accuracy,
         "best_step": transfer.best_step,
         "gradients": transfer.gradients,
@@ -132,7 +130,7 @@ def measure_start(
     setting: TransferSetting,
     params: Tensors,
     cost: Mapping[str, Cost],
-    values: Values,
+    values: Mapping[str, float | None],
     series: Mapping[str, Series] | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Measured:
@@ -140,24 +138,24 @@ def measure_start(
 
     A tuning run has none, and sees no test data.
     """
-    values = {
+    measured: dict[str, float | None] = {
         "delta_ratio": delta_ratio(setting, setting.source_start, setting.source.tensors),
         "source": setting.source.history[-1].test_accuracy,
         "peak_memory [bytes]": peak_memory(setting.device),
         **values,
     }
-    series = dict(series or {})
+    curves = dict(series or {})
     if setting.tuning:
         pass
     elif setting.settings.subsequent is None:
-        values["accuracy"] = accuracy(setting.model, params, setting.tests())
+        measured["accuracy"] = accuracy(setting.model, params, setting.tests())
     else:
         assert setting.method is not None
         purpose = f"after {setting.method.name}"
         after = setting.learn(purpose, params, setting.settings.subsequent, "subsequent")
-        values |= {"accuracy": after.history[0].test_accuracy, "final": after.history[-1].test_accuracy}
-        series |= training_curves(after, total_charge(cost))
-    return Measured(values, series, cost, notes or {})
+        measured |= {"accuracy": after.history[0].test_accuracy, "final": after.history[-1].test_accuracy}
+        curves |= training_curves(after, total_charge(cost))
+    return Measured(measured, curves, cost, notes or {})
 
 
 def chance_level(setting: TransferSetting) -> float:
