@@ -317,11 +317,11 @@ def code() -> Code:
     packages = [
         Path(str(package.__file__)).resolve().parent for package in (regraft, regraft_kernels, regraft_bench)
     ]
-    trees = [tree_hash(folder) for folder in packages]
+    trees = library, kernels, bench = [tree_hash(folder) for folder in packages]
     commit = _git(packages[0], "rev-parse", "HEAD")
     committed = [_git(folder, "rev-parse", "HEAD:./") for folder in packages]
     changed = None if commit is None else committed != trees
-    return Code(regraft.__version__, *trees[:2], commit, changed, trees[2])
+    return Code(regraft.__version__, library, kernels, commit, changed, bench)
 
 
 def tree_hash(folder: Path) -> str:

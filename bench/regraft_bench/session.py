@@ -38,8 +38,8 @@ def prepare(options: Options) -> None:
 
 def run_paths(options: Options) -> RunPaths:
     """Where a run with these options finds and leaves things."""
-    kept = {} if options.cache is None else {"cache": options.cache}
-    return RunPaths(options.data, device=options.device, **kept)
+    place = RunPaths(options.data, device=options.device)
+    return place if options.cache is None else replace(place, cache=options.cache)
 
 
 def choose(

@@ -17,17 +17,8 @@ from regraft_bench.report.tables import Rows, current, groups
 VEGA_LITE = "6.4"
 
 COLOURS = (
-    "#1f6fb4",
-    "#c2273f",
-    "#2a7f62",
-    "#b0651d",
-    "#8a63b5",
-    "#6b7280",
-    "#17a2b8",
-    "#d4a017",
-    "#9c7a5b",
-    "#e377c2",
-)
+    "#1f6fb4", "#c2273f", "#2a7f62", "#b0651d", "#8a63b5", "#6b7280", "#17a2b8", "#d4a017", "#9c7a5b", "#e377c2",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,8 +82,8 @@ class Figure:
     def collect_panels(self, rows: Rows) -> list[tuple[Panel | Heatmap, Any]]:
         """Every panel with its lines or cells; those without any are left out."""
         own = current(rows, self.scenarios)
-        found = [(p, list(p.lines(own)) if isinstance(p, Panel) else p.cells(own)) for p in self.panels]
-        return [(panel, data) for panel, data in found if data]
+        panels = [(p, list(p.lines(own)) if isinstance(p, Panel) else p.cells(own)) for p in self.panels]
+        return [(panel, data) for panel, data in panels if data]
 
 
 # ---------------------------------------------------------------- lines of rows
@@ -107,13 +98,13 @@ def curves(
     """
 
     def lines(rows: Rows) -> list[Line]:
-        own = [row for row in rows if scenario is None or row.scenario == scenario]
-        found = []
-        for name, group in groups(own).items():
+        own = groups([row for row in rows if scenario is None or row.scenario == scenario])
+        drawn = []
+        for name, group in own.items():
             tables = [dict(row.series[series].points()) for row in group.rows if series in row.series]
             if tables and (methods is None or name in methods):
-                found.append(band(name, tables, first))
-        return [line for line in found if line.x]
+                drawn.append(band(name, tables, first))
+        return [line for line in drawn if line.x]
 
     return lines
 
@@ -122,18 +113,13 @@ def leaders(scenario: str) -> Callable[[Rows], list[Line]]:
     """A point for every method of a scenario: mean cost, mean accuracy."""
 
     def lines(rows: Rows) -> list[Line]:
-        own = groups(
-            [row for row in rows if row.scenario == scenario and not row.failure and row.seconds > 0]
-        )
-        return [
-            Line(
-                name,
-                (float(f"{statistics.fmean(row.seconds for row in group.rows):.4g}"),),
-                (statistics.fmean(accuracies),),
-            )
-            for name, group in own.items()
-            if (accuracies := group.values("accuracy"))
-        ]
+        own = [row for row in rows if row.scenario == scenario and not row.failure and row.seconds > 0]
+        points = []
+        for name, group in groups(own).items():
+            if accuracies := group.values("accuracy"):
+                cost = statistics.fmean(row.seconds for row in group.rows)
+                points.append(Line(name, (float(f"{cost:.4g}"),), (statistics.fmean(accuracies),)))
+        return points
 
     return lines
 
@@ -155,21 +141,21 @@ def band(name: str, tables: Sequence[dict[Any, float]], first: int = 0) -> Line:
 
 def vega_lite_spec(figure: Figure, rows: Rows) -> dict[str, Any] | None:
     """The figure in Vega-Lite, for the page and for files; None where no row has anything to draw."""
-    drawn = figure.collect_panels(rows)
-    if not drawn:
+    panels = figure.collect_panels(rows)
+    if not panels:
         return None
     # by the whole study's methods: one has the same colour in every figure
     methods = dict.fromkeys(row.method for row in rows)
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(methods)}
-    panels = [
-        _lines(panel, data, colours, number) if isinstance(panel, Panel) else _cells(panel, data)
-        for number, (panel, data) in enumerate(drawn)
+    drawn = [
+        _draw_lines(panel, data, colours, number) if isinstance(panel, Panel) else _draw_cells(panel, data)
+        for number, (panel, data) in enumerate(panels)
     ]
-    columns = 3 if any(isinstance(panel, Heatmap) for panel, _ in drawn) else 2
+    columns = 3 if any(isinstance(panel, Heatmap) for panel, _ in panels) else 2
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "title": {"text": figure.title, "anchor": "start", "fontSize": 14},
-        "concat": panels,
+        "concat": drawn,
         "columns": min(len(panels), columns),
         "resolve": {"scale": {"color": "independent"}},
         "config": {"view": {"continuousWidth": 330, "continuousHeight": 210}, "legend": {"labelLimit": 220}},
@@ -180,73 +166,63 @@ def svg(figure: Figure, rows: Rows) -> str | None:
     """The figure as SVG text, the same for the same rows; None where no row has anything to draw."""
     import vl_convert
 
-    found = vega_lite_spec(figure, rows)
-    if found is None:
+    spec = vega_lite_spec(figure, rows)
+    if spec is None:
         return None
-    drawn = vl_convert.vegalite_to_svg({**found, "background": "white"}, vl_version=VEGA_LITE)
-    return _numbered_anew(drawn) + "\n"
+    drawing = vl_convert.vegalite_to_svg({**spec, "background": "white"}, vl_version=VEGA_LITE)
+    return _renumber_gradients(drawing) + "\n"
 
 
-def _numbered_anew(drawing: str) -> str:
-    """Gradients numbered from 0: the engine counts them on from one drawing to the next."""
+def _renumber_gradients(drawing: str) -> str:
+    """From 0: the engine counts them on from one drawing to the next."""
     numbers: dict[str, int] = {}
     return re.sub(
-        r"\bgradient_\d+", lambda found: f"gradient_{numbers.setdefault(found[0], len(numbers))}", drawing
+        r"\bgradient_\d+", lambda match: f"gradient_{numbers.setdefault(match[0], len(numbers))}", drawing
     )
 
 
-def _lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number: int) -> dict[str, Any]:
+def _draw_lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number: int) -> dict[str, Any]:
     """A band and a line for each; pointing at a line tells its values, a click on the legend picks it out."""
     names = list(dict.fromkeys(line.name for line in lines))
     for name in names:
         colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
-    values = [point for line in lines for point in _points(line)]
-    words = any(isinstance(point["x"], str) for point in values)
-    axis = {"field": "x", "title": panel.x, "type": "ordinal" if words else "quantitative"}
-    axis |= {"sort": None} if words else {"scale": {**_scale(panel.x_log), "nice": False}}
+    if any(isinstance(x, str) for line in lines for x in line.x):
+        axis = _channel("x", "ordinal", panel.x, sort=None)
+    else:
+        axis = _channel("x", "quantitative", panel.x, scale={**_scale(panel.x_log), "nice": False})
+    scale = {"domain": names, "range": [colours[name] for name in names]}
+    colour = _channel("n", "nominal", None, sort=names, legend={"symbolOpacity": 1}, scale=scale)
+    base: dict[str, Any] = {"x": axis, "color": colour, "detail": {"field": "d"}}
     height = {"type": "quantitative", "title": panel.y, "scale": _scale(panel.y_log)}
-    colour = {
-        "field": "n",
-        "type": "nominal",
-        "title": None,
-        "sort": names,
-        "legend": {"symbolOpacity": 1},
-    }
-    colour["scale"] = {"domain": names, "range": [colours[name] for name in names]}
-    picked = f"picked_{number}"
-    dash = {"condition": {"test": "datum.d", "value": [4, 3]}, "value": [1, 0]}
-    base = {"x": axis, "color": colour, "detail": {"field": "d"}}
-    fields = {"n": "method", "x": panel.x, "y": panel.y, "l": "- deviation", "h": "+ deviation"}
-    told = [{"field": field, "title": title, "type": "nominal"} for field, title in fields.items()]
     band = {
         "transform": [{"filter": "isValid(datum.l)"}],
         "mark": {"type": "area", "opacity": 0.15},
         "encoding": {**base, "y": {**height, "field": "l"}, "y2": {"field": "h"}},
     }
-    curved = any(len(line.x) > 1 for line in lines)
-    bands = [band] if any(line.low for line in lines) else []
-    return {
-        "title": panel.title,
-        "data": {"values": values},
-        "layer": [
-            *bands,
-            {
-                "params": [{"name": picked, "select": {"type": "point", "fields": ["n"]}, "bind": "legend"}],
-                "mark": {
-                    "type": "line",
-                    "strokeWidth": 1.6,
-                    "point": {"size": 18 if curved else 90, "opacity": float(panel.markers)},
-                },
-                "encoding": {
-                    **base,
-                    "y": {**height, "field": "y"},
-                    "strokeDash": dash,
-                    "opacity": {"condition": {"param": picked, "value": 1}, "value": 0.12},
-                    "tooltip": told,
-                },
-            },
-        ],
+    picked, size = f"picked_{number}", 18 if any(len(line.x) > 1 for line in lines) else 90
+    point = {"size": size, "opacity": float(panel.markers)}
+    curve = {
+        "params": [{"name": picked, "select": {"type": "point", "fields": ["n"]}, "bind": "legend"}],
+        "mark": {"type": "line", "strokeWidth": 1.6, "point": point},
+        "encoding": {
+            **base,
+            "y": {**height, "field": "y"},
+            "strokeDash": {"condition": {"test": "datum.d", "value": [4, 3]}, "value": [1, 0]},
+            "opacity": {"condition": {"param": picked, "value": 1}, "value": 0.12},
+            "tooltip": _tooltip(n="method", x=panel.x, y=panel.y, l="- deviation", h="+ deviation"),
+        },
     }
+    layers = [band, curve] if any(line.low for line in lines) else [curve]
+    values = [point for line in lines for point in _points(line)]
+    return {"title": panel.title, "data": {"values": values}, "layer": layers}
+
+
+def _channel(field: str, kind: str, title: str | None, **more: Any) -> dict[str, Any]:
+    return {"field": field, "type": kind, "title": title, **more}
+
+
+def _tooltip(**titles: str) -> list[dict[str, Any]]:
+    return [_channel(field, "nominal", title) for field, title in titles.items()]
 
 
 def _scale(log: bool) -> dict[str, Any]:
@@ -255,12 +231,12 @@ def _scale(log: bool) -> dict[str, Any]:
 
 def _points(line: Line) -> list[dict[str, Any]]:
     """Name, x, y, and only where there are any low (l), high (h) and that it is dashed (d): a page has many."""
-    bands = zip(line.low, line.high, strict=True) if line.low else [None] * len(line.x)
     same = {"n": line.name, **({"d": 1} if line.dashed else {})}
-    return [
-        {**same, "x": x, "y": _short(y), **({"l": _short(band[0]), "h": _short(band[1])} if band else {})}
-        for x, y, band in zip(line.x, line.y, bands, strict=True)
-    ]
+    points = [{**same, "x": x, "y": _short(y)} for x, y in zip(line.x, line.y, strict=True)]
+    if line.low:
+        for point, low, high in zip(points, line.low, line.high, strict=True):
+            point.update(l=_short(low), h=_short(high))
+    return points
 
 
 def _short(number: float | None) -> float | None:
@@ -268,26 +244,18 @@ def _short(number: float | None) -> float | None:
     return None if number is None or not math.isfinite(number) else float(f"{number:.4g}")
 
 
-def _cells(panel: Heatmap, cells: Cells) -> dict[str, Any]:
+def _draw_cells(panel: Heatmap, cells: Cells) -> dict[str, Any]:
     values = [
         {"r": row, "c": column, "v": _short(value)}
         for row, line in zip(cells.rows, cells.values, strict=True)
         for column, value in zip(cells.columns, line, strict=True)
     ]
     scale = {"domain": [panel.low, panel.high], "scheme": "redblue" if panel.low < 0 else "viridis"}
-    return {
-        "title": panel.title,
-        "data": {"values": values},
-        "mark": "rect",
-        "width": 230,
-        "height": 190,
-        "encoding": {
-            "x": {"field": "c", "type": "ordinal", "sort": None, "title": panel.x},
-            "y": {"field": "r", "type": "ordinal", "sort": None, "title": panel.y},
-            "color": {"field": "v", "type": "quantitative", "title": None, "scale": scale},
-            "tooltip": [
-                {"field": field, "title": title, "type": "nominal"}
-                for field, title in (("r", panel.y), ("c", panel.x), ("v", "value"))
-            ],
-        },
+    encoding = {
+        "x": _channel("c", "ordinal", panel.x, sort=None),
+        "y": _channel("r", "ordinal", panel.y, sort=None),
+        "color": _channel("v", "quantitative", None, scale=scale),
+        "tooltip": _tooltip(r=panel.y, c=panel.x, v="value"),
     }
+    size = {"width": 230, "height": 190}
+    return {"title": panel.title, "data": {"values": values}, "mark": "rect", **size, "encoding": encoding}

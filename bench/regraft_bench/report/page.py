@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from regraft_bench.report.figures import COLOURS, VEGA_LITE, vega_lite_spec
@@ -24,6 +25,7 @@ from regraft_bench.study import Study
 from regraft_bench.tracking import history
 
 LIBRARY = "window.embed = vegaEmbed;"
+KINDS = ("html", "css", "js")
 
 
 def page(folder: Path, studies: Sequence[Study]) -> str:
@@ -31,42 +33,29 @@ def page(folder: Path, studies: Sequence[Study]) -> str:
     import vl_convert
 
     figures: dict[str, Any] = {}
-    body, measured, leaders, tracks = "", [], [], []
+    leaders: list[dict[str, Any]] = []
+    body, measured, tracks = "", [], []
     for study in studies:  # of all studies' rows no two need be in memory at once
         if rows := load_rows(folder, study):
             measured.append(study.name)
             body += _section(study, rows, figures)
             leaders += _leaders(study, rows)
             tracks += history.find_tracks(rows)
-    body += _history(history.tracks_sheet(tracks)) if tracks else ""
+    if tracks:
+        body += f'<h2 id="history">History</h2>{_table(history.tracks_sheet(tracks), "history", True)}'
     names = ["leaderboard"] * bool(leaders) + measured + ["history"] * bool(tracks)
-    links = "".join(f'<a href="#{name}">{name}</a>' for name in names)
-    data = {
-        "figures": figures,
-        "leaders": leaders,
-        "colours": COLOURS,
-        "clock": "CPU seconds (wall clock on a GPU), evaluation apart",
-    }
-    told = base64.b64encode(gzip.compress(json.dumps(data, allow_nan=False).encode(), mtime=0)).decode()
-    style, script = (
-        (files("regraft_bench.report") / f"page.{kind}").read_text("utf-8") for kind in ("css", "js")
-    )
-    library = (
-        vl_convert.javascript_bundle(LIBRARY, vl_version=VEGA_LITE).replace("</script", "<\\/script")
-        if measured
-        else ""
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>regraft: results</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'
-        f"<style>{style}</style></head><body>"
-        '<header><h1>regraft: results</h1><p class="dim">Learning moved from one network into another without '
-        "training it again, beside what training costs. Made of rows by <code>regraft report</code>.</p></header>"
-        f'<nav><div>{links}<input id="filter" type="search" placeholder="filter tables" aria-label="filter tables">'
-        f"</div></nav><main>{_board(leaders)}{body}</main>"
-        f'<script type="text/plain" id="data">{told}</script>'
-        f'<script type="module">{library}\n{script}</script></body></html>\n'
+    clock = "CPU seconds (wall clock on a GPU), evaluation apart"
+    data = {"figures": figures, "leaders": leaders, "colours": COLOURS, "clock": clock}
+    packed = gzip.compress(json.dumps(data, allow_nan=False).encode(), mtime=0)
+    library = vl_convert.javascript_bundle(LIBRARY, vl_version=VEGA_LITE) if measured else ""
+    parts = {kind: (files("regraft_bench.report") / f"page.{kind}").read_text("utf-8") for kind in KINDS}
+    return Template(parts["html"]).substitute(
+        style=parts["css"],
+        links="".join(f'<a href="#{name}">{name}</a>' for name in names),
+        main=_board(leaders) + body,
+        data=base64.b64encode(packed).decode(),
+        library=library.replace("</script", "<\\/script"),
+        script=parts["js"],
     )
 
 
@@ -83,11 +72,9 @@ def _section(study: Study, rows: Sequence[Row], figures: dict[str, Any]) -> str:
             )
     for table in study.tables:
         sheets = table.make_sheets(rows)
-        if sheets:
-            parts.append(f"<h3>{escape(table.title)}</h3>")
-        parts += [
-            _table(sheet, f"{study.name} {table.title} {sheet.title}", len(sheets) > 4) for sheet in sheets
-        ]
+        parts += [f"<h3>{escape(table.title)}</h3>"] * bool(sheets)
+        for sheet in sheets:
+            parts.append(_table(sheet, f"{study.name} {table.title} {sheet.title}", len(sheets) > 4))
     return "".join([*parts, _glossary(study, rows)])
 
 
@@ -110,10 +97,6 @@ def _table(sheet: Sheet, words: str, folded: bool) -> str:
     )
 
 
-def _history(sheet: Sheet) -> str:
-    return f'<h2 id="history">History</h2>{_table(sheet, "history", True)}'
-
-
 def _board(leaders: Sequence[dict[str, Any]]) -> str:
     names = dict.fromkeys(point["scenario"] for point in leaders)
     if not names:
@@ -132,11 +115,8 @@ def _leaders(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """A point for each method of each scenario that has an accuracy and a cost."""
     about = {(s.name, method.name): method.about for s in study.scenarios for method in s.methods}
     for scenario, own in by_scenario(current(rows)).items():
-        points = [
-            p
-            for name, group in groups(own).items()
-            if (p := _point(name, group, about.get((scenario, name), ""))) is not None
-        ]
+        every = (_point(group, about.get((scenario, name), "")) for name, group in groups(own).items())
+        points = [point for point in every if point is not None]
         best = 0.0
         for point in sorted(points, key=lambda p: (p["seconds"], -p["accuracy"])):
             point["best"] = point["accuracy"] > best
@@ -144,7 +124,7 @@ def _leaders(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         yield from ({"scenario": f"{study.name}: {scenario}", **point} for point in points if len(points) > 1)
 
 
-def _point(name: str, group: Group, about: str) -> dict[str, Any] | None:
+def _point(group: Group, about: str) -> dict[str, Any] | None:
     accuracies = group.values("accuracy")
     seconds = [row.seconds for row in group.rows if not row.failure and row.seconds > 0]
     if not accuracies or not seconds:
@@ -154,7 +134,7 @@ def _point(name: str, group: Group, about: str) -> dict[str, Any] | None:
     shares = [own.seconds / plain.seconds for own, plain in group.beside() if plain.seconds]
     row = group.rows[-1]
     return {
-        "method": name,
+        "method": group.method,
         "about": about,
         "accuracy": round(middle, 4),
         "deviation": round(deviation, 4),

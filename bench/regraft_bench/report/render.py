@@ -38,22 +38,17 @@ def write_pages(folder: Path, studies: Sequence[Study], documents: Sequence[Path
     """Write every study's tables (``<study>/tables.md``) and figures (``<study>/<figure>.svg``), and fill the marks of
     the documents. Returns what was written.
     """
-    made = []
+    texts = {}
     for study in studies:
-        rows = load_rows(folder, study)
-        if not rows:
-            continue
-        texts = {folder / study.name / "tables.md": markdown(study, rows)}
-        for figure in study.figures:
-            if (drawing := svg(figure, rows)) is not None:
-                texts[folder / study.name / f"{figure.name}.svg"] = drawing
-        for path, text in texts.items():
-            write_text(path, text)
-            made.append(path)
+        if rows := load_rows(folder, study):
+            texts[folder / study.name / "tables.md"] = markdown(study, rows)
+            drawings = {figure.name: svg(figure, rows) for figure in study.figures}
+            texts |= {folder / study.name / f"{name}.svg": text for name, text in drawings.items() if text}
     for path in documents:
-        write_text(path, fill_tables(path.read_text(encoding="utf-8"), folder, studies))
-        made.append(path)
-    return made
+        texts[path] = fill_tables(path.read_text(encoding="utf-8"), folder, studies)
+    for path, text in texts.items():
+        write_text(path, text)
+    return list(texts)
 
 
 def for_papers(folder: Path, studies: Sequence[Study]) -> list[Path]:
@@ -62,55 +57,46 @@ def for_papers(folder: Path, studies: Sequence[Study]) -> list[Path]:
     """
     import vl_convert
 
-    made = []
+    written = []
     for study in studies:
         rows, place = load_rows(folder, study), folder / study.name
         if not rows:
             continue
         sheets = (sheet for table in study.tables for sheet in table.make_sheets(rows))
         write_text(place / "tables.tex", "\n".join(sheet.latex() for sheet in sheets))
-        drawn = [place / f"{figure.name}.svg" for figure in study.figures]
-        drawn = [path for path in drawn if path.is_file()]
-        for path in drawn:
+        written.append(place / "tables.tex")
+        drawings = (place / f"{figure.name}.svg" for figure in study.figures)
+        for path in filter(Path.is_file, drawings):
             pixels = vl_convert.svg_to_png(path.read_text(encoding="utf-8"), scale=2)
             write_bytes(path.with_suffix(".png"), pixels)
-        made += [place / "tables.tex", *(path.with_suffix(".png") for path in drawn)]
-    return made
+            written.append(path.with_suffix(".png"))
+    return written
 
 
 def markdown(study: Study, rows: Sequence[Row]) -> str:
     """All tables of a study."""
-    parts = [
-        f"# {study.title}",
-        "",
-        "Mean ± standard deviation over seeds. Made of rows.jsonl by `regraft report`.",
-        "",
-    ]
+    source = "Mean ± standard deviation over seeds. Made of rows.jsonl by `regraft report`."
+    parts = [f"# {study.title}", "", source, ""]
     for table in study.tables:
-        sheets = table.make_sheets(rows)
-        if sheets:
+        if sheets := table.make_sheets(rows):
             parts += [f"## {table.title}", "", *(sheet.markdown(3) for sheet in sheets)]
-    parts += [
-        "## The methods",
-        "",
-        *(f"- **{names}**: {about}" for about, names in glossary(study, rows).items()),
-    ]
-    return "\n".join(parts).rstrip() + "\n"
+    methods = (f"- **{names}**: {about}" for about, names in glossary(study, rows).items())
+    return "\n".join([*parts, "## The methods", "", *methods]).rstrip() + "\n"
 
 
 def glossary(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     """What a study's methods do that have rows: a sentence, and the names of those of which it is true."""
     measured = {(row.scenario, row.method) for row in rows}
-    found: dict[str, dict[str, None]] = {}
+    names: dict[str, dict[str, None]] = {}
     for scenario in study.scenarios:
         for method in scenario.methods:
             if (scenario.name, method.name) in measured:
                 name = method.name.removeprefix(f"{method.config.get('contest')}: ")
-                found.setdefault(method.about, {})[name] = None
-    return {about: _few(list(names)) for about, names in found.items()}
+                names.setdefault(method.about, {})[name] = None
+    return {about: _shorten(list(own)) for about, own in names.items()}
 
 
-def _few(names: Sequence[str]) -> str:
+def _shorten(names: Sequence[str]) -> str:
     more = f"; and {len(names) - 5} more" if len(names) > 6 else ""
     return "; ".join(names[:5] if more else names) + more
 
@@ -122,8 +108,8 @@ def fill_tables(document: str, folder: Path, studies: Sequence[Study]) -> str:
     """
     known = {study.name: study for study in studies}
 
-    def fill(found: re.Match[str]) -> str:
-        head, study, name, scenario, end = found.groups()
+    def fill(mark: re.Match[str]) -> str:
+        head, study, name, scenario, end = mark.groups()
         tables = {table.name: table for table in known[study].tables} if study in known else {}
         if name not in tables:
             raise ValueError(f"a document quotes table {study}/{name}, which there is not")

@@ -36,27 +36,23 @@ class Sheet:
         frame = pd.DataFrame(list(self.lines), columns=list(self.heading))
         align = ["left", *["right"] * (len(self.heading) - 1)]
         body = frame.to_markdown(index=False, colalign=align, disable_numparse=True)
-        notes = [f"- {note}" for note in self.notes]
-        return "\n".join([f"{'#' * level} {self.title}", "", body, "", *notes, *[""] * bool(notes)])
+        notes = "".join(f"- {note}\n" for note in self.notes)
+        return f"{'#' * level} {self.title}\n\n{body}\n" + f"\n{notes}" * bool(notes)
 
     def latex(self) -> str:
         """A table environment with the title as its caption, for LuaLaTeX or XeLaTeX (titles hold Greek letters)."""
         import pandas as pd
 
-        frame = pd.DataFrame([[escape_latex(text) for text in line] for line in self.lines])
-        align = "l" + "r" * (len(self.heading) - 1)
-        header = [escape_latex(text) for text in self.heading]
-        return frame.to_latex(
-            index=False, header=header, column_format=align, caption=escape_latex(self.title)
-        )
+        header, *lines = (list(map(escape_latex, line)) for line in (self.heading, *self.lines))
+        align, title = "l" + "r" * (len(header) - 1), escape_latex(self.title)
+        return pd.DataFrame(lines).to_latex(index=False, header=header, column_format=align, caption=title)
 
     def rich(self) -> Any:
         """A rich Table."""
         from rich.table import Table as RichTable
 
-        table = RichTable(
-            title=self.title, caption="\n".join(self.notes), title_style="bold", title_justify="left"
-        )
+        table = RichTable(title=self.title, title_style="bold", title_justify="left")
+        table.caption = "\n".join(self.notes)
         for number, heading in enumerate(self.heading):
             table.add_column(heading, justify="right" if number else "left", overflow="fold")
         for line in self.lines:
@@ -123,34 +119,33 @@ def current(rows: Rows, scenarios: Sequence[str] | None = None) -> list[Row]:
     Scenarios in the order asked for (or first measured), methods in that in which they were first measured; tuning
     runs are left out.
     """
-    order = dict.fromkeys([row.scenario for row in rows] if scenarios is None else scenarios)
+    order = list(dict.fromkeys([row.scenario for row in rows] if scenarios is None else scenarios))
     rows = [row for row in rows if row.scenario in order and row.seed != TUNING_SEED]
-    newest: dict[tuple[str, str], dict[str, Any]] = {(r.scenario, r.method): r.config for r in rows}
-    found: dict[tuple[str, str, int], Row] = {}
-    for row in rows:
-        if row.config == newest[row.scenario, row.method]:
-            found[row.scenario, row.method, row.seed] = row
-    place = {name: number for number, name in enumerate(order)}
-    measured = {run: number for number, run in enumerate(newest)}
-    return sorted(
-        found.values(), key=lambda row: (place[row.scenario], measured[row.scenario, row.method], row.seed)
-    )
+    newest = {(row.scenario, row.method): row.config for row in rows}
+    measured = list(newest)
+    last = {
+        (order.index(row.scenario), measured.index((row.scenario, row.method)), row.seed): row
+        for row in rows
+        if row.config == newest[row.scenario, row.method]
+    }
+    return [last[key] for key in sorted(last)]
 
 
 def by_scenario(rows: Rows) -> dict[str, list[Row]]:
     """Rows by scenario, in their order."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.scenario, []).append(row)
-    return found
+    return _split(rows, "scenario")
 
 
 def groups(rows: Rows) -> dict[str, Group]:
     """One scenario's rows by method, in their order."""
-    found: dict[str, list[Row]] = {}
+    return {method: Group(method, own, rows) for method, own in _split(rows, "method").items()}
+
+
+def _split(rows: Rows, name: str) -> dict[str, list[Row]]:
+    parts: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.method, []).append(row)
-    return {method: Group(method, own, rows) for method, own in found.items()}
+        parts.setdefault(getattr(row, name), []).append(row)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -170,11 +165,9 @@ def compare_methods(rows: Rows, method: str, other: str, value: str = "accuracy"
     """Whether one method of a scenario is better than another; None where they share no seed."""
     from scipy import stats
 
-    pairs = [
-        (a.values[value], b.values[value])
-        for a, b in Group(method, [row for row in rows if row.method == method], rows).beside(other)
-        if a.values.get(value) is not None and b.values.get(value) is not None
-    ]
+    beside = Group(method, [row for row in rows if row.method == method], rows).beside(other)
+    values = [(a.values.get(value), b.values.get(value)) for a, b in beside]
+    pairs = [(a, b) for a, b in values if a is not None and b is not None]
     if not pairs:
         return None
     differences = [a - b for a, b in pairs]
@@ -251,11 +244,8 @@ def by_method(
     def sheets(rows: Rows) -> Iterator[Sheet]:
         for scenario, own in by_scenario(rows).items():
             lines = tuple((name, *(c.cell(group) for c in columns)) for name, group in groups(own).items())
-            answers = [
-                f"{method} − {other}: {found}"
-                for method, other in questions
-                if (found := compare_methods(own, method, other, value)) is not None
-            ]
+            differences = [(*pair, compare_methods(own, *pair, value)) for pair in questions]
+            answers = [f"{one} − {other}: {found}" for one, other, found in differences if found is not None]
             failures = [f"{r.method}, seed {r.seed}: {r.failure}" for r in own if r.failure]
             heading = ("method", *(column.heading for column in columns))
             yield Sheet(scenario, heading, lines, (*answers, *failures, *provenance(own)))

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 from typing import IO
 
 from regraft_bench.rows import Row, read_rows, tree_hash
@@ -122,27 +123,30 @@ class _Side:
     code: Path
     results: Path
     server: subprocess.Popen[str]
-    said: IO[str]
+    stderr: IO[str]
 
     @classmethod
     @contextmanager
     def start(cls, name: str, code: Path, argv: Sequence[str], results: Path) -> Iterator[_Side]:
         path = os.pathsep.join(str((code / place).resolve()) for place in SOURCES)
-        command = [sys.executable, "-P", "-c", SERVER, "bench", *argv]
-        command += ["--results", str(results), "--rows-only"]
+        env = {**os.environ, "PYTHONPATH": path}
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            SERVER,
+            "bench",
+            *argv,
+            "--results",
+            str(results),
+            "--rows-only",
+        ]
         with (
-            tempfile.TemporaryFile("w+") as said,
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=said,
-                text=True,
-                env={**os.environ, "PYTHONPATH": path},
-            ) as server,
+            tempfile.TemporaryFile("w+") as stderr,
+            subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=stderr, text=True, env=env) as server,
         ):
             try:
-                yield cls(name, code, results, server, said)
+                yield cls(name, code, results, server, stderr)
             finally:
                 server.kill()
 
@@ -151,14 +155,14 @@ class _Side:
         assert self.server.stdin is not None and self.server.stdout is not None
         with suppress(BrokenPipeError):  # where it has ended, its status and its last words follow
             print(file=self.server.stdin, flush=True)
-        status, found = self.server.stdout.readline().strip(), self.rows()
-        if status not in ("0", "1") or not found:
-            self.said.seek(0)
-            last = self.said.read().strip().rpartition("\n")[2]
+        status, rows = self.server.stdout.readline().strip(), self.rows()
+        if status not in ("0", "1") or not rows:
+            self.stderr.seek(0)
+            last = self.stderr.read().strip().rpartition("\n")[2]
             raise ChildProcessError(
                 f"the side {self.name!r} could not be measured: {last or f'status {status}'}"
             )
-        if found[-1].code.trees != tuple(tree_hash(self.code / package) for package in PACKAGE_FOLDERS):
+        if rows[-1].code.trees != tuple(tree_hash(self.code / package) for package in PACKAGE_FOLDERS):
             raise ChildProcessError(f"the side {self.name!r} ran other code than that in {self.code}")
 
     def rows(self) -> list[Row]:

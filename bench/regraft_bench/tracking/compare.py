@@ -6,8 +6,9 @@
 Errors are paired by seed. On the same kind of machine with the same packages they are bit for bit the same unless the
 code's arithmetic changed, so that there any rise is one, whatever an interval says. Costs are compared as ratios to a
 control of the same run (plain training, or what one would write by hand), so that a slower machine is no regression,
-and only between rows of the same kind of machine. One run is one measurement, however many rounds it took: rounds of
-one process share its luck. A verdict needs a confidence interval; one measurement proves nothing and says so.
+and only between rows of the same kind of machine. One run is one measurement, however many rounds it took: rounds
+within one process are not independent. A verdict needs a confidence interval; one measurement proves nothing, and it
+is said so.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -96,12 +97,11 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Pairs of the same quantity: errors, or costs. exact: equal code would give equal numbers."""
+    """Pairs (before, after) of the same quantity: errors, or costs. exact: equal code would give equal numbers."""
 
     key: tuple[str, str, str]
     quantity: str
-    before: Sequence[float]
-    after: Sequence[float]
+    pairs: Sequence[tuple[float, float]]
     exact: bool = False
 
 
@@ -118,9 +118,9 @@ def find_changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
         raise ValueError("the two sides have no run of the same study, scenario, method and configuration")
     samples = [sample for key in shared for sample in _samples(key[:3], old[key], new[key])]
     level = 1 - (1 - CONFIDENCE) / max(1, len(samples))
-    found = [_judge(sample, level) for sample in samples]
+    judged = [_judge(sample, level) for sample in samples]
     lonely = [*(k for k in old if k not in new), *(k for k in new if k not in old)]
-    return [*found, *(Change(*k[:3], "runs", None, None, None, None, None, 0, ONE_SIDED) for k in lonely)]
+    return [*judged, *(Change(*k[:3], "runs", None, None, None, None, None, 0, ONE_SIDED) for k in lonely)]
 
 
 _Key = tuple[str, str, str, str, str]
@@ -131,35 +131,35 @@ def _by_method(rows: Sequence[Row]) -> dict[_Key, dict[int, list[_Run]]]:
     measured that seed last.
     """
     configurations = {(r.study, r.scenario, r.method): r.config for r in rows if r.seed != TUNING_SEED}
-    found: dict[_Key, dict[int, list[_Run]]] = {}
+    by_method: dict[_Key, dict[int, list[_Run]]] = {}
     for row, cost in zip(rows, relative_costs(rows), strict=True):
         name = (row.study, row.scenario, row.method)
         if row.seed == TUNING_SEED or row.config != configurations[name]:
             continue
-        runs = found.setdefault((*name, row.environment.kind, repr(row.config)), {}).setdefault(row.seed, [])
+        seeds = by_method.setdefault((*name, row.environment.kind, repr(row.config)), {})
+        runs = seeds.setdefault(row.seed, [])
         if runs and not runs[-1].row.code.same(row.code):
             runs.clear()
         runs.append(_Run(row, cost))
-    return found
+    return by_method
 
 
 def _samples(
     key: tuple[str, str, str], old: dict[int, list[_Run]], new: dict[int, list[_Run]]
-) -> Iterable[_Sample]:
+) -> Iterator[_Sample]:
     seeds = sorted(old.keys() & new.keys())
     last = [(old[seed][-1].row, new[seed][-1].row) for seed in seeds]
-    errors = [(_error(a), _error(b)) for a, b in last]
-    if seeds and not any(None in pair for pair in errors):
+    errors = [(x, y) for a, b in last if (x := _error(a)) is not None and (y := _error(b)) is not None]
+    if seeds and len(errors) == len(seeds):
         exact = all(a.environment.arithmetic == b.environment.arithmetic for a, b in last)
-        yield _Sample(key, "error", *zip(*errors, strict=True), exact=exact)
-    if machines(run.row for runs in old.values() for run in runs) != machines(
-        run.row for runs in new.values() for run in runs
-    ):
+        yield _Sample(key, "error", errors, exact)
+    kinds = [machines(run.row for runs in side.values() for run in runs) for side in (old, new)]
+    if kinds[0] != kinds[1]:
         return
     pairs = [pair for seed in seeds for pair in zip(old[seed], new[seed], strict=False)]
     costs = [(a.cost, b.cost) for a, b in pairs if a.cost is not None and b.cost is not None]
     if costs:
-        yield _Sample(key, "cost", *zip(*costs, strict=True))
+        yield _Sample(key, "cost", costs)
 
 
 def machines(rows: Iterable[Row]) -> set[str]:
@@ -185,15 +185,15 @@ def relative_costs(rows: Sequence[Row]) -> list[float | None]:
     for row in rows:
         runs.setdefault(_run_of(row, row.method), []).append(row)
     taken: dict[tuple[str | int, ...], int] = {}
-    found: list[float | None] = []
+    costs: list[float | None] = []
     for row in rows:
         own, name = _run_of(row, row.method), row.config.get("method", {}).get("beside", "plain")
         number = taken[own] = taken.get(own, -1) + 1
-        controls = runs.get(_run_of(row, name), [])
-        control = controls[min(number, len(controls) - 1)] if controls and name != row.method else None
-        counts = control is not None and all(r.failure is None and r.seconds > 0 for r in (row, control))
-        found.append(least(row) / least(control) if control is not None and counts else None)
-    return found
+        controls = runs.get(_run_of(row, name), []) if name != row.method else []
+        control = controls[min(number, len(controls) - 1)] if controls else row
+        counts = controls and all(r.failure is None and r.seconds > 0 for r in (row, control))
+        costs.append(least(row) / least(control) if counts else None)
+    return costs
 
 
 def _run_of(row: Row, method: str) -> tuple[str | int, ...]:
@@ -212,29 +212,26 @@ def least(row: Row) -> float:
 
 def _judge(sample: _Sample, level: float) -> Change:
     """By the paired differences: of errors, or of the logarithms of costs."""
-    sides = [sample.before, sample.after]
-    if sample.quantity == "cost":
-        sides = [[math.log(value) for value in side] for side in sides]
-    differences = [b - a for a, b in zip(*sides, strict=True)]
+    is_cost = sample.quantity == "cost"
+    before, after = (
+        [math.log(x) if is_cost else x for x in side] for side in zip(*sample.pairs, strict=True)
+    )
+    differences = [b - a for a, b in zip(before, after, strict=True)]
     middle, half = statistics.fmean(differences), _half_width(differences, level)
-    ends = [middle] if half is None else [middle, middle - half, middle + half]
-    before, after = (statistics.fmean(side) for side in sides)
-    if sample.quantity == "cost":
-        ends = [math.expm1(end) for end in ends]
-        before, after = math.exp(before), math.exp(after)
-    change, low, high = (*ends, None, None)[:3]
+    back = math.expm1 if is_cost else float
+    change = back(middle)
+    low, high = (None, None) if half is None else (back(middle - half), back(middle + half))
+    old, new = ((math.exp if is_cost else float)(statistics.fmean(side)) for side in (before, after))
     verdict = _verdict(change, low, high)
     if sample.exact and change != 0 and verdict == NO_EVIDENCE:
         verdict = CHANGED
-    return Change(*sample.key, sample.quantity, before, after, change, low, high, len(differences), verdict)
+    return Change(*sample.key, sample.quantity, old, new, change, low, high, len(differences), verdict)
 
 
 def _verdict(change: float, low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return NO_EVIDENCE
-    if low > 0 and change > 0:
+    if low is not None and low > 0 and change > 0:
         return WORSE
-    return BETTER if high < 0 and change < 0 else NO_EVIDENCE
+    return BETTER if high is not None and high < 0 and change < 0 else NO_EVIDENCE
 
 
 def _half_width(values: Sequence[float], level: float) -> float | None:
@@ -252,9 +249,9 @@ def _half_width(values: Sequence[float], level: float) -> float | None:
 
 def changes_sheet(changes: Sequence[Change], everything: bool = False) -> Sheet:
     """What changed, the worst first; with `everything` also what did not."""
-    order = {WORSE: 0, CHANGED: 1, ONE_SIDED: 2, BETTER: 3, NO_EVIDENCE: 4}
+    order = (WORSE, CHANGED, ONE_SIDED, BETTER, NO_EVIDENCE)
     shown = [c for c in changes if everything or c.verdict != NO_EVIDENCE]
-    lines = tuple(_line(c) for c in sorted(shown, key=lambda c: (order[c.verdict], -abs(c.change or 0))))
+    shown.sort(key=lambda c: (order.index(c.verdict), -abs(c.change or 0)))
     few = sum(c.verdict == NO_EVIDENCE and c.low is None for c in changes)
     notes = [f"{len(changes)} comparisons; {sum(c.verdict == WORSE for c in changes)} worse"]
     if few:
@@ -267,7 +264,7 @@ def changes_sheet(changes: Sequence[Change], everything: bool = False) -> Sheet:
             "the seeds do not say whether for the worse"
         )
     heading = ("study, scenario, method", "of", "before", "after", "change", "interval", "n", "verdict")
-    return Sheet("What changed", heading, lines, tuple(notes))
+    return Sheet("What changed", heading, tuple(map(_line, shown)), tuple(notes))
 
 
 def _name(change: Change) -> str:
@@ -275,21 +272,13 @@ def _name(change: Change) -> str:
 
 
 def _line(change: Change) -> tuple[str, ...]:
-    name = _name(change)
-    if change.change is None:
-        return (name, change.quantity, "–", "–", "–", "–", "0", change.verdict)
-    form = "{:+.1%}" if change.quantity == "cost" else "{:+.4f}"
-    interval = "–" if change.low is None else f"{form.format(change.low)} to {form.format(change.high)}"
-    means = (f"{value:.4g}" for value in (change.before, change.after))
-    return (
-        name,
-        change.quantity,
-        *means,
-        form.format(change.change),
-        interval,
-        str(change.n),
-        change.verdict,
-    )
+    numbers = ["–"] * 4
+    if change.change is not None:
+        form = "{:+.1%}" if change.quantity == "cost" else "{:+.4f}"
+        interval = "–" if change.low is None else f"{form.format(change.low)} to {form.format(change.high)}"
+        means = (f"{value:.4g}" for value in (change.before, change.after))
+        numbers = [*means, form.format(change.change), interval]
+    return (_name(change), change.quantity, *numbers, str(change.n), change.verdict)
 
 
 WHAT_NOW = """Measure it alone: regraft against COMMIT --scenario NAME --method NAME (its control among the methods).

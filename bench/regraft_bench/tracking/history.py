@@ -16,7 +16,7 @@ from regraft_bench.study import TUNING_SEED
 from regraft_bench.tracking.compare import relative_costs
 
 SMALLEST_STEP = {"error": 0.005, "cost": 0.10}
-"""Smaller steps are not told: in shares of 1 for errors, in shares of the value for costs."""
+"""Smaller steps are not reported: in shares of 1 for errors, in shares of the value for costs."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,18 @@ class Track:
 def find_tracks(rows: Sequence[Row]) -> list[Track]:
     """Every method that was measured with two codes or more; nothing of older code is dropped."""
     rows = sorted(rows, key=lambda row: row.time)
-    found: dict[tuple[str, ...], dict[str, list[tuple[Row, float | None]]]] = {}
+    by_method: dict[tuple[str, ...], dict[str, list[tuple[Row, float | None]]]] = {}
     for row, cost in zip(rows, relative_costs(rows), strict=True):
         if row.seed != TUNING_SEED and row.failure is None:
             key = (row.study, row.scenario, row.method, row.environment.machine, repr(row.config))
-            found.setdefault(key, {}).setdefault(_code(row), []).append((row, cost))
+            by_method.setdefault(key, {}).setdefault(_code(row), []).append((row, cost))
     tracks = []
-    for key, by_code in found.items():
+    for (study, scenario, method, *_), by_code in by_method.items():
         for quantity, values in _quantities(by_code).items():
             if len(values) > 1:
-                series = tuple(values.values())
-                tracks.append(Track(*key[:3], quantity, tuple(values), series, steps(series, quantity)))
+                codes, series = tuple(values), tuple(values.values())
+                marks = steps(series, quantity)
+                tracks.append(Track(study, scenario, method, quantity, codes, series, marks))
     return tracks
 
 
@@ -71,7 +72,7 @@ def _quantities(by_code: dict[str, list[tuple[Row, float | None]]]) -> dict[str,
 
 
 def steps(values: Sequence[float], quantity: str) -> tuple[int, ...]:
-    """Positions at which the level changes (PELT, l2 cost, by ruptures), of steps that are worth telling."""
+    """Positions at which the level changes (PELT, l2 cost, by ruptures), of steps that are large enough."""
     import numpy as np
     import ruptures
 
@@ -93,13 +94,13 @@ def tracks_sheet(tracks: Sequence[Track]) -> Sheet:
     """Every track in a line, those with a step first, and where it is."""
     lines = []
     for track in sorted(tracks, key=lambda track: -len(track.steps)):
-        told = "; ".join(
+        marks = "; ".join(
             f"at {track.codes[at]}: {track.values[at - 1]:.4g} -> {track.values[at]:.4g}"
             for at in track.steps
         )
         name = f"{track.study}, {track.scenario}, {track.method}"
         ends = (f"{value:.4g}" for value in (track.values[0], track.values[-1]))
-        lines.append((name, track.quantity, str(len(track.codes)), *ends, told or "–"))
+        lines.append((name, track.quantity, str(len(track.codes)), *ends, marks or "–"))
     heading = ("study, scenario, method", "of", "codes", "first", "last", "steps")
     notes = ("error in shares of 1; cost in units of the control of the same run",)
     return Sheet("History", heading, tuple(lines), notes)

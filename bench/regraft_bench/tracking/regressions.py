@@ -71,21 +71,12 @@ SPEED = (
 )
 ACCURACY = ("--scenario", "digits-mlp", "--method", "plain", "--method", "fgmt", "--seeds", "3")
 ONCE = Limits(least=1, most=1)
+SLOWER = "Training waits for 15 % of its time after every call."
+LESS_ACCURATE = "Every evaluation spoils one answer in a hundred, at random."
 FAULTS = {
-    "slower by 15 %": Fault(
-        "training/loop.py",
-        SLOW,
-        ("cost", "training: regraft"),
-        SPEED,
-        about="Training waits for 15 % of its time after every call.",
-    ),
+    "slower by 15 %": Fault("training/loop.py", SLOW, ("cost", "training: regraft"), SPEED, about=SLOWER),
     "less accurate by a point": Fault(
-        "training/evaluation.py",
-        LOSS,
-        ("error", None),
-        ACCURACY,
-        ONCE,
-        "Every evaluation spoils one answer in a hundred, at random.",
+        "training/evaluation.py", LOSS, ("error", None), ACCURACY, ONCE, LESS_ACCURATE
     ),
     "the same code, speed": Fault("training/loop.py", "", None, SPEED),
     "the same code, accuracy": Fault("training/evaluation.py", "", None, ACCURACY, ONCE),
@@ -111,22 +102,19 @@ def _measure(name: str, setting: Setting) -> Measured:
 
 
 def judge_changes(fault: Fault, changes: list[Change], wall: float) -> Measured:
-    """Whether what was planted was told, and what else was."""
-    told = [change for change in changes if fault.limits.is_exceeded_by(change)]
-    due = [change for change in told if fault.seen and _is(change, *fault.seen)]
+    """Whether what was planted was reported, and what else was."""
+    reported = [change for change in changes if fault.limits.is_exceeded_by(change)]
+    due = [change for change in reported if fault.seen and _is(change, *fault.seen)]
     planted = [change for change in changes if fault.seen and _is(change, *fault.seen)]
-    largest = max((c.change for c in planted or changes if c.change is not None), default=None)
-    return Measured(
-        {
-            "found": float(bool(due)),
-            "false alarms": float(len(told) - len(due)),
-            "comparisons": float(len(changes)),
-            "change": largest,
-            "pairs of turns": float(max(change.n for change in changes)),
-        },
-        cost={"turns": Cost(wall, 0.0)},
-        notes={"told": [f"{c.method}: {c.quantity} {c.change:+.4f}" for c in told]},
-    )
+    values = {
+        "found": float(bool(due)),
+        "false alarms": float(len(reported) - len(due)),
+        "comparisons": float(len(changes)),
+        "change": max((c.change for c in planted or changes if c.change is not None), default=None),
+        "pairs of turns": float(max(change.n for change in changes)),
+    }
+    notes = {"told": [f"{c.method}: {c.quantity} {c.change:+.4f}" for c in reported]}
+    return Measured(values, cost={"turns": Cost(wall, 0.0)}, notes=notes)
 
 
 def _is(change: Change, quantity: str, method: str | None) -> bool:
@@ -134,11 +122,6 @@ def _is(change: Change, quantity: str, method: str | None) -> bool:
 
 
 REGRESSION_METHODS = tuple(
-    Method(
-        name,
-        partial(_measure, name),
-        {"words": fault.argv, "limits": asdict(fault.limits)},
-        about=fault.about,
-    )
-    for name, fault in FAULTS.items()
+    Method(name, partial(_measure, name), {"words": f.argv, "limits": asdict(f.limits)}, about=f.about)
+    for name, f in FAULTS.items()
 )
