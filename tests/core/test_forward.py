@@ -74,10 +74,7 @@ FORMS = {
     "two, then labels": (Two, lambda x, y: (x[:, :2], x[:, 2:], y)),
     "two in a tuple": (Two, lambda x, y: ((x[:, :2], x[:, 2:]), y)),
     "two keywords": (Two, lambda x, y: ({"left": x[:, :2], "right": x[:, 2:]}, y)),
-    "a function": (
-        lambda: regraft.with_output(Nested(), lambda out: out["head"][1]),
-        lambda x, y: (x, y),
-    ),
+    "a function": (lambda: regraft.with_output(Nested(), lambda out: out["head"][1]), lambda x, y: (x, y)),
 }
 
 
@@ -105,10 +102,7 @@ def test_whatever_the_form_evaluation_gives_the_same_bits(form):
         plain, theta, pairs
     )
     assert evaluation.accuracy(model, theta, wrap(pairs)) == evaluation.accuracy(plain, theta, pairs)
-    same(
-        evaluation.gradients(model, theta, wrap(pairs)),
-        evaluation.gradients(plain, theta, pairs),
-    )
+    same(evaluation.gradients(model, theta, wrap(pairs)), evaluation.gradients(plain, theta, pairs))
 
 
 def test_whatever_the_form_a_transfer_gives_the_same_bits(form):
@@ -131,9 +125,9 @@ def test_whatever_the_form_adopting_fine_tuning_and_recording_give_the_same(form
     ends = []
     for net, batches in ((model, wrap(pairs)), (plain, pairs)):
         fill_(net, theta)
-        adopted = regraft.finetuning.fast.adopt(net, CLASSES, head="head")
-        source = regraft.finetuning.fast.Source(adopted.source_head, batches[:1])
-        recorder = regraft.finetuning.fast.Recorder(
+        adopted = regraft.fast.adopt(net, CLASSES, head="head")
+        source = regraft.fast.Source(adopted.source_head, batches[:1])
+        recorder = regraft.fast.Recorder(
             net, validation=batches[:2], test=batches[2:], head="head", source=source
         )
         outcome = fine_tune(net, adopted.head, [Phase(0.1, 0.05)], batches, 6, recorder=recorder)
@@ -154,7 +148,7 @@ def test_whatever_the_form_a_grid_counts_the_same(form):
 
 def test_features_of_a_model_with_several_inputs():
     model, x = Two(), torch.randn(5, 6)
-    found = regraft.finetuning.fast.features_of(model, model.head, (x[:, :2], x[:, 2:]))
+    found = regraft.fast.features_of(model, model.head, (x[:, :2], x[:, 2:]))
     assert torch.equal(found, F.relu(model.body(x)))
 
 
@@ -284,16 +278,13 @@ def test_a_bert_classifier_is_moved_adopted_and_recorded():
     moved = regraft.transfer(model, regraft.Trajectory.linear(a, b, steps=2), c, [batch], validation=[batch])
     assert len(moved.accuracies) == 3 and moved.params.keys() == c.keys()
     assert len(moved.perm) > 1
-    adopted = regraft.finetuning.fast.adopt(model, 2)
+    adopted = regraft.fast.adopt(model, 2)
     assert adopted.name == "classifier" and model.config.num_labels == model.num_labels == 2
     new = {**batch, "labels": torch.arange(12) % 2}
-    recorder = regraft.finetuning.fast.Recorder(
-        model,
-        validation=[new],
-        test=[new],
-        source=regraft.finetuning.fast.Source(adopted.source_head, [batch]),
+    recorder = regraft.fast.Recorder(
+        model, validation=[new], test=[new], source=regraft.fast.Source(adopted.source_head, [batch])
     )
-    optimiser = torch.optim.SGD(regraft.finetuning.fast.param_groups(model, head=adopted.head))
+    optimiser = torch.optim.SGD(regraft.fast.param_groups(model, head=adopted.head))
     for _ in range(2):
         optimiser.zero_grad()
         model(**new).loss.backward()

@@ -11,15 +11,7 @@ import torch
 from PIL import Image
 
 from regraft import data
-from regraft.data import (
-    ImageFiles,
-    MissingData,
-    Split,
-    draw_per_class,
-    flip_and_crop,
-    load,
-    stratified_split,
-)
+from regraft.data import ImageFiles, MissingData, Split, draw_per_class, flip_and_crop, load, stratified_split
 from regraft.data.sets import READERS
 
 

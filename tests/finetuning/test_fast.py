@@ -108,15 +108,10 @@ def test_adopted_model_predicts_every_class_equally_and_keeps_the_source_head():
     assert not adopted.head.training
 
 
-def test_adopt_leaves_torchs_random_stream_alone():
-    model, stream = Own(), torch.get_rng_state()
-    fast.adopt(model, 4, initialise=fast.xavier, generator=seeded())
+def test_adopt_keeps_to_a_head_without_bias_and_leaves_torchs_random_stream_alone():
+    model, stream = Own(bias=False), torch.get_rng_state()
+    assert fast.adopt(model, 4, initialise=fast.xavier, generator=seeded()).head.bias is None
     assert torch.equal(torch.get_rng_state(), stream)
-
-
-def test_adopt_keeps_to_a_head_without_bias():
-    model = Own(bias=False)
-    assert fast.adopt(model, 4).head.bias is None
 
 
 @pytest.mark.parametrize(
@@ -150,15 +145,12 @@ def test_adopt_can_be_told_the_name():
 
 
 def test_adopt_refuses_a_shared_weight_and_no_classes():
-    model = Own(8)
-    model.twin = nn.Linear(8, 8)
-    model.twin.weight = model.answer.weight
-    with pytest.raises(ValueError, match=r"shared with twin\.weight"):
-        fast.adopt(model, 3)
-    model = Own(8)
-    model.twin = model.answer
-    with pytest.raises(ValueError, match=r"(twin|answer)\.weight is shared with (answer|twin)\.weight"):
-        fast.adopt(model, 3)
+    weight, whole = Own(8), Own(8)
+    weight.twin, whole.twin = nn.Linear(8, 8), whole.answer
+    weight.twin.weight = weight.answer.weight
+    for model in (weight, whole):
+        with pytest.raises(ValueError, match=r"(twin|answer)\.weight is shared with (answer|twin)\.weight"):
+            fast.adopt(model, 3)
     with pytest.raises(ValueError, match="at least 1"):
         fast.adopt(Own(), 0)
 
@@ -180,27 +172,25 @@ def test_groups_without_a_rate_or_a_gradient_are_left_out():
         fast.param_groups(model, head_lr=None)
 
 
-OPTIMISERS = {
-    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
-    "sgd foreach": lambda groups: torch.optim.SGD(groups, momentum=0.9, foreach=True),
-    "sgd fused": lambda groups: torch.optim.SGD(groups, momentum=0.9, fused=True),
-    "nesterov": lambda groups: torch.optim.SGD(groups, momentum=0.9, nesterov=True),
-    "adam": lambda groups: torch.optim.Adam(groups),
-    "adam fused": lambda groups: torch.optim.Adam(groups, fused=True),
-    "adamw": lambda groups: torch.optim.AdamW(groups),
-    "adamw foreach": lambda groups: torch.optim.AdamW(groups, foreach=True),
-    "radam": lambda groups: torch.optim.RAdam(groups),
-    "radam foreach": lambda groups: torch.optim.RAdam(groups, foreach=True),
-}
+MOMENTUM, OPTIMISERS = {"momentum": 0.9}, torch.optim
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
-def test_every_optimiser_and_a_scheduler_take_the_groups(name):
+@pytest.mark.parametrize(
+    ("optimiser", "options"),
+    [
+        (OPTIMISERS.SGD, MOMENTUM | more)
+        for more in ({}, {"foreach": True}, {"fused": True}, {"nesterov": True})
+    ]
+    + [(OPTIMISERS.Adam, more) for more in ({}, {"fused": True})]
+    + [(kind, more) for kind in (OPTIMISERS.AdamW, OPTIMISERS.RAdam) for more in ({}, {"foreach": True})],
+)
+def test_every_optimiser_and_a_scheduler_take_the_groups(optimiser, options):
     torch.manual_seed(0)
     model = Own()
     fast.adopt(model, 3)
     start = copy.deepcopy(model)
-    optimiser = OPTIMISERS[name](fast.param_groups(model, head_lr=0.02, body_lr=0.001, weight_decay=0.0))
+    groups = fast.param_groups(model, head_lr=0.02, body_lr=0.001, weight_decay=0.0)
+    optimiser = optimiser(groups, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5**step)
     for _ in range(2):
         images, labels = torch.randn(6, 12), torch.tensor([0, 1, 2, 0, 1, 2])

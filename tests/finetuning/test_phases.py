@@ -107,25 +107,18 @@ def test_a_diverging_loss_is_reported_with_its_step():
     assert all(value.isfinite().all() for value in model.parameters())
 
 
-def test_labels_must_have_a_class():
-    def batches():
-        yield torch.randn(2, 6), torch.tensor([0, 3])
-
+@pytest.mark.parametrize(
+    ("batches", "phase", "message"),
+    [
+        ([(torch.randn(2, 6), torch.tensor([0, 3]))], Phase(0.1, 0.1), "labels of batch 0 run from 0 to 3"),
+        ([next(endless())] * 2, Phase(0.1, 0.1), "no batch for step 2"),
+        (endless(), Phase(0.1, None, until=NoGain), "needs validation batches"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused(batches, phase, message):
     model = network()
-    with pytest.raises(ValueError, match="labels of batch 0 run from 0 to 3"):
-        fine_tune(model, model[3], [Phase(0.1, 0.1)], batches(), 1)
-
-
-def test_too_few_batches_are_an_error():
-    model = network()
-    with pytest.raises(ValueError, match="no batch for step 2"):
-        fine_tune(model, model[3], [Phase(0.1, 0.1)], [next(endless()), next(endless())], 5)
-
-
-def test_a_phase_that_ends_by_validation_needs_it():
-    model = network()
-    with pytest.raises(ValueError, match="needs validation batches"):
-        fine_tune(model, model[3], [Phase(0.1, None, until=NoGain)], endless(), 5)
+    with pytest.raises(ValueError, match=message):
+        fine_tune(model, model[3], [phase], batches, 5)
 
 
 @pytest.mark.parametrize(

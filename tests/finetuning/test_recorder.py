@@ -197,15 +197,14 @@ def test_a_run_that_ended_early_is_judged_at_every_checkpoint():
     assert record.checkpoints == fibonacci(STEPS)
 
 
-@pytest.mark.parametrize("checkpoints", [[], [0, 1], [2, 1], [1, 1]])
-def test_checkpoints_must_increase_from_one(checkpoints):
-    with pytest.raises(ValueError, match="checkpoints must increase"):
-        Recorder(network(), validation=batches(1), test=batches(2), checkpoints=checkpoints)
-
-
-def test_at_least_one_state_is_held():
-    with pytest.raises(ValueError, match="at least one state"):
-        Recorder(network(), validation=batches(1), test=batches(2), hold=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"checkpoints": wrong}, "checkpoints must increase") for wrong in ([], [0, 1], [2, 1], [1, 1])]
+    + [({"hold": 0}, "at least one state")],
+)
+def test_settings_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Recorder(network(), validation=batches(1), test=batches(2), **options)
 
 
 def test_validation_images_of_one_class_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from pathlib import Path
 
@@ -26,15 +27,8 @@ CLASSES = 5
 
 
 def mlp(classes: int = CLASSES) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(6, 12),
-        nn.ReLU(),
-        nn.Linear(12, 9),
-        nn.ReLU(),
-        nn.Linear(9, 8),
-        nn.ReLU(),
-        nn.Linear(8, classes),
-    )
+    hidden = [layer for a, b in ((6, 12), (12, 9), (9, 8)) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(8, classes))
 
 
 class Residual(nn.Module):
@@ -124,6 +118,10 @@ def three(tmp_path) -> list[Path]:
     return saved(tmp_path, base=base, tuned=near(base), new=state(model, 1))
 
 
+def command(verb: str, paths: list[Path], *argv: object) -> int:
+    return main([verb, *map(str, paths), *map(str, argv)])
+
+
 KNOWN = {"model": mlp(), "inputs": INPUTS[mlp]}
 OF_MLP = ["--model", f"{__name__}:mlp", "--shape", "2", "6"]
 WEIGHTS = [*OF_MLP, "--method", "weights"]
@@ -161,11 +159,8 @@ def test_a_head_of_other_classes_is_carried_over_permuted_on_its_input(tmp_path)
     perm = spec.random(torch.Generator().manual_seed(2))
     paths = saved(tmp_path, base=base, tuned=tuned, new=regraft.apply(spec, perm, base))
     out = regraft.port(*paths, tmp_path / "out", method="weights", **KNOWN).out
-    found = result(out)
-    close(
-        {"w": found["6.weight"], "b": found["6.bias"]},
-        {"w": tuned["6.weight"][:, perm["4"]], "b": tuned["6.bias"]},
-    )
+    head = {name: tensor for name, tensor in result(out).items() if name.startswith("6.")}
+    close(head, {"6.weight": tuned["6.weight"][:, perm["4"]], "6.bias": tuned["6.bias"]})
     assert "its head is carried over" in (out / "README.md").read_text()
 
 
@@ -174,11 +169,8 @@ class Pooled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.pre, self.out = (
-            nn.Sequential(nn.Linear(6, 8), nn.ReLU()),
-            nn.Linear(8, 7),
-            nn.Linear(7, 3),
-        )
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+        self.pre, self.out = nn.Linear(8, 7), nn.Linear(7, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(torch.relu(self.pre(self.body(x))))
@@ -194,12 +186,8 @@ def test_parts_that_no_base_has_are_carried_over(tmp_path):
     paths = saved(tmp_path, base=base, tuned=tuned, new=new | {"other.weight": torch.ones(2)})
     done = regraft.port(*paths, tmp_path / "out", model=model, inputs=torch.randn(1, 6), method="weights")
     x = torch.randn(4, 6)
-    close(
-        {"y": torch.func.functional_call(model, result(done.out), x)},
-        {"y": torch.func.functional_call(model, tuned, x)},
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    after, before = (torch.func.functional_call(model, theta, x) for theta in (result(done.out), tuned))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     assert any("other.weight" in note for note in done.plan.notes)
 
 
@@ -219,10 +207,8 @@ def test_of_a_body_a_named_part_may_be_new_and_a_layer_not(tmp_path):
     base = state(model, 0)
     known = {"model": model, "inputs": torch.randn(1, 6), "method": "naive"}
     for lacking, fits in (("body.pooler", True), ("body.layers.1", False)):
-        bases = [
-            {n: t for n, t in x.items() if not n.startswith((lacking, "out"))}
-            for x in (base, state(model, 1))
-        ]
+        whole = (base, state(model, 1))
+        bases = [{n: t for n, t in x.items() if not n.startswith((lacking, "out"))} for x in whole]
         paths = saved(tmp_path, base=bases[0], tuned=near(base), new=bases[1])
         if fits:
             assert result(regraft.port(*paths, tmp_path / "out", **known).out).keys() == base.keys()
@@ -291,9 +277,9 @@ def test_gradfix_keeps_of_what_is_moved_what_the_new_base_agrees_with(method, th
     moved = result(regraft.port(*three, tmp_path / "all", method=method, **known).out)
     change = {n: moved[n] - new[n] for n in new}
     name = "gradfix" if method == "naive" else f"{method}+gradfix"
-    found = result(regraft.port(*three, tmp_path / "out", method=name, **known).out)
-    close(found, regraft.porting.gradfix.transport(mlp(), new, change, data), rtol=1e-5, atol=1e-6)
-    assert any(not torch.equal(found[n], moved[n]) for n in new)
+    masked = result(regraft.port(*three, tmp_path / "out", method=name, **known).out)
+    close(masked, regraft.porting.gradfix.transport(mlp(), new, change, data), rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(masked[n], moved[n]) for n in new)
 
 
 def test_gradfix_lets_images_vote_before_a_head_that_is_carried_over(three, tmp_path):
@@ -406,6 +392,10 @@ def without(name: str):
     return lambda tensors: {n: t for n, t in tensors.items() if n != name}
 
 
+def put(name: str, tensor: torch.Tensor):
+    return lambda tensors: tensors | {name: tensor}
+
+
 def shallower(tensors: Tensors) -> Tensors:
     kept = {n: t for n, t in tensors.items() if n[0] in "02"}
     return kept | {"4.weight": torch.ones(CLASSES, 9), "4.bias": torch.ones(CLASSES)}
@@ -424,34 +414,20 @@ def images(paths: list[Path], count: int) -> Path:
 
 
 BAD = {
-    "architecture": (
-        broken("base", without("2.weight")),
-        [],
-        "has no tensor '2.weight'.*another architecture",
-    ),
-    "shape": (
-        broken("new", lambda t: t | {"2.weight": torch.ones(3, 3)}),
-        [],
-        r"new.*'2\.weight' has shape \(3, 3\)",
-    ),
+    "architecture": (broken("base", without("2.weight")), [], "has no tensor '2.weight'.*another architecture"),
+    "shape": (broken("new", put("2.weight", torch.ones(3, 3))), [], r"new.*'2\.weight' has shape \(3, 3\)"),
     "shallower": (broken("new", shallower), [], r"new.*'4\.weight' has shape \(5, 9\).*no classifier's"),
-    "extra": (broken("tuned", lambda t: t | {"0.scale": torch.ones(3)}), [], "tuned.*has tensor '0.scale'"),
-    "nan": (
-        broken("tuned", lambda t: t | {"0.bias": t["0.bias"] * torch.nan}),
-        [],
-        "'0.bias' of .*tuned.*not finite",
-    ),
+    "extra": (broken("tuned", put("0.scale", torch.ones(3))), [], "tuned.*has tensor '0.scale'"),
+    "nan": (broken("tuned", put("0.bias", torch.full((12,), torch.nan))), [], "'0.bias' of .*tuned.*not finite"),
     "other base": (
-        broken("base", lambda t: {n: torch.randn(x.shape) for n, x in t.items()}),
-        [],
-        "does not come from",
+        broken("base", lambda tensors: {n: torch.randn(t.shape) for n, t in tensors.items()}), [], "does not come from"
     ),
     "exchanged": (lambda p: [p[2], p[1], p[0]], [], r"does not come from .*new.*nearer to .*base"),
     "equal": (lambda p: [p[1], p[1], p[2]], [], "there is nothing to port"),
     "absent": (lambda p: [p[0].with_name("none.pt"), *p[1:]], [], "none.pt"),
     "memory": (lambda p: p, ["--max-memory", "10MB"], "takes about .* of memory, and there are 10 MB"),
     "there": (lambda p: p, ["--out", "."], "there is something already"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -460,11 +436,10 @@ def test_bad_files_are_one_line_and_status_1(case, three, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     paths = change(three)
     before = sorted(tmp_path.iterdir())
-    words = ["port", *map(str, paths), *WEIGHTS]
-    assert main([*words, "--out", "out", *more]) == 1
+    assert command("port", paths, *WEIGHTS, "--out", "out", *more) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
-    assert __import__("re").search(said, captured.err), captured.err
+    assert re.search(said, captured.err), captured.err
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -480,18 +455,8 @@ def test_bad_files_are_one_line_and_status_1(case, three, tmp_path, monkeypatch,
     ],
 )
 def test_what_is_asked_wrongly_is_one_line_and_status_2(more, said, three, tmp_path, capsys):
-    words = [
-        "port",
-        *map(str, three),
-        "--shape",
-        "2",
-        "6",
-        "--out",
-        str(tmp_path / "out"),
-        "--method",
-        "weights",
-    ]
-    assert main([*words, *more]) == 2
+    settings = ("--shape", 2, 6, "--out", tmp_path / "out", "--method", "weights")
+    assert command("port", three, *settings, *more) == 2
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.err.count("\n") == 1
@@ -501,9 +466,9 @@ def test_what_is_asked_wrongly_is_one_line_and_status_2(more, said, three, tmp_p
 def test_a_folder_of_images_has_the_classes_of_the_head(classes, status, tmp_path, capsys):
     base = state(Residual(), 0)
     paths = saved(tmp_path, base=base, tuned=near(base), new=state(Residual(), 1))
-    words = ["port", *map(str, paths), "--model", f"{__name__}:Residual", "--shape", "1", "3", "8", "8"]
-    words += ["--data", str(images(paths, classes)), "--steps", "2", "--out", str(tmp_path / "out"), "--json"]
-    assert main(words) == status
+    model = ("--model", f"{__name__}:Residual", "--shape", 1, 3, 8, 8)
+    data = ("--data", images(paths, classes), "--steps", 2, "--out", tmp_path / "out", "--json")
+    assert command("port", paths, *model, *data) == status
     captured = capsys.readouterr()
     if status:
         assert f"has images of {CLASSES - 1} classes, and the head {CLASSES} outputs" in captured.err
@@ -520,8 +485,7 @@ def test_too_little_disk_is_said_before_any_work(three, tmp_path, monkeypatch):
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(three, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
-    words = ["port", *map(str, three), *WEIGHTS]
-    assert main([*words, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert command("port", three, *WEIGHTS, "--out", tmp_path / "out", "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "relative distance of the fine-tune" in printed
     assert "needs about" in printed
@@ -543,15 +507,13 @@ def test_an_aligned_checkpoint_is_the_same_function_nearer(three, tmp_path, caps
     assert done.measured["distance"]["after"] < done.measured["distance"]["before"]
     assert done.measured["barrier"]["after"] < done.measured["barrier"]["before"]
     close(result(done.out), regraft.apply(spec, done.perms[0], near(moved)), rtol=0, atol=0)
-    words = ["match", str(three[0]), str(three[2]), *OF_MLP]
-    assert main([*words, "--out", str(tmp_path / "again")]) == 0
+    assert command("match", [three[0], three[2]], *OF_MLP, "--out", tmp_path / "again") == 0
     assert "distance, after" in capsys.readouterr().out
 
 
 def test_a_sum_of_checkpoints(three, tmp_path):
     a, b, c = (load_file(path) for path in three)
-    words = ["fuse", *map(str, three), "--weights", "0.5", "0.25", "-1", "--out", str(tmp_path / "out")]
-    assert main(words) == 0
+    assert command("fuse", three, "--weights", 0.5, 0.25, -1, "--out", tmp_path / "out") == 0
     close(result(tmp_path / "out"), {n: 0.5 * a[n] + 0.25 * b[n] - c[n] for n in a})
 
 
@@ -565,11 +527,12 @@ def test_aligned_copies_sum_to_the_original(three, tmp_path):
 
 def test_sums_of_unlike_checkpoints_are_refused(three, tmp_path, capsys):
     broken("tuned", without("0.bias"))(three)
-    words = ["fuse", *map(str, three[:2]), "--out", str(tmp_path / "out"), "--weights"]
-    assert main([*words, "1", "1"]) == 1
-    assert "has no tensor '0.bias'" in capsys.readouterr().err
-    assert main([*words, "1"]) == 2
-    assert "2 networks need as many weights" in capsys.readouterr().err
+    for weights, status, said in (
+        ((1, 1), 1, "has no tensor '0.bias'"),
+        ((1,), 2, "2 networks need as many weights"),
+    ):
+        assert command("fuse", three[:2], "--out", tmp_path / "out", "--weights", *weights) == status
+        assert said in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the models that people have, small
@@ -583,9 +546,8 @@ def resnet() -> nn.Module:
 
 def vit() -> nn.Module:
     timm = pytest.importorskip("timm")
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3
-    )
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    return timm.create_model("vit_tiny_patch16_224", **sizes)
 
 
 @pytest.mark.parametrize("make", [resnet, vit])
@@ -597,19 +559,9 @@ def test_models_of_torchvision_and_timm(make, tmp_path):
     tuned = near(base) | {f"{head}.weight": torch.randn(4, width), f"{head}.bias": torch.randn(4)}
     paths = saved(tmp_path, base=base, new=new)
     torch.save({"state_dict": {f"model.{n}": t for n, t in tuned.items()}}, tmp_path / "tuned.ckpt")
-    words = ["port", str(paths[0]), str(tmp_path / "tuned.ckpt"), str(paths[1]), "--method", "weights"]
-    words += [
-        "--model",
-        f"{__name__}:{make.__name__}",
-        "--shape",
-        "1",
-        "3",
-        "32",
-        "32",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert main(words) == 0
+    files = [paths[0], tmp_path / "tuned.ckpt", paths[1]]
+    named = ("--model", f"{__name__}:{make.__name__}", "--shape", 1, 3, 32, 32, "--out", tmp_path / "out")
+    assert command("port", files, "--method", "weights", *named) == 0
     model = make()
     regraft.fast.adopt(model, 4, head=head)
     model.load_state_dict(result(tmp_path / "out"))
@@ -617,14 +569,8 @@ def test_models_of_torchvision_and_timm(make, tmp_path):
 
 def test_a_classifier_of_transformers_in_shards(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=32,
-        num_labels=3,
-    )
+    sizes = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = transformers.BertConfig(**sizes, intermediate_size=32, num_labels=3)
     torch.manual_seed(0)
     base, new = transformers.BertModel(config), transformers.BertForPreTraining(config)
     tuned = transformers.BertForSequenceClassification(config)
@@ -632,18 +578,11 @@ def test_a_classifier_of_transformers_in_shards(tmp_path):
     for name, model in {"base": base, "tuned": tuned, "new": new}.items():
         model.save_pretrained(tmp_path / name, max_shard_size="20KB")
     tokens = torch.randint(50, (8, 6))
-    done = regraft.port(
-        *(tmp_path / name for name in ("base", "tuned", "new")),
-        tmp_path / "out",
-        model=f"hf/{tmp_path / 'tuned'}",
-        data=[
-            {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.randint(3, (8,))}
-        ],
-        steps=2,
-    )
-    loaded, told = transformers.BertForSequenceClassification.from_pretrained(
-        done.out, output_loading_info=True
-    )
-    assert not any(told.values())
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.randint(3, (8,))}
+    paths = [tmp_path / name for name in ("base", "tuned", "new", "out")]
+    done = regraft.port(*paths, model=f"hf/{tmp_path / 'tuned'}", data=[batch], steps=2)
+    kind = transformers.BertForSequenceClassification
+    loaded, problems = kind.from_pretrained(done.out, output_loading_info=True)
+    assert not any(problems.values())
     assert any("cls.predictions" in note for note in done.plan.notes)
     assert set(CheckpointFile.open(done.out)) == set(loaded.state_dict())

@@ -68,6 +68,11 @@ def equal(a, b):
 RECIPE = Recipe(epochs=4, lr=0.05, weight_decay=1e-3, batch_size=16)
 
 
+def run(network, recipe=RECIPE, number=0, **how):
+    """Train on the little set; number: of the generator."""
+    return train(*network, little(), recipe, generator=seed(number), **how)
+
+
 # --- recipes
 
 
@@ -165,14 +170,11 @@ def test_equal_generators_give_equal_runs(network, recipe):
 
 
 def test_the_last_values_are_contiguous_and_free(network):
-    result = train(*network, little(), RECIPE, generator=seed())
+    result = run(network)
     assert all(value.is_contiguous() and not value.requires_grad for value in result.tensors.values())
     assert result.tensors["norm.num_batches_tracked"] == 4 * 4
-
-
-def test_zero_epochs_return_the_start(network):
-    result = train(*network, little(), replace(RECIPE, epochs=0), generator=seed())
-    assert equal(result.tensors, network[1]) and len(result.history) == 1
+    none = run(network, replace(RECIPE, epochs=0))
+    assert equal(none.tensors, network[1]) and len(none.history) == 1
 
 
 # --- records and stops
@@ -180,13 +182,7 @@ def test_zero_epochs_return_the_start(network):
 
 def test_records_at_the_ends_of_epochs(network):
     recorded = {}
-    result = train(
-        *network,
-        little(),
-        RECIPE,
-        generator=seed(),
-        record=lambda step, values: recorded.update({step: values}),
-    )
+    result = run(network, record=recorded.__setitem__)
     assert list(recorded) == [0, 4, 8, 12, 16]
     assert equal(recorded[0], network[1]) and equal(recorded[16], result.tensors)
     assert not equal(recorded[8], recorded[12])
@@ -194,54 +190,32 @@ def test_records_at_the_ends_of_epochs(network):
 
 def test_records_at_chosen_steps_do_not_disturb_the_run(network):
     recorded = {}
-    plain = train(*network, little(), RECIPE, generator=seed())
-    result = train(
-        *network,
-        little(),
-        RECIPE,
-        generator=seed(),
-        record=lambda step, values: recorded.update({step: values}),
-        record_at={1, 2, 3, 5, 8, 13, 99},
-    )
+    plain = run(network)
+    result = run(network, record=recorded.__setitem__, record_at={1, 2, 3, 5, 8, 13, 99})
     assert list(recorded) == [1, 2, 3, 5, 8, 13]
     assert equal(result.tensors, plain.tensors)
     assert recorded[5]["norm.num_batches_tracked"] == 5
 
 
-def test_a_run_stops_when_told(network):
-    result = train(*network, little(), RECIPE, generator=seed(), stop=lambda row: row.epoch == 2)
+def test_a_run_stops_when_rows(network):
+    result = run(network, stop=lambda row: row.epoch == 2)
     assert result.history[-1].epoch == 2
-    at_once = train(*network, little(), RECIPE, generator=seed(), stop=lambda row: True)
+    at_once = run(network, stop=lambda row: True)
     assert len(at_once.history) == 1
 
 
 def test_rows_within_epochs_do_not_disturb_the_run(network):
-    plain = train(*network, little(), RECIPE, generator=seed(), test=True)
+    plain = run(network, test=True)
     shown = []
-    result = train(
-        *network,
-        little(),
-        RECIPE,
-        generator=seed(),
-        test=True,
-        evaluate_at={1, 2, 6, 8, 99},
-        on_epoch=shown.append,
-    )
+    result = run(network, test=True, evaluate_at={1, 2, 6, 8, 99}, on_epoch=shown.append)
     assert [row.epoch for row in result.history] == [0, 0.25, 0.5, 1, 1.5, 2, 3, 4]
     assert shown == list(result.history)
     assert equal(result.tensors, plain.tensors)
-    found = [row for row in result.history if row.epoch == round(row.epoch)]
-    for ours, theirs in zip(found, plain.history, strict=True):
+    whole = [row for row in result.history if row.epoch == round(row.epoch)]
+    for ours, theirs in zip(whole, plain.history, strict=True):
         assert replace(ours, cost=theirs.cost) == theirs
     recorded = {}
-    train(
-        *network,
-        little(),
-        RECIPE,
-        generator=seed(),
-        record=lambda step, values: recorded.update(values),
-        record_at={1},
-    )
+    run(network, record=lambda step, values: recorded.update(values), record_at={1})
     assert accuracy(network[0], recorded, little().test.batches(50)) == result.history[1].test_accuracy
 
 
@@ -313,18 +287,12 @@ def test_an_interrupted_run_resumes_to_the_bit(network, tmp_path, every_epoch, e
     """Interrupted while it tells of this epoch, it resumes from the end of the epoch before."""
     recipe = replace(RECIPE, optimizer=optimizer, lr=lr)
     how = {"evaluate_at": {10, 11}, "checkpoint": tmp_path / "run.safetensors"}
-    whole = train(*network, little(), recipe, generator=seed(1), evaluate_at={10, 11})
+    whole = run(network, recipe, number=1, evaluate_at={10, 11})
     with pytest.raises(Interrupted):
-        train(*network, little(), recipe, generator=seed(1), on_epoch=interrupt_at(epoch), **how)
+        run(network, recipe, number=1, on_epoch=interrupt_at(epoch), **how)
     recorded, shown = [], []
-    resumed = train(
-        *network,
-        little(),
-        recipe,
-        generator=seed(1),
-        on_epoch=shown.append,
-        record=lambda step, _: recorded.append(step),
-        **how,
+    resumed = run(
+        network, recipe, number=1, on_epoch=shown.append, record=lambda step, _: recorded.append(step), **how
     )
     assert equal(resumed.tensors, whole.tensors)
     assert [row.epoch for row in resumed.history] == [0, 1, 2, 2.5, 2.75, 3, 4]
@@ -336,20 +304,12 @@ def test_an_interrupted_run_resumes_to_the_bit(network, tmp_path, every_epoch, e
 
 
 def test_the_cost_goes_on_from_the_checkpoint(network, tmp_path, every_epoch):
-    path = tmp_path / "run.safetensors"
-    told = []
+    path, rows = tmp_path / "run.safetensors", []
     with pytest.raises(Interrupted):
-        train(
-            *network,
-            little(),
-            RECIPE,
-            generator=seed(1),
-            checkpoint=path,
-            on_epoch=lambda row: told.append(row) or interrupt_at(3)(row),
-        )
-    resumed = train(*network, little(), RECIPE, generator=seed(1), checkpoint=path)
-    assert resumed.history[:3] == tuple(told[:3])
-    assert resumed.history[3].cost.wall > told[2].cost.wall > 0
+        run(network, number=1, checkpoint=path, on_epoch=lambda row: rows.append(row) or interrupt_at(3)(row))
+    resumed = run(network, number=1, checkpoint=path)
+    assert resumed.history[:3] == tuple(rows[:3])
+    assert resumed.history[3].cost.wall > rows[2].cost.wall > 0
 
 
 def test_short_epochs_share_a_checkpoint(network, tmp_path, monkeypatch):
@@ -364,30 +324,24 @@ def test_short_epochs_share_a_checkpoint(network, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "SECONDS", 1e9)
     path = tmp_path / "run.safetensors"
     recipe = replace(RECIPE, epochs=60)
-    first = train(*network, little(), recipe, generator=seed(), checkpoint=path)
+    first = run(network, recipe, checkpoint=path)
     assert len(writes) == 1
-    again = train(*network, little(), recipe, generator=seed(), checkpoint=path, on_epoch=pytest.fail)
+    again = run(network, recipe, checkpoint=path, on_epoch=pytest.fail)
     assert first.history == again.history and equal(first.tensors, again.tensors)
     assert len(writes) == 1
 
 
 def test_a_stopped_run_is_not_run_again(network, tmp_path):
-    run = {
-        "generator": seed(),
-        "checkpoint": tmp_path / "run.safetensors",
-        "stop": lambda row: row.epoch == 2,
-    }
-    first = train(*network, little(), RECIPE, **run)
-    again = train(*network, little(), RECIPE, **run | {"generator": seed()}, on_epoch=pytest.fail)
+    path, stop = tmp_path / "run.safetensors", lambda row: row.epoch == 2
+    first = run(network, checkpoint=path, stop=stop)
+    again = run(network, checkpoint=path, stop=stop, on_epoch=pytest.fail)
     assert first.history == again.history and len(first.history) == 3
-    further = train(*network, little(), RECIPE, **run | {"generator": seed(), "stop": None})
-    assert equal(further.tensors, train(*network, little(), RECIPE, generator=seed()).tensors)
+    assert equal(run(network, checkpoint=path).tensors, run(network).tensors)
 
 
 def test_a_finished_run_is_not_run_again(network, tmp_path):
     path = tmp_path / "deep" / "run.safetensors"
-    first = train(*network, little(), RECIPE, generator=seed(), checkpoint=path)
-    again = train(*network, little(), RECIPE, generator=seed(), checkpoint=path)
+    first, again = run(network, checkpoint=path), run(network, checkpoint=path)
     assert equal(first.tensors, again.tensors) and first.history == again.history
     assert [file.name for file in path.parent.iterdir()] == ["run.safetensors"]
 
@@ -400,26 +354,17 @@ def test_a_finished_run_is_not_run_again(network, tmp_path):
         ({"generator": seed(9)}, "generator"),
         ({"test": True}, "rows"),
         ({"evaluate_at": {1}}, "rows"),
+        ({"start": {"fc.bias": torch.ones(2)}}, "start"),
     ],
 )
 def test_another_runs_checkpoint_is_refused(network, tmp_path, change, words):
     path = tmp_path / "run.safetensors"
-    run = {"data": little(), "recipe": RECIPE, "generator": seed(), "checkpoint": path}
-    train(*network, **run)
-    kept = path.read_bytes()
-    run = run | {"generator": seed()} | change
+    run(network, checkpoint=path)
+    kept, (model, start) = path.read_bytes(), network
+    settings = {"data": little(), "recipe": RECIPE, "generator": seed(), "checkpoint": path, **change}
     with pytest.raises(ValueError, match=words):
-        train(*network, **run)
+        train(model, **{**settings, "start": {**start, **settings.get("start", {})}})
     assert path.read_bytes() == kept
-
-
-def test_another_start_is_refused(network, tmp_path):
-    model, start = network
-    path = tmp_path / "run.safetensors"
-    train(model, start, little(), RECIPE, generator=seed(), checkpoint=path)
-    other = start | {"fc.bias": start["fc.bias"] + 1}
-    with pytest.raises(ValueError, match="start"):
-        train(model, other, little(), RECIPE, generator=seed(), checkpoint=path)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +372,7 @@ def test_another_start_is_refused(network, tmp_path):
 )
 def test_a_damaged_checkpoint_is_refused(network, tmp_path, damage):
     path = tmp_path / "run.safetensors"
-    train(*network, little(), RECIPE, generator=seed(), checkpoint=path)
+    run(network, checkpoint=path)
     content = path.read_bytes()
     if damage in ("history", "missing", "retyped"):
         with safe_open(path, framework="pt") as file:
@@ -449,13 +394,13 @@ def test_a_damaged_checkpoint_is_refused(network, tmp_path, damage):
         flipped = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
         path.write_bytes({"truncated": content[:-10], "flipped": flipped, "text": b"hello"}[damage])
     with pytest.raises((ValueError, OSError), match=r"run\.safetensors"):
-        train(*network, little(), RECIPE, generator=seed(), checkpoint=path)
+        run(network, checkpoint=path)
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(network, tmp_path, monkeypatch, every_epoch):
     """Killed while writing, the run resumes from the checkpoint before."""
     path = tmp_path / "run.safetensors"
-    whole = train(*network, little(), RECIPE, generator=seed(1))
+    whole = run(network, number=1)
     calls = []
 
     def dying(tensors, part, metadata):
@@ -467,14 +412,14 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(network, tmp_path, monkeypa
 
     monkeypatch.setattr("safetensors.torch.save_file", dying)
     with pytest.raises(KeyboardInterrupt):
-        train(*network, little(), RECIPE, generator=seed(1), checkpoint=path)
+        run(network, number=1, checkpoint=path)
     with safe_open(path, framework="pt") as file:
         assert len(json.loads(file.metadata()["history"])) == 3
-    resumed = train(*network, little(), RECIPE, generator=seed(1), checkpoint=path)
+    resumed = run(network, number=1, checkpoint=path)
     assert equal(resumed.tensors, whole.tensors)
     assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
 
 
 def test_rows_are_plain_data(network):
-    row = train(*network, little(), replace(RECIPE, epochs=1), generator=seed()).history[-1]
+    row = run(network, replace(RECIPE, epochs=1)).history[-1]
     assert parse_json(json.dumps(asdict(row)), Epoch, "a row") == row
