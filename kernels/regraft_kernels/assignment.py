@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.permute import row_blocks
+from regraft_kernels.memory import row_blocks
 
 Matrix = Tensor | np.ndarray
 
@@ -128,7 +128,7 @@ def assign_many(
     return [found[place] for place in range(count)]
 
 
-SMALL = 64
+SMALL_UNITS = 64
 """Up to so many units, what Python does for a problem takes as long as its solver."""
 
 
@@ -138,7 +138,7 @@ def _alike(similarities: Sequence[Matrix]) -> list[list[int]]:
     for place, matrix in enumerate(similarities):
         if isinstance(matrix, Tensor | np.ndarray) and matrix.ndim == 2:
             rows, columns = matrix.shape
-            if 2 <= rows == columns <= SMALL:
+            if 2 <= rows == columns <= SMALL_UNITS:
                 kind = matrix.dtype, matrix.device if isinstance(matrix, Tensor) else None, rows
                 groups.setdefault(kind, []).append(place)
     return [places for places in groups.values() if len(places) > 1]

@@ -6,10 +6,9 @@ runs only in its interpreter (TRITON_INTERPRET=1 before this package is imported
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
@@ -18,17 +17,15 @@ try:
     import triton.language as tl
 except ImportError:  # its kernels stay plain functions, which nothing calls: `resolve` refuses "triton"
 
-    def _undecorated(function: Any = None, **options: Any) -> Any:
-        return _undecorated if function is None else function
+    def _no_decorator(function: Any = None, **options: Any) -> Any:
+        return _no_decorator if function is None else function
 
-    triton = SimpleNamespace(jit=_undecorated)  # type: ignore[assignment]  # stands in for the package
+    triton = SimpleNamespace(jit=_no_decorator)  # type: ignore[assignment]  # stands in for the package
     tl = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[assignment]
 
 BACKENDS = ("auto", "torch", "triton")
 HAS_TRITON = not isinstance(triton, SimpleNamespace)
 INTERPRETING = HAS_TRITON and triton.knobs.runtime.interpret  # decided where the kernels are decorated
-
-Made = TypeVar("Made")
 
 
 def resolve(backend: str, device: torch.device) -> str:
@@ -49,33 +46,16 @@ def resolve(backend: str, device: torch.device) -> str:
     return backend
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of a floating dtype are computed in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def triton_dtype(dtype: torch.dtype) -> Any:
     """The Triton type of a torch dtype, for a kernel's constexpr arguments."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
+def use_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current one: Triton launches on the current device, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-class Recent(Generic[Made]):
-    """What was made last, by key; beyond `limit` the one that was used longest ago is dropped."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._made: dict[Hashable, Made] = {}
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._made
-
-    def __len__(self) -> int:
-        return len(self._made)
-
-    def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What belongs to `key`, made at its first use."""
-        made = self._made.pop(key) if key in self._made else make()
-        self._made[key] = made
-        while len(self._made) > self.limit:
-            del self._made[next(iter(self._made))]
-        return made

@@ -5,29 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import on, resolve, tl, triton, triton_dtype
-from regraft_kernels.moves import RUN_TIME, accumulator, aligned, launch_bytes, memory_of, on_device, pointer
-from regraft_kernels.operators import needs_operator, one_by_one
-from regraft_kernels.packing import Packing, Tensors, allocate, check_addable
-from regraft_kernels.permute import row_blocks
-from regraft_kernels.tables import (
-    ALIGNMENT,
+from regraft_kernels.backend import accumulator, resolve, tl, triton, triton_dtype, use_device
+from regraft_kernels.launch import (
+    RUN_TIME,
+    FlatTile,
+    device_family,
+    launch_bytes,
+    tensor_pointer,
+    vector_pointer,
+)
+from regraft_kernels.memory import ALIGNMENT, as_in_memory, row_blocks, upload_numbers, upload_words
+from regraft_kernels.operators import by_number, define, needs_operator
+from regraft_kernels.packing import (
     FIELDS,
     S_SIZE,
     T_COLUMNS,
     T_SEGMENT,
     TILE_FIELDS,
-    Kind,
     Layout,
+    MoveKind,
+    Packing,
+    Piece,
+    Tensors,
+    allocate,
+    check_addable,
     lay_out,
-    uploaded,
 )
-from regraft_kernels.tiles import FlatTile, family
+
+SMALL_SUM = 1 << 14
+"""Up to so many elements, the number of calls costs more than the passes over memory."""
 
 
 def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[str, Tensor]:
@@ -37,7 +49,7 @@ def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[
         if not first.is_floating_point():
             out[name] = first.repeat(len(coefficients), *(1,) * first.ndim)
             continue
-        wide = torch.promote_types(first.dtype, torch.float32)
+        wide = accumulator(first.dtype)
         total = torch.zeros((len(coefficients), *first.shape), dtype=wide, device=first.device)
         for source, column in zip(sources, coefficients.to(first.device, wide).T, strict=True):
             total += column.reshape(-1, *(1,) * first.ndim) * source[name].to(wide)
@@ -45,15 +57,11 @@ def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[
     return out
 
 
-SMALL = 1 << 14
-"""Up to so many elements, the number of calls costs more than the passes over memory."""
-
-
 def _combine_torch(sources: Sequence[Tensors], table: Sequence[Sequence[float]], out: Tensors) -> None:
     """Block by block, so that each source is read from memory once for all K results."""
     for name, first in sources[0].items():
         tensors, results = [source[name] for source in sources], out[name]
-        if first.numel() <= SMALL or (len(table) == 1 and _one_pass(table[0])):
+        if first.numel() <= SMALL_SUM or (len(table) == 1 and _one_pass(table[0])):
             _weighted_sums(tensors, table, results)
             continue
         flat, results = [tensor.reshape(-1) for tensor in tensors], results.view(len(table), -1)
@@ -80,7 +88,7 @@ def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float], out: T
         torch.add(parts[0], parts[1], alpha=coefficients[1], out=out)
     elif len(parts) > 1 and _one_pass(coefficients[:2]):
         torch.lerp(parts[0], parts[1], coefficients[1], out=out)
-    elif len(parts) > 1 and coefficients[0] != 0 and out.ndim == 1 and out.numel() > SMALL:
+    elif len(parts) > 1 and coefficients[0] != 0 and out.ndim == 1 and out.numel() > SMALL_SUM:
         # a x + b y in one pass, where mul and add_ take two; but a = 0 would hide a NaN in x.
         one = parts[1].new_ones(1)
         first, rest = parts[0].unsqueeze(0), coefficients[:2]
@@ -98,6 +106,9 @@ def _one_pass(row: Sequence[float]) -> bool:
     return len(row) == 2 and (
         row[0] == 1 or (0 <= row[1] <= 1 and (row[0] == 1 - row[1] or row[1] == 1 - row[0]))
     )
+
+
+# ---------------------------------------------------------------- Triton
 
 
 @triton.jit(do_not_specialize=RUN_TIME, launch_metadata=launch_bytes)
@@ -124,31 +135,32 @@ def _combine_kernel(
     first = tl.load(tile + T_COLUMNS).to(tl.int64) * BLOCK
     here = tl.arange(0, BLOCK)
     inside = here < tl.multiple_of(tl.minimum(size - first, BLOCK).to(tl.int32), VEC)
-    result = aligned(pointer(addresses + sources * count + number, DTYPE), first, DTYPE, VEC)
+    result = tensor_pointer(addresses + sources * count + number, DTYPE)
+    result = vector_pointer(result, first, DTYPE, VEC)
     if PAIR:
-        one = aligned(pointer(addresses + number, DTYPE), first, DTYPE, VEC)
-        two = aligned(pointer(addresses + count + number, DTYPE), first, DTYPE, VEC)
+        one = vector_pointer(tensor_pointer(addresses + number, DTYPE), first, DTYPE, VEC)
+        two = vector_pointer(tensor_pointer(addresses + count + number, DTYPE), first, DTYPE, VEC)
         a = tl.load(one + here, mask=inside).to(WIDE)
         b = tl.load(two + here, mask=inside).to(WIDE)
         for k in range(steps):
             total = tl.load(coefficients + 2 * k) * a + tl.load(coefficients + 2 * k + 1) * b
             tl.store(result + here, total.to(DTYPE), mask=inside)
-            result = aligned(result, size, DTYPE, VEC)
+            result = vector_pointer(result, size, DTYPE, VEC)
     else:
         for k in range(steps):
             total = tl.zeros((BLOCK,), WIDE)
             for s in range(sources):
-                source = aligned(pointer(addresses + s * count + number, DTYPE), first, DTYPE, VEC)
-                total += tl.load(coefficients + k * sources + s) * tl.load(source + here, mask=inside).to(
-                    WIDE
-                )
+                source = tensor_pointer(addresses + s * count + number, DTYPE)
+                source = vector_pointer(source, first, DTYPE, VEC)
+                value = tl.load(source + here, mask=inside).to(WIDE)
+                total += tl.load(coefficients + k * sources + s) * value
             tl.store(result + here, total.to(DTYPE), mask=inside)
-            result = aligned(result, size, DTYPE, VEC)
+            result = vector_pointer(result, size, DTYPE, VEC)
 
 
-def block_of(tile: FlatTile, kind: Kind) -> int:
+def block_of(tile: FlatTile, kind: MoveKind) -> int:
     """Elements a program; half of them where they move one by one, so that registers suffice."""
-    return tile.block if kind.aligned else tile.block // 2
+    return tile.block if kind.aligned16 else tile.block // 2
 
 
 @lru_cache(maxsize=32)
@@ -160,31 +172,22 @@ def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]]
     """A launch for each dtype among the tensors, and for each alignment."""
     names = tuple(sources[0])
     device = sources[0][names[0]].device
-    columns = [memory_of(source.values()) for source in sources]
+    columns = [as_in_memory(source.values()) for source in sources]
     packing = _flat_packing(tuple((name, tuple(t.shape)) for name, t in zip(names, columns[0], strict=True)))
     columns.append([out[name] for name in names])
     pointers = np.array([[tensor.data_ptr() for tensor in column] for column in columns])
     dtypes = tuple([tensor.dtype for tensor in columns[0]])
-    on_line = (pointers % ALIGNMENT == 0).all(axis=0)
-    tile = family(device).flat
+    aligned16 = (pointers % ALIGNMENT == 0).all(axis=0)
+    tile = device_family(device).flat
 
     def make() -> Layout:
-        segments, ones = list(packing.segments.values()), [1] * len(names)
-        return lay_out(
-            segments,
-            dtypes,
-            ones,
-            on_line.tolist(),
-            len(pointers),
-            lambda kind: (1, block_of(tile, kind)),
-            {},
-            device,
-            fold=False,
-        )
+        parts = zip(packing.segments.values(), dtypes, aligned16.tolist(), strict=True)
+        pieces = [Piece(segment, dtype, 1, is_aligned, fold=False) for segment, dtype, is_aligned in parts]
+        return lay_out(pieces, len(pointers), lambda kind: (1, block_of(tile, kind)), {}, device)
 
-    layout = packing.layouts.get((dtypes, on_line.tobytes(), len(pointers), device), make)
-    buffer = uploaded(pointers.ravel()[layout.order], device)
-    with on(device):
+    layout = packing.layouts.get((dtypes, aligned16.tobytes(), len(pointers), device), make)
+    buffer = upload_words(pointers.ravel()[layout.order], device)
+    with use_device(device):
         for launch in layout.launches:
             wide = accumulator(launch.kind.dtype)
             _combine_kernel[(len(launch.tiles),)](
@@ -193,7 +196,7 @@ def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]]
                 launch.segments,
                 launch.tiles,
                 float((len(sources) + len(table)) * launch.size * launch.kind.dtype.itemsize),
-                on_device(table, wide, device),
+                upload_numbers(table, wide, device),
                 len(table),
                 len(sources),
                 DTYPE=triton_dtype(launch.kind.dtype),
@@ -203,6 +206,9 @@ def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]]
                 BLOCK=block_of(tile, launch.kind),
                 num_warps=tile.warps,
             )
+
+
+# ---------------------------------------------------------------- the function, and the operator
 
 
 def combine(
@@ -239,18 +245,18 @@ def combine(
     if not first:
         return {}
     chosen = resolve(backend, next(iter(first.values())).device)
-    if needs_operator(first, "sources", out, *sources[1:], {"coefficients": table}):
-        floating = [name for name, tensor in first.items() if tensor.is_floating_point()]
-        given = [source[name] for source in sources for name in floating]
-        found = torch.ops.regraft.combine(given, table, backend) if floating else []
-        summed = dict(zip(floating, found, strict=True))
-        steps = table.shape[0]
-        return {n: summed[n] if n in summed else t.expand(steps, *t.shape).clone() for n, t in first.items()}
-    return _combine_now(sources, table, chosen, out)
+    if not needs_operator([*sources, {"coefficients": table}], out):
+        return _run_combine(sources, table, chosen, out)
+    floating = [name for name, tensor in first.items() if tensor.is_floating_point()]
+    tensors = [source[name] for source in sources for name in floating]
+    sums = torch.ops.regraft.combine(tensors, table, backend) if floating else []
+    results = dict(zip(floating, sums, strict=True))
+    steps = table.shape[0]
+    return {n: results[n] if n in results else t.expand(steps, *t.shape).clone() for n, t in first.items()}
 
 
 @torch.no_grad()
-def _combine_now(
+def _run_combine(
     sources: Sequence[Tensors], table: Tensor, chosen: str, out: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     rows = table.tolist()
@@ -263,9 +269,9 @@ def _combine_now(
     for name in first.keys() - set(floating):
         results[name].copy_(first[name].expand(shapes[name]))
     if floating and rows:
-        used = [{name: source[name] for name in floating} for source in sources]  # all in one order
+        floats = [{name: source[name] for name in floating} for source in sources]  # all in one order
         run = _combine_triton if chosen == "triton" else _combine_torch
-        run(used, rows, results)
+        run(floats, rows, results)
     return results
 
 
@@ -288,40 +294,28 @@ def _check_sources(sources: Sequence[Tensors]) -> None:
                     raise ValueError(f"{name!r}: {kind} is {ours} in source {number}, {theirs} in source 0")
 
 
-# ---------------------------------------------------------------- the operator
-
-
-@torch.library.custom_op(
-    "regraft::combine",
-    mutates_args=(),
-    schema="(Tensor[] sources, Tensor coefficients, str backend) -> Tensor[]",
-)
-def _operator(sources, coefficients, backend):
+def _operator(sources: list[Tensor], coefficients: Tensor, backend: str) -> list[Tensor]:
     """`sources`: the floating tensors of the first source, then of the second, and so on."""
     chosen = resolve(backend, sources[0].device)
-    return list(_combine_now(_by_source(sources, coefficients), coefficients, chosen).values())
+    return list(_run_combine(_by_source(sources, coefficients), coefficients, chosen).values())
 
 
 def _by_source(tensors: Sequence[Tensor], coefficients: Tensor) -> list[dict[str, Tensor]]:
     each = len(tensors) // coefficients.shape[1]
-    return [
-        {str(place): tensor for place, tensor in enumerate(tensors[start : start + each])}
-        for start in range(0, len(tensors), each)
-    ]
+    return [by_number(tensors[start : start + each]) for start in range(0, len(tensors), each)]
 
 
-@_operator.register_fake
-def _fake(sources, coefficients, backend):
+def _fake(sources: list[Tensor], coefficients: Tensor, backend: str) -> list[Tensor]:
     steps, count = coefficients.shape
     return [t.new_empty((steps, *t.shape)) for t in sources[: len(sources) // count]]
 
 
-def _remember(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     sources, coefficients, _ = inputs
     ctx.save_for_backward(coefficients, *(sources if coefficients.requires_grad else []))
 
 
-def _backward(ctx, gradients):
+def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     """The transposed sums: of source i, sum_k c_ki g_k; of c_ki, <g_k, theta_i>."""
     coefficients, *sources = ctx.saved_tensors
     sums = [torch.tensordot(column.to(g), g, 1) for column in coefficients.unbind(1) for g in gradients]
@@ -337,5 +331,10 @@ def _backward(ctx, gradients):
     return sums, torch.stack(columns, dim=1), None
 
 
-_operator.register_autograd(_backward, setup_context=_remember)
-_operator.register_vmap(one_by_one(torch.ops.regraft.combine))
+define(
+    "combine(Tensor[] sources, Tensor coefficients, str backend) -> Tensor[]",
+    _operator,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import resolve, tl, triton, triton_dtype
+from regraft_kernels.backend import accumulator, resolve, tl, triton, triton_dtype
 from regraft_kernels.indices import Indices
-from regraft_kernels.moves import (
+from regraft_kernels.launch import (
     RUN_TIME,
-    accumulator,
-    aligned,
     find_tile,
     launch_bytes,
     launch_moves,
     layout_of,
-    memory_of,
-    on_device,
-    pointer,
+    tensor_pointer,
+    vector_pointer,
 )
-from regraft_kernels.operators import needs_operator, one_by_one, operator_vectors, packing_of
+from regraft_kernels.memory import Scratch, as_in_memory, row_blocks, upload_numbers
+from regraft_kernels.operators import by_number, define, flatten_indices, needs_operator, unflatten_packing
 from regraft_kernels.packing import Packing, Tensors, allocate, check_addable
-from regraft_kernels.permute import Scratch, permute_reference, row_blocks
+from regraft_kernels.permute import permute_reference
+
+SMALL_GRAFT = 1 << 16
+"""Up to so many elements, the number of calls costs more than the passes over memory."""
 
 
 def graft_reference(
@@ -42,7 +44,7 @@ def graft_reference(
         if not tensor.is_floating_point():
             out[name] = tensor.repeat(len(scales), *(1,) * tensor.ndim)
             continue
-        wide = torch.promote_types(tensor.dtype, torch.float32)
+        wide = accumulator(tensor.dtype)
         delta = {name: end[name].to(wide) - start[name].to(wide)}
         moved = permute_reference(delta, indices, packing)[name]
         steps = [tensor.to(wide) + scale * moved for scale in scales]
@@ -51,70 +53,58 @@ def graft_reference(
 
 
 def _graft_torch(
-    base: Tensors,
-    start: Tensors,
-    end: Tensors,
+    sources: Sequence[Tensors],
     scales: Sequence[float],
     out: Tensors,
-    indices: Mapping[str, Tensor] | Indices,
+    indices: Indices,
     packing: Packing,
-    targets: int | None,
 ) -> None:
-    device = next(iter(base.values())).device
-    vectors = packing.indices_for(tuple(base), indices, device, targets, False, "torch")
+    base, start, end = sources
+    targets = 1 if indices.targets is None else indices.targets
     scratch = Scratch(), Scratch()
     for name, tensor in base.items():
         segment = packing.segments[name]
-        if not segment.size:
+        if not segment.size or not scales:
             continue
         shape = (segment.rows, segment.columns, segment.tail)
-        first, last = start[name].reshape(shape), end[name].reshape(shape)
-        if targets is None:
-            rows, columns = vectors.of(segment.row_factors), vectors.of(segment.column_factors)
-            results = out[name].view(len(scales), *shape)
-            _graft_one(tensor.reshape(shape), first, last, scales, results, rows, columns, scratch)
-            continue
+        ends = start[name].reshape(shape), end[name].reshape(shape)
         results = out[name].view(targets, len(scales), *shape)
-        for target, here in enumerate(tensor.reshape(targets, *shape)):
-            rows = vectors.of(segment.row_factors, target)
-            columns = vectors.of(segment.column_factors, target)
-            _graft_one(here, first, last, scales, results[target], rows, columns, scratch)
+        for target, (here, result) in enumerate(zip(tensor.reshape(targets, *shape), results, strict=True)):
+            factors = segment.row_factors, segment.column_factors
+            gathers = [indices.vector(f, None if indices.targets is None else target) for f in factors]
+            _graft_one(here, ends, scales, result, gathers, scratch)
 
 
 def _graft_one(
     base: Tensor,
-    start: Tensor,
-    end: Tensor,
+    ends: tuple[Tensor, Tensor],
     scales: Sequence[float],
     out: Tensor,
-    rows: Tensor | None,
-    columns: Tensor | None,
+    gathers: Sequence[Tensor | None],
     scratch: tuple[Scratch, Scratch],
 ) -> None:
     """Fill `out` [K, rows, columns, tail] for one tensor of one target: subtract, gather once, add."""
-    wide = torch.promote_types(base.dtype, torch.float32)
-    if not scales:
-        return
-    if base.numel() <= SMALL and wide == base.dtype:
-        moved = torch.sub(end, start)
-        moved = moved if rows is None else moved.index_select(0, rows)
-        moved = moved if columns is None else moved.index_select(1, columns)
+    (start, end), (rows, columns), (whole, part) = ends, gathers, scratch
+    wide = accumulator(base.dtype)
+    if base.numel() <= SMALL_GRAFT and wide == base.dtype:
+        change = torch.sub(end, start)
+        change = change if rows is None else change.index_select(0, rows)
+        change = change if columns is None else change.index_select(1, columns)
         for number, scale in enumerate(scales):
-            torch.add(base, moved, alpha=scale, out=out[number])
+            torch.add(base, change, alpha=scale, out=out[number])
         return
-    whole, part = scratch
-    change = whole.like(end, wide)
+    change = whole.empty(end.shape, end, wide)
     for block in row_blocks(end):
         later, earlier = end[block].to(wide), start[block].to(wide)
         if columns is None:
             torch.sub(later, earlier, out=change[block])
         else:
-            torch.sub(later, earlier, out=part.like(later, wide))
-            torch.index_select(part.like(later, wide), 1, columns, out=change[block])
+            difference = torch.sub(later, earlier, out=part.empty(later.shape, later))
+            torch.index_select(difference, 1, columns, out=change[block])
     for block in row_blocks(base):
         here, moved = base[block].to(wide), change[block]
         if rows is not None:  # the last result is room enough for what is gathered
-            room = out[-1, block] if wide == base.dtype else part.like(moved, wide)
+            room = out[-1, block] if wide == base.dtype else part.empty(moved.shape, moved)
             moved = torch.index_select(change, 0, rows[block], out=room)
         for number, scale in enumerate(scales):
             if wide == base.dtype:
@@ -123,10 +113,9 @@ def _graft_one(
                 out[number, block] = torch.add(here, moved, alpha=scale)
 
 
-SMALL = 1 << 16
-"""Up to so many elements, the number of calls costs more than the passes over memory."""
+# ---------------------------------------------------------------- Triton
 
-LIVE = 4
+_LIVE_VALUES = 4
 """Values of each element that the kernel has in registers at a time."""
 
 
@@ -158,11 +147,12 @@ def _graft_kernel(
             tiles, segments, own, VEC, GATHERED, SPAN, COLUMNS
         )
         there: tl.constexpr = 1 if GATHERED else VEC
-        base = aligned(pointer(addresses + number, DTYPE), size * target + first, DTYPE, VEC)
-        start = aligned(pointer(addresses + count + number, DTYPE), origin, DTYPE, there)
-        end = aligned(pointer(addresses + 2 * count + number, DTYPE), origin, DTYPE, there)
-        result = pointer(addresses + 3 * count + number, DTYPE)
-        result = aligned(result, size * steps * target + first, DTYPE, VEC)
+        base = tensor_pointer(addresses + number, DTYPE)
+        base = vector_pointer(base, size * target + first, DTYPE, VEC)
+        start = vector_pointer(tensor_pointer(addresses + count + number, DTYPE), origin, DTYPE, there)
+        end = vector_pointer(tensor_pointer(addresses + 2 * count + number, DTYPE), origin, DTYPE, there)
+        result = tensor_pointer(addresses + 3 * count + number, DTYPE)
+        result = vector_pointer(result, size * steps * target + first, DTYPE, VEC)
         for row in range(first_row, tl.minimum(first_row + SPAN, rows), ROWS):
             i = row + tl.arange(0, ROWS)
             from_i = tl.load(row_table + i, mask=i < rows, other=0).to(tl.int64) * length
@@ -174,38 +164,37 @@ def _graft_kernel(
             value = tl.load(base + here, mask=inside).to(WIDE)
             step = result
             for k in range(steps):
-                found = value + tl.load(scales + k) * change
-                tl.store(step + here, found.to(DTYPE), mask=inside)
-                step = aligned(step, size, DTYPE, VEC)
+                total = value + tl.load(scales + k) * change
+                tl.store(step + here, total.to(DTYPE), mask=inside)
+                step = vector_pointer(step, size, DTYPE, VEC)
 
 
 def _graft_triton(
-    base: Tensors,
-    start: Tensors,
-    end: Tensors,
+    sources: Sequence[Tensors],
     scales: Sequence[float],
     out: Tensors,
-    indices: Mapping[str, Tensor] | Indices,
+    indices: Indices,
     packing: Packing,
-    targets: int | None,
 ) -> None:
     """A launch for each kind among the tensors."""
-    names = tuple(base)
-    device = base[names[0]].device
-    checked = packing.indices_for(names, indices, device, targets, False, "triton")
-    if not scales or targets == 0:
+    names = tuple(sources[0])
+    if not scales or indices.targets == 0:
         return
-    columns = [memory_of(tensors.values()) for tensors in (base, start, end)]
+    columns = [as_in_memory(tensors.values()) for tensors in sources]
     columns.append([out[name] for name in names])
     pointers = np.array([[tensor.data_ptr() for tensor in column] for column in columns])
-    kinds = tuple([(tensor.dtype, 1) for tensor in columns[0]])
-    layout = layout_of(packing, names, kinds, pointers, checked, device)
+    layout = layout_of(packing, names, tuple([(t.dtype, 1) for t in columns[0]]), pointers, indices)
 
-    def extra(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object]]:
+    def extra(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
         wide = accumulator(dtype)
-        return (on_device(scales, wide, device), len(scales)), {"WIDE": triton_dtype(wide)}
+        numbers = upload_numbers(scales, wide, indices.joined.device)
+        return (numbers, len(scales)), {"WIDE": triton_dtype(wide)}
 
-    launch_moves(_graft_kernel, layout, pointers, checked, 1 if targets is None else targets, LIVE, extra)
+    targets = 1 if indices.targets is None else indices.targets
+    launch_moves(_graft_kernel, layout, pointers, indices, targets, _LIVE_VALUES, extra)
+
+
+# ---------------------------------------------------------------- the function, and the operator
 
 
 def graft(
@@ -239,22 +228,24 @@ def graft(
     ]
     if not base:
         return {}
-    device = next(iter(base.values())).device
-    chosen = resolve(backend, device)
-    learned = {"scales": scales} if isinstance(scales, Tensor) else {}
-    if needs_operator(base, "base", out, *moves, learned):
-        moved = _by_operator(floating, moves, scales, indices, packing, bool(batch), backend)
-        steps = len(scales)
-        lead = (*batch, steps)
-        return {
-            n: moved[n] if n in moved else t.unsqueeze(len(batch)).expand(*lead, *packing.shapes[n]).clone()
-            for n, t in base.items()
-        }
-    return _graft_now(base, moves, _check_scales(scales), indices, packing, chosen, out)
+    chosen = resolve(backend, next(iter(base.values())).device)
+    if not needs_operator([base, *moves, {"scales": scales} if isinstance(scales, Tensor) else {}], out):
+        return _run_graft(base, moves, _check_scales(scales), indices, packing, chosen, out)
+    factors = scales.flatten() if isinstance(scales, Tensor) else torch.tensor(scales, dtype=torch.float64)
+    vectors, axes = flatten_indices(packing, floating, indices)
+    lists = [[tensors[name] for name in floating] for tensors in (base, *moves)]
+    run = torch.ops.regraft.graft
+    sums = run(*lists, factors, vectors, axes, bool(batch), backend) if floating else []
+    results = dict(zip(floating, sums, strict=True))
+    lead = (*batch, len(scales))
+    return {
+        n: results[n] if n in results else t.unsqueeze(len(batch)).expand(*lead, *packing.shapes[n]).clone()
+        for n, t in base.items()
+    }
 
 
 @torch.no_grad()
-def _graft_now(
+def _run_graft(
     base: Tensors,
     moves: Sequence[Tensors],
     scales: Sequence[float],
@@ -271,68 +262,45 @@ def _graft_now(
     for name in base.keys() - floating.keys():
         results[name].copy_(base[name].unsqueeze(len(batch)))
     if floating:
-        targets = batch[0] if batch else None
+        device, targets = base[first].device, batch[0] if batch else None
+        vectors = packing.indices_for(tuple(floating), indices, device, targets, False, chosen)
         run = _graft_triton if chosen == "triton" else _graft_torch
-        start, end = moves
-        run(floating, start, end, scales, results, indices, packing, targets)
+        run([floating, *moves], scales, results, vectors, packing)
     return results
 
 
-# ---------------------------------------------------------------- the operator
-
-
-def _by_operator(
-    base: Tensors,
-    moves: Sequence[Tensors],
-    scales: Sequence[float] | Tensor,
-    indices: Mapping[str, Tensor] | Indices,
-    packing: Packing,
+def _operator(
+    base: list[Tensor],
+    start: list[Tensor],
+    end: list[Tensor],
+    scales: Tensor,
+    indices: list[Tensor],
+    axes: list[int],
     batched: bool,
     backend: str,
-) -> dict[str, Tensor]:
-    if not base:
-        return {}
-    slots, vectors = operator_vectors(packing, base, indices)
-    places = {slot: place for place, slot in enumerate(slots)}
-    axes = [-1 if slot is None else places[slot] for name in base for slot in packing.axes[name]]
-    start, end = ([tensors[name] for name in base] for tensors in moves)
-    factors = scales.flatten() if isinstance(scales, Tensor) else torch.tensor(scales, dtype=torch.float64)
-    found = torch.ops.regraft.graft(list(base.values()), start, end, factors, vectors, axes, batched, backend)
-    return dict(zip(base, found, strict=True))
-
-
-@torch.library.custom_op(
-    "regraft::graft",
-    mutates_args=(),
-    schema="(Tensor[] base, Tensor[] start, Tensor[] end, Tensor scales, Tensor[] indices, int[] axes, "
-    "bool batched, str backend) -> Tensor[]",
-)
-def _operator(base, start, end, scales, indices, axes, batched, backend):
+) -> list[Tensor]:
     """Floating tensors alone; `axes` as for `permute`."""
-    packing = packing_of(start, axes, False)
-    moves = [dict(zip(packing.shapes, tensors, strict=True)) for tensors in (base, start, end)]
-    vectors = {str(place): vector for place, vector in enumerate(indices)}
-    chosen = resolve(backend, start[0].device)
+    packing, chosen = unflatten_packing(start, axes, False), resolve(backend, start[0].device)
+    moves = [by_number(start), by_number(end)]
     factors = _check_scales(scales)
-    return list(_graft_now(moves[0], moves[1:], factors, vectors, packing, chosen).values())
+    return list(_run_graft(by_number(base), moves, factors, by_number(indices), packing, chosen).values())
 
 
-@_operator.register_fake
-def _fake(base, start, end, scales, indices, axes, batched, backend):
-    steps = scales.shape[0]
+def _fake(base: list[Tensor], start: list[Tensor], end: Any, scales: Tensor, *rest: Any) -> list[Tensor]:
+    batched, steps = rest[2], scales.shape[0]
     return [
         b.new_empty((*b.shape[: int(batched)], steps, *s.shape)) for b, s in zip(base, start, strict=True)
     ]
 
 
-def _remember(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     _, start, end, scales, indices, *ctx.rest = inputs
     ctx.sizes = len(start), len(indices)
     moves = [*start, *end] if scales.requires_grad else []
     ctx.save_for_backward(scales, *indices, *moves)
 
 
-def _backward(ctx, gradients):
+def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     """base: the sum over k; end: pi's inverse of the sums weighted by the scales; start: minus that."""
     (axes, batched, backend), (count, slots) = ctx.rest, ctx.sizes
     scales, saved = ctx.saved_tensors[0], ctx.saved_tensors[1:]
@@ -359,8 +327,14 @@ def _backward(ctx, gradients):
     return base, [-e for e in end], end, factors, [None] * slots, None, None, None
 
 
-_operator.register_autograd(_backward, setup_context=_remember)
-_operator.register_vmap(one_by_one(torch.ops.regraft.graft))
+define(
+    "graft(Tensor[] base, Tensor[] start, Tensor[] end, Tensor scales, Tensor[] indices, int[] axes, bool batched, "
+    "str backend) -> Tensor[]",
+    _operator,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
 
 
 def _check_scales(scales: Sequence[float] | Tensor) -> list[float]:

@@ -1,85 +1,78 @@
-"""How an operation enters PyTorch: when it goes by its operator, and what all operators share."""
+"""How an operation enters PyTorch: one policy for all of them, on public interfaces alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from regraft_kernels.indices import Indices
 from regraft_kernels.packing import Packing, Tensors
 
-TRACED = (FakeTensor, FunctionalTensor)
-_ORDINARY = Tensor.__torch_dispatch__
+_PLAIN = Tensor.__torch_dispatch__
 
 
-def needs_operator(tensors: Tensors, what: str, out: Tensors | None, *more: Tensors) -> bool:
+def needs_operator(groups: Iterable[Tensors], out: Tensors | None = None) -> bool:
     """Whether PyTorch must see the operation: something traces or differentiates it, or there is no memory to read.
 
-    Raises ValueError, naming the tensor, for one that keeps its values elsewhere (DTensor), and where `out` is given
+    Where it need not, operations run directly: by way of `torch.ops` they would take a quarter to a half longer on
+    small networks, check prepared indices again, and could not write to `out`.
+
+    Raises ValueError, naming the tensor, for one whose values are in other tensors (DTensor), and where `out` is given
     although gradients are wanted or a compiler traces.
     """
-    if torch.compiler.is_compiling():
-        seen = True
-    else:
-        seen = _functorch.peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None
-        for group in (tensors, *more):
-            if any(kind is not Tensor for kind in set(map(type, group.values()))):
-                seen = any([_stands_for_values(name, tensor, what) for name, tensor in group.items()]) or seen
-            if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in group.values()]):
-                seen = True
-            if group and next(iter(group.values())).is_meta:
-                seen = True
-    if seen and out is not None:
+    needed = torch.compiler.is_compiling() or get_proxy_mode() is not None or not _all_direct(groups)
+    if needed and out is not None:
         raise ValueError("out cannot be given where gradients are wanted, or where PyTorch traces")
-    return seen
+    return needed
 
 
-def _stands_for_values(name: str, tensor: Tensor, what: str) -> bool:
-    """Whether a tensor of a subclass is one of those that stand for values while PyTorch traces."""
-    if isinstance(tensor, TRACED):
-        return True
-    if type(tensor).__torch_dispatch__ is not _ORDINARY:
-        kind = type(tensor).__name__
-        raise ValueError(f"{what}: {name!r} is a {kind}, which has no memory of its own; give plain tensors")
-    return False
+def _all_direct(groups: Iterable[Tensors]) -> bool:
+    direct, gradients = True, torch.is_grad_enabled()
+    for tensors in groups:
+        for name, tensor in tensors.items():
+            if type(tensor).__torch_dispatch__ is not _PLAIN:
+                if hasattr(tensor, "__tensor_flatten__"):
+                    kind = type(tensor).__name__
+                    raise ValueError(
+                        f"{name!r} is a {kind}, which has no memory of its own; give plain tensors"
+                    )
+                direct = False
+            elif (gradients and tensor.requires_grad) or not _has_memory(tensor):
+                direct = False
+    return direct
 
 
-def operator_vectors(
-    packing: Packing, tensors: Tensors, indices: Mapping[str, Tensor] | Indices
-) -> tuple[list[str], list[Tensor]]:
-    """The slots that the tensors need, in order, and their vectors."""
-    slots = list(dict.fromkeys(slot for name in tensors for slot in packing.axes[name] if slot is not None))
-    vectors = indices.by_slot() if isinstance(indices, Indices) else indices
-    for slot in slots:
-        if slot not in vectors:
-            raise ValueError(f"indices: slot {slot!r} is missing")
-    return slots, [vectors[slot] for slot in slots]
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the values can be read: not those of meta tensors, nor inside torch.func's transformations."""
+    try:
+        return tensor.data_ptr() != 0 or not tensor.numel()
+    except RuntimeError:
+        return False
 
 
-def packing_of(tensors: Sequence[Tensor], axes: Sequence[int], batched: bool) -> Packing:
-    """The packing that an operator's arguments describe."""
-    return _packing(tuple(tuple(t.shape[int(batched) :]) for t in tensors), tuple(axes))
+def define(
+    schema: str,
+    run: Callable[..., list[Tensor]],
+    *,
+    fake: Callable[..., list[Tensor]],
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Make `run` the operator torch.ops.regraft.<name of the schema>: shapes without values by `fake`, gradients by
+    `save` and `backward`, torch.func.vmap by one call for each element."""
+    name, arguments = schema.split("(", 1)
+    operator = torch.library.custom_op(f"regraft::{name}", run, mutates_args=(), schema=f"({arguments}")
+    operator.register_fake(fake)
+    operator.register_autograd(backward, setup_context=save)
+    operator.register_vmap(_call_for_each(operator))
 
 
-@lru_cache(maxsize=32)
-def _packing(shapes: tuple[tuple[int, ...], ...], axes: tuple[int, ...]) -> Packing:
-    slots, place = {}, 0
-    for number, shape in enumerate(shapes):
-        some = axes[place : place + len(shape)]
-        slots[str(number)] = tuple(None if slot < 0 else str(slot) for slot in some)
-        place += len(shape)
-    return Packing.build({str(number): shape for number, shape in enumerate(shapes)}, slots)
-
-
-def one_by_one(operator: Callable[..., list[Tensor]]) -> Callable[..., Any]:
+def _call_for_each(operator: Callable[..., list[Tensor]]) -> Callable[..., Any]:
     """A rule for torch.func.vmap: the operator for one element of the batch after the other."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
@@ -96,3 +89,41 @@ def one_by_one(operator: Callable[..., list[Tensor]]) -> Callable[..., Any]:
         return stacked, [0] * len(stacked)
 
     return rule
+
+
+# ---------------------------------------------------------------- packings as arguments
+
+
+def flatten_indices(
+    packing: Packing, tensors: Tensors, indices: Mapping[str, Tensor] | Indices, inverse: bool = False
+) -> tuple[list[Tensor], list[int]]:
+    """The vectors that the tensors need, and for each axis of each tensor the place of its vector, -1 for none."""
+    if isinstance(indices, Indices):
+        indices.refuse_inverse(inverse)
+        indices = {slot: indices.slot_vector(slot) for slot in indices.places}
+    slots = list(dict.fromkeys(slot for name in tensors for slot in packing.axes[name] if slot is not None))
+    for slot in slots:
+        if slot not in indices:
+            raise ValueError(f"indices: slot {slot!r} is missing")
+    places: dict[str | None, int] = {None: -1, **{slot: place for place, slot in enumerate(slots)}}
+    axes = [places[slot] for name in tensors for slot in packing.axes[name]]
+    return [indices[slot] for slot in slots], axes
+
+
+def unflatten_packing(tensors: Sequence[Tensor], axes: Sequence[int], batched: bool) -> Packing:
+    """The packing that an operator's arguments describe; names and slots are numbers."""
+    return _packing(tuple(tuple(t.shape[int(batched) :]) for t in tensors), tuple(axes))
+
+
+@lru_cache(maxsize=32)
+def _packing(shapes: tuple[tuple[int, ...], ...], axes: tuple[int, ...]) -> Packing:
+    slots, left = {}, iter(axes)
+    for number, shape in enumerate(shapes):
+        own = [next(left) for _ in shape]
+        slots[str(number)] = tuple(None if slot < 0 else str(slot) for slot in own)
+    return Packing.build({str(number): shape for number, shape in enumerate(shapes)}, slots)
+
+
+def by_number(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tensors, or index vectors, as a packing of `unflatten_packing` names them."""
+    return {str(number): tensor for number, tensor in enumerate(tensors)}

@@ -1,18 +1,18 @@
-"""The tensors of a whole model as one segment table, so that one launch serves all of them."""
+"""The tensors of a whole model as tables, so that one launch serves all of them, whatever their number."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import Recent, resolve
-from regraft_kernels.indices import Factors, Indices
-from regraft_kernels.tables import Layout
+from regraft_kernels.backend import resolve, tl
+from regraft_kernels.indices import Factors, Indices, build_gather_table
+from regraft_kernels.memory import ALIGNMENT, LRUCache
 
 Tensors = Mapping[str, Tensor]
 
@@ -52,8 +52,8 @@ class Packing:
     axes: dict[str, tuple[str | None, ...]]
     slots: dict[str, int]
     segments: dict[str, Segment]
-    layouts: Recent[Layout] = field(default_factory=lambda: Recent(16), repr=False, compare=False)
-    _needed: Recent[dict[str, int]] = field(default_factory=lambda: Recent(64), repr=False, compare=False)
+    layouts: LRUCache[Layout] = field(default_factory=lambda: LRUCache(16), repr=False, compare=False)
+    _needed: LRUCache[dict[str, int]] = field(default_factory=lambda: LRUCache(64), repr=False, compare=False)
 
     @staticmethod
     def build(
@@ -132,9 +132,8 @@ class Packing:
             raise ValueError(f"indices: no slot is named {', '.join(unknown)}")
         device = next(iter(indices.values())).device
         chosen = resolve(backend, device)
-        return Indices.checked(
-            indices, {slot: self.slots[slot] for slot in indices}, device, targets, inverse, chosen, wait=True
-        )
+        lengths = {slot: self.slots[slot] for slot in indices}
+        return Indices.from_vectors(indices, lengths, device, targets, inverse, chosen, wait=True)
 
     def indices_for(
         self,
@@ -148,11 +147,10 @@ class Packing:
         """Checked indices for the named tensors: those prepared, or made of a dictionary."""
         needed = self._needed.get(names, lambda: self._slots_of(names))
         if isinstance(indices, Indices):
-            if inverse:
-                raise ValueError("indices are prepared: whether they are inverted was said there")
+            indices.refuse_inverse(inverse)
             indices.check_use(needed, device, targets)
             return indices
-        return Indices.checked(indices, needed, device, targets, inverse, backend)
+        return Indices.from_vectors(indices, needed, device, targets, inverse, backend)
 
     def _slots_of(self, names: tuple[str, ...]) -> dict[str, int]:
         slots = dict.fromkeys(slot for name in names for slot in self.axes[name] if slot is not None)
@@ -178,44 +176,184 @@ def _segment(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], of
     if not permuted:
         return Segment(name, shape, offset, 1, 1, math.prod(shape), (), ())
     last = permuted[-1]
-    tail = math.prod(shape[last + 1 :])
+    rows, tail = math.prod(shape[:last]), math.prod(shape[last + 1 :])
     before = tuple(zip(shape[:last], axes[:last], strict=True))
     column = ((shape[last], axes[last]),)
-    if len(permuted) == 1:
-        # One gathered axis: long runs are table rows, short ones stay columns so that a tile spans many.
-        if tail >= LONG_TAIL:
-            return Segment(
-                name, shape, offset, math.prod(n for n, _ in before) * shape[last], 1, tail,
-                before + column if before else column, (),
-            )  # fmt: skip
-        return Segment(name, shape, offset, math.prod(n for n, _ in before), shape[last], tail, (), column)
-    return Segment(name, shape, offset, math.prod(n for n, _ in before), shape[last], tail, before, column)
+    if len(permuted) > 1:
+        return Segment(name, shape, offset, rows, shape[last], tail, before, column)
+    # One gathered axis: long runs are table rows, short ones stay columns so that a tile spans many.
+    if tail >= LONG_TAIL:
+        return Segment(name, shape, offset, rows * shape[last], 1, tail, before + column, ())
+    return Segment(name, shape, offset, rows, shape[last], tail, (), column)
 
 
-def check_index(what: str, index: Tensor, length: int | None, device: torch.device) -> None:
-    """Raise ValueError unless `index` is an int64 vector (of `length`, where given) on `device`."""
-    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
-        kind = f"{index.ndim}-D {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
-        raise ValueError(f"{what} must be an int64 vector, not {kind}")
-    if length is not None and len(index) != length:
-        raise ValueError(f"{what} has {len(index)} entries, expected {length}")
-    if index.device != device:
-        raise ValueError(f"{what} is on {index.device}, the tensors on {device}")
+# ---------------------------------------------------------------- the tables of a launch
+
+FIELDS = tl.constexpr(5)
+"""Columns of a segment table, int64: a tensor as [rows, length]; its size; where its gather tables start."""
+S_ROWS, S_LENGTH, S_SIZE, S_ROW_TABLE, S_COLUMN_TABLE = (tl.constexpr(n) for n in range(5))
+
+TILE_FIELDS = tl.constexpr(3)
+"""Columns of a tile table, int32: the segment, and which block of its rows and of its columns."""
+T_SEGMENT, T_ROWS, T_COLUMNS = (tl.constexpr(n) for n in range(3))
+
+FOLD = 1024
+"""What nothing gathers is moved as rows of up to so many elements, so that a tile has work for all its rows."""
+
+INT32_LIMIT = 2**31
+"""Offsets inside a row, and numbers of rows, are int32."""
 
 
-def check_ranges(vectors: Sequence[tuple[str, Tensor, int]]) -> None:
-    """Raise ValueError unless the entries of each (what, vector, bound) are within 0..bound - 1.
+@dataclass(frozen=True)
+class MoveKind:
+    """What one launch is compiled for: the dtype it moves or computes in, and whether columns are gathered and all
+    addresses and row lengths are multiples of ALIGNMENT."""
 
-    Looks at the device once for all of them.
+    dtype: torch.dtype
+    gathered: bool
+    aligned16: bool
+
+    @property
+    def label(self) -> str:
+        """ "float32 columns aligned"."""
+        return f"{str(self.dtype).removeprefix('torch.')} {'columns' if self.gathered else 'rows'} {self.alignment}"
+
+    @property
+    def alignment(self) -> str:
+        return "aligned" if self.aligned16 else "general"
+
+    @property
+    def vector(self) -> int:
+        """Elements that stand together and aligned."""
+        return ALIGNMENT // self.dtype.itemsize if self.aligned16 else 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor as a kernel moves it: `width` units of `dtype` for each element; whether all its addresses are
+    multiples of ALIGNMENT; `fold`: as FOLD says."""
+
+    segment: Segment
+    dtype: torch.dtype
+    width: int = 1
+    aligned16: bool = True
+    fold: bool = True
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and their length in units; what nothing gathers is folded."""
+        segment, length = self.segment, self.segment.columns * self.segment.tail * self.width
+        if not self.fold or segment.row_factors or segment.column_factors or segment.rows > 1:
+            return segment.rows, length
+        folded = math.gcd(length, FOLD)
+        return (length // folded, folded) if folded * 8 >= FOLD else (1, length)
+
+    @property
+    def kind(self) -> MoveKind:
+        aligned16 = self.aligned16 and self.matrix[1] * self.dtype.itemsize % ALIGNMENT == 0
+        return MoveKind(self.dtype, bool(self.segment.column_factors), aligned16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Segments [N, FIELDS] and tiles [programs, TILE_FIELDS] of one kind, on the device; `size`: units of all.
+
+    `start`, `end`: where its addresses stand in the buffer of the whole call.
     """
-    full = {(id(index), bound): (what, index, bound) for what, index, bound in vectors if index.numel()}
-    if not full:
-        return
-    extremes = torch.stack([torch.stack(index.aminmax()) for _, index, _ in full.values()]).tolist()
-    for (what, _, bound), (low, high) in zip(full.values(), extremes, strict=True):
-        if low < 0 or high >= bound:
-            raise ValueError(f"{what} has entries outside 0..{bound - 1}")
 
+    kind: MoveKind
+    segments: Tensor
+    tiles: Tensor
+    size: int
+    start: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        return len(self.segments)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The launches of a call; `order` brings the addresses [columns, tensors], flat, to the order of the launches.
+
+    `gather_table`: how the tables that the segments point into are composed, on the device.
+    """
+
+    launches: tuple[Launch, ...]
+    order: np.ndarray
+    gather_table: Tensor
+
+
+def lay_out(
+    pieces: Sequence[Piece],
+    columns: int,
+    tile_shape: Callable[[MoveKind], tuple[int, int]],
+    places: Mapping[str, tuple[int, int]],
+    device: torch.device,
+) -> Layout:
+    """Sort tensors into launches and lay tiles over them, in Python integers, beyond 2^31 elements.
+
+    `columns`: how many addresses each tensor has; `tile_shape`: rows and columns of a program's work, by kind. Raises
+    ValueError, naming the tensor, where a row that is gathered, or the number of rows, exceeds INT32_LIMIT.
+    """
+    members: dict[MoveKind, list[int]] = {}
+    for number, piece in enumerate(pieces):
+        if piece.segment.size:
+            members.setdefault(piece.kind, []).append(number)
+    starts: dict[tuple[Factors, int], int] = {}
+    launches: list[Launch] = []
+    order, start = [np.zeros(0, np.int64)], 0
+    for kind, numbers in members.items():
+        own = [pieces[number] for number in numbers]
+        table = [_segment_row(piece, starts) for piece in own]
+        tiles = [_tile_rows(place, piece, *tile_shape(kind)) for place, piece in enumerate(own)]
+        block = (np.arange(columns)[:, None] * len(pieces) + np.array(numbers)).ravel()
+        padding = block.size % 2  # so that every launch's addresses start at a multiple of 16 bytes
+        order += [block, block[:padding]]
+        launches.append(
+            Launch(
+                kind,
+                torch.tensor(table, dtype=torch.int64).to(device),
+                torch.from_numpy(np.concatenate(tiles)).to(device),
+                sum(piece.segment.size * piece.width for piece in own),
+                start,
+                start + block.size,
+            )
+        )
+        start += block.size + padding
+    gather_table = torch.from_numpy(build_gather_table(list(starts), places)).to(device)
+    return Layout(tuple(launches), np.concatenate(order), gather_table)
+
+
+def _segment_row(piece: Piece, starts: dict[tuple[Factors, int], int]) -> tuple[int, ...]:
+    """A row of a segment table; `starts`, where each gather table begins, grows by those that are new."""
+    segment, (rows, length) = piece.segment, piece.matrix
+    if rows >= INT32_LIMIT or (segment.column_factors and length >= INT32_LIMIT):
+        raise ValueError(f"{segment.name!r} has {rows} rows of {length}, beyond what a kernel counts")
+    row_key = (segment.row_factors or ((rows, None),), 1)
+    column_key = (segment.column_factors, segment.tail * piece.width)
+    for key in (row_key, column_key):
+        if key[0] and key not in starts:
+            starts[key] = _end_of_last(starts)
+    return rows, length, segment.size * piece.width, starts[row_key], starts.get(column_key, 0)
+
+
+def _end_of_last(starts: dict[tuple[Factors, int], int]) -> int:
+    if not starts:
+        return 0
+    (factors, tail), start = next(reversed(starts.items()))
+    return start + math.prod(n for n, _ in factors) * tail
+
+
+def _tile_rows(place: int, piece: Piece, rows_each: int, columns_each: int) -> np.ndarray:
+    """The rows of a tile table that cover a tensor."""
+    rows, length = piece.matrix
+    grid = np.indices((-(-rows // rows_each), -(-length // columns_each)), np.int32).reshape(2, -1)
+    return np.column_stack([np.full(grid.shape[1], place, np.int32), *grid])
+
+
+# ---------------------------------------------------------------- what may be computed with, and into what
 
 ADDABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -244,15 +382,15 @@ def allocate(
     if out is None:
         return {name: _new(like[name], shape) for name, shape in shapes.items()}
     for name, shape in shapes.items():
-        found, wanted = out.get(name), like[name]
-        if found is None:
+        tensor, wanted = out.get(name), like[name]
+        if tensor is None:
             raise ValueError(f"out lacks {name!r}")
-        if found.shape != shape or found.dtype != wanted.dtype or found.device != wanted.device:
+        if tensor.shape != shape or tensor.dtype != wanted.dtype or tensor.device != wanted.device:
             raise ValueError(
-                f"out: {name!r} is {tuple(found.shape)} {found.dtype} on {found.device}, "
+                f"out: {name!r} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, "
                 f"expected {tuple(shape)} {wanted.dtype} on {wanted.device}"
             )
-        if not found.is_contiguous() or found.is_neg() or found.is_conj():
+        if not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
             raise ValueError(f"out: {name!r} is not contiguous")
     results = {name: out[name] for name in shapes}
     _check_overlap(results, given)
@@ -267,14 +405,14 @@ def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _check_overlap(results: Tensors, given: Sequence[Tensors]) -> None:
     written = list(results.items())
-    starts, ends = _spans([tensor for _, tensor in written])
+    starts, ends = _memory_spans([tensor for _, tensor in written])
     order = np.argsort(starts)
     starts, ends = starts[order], ends[order]
     for place in np.flatnonzero(starts[1:] < ends[:-1])[:1]:
         one, two = (written[order[n]][0] for n in (place, place + 1))
         raise ValueError(f"out: {two!r} and {one!r} share memory")
     read = [item for tensors in given for item in tensors.items()]
-    first, last = _spans([tensor for _, tensor in read])
+    first, last = _memory_spans([tensor for _, tensor in read])
     near = np.minimum(np.searchsorted(ends, first, side="right"), len(ends) - 1)
     shared = (starts[near] < last) & (first < ends[near]) & (first < last)
     for place in np.flatnonzero(shared)[:1]:
@@ -282,7 +420,7 @@ def _check_overlap(results: Tensors, given: Sequence[Tensors]) -> None:
         raise ValueError(f"out: {name!r} and {read[place][0]!r} share memory")
 
 
-def _spans(tensors: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def _memory_spans(tensors: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """First byte and end of the memory that each tensor touches."""
     starts = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
     return starts, starts + np.array(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,21 +12,18 @@ from torch import Tensor
 
 from regraft_kernels.backend import resolve, tl, triton
 from regraft_kernels.indices import Indices
-from regraft_kernels.moves import (
+from regraft_kernels.launch import (
     RUN_TIME,
-    aligned,
     find_tile,
     launch_bytes,
     launch_moves,
     layout_of,
-    memory_of,
-    pointer,
+    tensor_pointer,
+    vector_pointer,
 )
-from regraft_kernels.operators import needs_operator, one_by_one, operator_vectors, packing_of
+from regraft_kernels.memory import Scratch, as_in_memory, row_blocks
+from regraft_kernels.operators import by_number, define, flatten_indices, needs_operator, unflatten_packing
 from regraft_kernels.packing import Packing, Tensors, allocate
-
-BLOCK_BYTES = 1 << 20
-"""The torch path moves a block of rows of this size at a time: what it gathers first is still in the cache."""
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 SELECTABLE = (*FLOATS, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
@@ -47,41 +45,7 @@ def permute_reference(
     return moved
 
 
-def row_blocks(matrix: Tensor | np.ndarray) -> list[slice]:
-    """Slices of about BLOCK_BYTES each that cover the rows (the first dimension) of a tensor or an array."""
-    rows = len(matrix)
-    each = max(1, BLOCK_BYTES * rows // max(matrix.nbytes, 1))
-    return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
-
-
-class Scratch:
-    """Memory for what is on its way, used again and again: new pages cost more than what is done in them."""
-
-    def __init__(self) -> None:
-        self._held: dict[torch.dtype, Tensor] = {}
-        self._views: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
-
-    def like(self, block: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor of the block's shape, its contents arbitrary; the one given before is void."""
-        key = block.shape, dtype
-        if key not in self._views:
-            size = block.numel()
-            if dtype not in self._held or len(self._held[dtype]) < size:
-                self._held[dtype] = torch.empty(size, dtype=dtype, device=block.device)
-                self._views = {known: view for known, view in self._views.items() if known[1] != dtype}
-            self._views[key] = self._held[dtype][:size].view(block.shape)
-        return self._views[key]
-
-
-def _permute_torch(
-    tensors: Tensors,
-    out: Tensors,
-    indices: Mapping[str, Tensor] | Indices,
-    packing: Packing,
-    inverse: bool,
-) -> None:
-    device = next(iter(tensors.values())).device
-    vectors = packing.indices_for(tuple(tensors), indices, device, None, inverse, "torch")
+def _permute_torch(tensors: Tensors, out: Tensors, indices: Indices, packing: Packing) -> None:
     scratch = Scratch()
     for name, tensor in tensors.items():
         segment = packing.segments[name]
@@ -89,24 +53,25 @@ def _permute_torch(
             continue
         result = out[name]
         if tensor.dtype not in SELECTABLE:
-            kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-            tensor, result = tensor.view(kind), result.view(kind)
-        rows, columns = vectors.of(segment.row_factors), vectors.of(segment.column_factors)
+            integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+            tensor, result = tensor.view(integer), result.view(integer)
+        rows, columns = indices.vector(segment.row_factors), indices.vector(segment.column_factors)
         shape = (segment.rows, segment.columns, segment.tail)
         if tensor.ndim == len(segment.shape):
-            _gather_one(tensor.reshape(shape), result.view(shape), rows, columns, scratch)
+            _gather(tensor.reshape(shape), result.view(shape), rows, columns, scratch)
             continue
-        for source, moved in zip(tensor.reshape(-1, *shape), result.view(-1, *shape), strict=True):
-            _gather_one(source, moved, rows, columns, scratch)
+        for source, target in zip(tensor.reshape(-1, *shape), result.view(-1, *shape), strict=True):
+            _gather(source, target, rows, columns, scratch)
 
 
-def _gather_one(
+def _gather(
     source: Tensor, out: Tensor, rows: Tensor | None, columns: Tensor | None, scratch: Scratch
 ) -> None:
     """Fill `out` with the gathered rows and columns of `source`, both [rows, columns, tail]."""
     if rows is not None and columns is not None:
         for block in row_blocks(source):
-            room = scratch.like(source[block], source.dtype)
+            part = source[block]
+            room = scratch.empty(part.shape, part)
             torch.index_select(source, 0, rows[block], out=room)
             torch.index_select(room, 1, columns, out=out[block])
     elif rows is not None:
@@ -117,7 +82,9 @@ def _gather_one(
         out.copy_(source)
 
 
-LIVE = 1
+# ---------------------------------------------------------------- Triton
+
+_LIVE_VALUES = 1
 """Values of each element that the kernel has in registers at a time."""
 
 
@@ -145,8 +112,10 @@ def _permute_kernel(
     j = tl.arange(0, COLUMNS)
     for model in range(tl.program_id(1), programs, tl.num_programs(1)):
         start = size * model
-        source = aligned(pointer(addresses + number, DTYPE), start + origin, DTYPE, 1 if GATHERED else VEC)
-        result = aligned(pointer(addresses + count + number, DTYPE), start + first, DTYPE, VEC)
+        source = tensor_pointer(addresses + number, DTYPE)
+        source = vector_pointer(source, start + origin, DTYPE, 1 if GATHERED else VEC)
+        result = tensor_pointer(addresses + count + number, DTYPE)
+        result = vector_pointer(result, start + first, DTYPE, VEC)
         for row in range(first_row, tl.minimum(first_row + SPAN, rows), ROWS):
             i = row + tl.arange(0, ROWS)
             from_i = tl.load(row_table + i, mask=i < rows, other=0).to(tl.int64) * length
@@ -155,25 +124,17 @@ def _permute_kernel(
             tl.store(result + (i.to(tl.int64) * length)[:, None] + j[None, :], value, mask=inside)
 
 
-def _permute_triton(
-    tensors: Tensors,
-    out: Tensors,
-    indices: Mapping[str, Tensor] | Indices,
-    packing: Packing,
-    inverse: bool,
-) -> None:
+def _permute_triton(tensors: Tensors, out: Tensors, indices: Indices, packing: Packing) -> None:
     """A launch for each kind among the tensors: mostly one or two; in units of the smallest element size."""
     names = tuple(tensors)
-    device = tensors[names[0]].device
-    checked = packing.indices_for(names, indices, device, None, inverse, "triton")
-    sources = memory_of(tensors.values())
+    sources = as_in_memory(tensors.values())
     pointers = np.array([[t.data_ptr() for t in sources], [out[name].data_ptr() for name in names]])
-    kinds = _units(tuple([t.element_size() for t in sources]))
-    layout = layout_of(packing, names, kinds, pointers, checked, device)
+    units = _units(tuple([t.element_size() for t in sources]))
+    layout = layout_of(packing, names, units, pointers, indices)
     full = next((n for n, source in enumerate(sources) if source.numel()), None)
     if full is not None:
         models = sources[full].numel() // packing.segments[names[full]].size
-        launch_moves(_permute_kernel, layout, pointers, checked, models, LIVE, lambda dtype: ((), {}))
+        launch_moves(_permute_kernel, layout, pointers, indices, models, _LIVE_VALUES, lambda dtype: ((), {}))
 
 
 @lru_cache(maxsize=32)
@@ -182,6 +143,9 @@ def _units(sizes: tuple[int, ...]) -> tuple[tuple[torch.dtype, int], ...]:
     wide = min([8, *(size for size in sizes if size > 1)])
     units = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tuple((units[1], 1) if size == 1 else (units[wide], size // wide) for size in sizes)
+
+
+# ---------------------------------------------------------------- the function, and the operator
 
 
 def permute(
@@ -208,21 +172,15 @@ def permute(
     if not tensors:
         return {}
     chosen = resolve(backend, next(iter(tensors.values())).device)
-    if needs_operator(tensors, "tensors", out):
-        slots, vectors = operator_vectors(packing, tensors, indices)
-        places = {slot: place for place, slot in enumerate(slots)}
-        axes = [-1 if slot is None else places[slot] for name in tensors for slot in packing.axes[name]]
-        if isinstance(indices, Indices) and inverse:
-            raise ValueError("indices are prepared: whether they are inverted was said there")
-        moved = torch.ops.regraft.permute(
-            list(tensors.values()), vectors, axes, bool(batch), inverse, backend
-        )
-        return dict(zip(tensors, moved, strict=True))
-    return _permute_now(tensors, indices, packing, inverse, chosen, out)
+    if not needs_operator([tensors], out):
+        return _run_permute(tensors, indices, packing, inverse, chosen, out)
+    vectors, axes = flatten_indices(packing, tensors, indices, inverse)
+    results = torch.ops.regraft.permute(list(tensors.values()), vectors, axes, bool(batch), inverse, backend)
+    return dict(zip(tensors, results, strict=True))
 
 
 @torch.no_grad()
-def _permute_now(
+def _run_permute(
     tensors: Tensors,
     indices: Mapping[str, Tensor] | Indices,
     packing: Packing,
@@ -231,44 +189,41 @@ def _permute_now(
     out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     results = allocate({n: t.shape for n, t in tensors.items()}, tensors, out, [tensors])
+    device = next(iter(tensors.values())).device
+    vectors = packing.indices_for(tuple(tensors), indices, device, None, inverse, chosen)
     run = _permute_triton if chosen == "triton" else _permute_torch
-    run(tensors, results, indices, packing, inverse)
+    run(tensors, results, vectors, packing)
     return results
 
 
-# ---------------------------------------------------------------- the operator
-
-
-@torch.library.custom_op(
-    "regraft::permute",
-    mutates_args=(),
-    schema="(Tensor[] tensors, Tensor[] indices, int[] axes, bool batched, bool inverse, str backend) -> Tensor[]",
-)
-def _operator(tensors, indices, axes, batched, inverse, backend):
+def _operator(
+    tensors: list[Tensor], indices: list[Tensor], axes: list[int], batched: bool, inverse: bool, backend: str
+) -> list[Tensor]:
     """`axes`: for each tensor the place of each axis's vector in `indices`, -1 for none."""
-    packing = packing_of(tensors, axes, batched)
-    named = dict(zip(packing.shapes, tensors, strict=True))
-    vectors = {str(place): vector for place, vector in enumerate(indices)}
-    chosen = resolve(backend, tensors[0].device)
-    return list(_permute_now(named, vectors, packing, inverse, chosen).values())
+    packing, chosen = unflatten_packing(tensors, axes, batched), resolve(backend, tensors[0].device)
+    return list(_run_permute(by_number(tensors), by_number(indices), packing, inverse, chosen).values())
 
 
-@_operator.register_fake
-def _fake(tensors, indices, axes, batched, inverse, backend):
+def _fake(tensors: list[Tensor], *_: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in tensors]
 
 
-def _remember(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     _, indices, *ctx.rest = inputs
     ctx.save_for_backward(*indices)
 
 
-def _backward(ctx, gradients):
+def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     """A permutation's transpose is its inverse."""
     axes, batched, inverse, backend = ctx.rest
-    moved = torch.ops.regraft.permute(gradients, ctx.saved_tensors, axes, batched, not inverse, backend)
-    return moved, [None] * len(ctx.saved_tensors), None, None, None, None
+    results = torch.ops.regraft.permute(gradients, ctx.saved_tensors, axes, batched, not inverse, backend)
+    return results, [None] * len(ctx.saved_tensors), None, None, None, None
 
 
-_operator.register_autograd(_backward, setup_context=_remember)
-_operator.register_vmap(one_by_one(torch.ops.regraft.permute))
+define(
+    "permute(Tensor[] tensors, Tensor[] indices, int[] axes, bool batched, bool inverse, str backend) -> Tensor[]",
+    _operator,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)

@@ -6,38 +6,105 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import INTERPRETING, resolve, tl, triton, triton_dtype
-from regraft_kernels.packing import check_index, check_ranges
-from regraft_kernels.similarity_operator import flatten, register, unflatten
-from regraft_kernels.similarity_torch import similarity_torch, update_torch_
+from regraft_kernels.backend import INTERPRETING, accumulator, resolve, tl, triton, triton_dtype, use_device
+from regraft_kernels.indices import check_index, check_ranges
+from regraft_kernels.launch import DotTile, choose_dot, device_family
+from regraft_kernels.memory import Scratch
+from regraft_kernels.operators import define, needs_operator
 from regraft_kernels.terms import (
     Operand,
     Runs,
     Term,
-    accumulator,
+    bring_units_together,
     check_entries,
     check_terms,
+    flatten_terms,
+    fold,
     operands_of,
+    split_to_parts,
+    unflatten_terms,
     unfold,
 )
-from regraft_kernels.tiles import DotTile, dot_choice, family
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+SHORT_RUN = 8
+"""With fewer elements than this behind a unit, reordering a block is cheaper than a product per run."""
 
 
 def similarity_reference(terms: Sequence[Term]) -> Tensor:
     """The definition of `similarity`: gather, unfold to [units, everything else], multiply, add."""
     n = terms[0].units
-    total = torch.zeros((n, n), dtype=accumulator(terms[0].target), device=terms[0].target.device)
+    total = torch.zeros((n, n), dtype=accumulator(terms[0].target.dtype), device=terms[0].target.device)
     for term in terms:
         left, right = (unfold(operand, term) for operand in operands_of(term))
         total += left @ right.T
     return total
 
+
+# ---------------------------------------------------------------- torch: products of views where the strides allow it
+
+
+def _similarity_torch(terms: Sequence[Term]) -> Tensor:
+    """Term after term: without a copy where the strides allow it, otherwise block after block."""
+    n = terms[0].units
+    total = torch.zeros((n, n), dtype=accumulator(terms[0].target.dtype), device=terms[0].target.device)
+    for term in terms:
+        _accumulate_(total, term, *operands_of(term))
+    return total
+
+
+def _update_torch_(S: Tensor, term: Term, axis: int, changed: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """S += <target, source gathered by new - source gathered by old> over the changed entries of an axis."""
+    target, source = operands_of(term)
+    _accumulate_(
+        S,
+        term,
+        target.with_gather(axis + 1, changed),
+        source.with_gather(axis + 1, new),
+        source.with_gather(axis + 1, old),
+    )
+    return S
+
+
+def _accumulate_(total: Tensor, term: Term, *operands: Operand) -> None:
+    """Add <target, source> of one term, or <target, source - minus> of three operands, to `total`."""
+    dim = term.axis + 1
+    operands, split = bring_units_together(operands, dim, term)
+    target = operands[0].stack
+    order = sorted(range(target.ndim), key=lambda d: -target.stride()[d])
+    place = order.index(dim)
+    scratches = [Scratch() for _ in operands]
+    for block in split_to_parts(operands, order, dim, total.dtype):
+        left, right, *minus = (
+            operand.gather(order, total.dtype, scratch)
+            for operand, scratch in zip(block, scratches, strict=True)
+        )
+        if minus:
+            right = right - minus[0]
+        left, right = left.unflatten(place, split.sizes), right.unflatten(place, split.sizes)
+        _multiply_add_(total, left, right, place + split.units)
+
+
+def _multiply_add_(total: Tensor, left: Tensor, right: Tensor, place: int) -> None:
+    """total += unfold(left) @ unfold(right)^T, with the units at dimension `place` of both."""
+    n, before, after = len(total), left.shape[:place].numel(), left.shape[place + 1 :].numel()
+    left, right = left.reshape(before, n, after), right.reshape(before, n, after)
+    if after == 1:
+        total.addmm_(left.squeeze(2).T, right.squeeze(2))
+    elif before > 1 and after < SHORT_RUN:
+        rows = before * after
+        total.addmm_(left.mT.reshape(rows, n).T, right.mT.reshape(rows, n))
+    else:
+        total.addbmm_(left, right.mT)
+
+
+# ---------------------------------------------------------------- Triton
 
 # The columns of `programs`: one row for each tile of S and split of the sum. Places count elements.
 FIRST, LAST, UNITS, PITCH, ROW, COLUMN, PLACE, PROGRAM_COLUMNS = map(tl.constexpr, range(8))
@@ -131,19 +198,19 @@ class _Work:
         """The rows of `parts`, k entries a step, in at most `count` lists of nearly as many steps."""
         steps = [target.count * -(-target.length // k) for target, *_ in self.parts]
         each = max(1, -(-sum(steps) // count), SPLIT // k)
-        found: list[list[list[int]]] = [[]]
+        splits: list[list[list[int]]] = [[]]
         room = each
         for part, length in zip(self.parts, steps, strict=True):
             first = 0
             while first < length:
                 if room == 0:
-                    found.append([])
+                    splits.append([])
                     room = each
                 taken = min(length - first, room)
-                found[-1].append(_part(*part, first, taken, k, rows_before))
+                splits[-1].append(_part(*part, first, taken, k, rows_before))
                 room -= taken
                 first += taken
-        return found
+        return splits
 
 
 def _part(
@@ -175,16 +242,17 @@ SPLIT = 512
 
 def _launch(groups: Sequence[_Work], like: Tensor, precision: str) -> list[Tensor]:
     """Launch the kernel once for all groups; return their S, the splits of each added in order."""
-    tile, asked = dot_choice(family(like.device), like.dtype, precision, max(work.units for work in groups))
+    units = max(work.units for work in groups)
+    tile, precision = choose_dot(device_family(like.device), like.dtype, precision, units)
     grids = [[(r, c) for r in range(0, w.units, tile.m) for c in range(0, w.units, tile.n)] for w in groups]
-    wanted = -(-PROGRAMS // max(1, sum(map(len, grids))))
+    count = -(-PROGRAMS // max(1, sum(map(len, grids))))
     programs: list[list[int]] = []
     parts: list[list[int]] = []
     shapes: list[tuple[int, int, int]] = []
     place = rows_before = 0
     for work, grid in zip(groups, grids, strict=True):
         n, pitch = work.units, -(-work.units // 4) * 4
-        runs = work.splits(wanted, tile.k, rows_before)
+        runs = work.splits(count, tile.k, rows_before)
         for run in runs:
             span = [len(parts), len(parts) + len(run)]
             programs += [[*span, n, pitch, row, column, place] for row, column in grid]
@@ -196,7 +264,7 @@ def _launch(groups: Sequence[_Work], like: Tensor, precision: str) -> list[Tenso
     if programs:
         tables = [torch.tensor(table, dtype=torch.int64).to(like.device) for table in (programs, parts)]
         rows = [rows for work in groups for rows in work.rows]
-        _run(tables, torch.cat(rows) if rows else tables[0], out, like.dtype, tile, asked)
+        _run(tables, torch.cat(rows) if rows else tables[0], out, like.dtype, tile, precision)
     stacks = [part.view(s) for part, s in zip(out.split([math.prod(s) for s in shapes]), shapes, strict=True)]
     return [(s[0] if len(s) == 1 else s.sum(0))[:, : s.shape[1]].contiguous() for s in stacks]
 
@@ -204,7 +272,7 @@ def _launch(groups: Sequence[_Work], like: Tensor, precision: str) -> list[Tenso
 def _run(
     tables: Sequence[Tensor], rows: Tensor, out: Tensor, dtype: torch.dtype, tile: DotTile, precision: str
 ) -> None:
-    with torch.cuda.device_of(out):
+    with use_device(out.device):
         _similarity_kernel[(len(tables[0]),)](
             *tables,
             rows,
@@ -240,6 +308,9 @@ def _update_triton_(
     return S.add_(_launch([work], term.target, precision)[0])
 
 
+# ---------------------------------------------------------------- the functions
+
+
 def similarity(terms: Sequence[Term], *, precision: str = "tf32x3", backend: str = "auto") -> Tensor:
     """S[i, j] = sum over terms and steps of <target unit i, source unit j>, as [n, n].
 
@@ -268,31 +339,26 @@ def similarity_many(
     first = groups[0][0].target
     for terms in groups[1:]:
         if (terms[0].target.dtype, terms[0].target.device) != (first.dtype, first.device):
-            found = f"{terms[0].target.dtype} on {terms[0].target.device}"
-            raise ValueError(f"the groups differ: one is {first.dtype} on {first.device}, another {found}")
-    _resolve(backend, first)
-    return torch.ops.regraft.similarity(*flatten(groups), precision, backend)
+            other = f"{terms[0].target.dtype} on {terms[0].target.device}"
+            raise ValueError(f"the groups differ: one is {first.dtype} on {first.device}, another {other}")
+    chosen = _resolve(backend, first)
+    stacks = [
+        {f"{side} of term {number}": getattr(term, side) for side in ("target", "source")}
+        for terms in groups
+        for number, term in enumerate(terms)
+    ]
+    if needs_operator(stacks):
+        return torch.ops.regraft.similarity(*flatten_terms(groups), precision, backend)
+    return _run_similarity(groups, precision, chosen)
 
 
-def _similarity(
-    targets: list[Tensor],
-    sources: list[Tensor],
-    axes: list[int],
-    positions: list[Tensor | None],
-    gathers: list[Tensor | None],
-    counts: list[int],
-    precision: str,
-    backend: str,
-) -> list[Tensor]:
-    groups = unflatten(targets, sources, axes, positions, gathers, counts)
+@torch.no_grad()
+def _run_similarity(groups: Sequence[Sequence[Term]], precision: str, chosen: str) -> list[Tensor]:
     check_entries([term for terms in groups for term in terms])
-    if _resolve(backend, targets[0]) == "triton":
+    if chosen == "triton":
         return _similarity_triton(groups, precision)
-    with _float32_products(targets[0].device, precision):
-        return [similarity_torch(terms) for terms in groups]
-
-
-register(_similarity)
+    with _float32_products(groups[0][0].target.device, precision):
+        return [_similarity_torch(terms) for terms in groups]
 
 
 @torch.no_grad()
@@ -318,13 +384,13 @@ def similarity_update_(
     check_terms([term])
     check_entries([term])
     n = term.units
-    if S.shape != (n, n) or S.dtype != accumulator(term.target) or S.device != term.target.device:
+    if S.shape != (n, n) or S.dtype != accumulator(term.target.dtype) or S.device != term.target.device:
         raise ValueError(f"S is {tuple(S.shape)} {S.dtype} on {S.device}, which does not fit the term")
     if not 0 <= axis_changed < term.target.ndim - 1 or axis_changed == term.axis:
         raise ValueError(f"axis_changed must be another axis than the term's {term.axis}, not {axis_changed}")
     length = term.source.shape[axis_changed + 1]
     for what, index in (("old", old), ("new", new)):
-        check_index(what, index, length, term.source.device)
+        check_index(what, index, (length,), term.source.device)
     check_ranges([("old", old, length), ("new", new, length)])
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
@@ -335,7 +401,7 @@ def similarity_update_(
     if chosen == "triton":
         return _update_triton_(S, term, axis_changed, changed, old[changed], new[changed], precision)
     with _float32_products(S.device, precision):
-        return update_torch_(S, term, axis_changed, changed, old[changed], new[changed])
+        return _update_torch_(S, term, axis_changed, changed, old[changed], new[changed])
 
 
 def _resolve(backend: str, stack: Tensor) -> str:
@@ -361,3 +427,51 @@ def _float32_products(device: torch.device, precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+# ---------------------------------------------------------------- the operator
+
+
+def _operator(*arguments: Any) -> list[Tensor]:
+    *flat, precision, backend = arguments
+    groups = unflatten_terms(*flat)
+    return _run_similarity(groups, precision, _resolve(backend, groups[0][0].target))
+
+
+def _fake(*arguments: Any) -> list[Tensor]:
+    *flat, _, _ = arguments
+    firsts = [terms[0] for terms in unflatten_terms(*flat)]
+    return [t.target.new_empty((t.units, t.units), dtype=accumulator(t.target.dtype)) for t in firsts]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    targets, sources, ctx.axes, positions, gathers, ctx.counts, *_ = inputs
+    ctx.lengths = [len(part) for part in (targets, sources, positions, gathers)]
+    ctx.save_for_backward(*targets, *sources, *positions, *gathers)
+
+
+def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+    """S = A B^T, so that dA = dS B and dB = dS^T A; then both go back to where they were gathered from."""
+    saved = iter(ctx.saved_tensors)
+    targets, sources, positions, gathers = ([next(saved) for _ in range(n)] for n in ctx.lengths)
+    groups = unflatten_terms(targets, sources, ctx.axes, positions, gathers, ctx.counts)
+    to_targets: list[Tensor | None] = []
+    to_sources: list[Tensor | None] = []
+    wanted = zip(*ctx.needs_input_grad[:2], strict=True)
+    for terms, gradient in zip(groups, gradients, strict=True):
+        for term in terms:
+            target, source = operands_of(term)
+            left, right = next(wanted)
+            to_targets.append(fold(gradient @ unfold(source, term), target, term) if left else None)
+            to_sources.append(fold(gradient.T @ unfold(target, term), source, term) if right else None)
+    return to_targets, to_sources, None, None, None, None, None, None
+
+
+define(
+    "similarity(Tensor[] targets, Tensor[] sources, int[] axes, Tensor?[] positions, Tensor?[] gathers, int[] counts, "
+    "str precision, str backend) -> Tensor[]",
+    _operator,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from regraft_kernels.packing import check_index, check_ranges
+from regraft_kernels.backend import accumulator
+from regraft_kernels.indices import check_index, check_ranges
+from regraft_kernels.memory import ALIGNMENT, Scratch
 
 Gathers = tuple[Tensor | None, ...]
 
@@ -55,7 +57,7 @@ class Operand:
             return self.with_gather(dim, index[start : start + length])
         return replace(self, stack=self.stack.narrow(dim, start, length))
 
-    def gathered(self, order: Sequence[int], dtype: torch.dtype, buffer: Buffer) -> Tensor:
+    def gather(self, order: Sequence[int], dtype: torch.dtype, scratch: Scratch) -> Tensor:
         """The gathered stack, its dimensions in `order`; a view of the stack where there is nothing to do."""
         result = self.stack.permute(*order)
         for place, dim in enumerate(order):
@@ -64,13 +66,9 @@ class Operand:
                 # On three dimensions, because index_select takes several times as long on more.
                 before, after = result.shape[:place], result.shape[place + 1 :]
                 flat = result.reshape(before.numel(), result.shape[place], after.numel())
-                into = buffer.empty(flat, (len(flat), len(index), flat.shape[2]))
+                into = scratch.empty((len(flat), len(index), flat.shape[2]), flat)
                 result = torch.index_select(flat, 1, index, out=into).view(*before, len(index), *after)
         return result.to(dtype)
-
-
-ALIGNMENT = 16
-"""Bytes: what one instruction of a GPU moves."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +101,13 @@ class Runs:
             else:
                 return None
         distance = distance if count > 1 else length
-        places = (
-            stack.data_ptr(),
-            *(stack.element_size() * x for x in (stack.stride(dim), length, distance)),
-        )
-        return (
-            None
-            if any(x % ALIGNMENT for x in places)
-            else Runs(stack, stack.stride(dim), count, length, distance)
-        )
+        pitch, size = stack.stride(dim), stack.element_size()
+        if any(x % ALIGNMENT for x in (stack.data_ptr(), size * pitch, size * length, size * distance)):
+            return None
+        return Runs(stack, pitch, count, length, distance)
 
     @staticmethod
-    def laid_out(operand: Operand, dim: int, order: Sequence[int], count: int) -> Runs:
+    def copy_of(operand: Operand, dim: int, order: Sequence[int], count: int) -> Runs:
         """A copy [positions, everything else], gathered, as `count` runs; one run is filled up with zeros."""
         rest = operand.stack.permute(dim, *order)
         for place, d in enumerate(order, 1):
@@ -125,8 +118,8 @@ class Runs:
         pitch = -(-entries // unit) * unit
         if pitch != entries or not rest.is_contiguous():
             copy = rest.new_zeros if pitch != entries else rest.new_empty
-            rest, gathered = copy((len(rest), pitch)), rest
-            rest[:, :entries].view(gathered.shape).copy_(gathered)
+            rest, unpadded = copy((len(rest), pitch)), rest
+            rest[:, :entries].view(unpadded.shape).copy_(unpadded)
         return Runs(rest, pitch, count, pitch // count, pitch // count)
 
     @staticmethod
@@ -137,28 +130,10 @@ class Runs:
         )
         left, right = (Runs.in_place(operand, dim, order) for operand in (target, source))
         if left is None:
-            return Runs.laid_out(target, dim, order, 1), Runs.laid_out(source, dim, order, 1)
+            return Runs.copy_of(target, dim, order, 1), Runs.copy_of(source, dim, order, 1)
         if right is None or right.count != left.count:
-            right = Runs.laid_out(source, dim, order, left.count)
+            right = Runs.copy_of(source, dim, order, left.count)
         return left, right
-
-
-class Buffer:
-    """Memory for what was gathered last, used again and again: new pages cost more than what is done in them."""
-
-    def __init__(self) -> None:
-        self._held: list[Tensor] = []
-
-    def empty(self, source: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A contiguous tensor of this shape, its contents arbitrary, which shares no memory with `source`; those
-        given before that do not either are void."""
-        size = math.prod(shape)
-        mine = {held.data_ptr(): held for held in self._held}
-        free = [held for pointer, held in mine.items() if pointer != source.data_ptr() and len(held) >= size]
-        if not free:
-            free.append(source.new_empty(size))
-            self._held = [held for held in self._held if held.data_ptr() == source.data_ptr()] + free
-        return free[0][:size].view(shape)
 
 
 def operands_of(term: Term) -> tuple[Operand, Operand]:
@@ -174,7 +149,7 @@ def unfold(operand: Operand, term: Term) -> Tensor:
     for dim, index in enumerate(operand.gathers):
         if index is not None:
             stack = stack.index_select(dim, index)
-    by_position = stack.movedim(term.axis + 1, 0).to(accumulator(stack))
+    by_position = stack.movedim(term.axis + 1, 0).to(accumulator(stack.dtype))
     if term.positions is not None:
         by_position = by_position[term.positions]
     return by_position.flatten(1)
@@ -193,10 +168,6 @@ def fold(units: Tensor, operand: Operand, term: Term) -> Tensor:
         if index is not None:
             folded = torch.zeros_like(folded).index_add(d, index, folded)
     return folded.to(stack.dtype)
-
-
-def accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def check_terms(terms: Sequence[Term]) -> None:
@@ -230,11 +201,6 @@ def check_entries(terms: Sequence[Term]) -> None:
 
 def _check_term(term: Term, where: str) -> None:
     target, source = term.target, term.source
-    for what, tensor in (("target", target), ("source", source)):
-        if is_traceable_wrapper_subclass(tensor):
-            raise ValueError(
-                f"{where}: the {what} is a {type(tensor).__name__}; only plain tensors are multiplied"
-            )
     for kind in ("shape", "dtype", "device"):
         if getattr(target, kind) != getattr(source, kind):
             raise ValueError(
@@ -248,12 +214,123 @@ def _check_term(term: Term, where: str) -> None:
         raise ValueError(f"{where}: axis {term.axis} of tensors with {len(shape)} axes besides the steps")
     if term.positions is not None:
         if term.positions.ndim != 2:
-            raise ValueError(
-                f"{where}: positions must be [n, multiplicity], not {tuple(term.positions.shape)}"
-            )
-        check_index(f"{where}: positions", term.positions.flatten(), None, source.device)
+            given = tuple(term.positions.shape)
+            raise ValueError(f"{where}: positions must be [n, multiplicity], not {given}")
+        check_index(f"{where}: positions", term.positions, (None, None), source.device)
     if term.gathers and len(term.gathers) != len(shape):
         raise ValueError(f"{where}: {len(term.gathers)} gathers for {len(shape)} axes")
     for axis, index in enumerate(term.gathers):
         if index is not None:
-            check_index(f"{where}: gather of axis {axis}", index, shape[axis], source.device)
+            check_index(f"{where}: gather of axis {axis}", index, shape[axis : axis + 1], source.device)
+
+
+# ---------------------------------------------------------------- in parts, for torch
+
+PART_BYTES = 10 << 20
+"""What must be gathered, cast or reordered is made in parts of at most about this size, which are transient: one step
+of a 3x3 convolution of 512 channels in float32."""
+
+
+@dataclass(frozen=True)
+class UnitSplit:
+    """How the dimension of the units splits in two: `sizes`, of which number `units` counts the units."""
+
+    sizes: tuple[int, int]
+    units: int
+
+
+def bring_units_together(
+    operands: tuple[Operand, ...], dim: int, term: Term
+) -> tuple[tuple[Operand, ...], UnitSplit]:
+    """Narrow to the positions of the units where they are one run, otherwise gather them."""
+    positions = term.positions
+    if positions is None:
+        return operands, UnitSplit((term.units, 1), 0)
+    n, repeats = positions.shape
+    flat = positions.flatten()
+    start = int(flat.min()) if len(flat) else 0
+    run = torch.arange(start, start + len(flat), device=flat.device)
+    for split, grid in (
+        (UnitSplit((n, repeats), 0), run.view(n, repeats)),
+        (UnitSplit((repeats, n), 1), run.view(repeats, n).T),
+    ):
+        if torch.equal(positions, grid) and all(operand.gathers[dim] is None for operand in operands):
+            return tuple(operand.block(dim, start, len(flat)) for operand in operands), split
+    together = tuple(
+        operand.with_gather(dim, flat if (index := operand.gathers[dim]) is None else index[flat])
+        for operand in operands
+    )
+    return together, UnitSplit((n, repeats), 0)
+
+
+def split_to_parts(
+    operands: tuple[Operand, ...], order: Sequence[int], dim: int, dtype: torch.dtype
+) -> Iterator[tuple[Operand, ...]]:
+    """The operands in parts to work on one after the other: whole unless something must be copied.
+
+    Steps are cut first. Where one alone is too large, it is cut along what stands outermost in it and is long enough,
+    so that contiguous runs stay long.
+    """
+    target = operands[0]
+    lengths = [n if g is None else len(g) for n, g in zip(target.stack.shape, target.gathers, strict=True)]
+    are_views = all(
+        operand.stack.dtype == dtype
+        and operand.stack.permute(*order).is_contiguous()
+        and all(index is None for index in operand.gathers)
+        for operand in operands
+    )
+    pieces = 1 if are_views else -(-math.prod(lengths) * dtype.itemsize // PART_BYTES)
+    for block in _split_dim(operands, 0, lengths[0], pieces):
+        more = -(-pieces // max(lengths[0], 1))
+        others = [d for d in order if d not in (0, dim)]
+        if more <= 1 or not others:
+            yield block
+            continue
+        longest = max(others, key=lengths.__getitem__)
+        along = next((d for d in others if lengths[d] >= more), longest)
+        yield from _split_dim(block, along, lengths[along], more)
+
+
+def _split_dim(
+    operands: tuple[Operand, ...], dim: int, length: int, pieces: int
+) -> Iterator[tuple[Operand, ...]]:
+    """At most so many parts of nearly the same length along a dimension."""
+    each = max(1, -(-length // max(pieces, 1)))
+    for start in range(0, length, each):
+        yield tuple(operand.block(dim, start, min(each, length - start)) for operand in operands)
+
+
+# ---------------------------------------------------------------- as an operator's arguments
+
+
+def flatten_terms(groups: Sequence[Sequence[Term]]) -> tuple[list[Any], ...]:
+    """The terms of all groups as the operator takes them: gathers one for each axis, and how many terms a group has."""
+    terms = [term for group in groups for term in group]
+    gathers = [index for t in terms for index in t.gathers or (None,) * (t.target.ndim - 1)]
+    return (
+        [term.target for term in terms],
+        [term.source for term in terms],
+        [term.axis for term in terms],
+        [term.positions for term in terms],
+        gathers,
+        [len(group) for group in groups],
+    )
+
+
+def unflatten_terms(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    axes: Sequence[int],
+    positions: Sequence[Tensor | None],
+    gathers: Sequence[Tensor | None],
+    counts: Sequence[int],
+) -> list[list[Term]]:
+    """The inverse of `flatten_terms`."""
+    left, terms = iter(gathers), []
+    for target, source, axis, place in zip(targets, sources, axes, positions, strict=True):
+        own = tuple(next(left) for _ in range(target.ndim - 1))
+        terms.append(
+            Term(target, source, axis, place, own if any(index is not None for index in own) else ())
+        )
+    following = iter(terms)
+    return [[next(following) for _ in range(count)] for count in counts]

@@ -13,7 +13,7 @@ from regraft_bench.kernels.compiled import GOALS, MACHINES
 from regraft_bench.kernels.machine_code import read_machine_code
 from regraft_bench.kernels.variants import operators
 from regraft_kernels.backend import HAS_TRITON
-from regraft_kernels.tiles import FAMILIES
+from regraft_kernels.launch import FAMILIES
 
 COMPILE = """
 import json, re, sys

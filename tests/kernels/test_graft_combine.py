@@ -98,8 +98,8 @@ def test_graft_of_many_targets_and_scales_at_once(backend, generator):
 
 def test_combine_in_blocks(monkeypatch, generator):
     """The torch path for large tensors: block by block, two sources in one pass, then the rest."""
-    monkeypatch.setattr(sys.modules["regraft_kernels.combine"], "SMALL", 3)
-    monkeypatch.setattr(sys.modules["regraft_kernels.permute"], "BLOCK_BYTES", 40)
+    monkeypatch.setattr(sys.modules["regraft_kernels.combine"], "SMALL_SUM", 3)
+    monkeypatch.setattr(sys.modules["regraft_kernels.memory"], "BLOCK_BYTES", 40)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         sources = [{"w": torch.randn(5, 9, generator=generator).to(dtype)} for _ in range(3)]
         found = combine(sources, [[1.0, 2.0, -1.0], [0.0, 0.5, 3.0]], backend="torch")["w"]

@@ -151,6 +151,9 @@ class Wrapper(torch.Tensor):
     def __new__(cls, shape):
         return torch.Tensor._make_wrapper_subclass(cls, shape)
 
+    def __tensor_flatten__(self):
+        raise AssertionError("it was taken apart")
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError("it was computed with")

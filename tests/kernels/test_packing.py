@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from random_models import models
 
 from regraft_kernels import Packing
-from regraft_kernels.backend import Recent
-from regraft_kernels.tables import lay_out
+from regraft_kernels.memory import LRUCache
+from regraft_kernels.packing import Piece, lay_out
 
 CPU = torch.device("cpu")
 
 
-def plain(segments):
-    """dtypes, widths and alignment of float32 tensors that stand at multiples of 16 bytes."""
-    return [torch.float32] * len(segments), [1] * len(segments), [True] * len(segments)
+def float_pieces(segments):
+    """The segments as float32 tensors that stand at multiples of 16 bytes."""
+    return [Piece(segment, torch.float32) for segment in segments]
 
 
 def spans(packing):
@@ -36,7 +36,7 @@ def test_segments_and_tiles_cover_every_element_once(model):
         assert segment.size == math.prod(model.shapes[name])
         offset += segment.size
     segments = list(packing.segments.values())
-    layout = lay_out(segments, *plain(segments), 1, lambda kind: (2, 4), spans(packing), CPU)
+    layout = lay_out(float_pieces(segments), 1, lambda kind: (2, 4), spans(packing), CPU)
     seen = {segment.name: torch.zeros(segment.size, dtype=torch.int64) for segment in segments}
     for launch in layout.launches:
         numbers = layout.order[launch.start : launch.end]
@@ -53,7 +53,7 @@ def test_offsets_go_beyond_32_bits():
     assert packing.segments["head"].offset == 200_000 * 16_384 > 2**31
     assert packing.segments["bias"].offset == 2 * 200_000 * 16_384 > 2**32
     segments = list(packing.segments.values())
-    layout = lay_out(segments, *plain(segments), 1, lambda kind: (1024, 16_384), spans(packing), CPU)
+    layout = lay_out(float_pieces(segments), 1, lambda kind: (1024, 16_384), spans(packing), CPU)
     launch = next(launch for launch in layout.launches if launch.kind.gathered)
     assert launch.segments[:, 2].tolist() == [packing.segments["head"].size]
     number, row, column = launch.tiles[-1].tolist()
@@ -63,23 +63,15 @@ def test_offsets_go_beyond_32_bits():
     assert (rows - 1) * length + length - 1 == packing.segments["head"].size - 1 > 2**31
     huge = Packing.build({"w": (2, 2**31)}, {"w": ("a", "b")})
     with pytest.raises(ValueError, match="'w' has 2 rows of 2147483648"):
-        lay_out(list(huge.segments.values()), *plain([0]), 1, lambda kind: (1, 1), {}, CPU)
+        lay_out(float_pieces(huge.segments.values()), 1, lambda kind: (1, 1), {}, CPU)
 
 
 def test_kinds_follow_addresses_and_lengths():
     shapes = {"a": (8, 8), "b": (8, 8), "c": (7, 5), "d": (8, 2048), "e": (4096,)}
     axes = {"a": ("x", "x"), "b": ("x", "x"), "c": ("y", None), "d": ("x", None)}
     segments = list(Packing.build(shapes, axes).segments.values())
-    layout = lay_out(
-        segments,
-        [torch.float32] * 5,
-        [1] * 5,
-        [True, False, True, True, True],
-        2,
-        lambda kind: (4, 64),
-        {"x": (0, 8), "y": (8, 15)},
-        CPU,
-    )
+    pieces = [Piece(segment, torch.float32, aligned16=segment.name != "b") for segment in segments]
+    layout = lay_out(pieces, 2, lambda kind: (4, 64), {"x": (0, 8), "y": (8, 15)}, CPU)
     names = {}
     for launch in layout.launches:
         assert launch.start % 2 == 0
@@ -93,11 +85,11 @@ def test_kinds_follow_addresses_and_lengths():
     }
 
 
-def test_what_was_made_longest_ago_is_dropped():
-    recent = Recent(2)
+def test_the_least_recently_used_is_dropped():
+    cache = LRUCache(2)
     for key in "abac":
-        recent.get(key, lambda key=key: key.upper())
-    assert (len(recent), "b" in recent, recent.get("a", lambda: "made again")) == (2, False, "A")
+        cache.get(key, lambda key=key: key.upper())
+    assert (len(cache), "b" in cache, cache.get("a", lambda: "made again")) == (2, False, "A")
 
 
 def test_two_permuted_axes_with_fixed_ones_between():

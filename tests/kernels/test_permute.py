@@ -27,7 +27,7 @@ def test_equals_the_reference_to_the_bit(backend, model, inverse, lead, seed):
 
 
 def test_more_models_and_targets_than_a_grid_has_room_for(backend, monkeypatch, generator):
-    for module in ("moves", "indices"):
+    for module in ("launch", "indices"):
         monkeypatch.setattr(sys.modules[f"regraft_kernels.{module}"], "GRID", 2)
     packing = Packing.build({"w": (3, 4)}, {"w": ("a", "b")})
     many = torch.randn(5, 3, 4, generator=generator)
@@ -90,7 +90,7 @@ def test_prepared_indices_do_the_same_and_are_checked(backend, inverse, generato
 
 @pytest.mark.parametrize("block_bytes", [1, 400])
 def test_blocks_of_rows_join_up(block_bytes, monkeypatch, generator):
-    monkeypatch.setattr(sys.modules["regraft_kernels.permute"], "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(sys.modules["regraft_kernels.memory"], "BLOCK_BYTES", block_bytes)
     packing = Packing.build({"w": (9, 5, 3), "v": (4, 7)}, {"w": ("a", "b", None), "v": (None, "c")})
     tensors = {"w": torch.randn(9, 5, 3, generator=generator), "v": torch.randn(4, 7, generator=generator)}
     indices = {slot: torch.randperm(n, generator=generator) for slot, n in packing.slots.items()}

@@ -12,11 +12,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from regraft_kernels import Term, similarity, similarity_many, similarity_update_
 from regraft_kernels.similarity import similarity_reference
-from regraft_kernels.similarity_operator import flatten
-from regraft_kernels.terms import Runs, operands_of
+from regraft_kernels.terms import Runs, flatten_terms, operands_of
 
 module = sys.modules["regraft_kernels.similarity"]
-torch_path = sys.modules["regraft_kernels.similarity_torch"]
+terms_module = sys.modules["regraft_kernels.terms"]
 
 
 def widen(term):
@@ -86,11 +85,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @given(data=st.data(), block=st.sampled_from([1, 300, 1 << 20]))
 def test_torch_is_as_exact_as_the_formula(dtype, data, block):
     terms = data.draw(groups(dtype))
-    before, torch_path.BLOCK_BYTES = torch_path.BLOCK_BYTES, block
+    before, terms_module.PART_BYTES = terms_module.PART_BYTES, block
     try:
         check(similarity(terms, backend="torch"), terms, dtype)
     finally:
-        torch_path.BLOCK_BYTES = before
+        terms_module.PART_BYTES = before
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
@@ -170,10 +169,8 @@ def test_stacks_are_left_alone_and_need_not_be_contiguous(backend, generator):
 def test_nothing_large_is_copied_where_the_layout_allows_it(monkeypatch, generator):
     """Axis first or last in memory, no gather: the operands of the products are views of the stacks."""
     seen = []
-    plain = torch_path._multiply_add_
-    monkeypatch.setattr(
-        torch_path, "_multiply_add_", lambda s, a, b, p: (seen.append((a, b)), plain(s, a, b, p))
-    )
+    plain = module._multiply_add_
+    monkeypatch.setattr(module, "_multiply_add_", lambda s, a, b, p: (seen.append((a, b)), plain(s, a, b, p)))
     stack = torch.randn(3, 6, 2, 2, 5, generator=generator).permute(0, 1, 4, 2, 3)  # T, r, c, kh, kw
     for axis in (0, 1):
         similarity([Term(stack, stack, axis)], backend="torch")
@@ -199,7 +196,7 @@ def test_refuses_what_does_not_fit():
         ([Term(t, t, 0, index[:, None] + 1)], "positions has entries outside 0..3"),
         ([Term(t, t, 0, index[:, None].int())], "positions must be an int64"),
         ([Term(t, t, 0, None, (index,))], "1 gathers for 2 axes"),
-        ([Term(t, t, 0, None, (None, index))], "gather of axis 1 has 4 entries, expected 3"),
+        ([Term(t, t, 0, None, (None, index))], r"gather of axis 1 has shape \(4,\), expected \(3,\)"),
         ([Term(t, t, 0, None, (index - 1, None))], "gather of axis 0 has entries outside 0..3"),
         ([Term(t, t, 0, None, (index.float(), None))], "gather of axis 0 must be an int64"),
         ([Term(t, t, 0, None, (index.to("meta"), None))], "gather of axis 0 is on meta"),
@@ -215,7 +212,7 @@ def test_refuses_what_does_not_fit():
         (torch.zeros(4, 4).double(), 1, three, three, "does not fit"),
         (torch.zeros(4, 4), 0, three, three, "axis_changed"),
         (torch.zeros(4, 4), 2, three, three, "axis_changed"),
-        (torch.zeros(4, 4), 1, index, three, "old has 4 entries"),
+        (torch.zeros(4, 4), 1, index, three, r"old has shape \(4,\), expected \(3,\)"),
         (torch.zeros(4, 4), 1, three, three + 1, "new has entries outside"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -264,7 +261,7 @@ def test_gradients_are_two_products(generator):
 def test_is_an_operator_by_all_of_pytorchs_checks(generator):
     groups = two_groups(generator, torch.float32)
     tensors = [tensor.clone().requires_grad_() for tensor in tensors_of(groups)]
-    arguments = (*flatten(with_tensors(groups, tensors)), "tf32x3", "auto")
+    arguments = (*flatten_terms(with_tensors(groups, tensors)), "tf32x3", "auto")
     torch.library.opcheck(torch.ops.regraft.similarity.default, arguments)
 
 
@@ -311,7 +308,7 @@ def test_negated_views_count_as_what_they_show(backend, generator):
 
 def test_refuses_wrapper_subclasses_by_name():
     wrapped = TwoTensor(torch.zeros(2, 3), torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="term 0: the source is a TwoTensor"):
+    with pytest.raises(ValueError, match="'source of term 0' is a TwoTensor"):
         similarity([Term(torch.zeros(2, 3), wrapped, 0)])
 
 

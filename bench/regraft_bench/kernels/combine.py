@@ -11,10 +11,10 @@ from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, pa
 from regraft_bench.kernels.variants import FLOATING, Variant, dtype_name, for_each_family
 from regraft_bench.timing import Contender
 from regraft_kernels import combine
+from regraft_kernels.backend import accumulator
 from regraft_kernels.combine import _combine_kernel, block_of
-from regraft_kernels.moves import accumulator
-from regraft_kernels.tables import Kind
-from regraft_kernels.tiles import FAMILIES
+from regraft_kernels.launch import FAMILIES
+from regraft_kernels.packing import MoveKind
 
 SIGNATURE = {
     "addresses": "*i64",
@@ -33,7 +33,7 @@ def _variants(target: str) -> list[Variant]:
         wide = accumulator(dtype)
         signature = {**SIGNATURE, "coefficients": "*fp64" if wide == torch.float64 else "*fp32"}
         for pair in (True, False):
-            for kind in (Kind(dtype, False, True), Kind(dtype, False, False)):
+            for kind in (MoveKind(dtype, False, True), MoveKind(dtype, False, False)):
                 block = block_of(tile, kind)
                 variants.append(
                     Variant(

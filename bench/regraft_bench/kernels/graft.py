@@ -9,22 +9,28 @@ from torch import Tensor
 
 from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
 from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
-from regraft_bench.kernels.variants import FLOATING, Variant, for_each_family
+from regraft_bench.kernels.variants import FLOATING, MOVE_SIGNATURE, Variant, for_each_family
 from regraft_bench.timing import Contender
 from regraft_kernels import graft
-from regraft_kernels.graft import LIVE, _graft_kernel
-from regraft_kernels.moves import SIGNATURE, accumulator, shape_of, tile_of
-from regraft_kernels.tables import Kind
-from regraft_kernels.tiles import FAMILIES
+from regraft_kernels.backend import accumulator
+from regraft_kernels.graft import _LIVE_VALUES, _graft_kernel
+from regraft_kernels.launch import FAMILIES, shape_of, tile_of
+from regraft_kernels.packing import MoveKind
 
 
 def _variants(target: str) -> list[Variant]:
     variants = []
     for dtype in FLOATING:
         wide = accumulator(dtype)
-        signature = {**SIGNATURE, "scales": "*fp64" if wide == torch.float64 else "*fp32", "steps": "i32"}
-        for kind in (Kind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
-            tile = tile_of(FAMILIES[target], kind, LIVE)
+        signature = {
+            **MOVE_SIGNATURE,
+            "scales": "*fp64" if wide == torch.float64 else "*fp32",
+            "steps": "i32",
+        }
+        for kind in (
+            MoveKind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)
+        ):
+            tile = tile_of(FAMILIES[target], kind, _LIVE_VALUES)
             variants.append(
                 Variant(
                     _graft_kernel,

@@ -11,8 +11,8 @@ from regraft_bench.contests import BY_HAND, OURS, PRODUCT, Contest, MicroSetting
 from regraft_bench.kernels.variants import Variant, dtype_name, for_each_family
 from regraft_bench.timing import Contender
 from regraft_kernels import Term, similarity, similarity_update_
+from regraft_kernels.launch import FAMILIES, DotTile
 from regraft_kernels.similarity import PRECISIONS, _similarity_kernel
-from regraft_kernels.tiles import FAMILIES, DotTile
 
 SIGNATURE = {"programs": "*i64", "parts": "*i64", "rows": "*i64", "out": "*fp32"}
 

@@ -12,9 +12,22 @@ from typing import Any
 import torch
 
 import regraft_bench.kernels
-from regraft_kernels.tiles import FAMILIES
+from regraft_kernels.launch import FAMILIES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+MOVE_SIGNATURE = {
+    "addresses": "*i64",
+    "count": "i32",
+    "segments": "*i64",
+    "tiles": "*i32",
+    "tables": "*i32",
+    "entries": "i32",
+    "programs": "i32",
+    "moved": "fp32",
+}
+"""The types of the arguments that the kernels of permute and graft share."""
 
 
 @dataclass(frozen=True)

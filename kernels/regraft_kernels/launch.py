@@ -1,0 +1,279 @@
+"""How a kernel is launched: tiles for each GPU family, and what permute and graft share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from regraft_kernels.backend import tl, triton, triton_dtype, use_device
+from regraft_kernels.indices import GRID, Indices
+from regraft_kernels.memory import ALIGNMENT, upload_words
+from regraft_kernels.packing import (
+    FIELDS,
+    S_COLUMN_TABLE,
+    S_LENGTH,
+    S_ROW_TABLE,
+    S_ROWS,
+    S_SIZE,
+    T_COLUMNS,
+    T_ROWS,
+    T_SEGMENT,
+    TILE_FIELDS,
+    Layout,
+    MoveKind,
+    Packing,
+    Piece,
+    lay_out,
+)
+
+
+@dataclass(frozen=True)
+class MoveTile:
+    """A program of permute and graft: `repeat` times rows x columns, one below the other; a column is an element."""
+
+    rows: int
+    columns: int
+    repeat: int
+    warps: int
+
+    @property
+    def size(self) -> int:
+        """Elements that a program moves."""
+        return self.rows * self.repeat * self.columns
+
+    def in_steps(self, times: int) -> MoveTile:
+        """The same work in more steps of fewer rows, which takes fewer registers."""
+        times = min(times, self.rows)
+        return MoveTile(self.rows // times, self.columns, self.repeat * times, self.warps)
+
+
+@dataclass(frozen=True)
+class FlatTile:
+    """A tile of combine: `block` consecutive elements."""
+
+    block: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class DotTile:
+    """A tile of similarity: m x n of the result, k at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class DeviceFamily:
+    """The tiles of one GPU family: `move` for rows as they stand, `gather` for gathered columns, `dot` by precision,
+    from small to large, where "half" stands for bf16 and fp16; `substitutes` names what is multiplied instead where
+    the hardware lacks a precision: never a lesser one."""
+
+    name: str
+    move: MoveTile
+    gather: MoveTile
+    flat: FlatTile
+    dot: Mapping[str, tuple[DotTile, ...]]
+    substitutes: dict[str, str] = field(default_factory=dict)
+
+
+_AMPERE_DOT = {
+    "half": (DotTile(64, 64, 64, 4, 3), DotTile(128, 128, 32, 8, 4)),
+    "tf32": (DotTile(64, 64, 32, 4, 3), DotTile(128, 128, 32, 8, 3)),
+    "tf32x3": (DotTile(64, 64, 32, 4, 3), DotTile(128, 64, 32, 8, 3)),
+    "ieee": (DotTile(32, 32, 32, 4, 3), DotTile(64, 64, 16, 4, 3)),
+}
+_HOPPER_DOT = {
+    "half": (DotTile(64, 64, 64, 4, 4), DotTile(128, 128, 64, 8, 3), DotTile(128, 256, 64, 8, 3)),
+    "tf32": (DotTile(64, 64, 32, 4, 4), DotTile(128, 128, 32, 8, 3), DotTile(128, 256, 32, 8, 3)),
+    "tf32x3": (DotTile(64, 64, 32, 4, 4), DotTile(128, 128, 32, 8, 4)),
+    "ieee": (DotTile(32, 32, 32, 4, 3), DotTile(64, 64, 16, 4, 3)),
+}
+_BLACKWELL_DOT = {**_HOPPER_DOT, "tf32x3": (DotTile(128, 64, 32, 8, 3), DotTile(128, 128, 32, 8, 4))}
+_CDNA3_DOT = {
+    "half": (DotTile(64, 64, 64, 4, 2), DotTile(128, 128, 64, 8, 2)),
+    "tf32": (DotTile(64, 64, 32, 4, 2), DotTile(128, 128, 32, 8, 2)),
+    "ieee": (DotTile(64, 64, 16, 4, 2), DotTile(128, 64, 16, 8, 2)),
+}
+
+MOVE, GATHER, FLAT = MoveTile(8, 512, 4, 4), MoveTile(16, 128, 4, 4), FlatTile(2048, 4)
+
+# Chosen so that nothing spills (results/micro/tables.md); not yet tuned by measurement on any GPU.
+FAMILIES = {
+    "sm_80": DeviceFamily("sm_80", MOVE, GATHER, FLAT, _AMPERE_DOT),
+    "sm_90": DeviceFamily("sm_90", MOVE, GATHER, FLAT, _HOPPER_DOT),
+    "sm_100": DeviceFamily("sm_100", MOVE, GATHER, FLAT, _BLACKWELL_DOT),
+    "gfx942": DeviceFamily("gfx942", MOVE, GATHER, FLAT, _CDNA3_DOT, {"tf32x3": "ieee"}),
+}
+INTERPRETER = DeviceFamily(
+    "interpreter",
+    MoveTile(2, 16, 2, 1),
+    MoveTile(4, 8, 2, 1),
+    FlatTile(32, 1),
+    {p: (DotTile(16, 16, 16, 1, 1),) for p in ("half", "tf32", "tf32x3", "ieee")},
+)
+"""Small tiles for Triton's interpreter, so that small tests cross their borders."""
+
+
+@cache
+def device_family(device: torch.device) -> DeviceFamily:
+    """The tiles for a device; those of the nearest older NVIDIA family where there are none of its own."""
+    if device.type != "cuda":
+        return INTERPRETER
+    if torch.version.hip:
+        return FAMILIES["gfx942"]
+    major, _ = torch.cuda.get_device_capability(device)
+    return FAMILIES["sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]
+
+
+def choose_dot(tiles: DeviceFamily, dtype: torch.dtype, precision: str, units: int) -> tuple[DotTile, str]:
+    """The tile of similarity for inputs of `dtype` and groups of `units`, the largest of which two stand side by side;
+    and the precision to multiply in."""
+    precision = "ieee" if dtype != torch.float32 else tiles.substitutes.get(precision, precision)
+    kind = "half" if dtype != torch.float32 else precision
+    small, *larger = tiles.dot[kind]
+    return next((tile for tile in reversed(larger) if 2 * tile.n <= units), small), precision
+
+
+# ---------------------------------------------------------------- moves
+
+RUN_TIME = ["count", "entries", "programs", "moved", "steps", "sources"]
+"""Arguments of which a kernel is compiled once for all values."""
+
+
+@triton.jit
+def find_tile(
+    tiles,
+    segments,
+    tables,
+    VEC: tl.constexpr,
+    GATHERED: tl.constexpr,
+    SPAN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The tile of this program: its segment's number, rows, row length and size; its first row and column; where its
+    rows come from (a table); and for each of its columns, relative to the first and to `origin`, whether it is inside
+    the row and where it comes from. Row lengths are multiples of VEC; SPAN rows a program."""
+    tile = tiles + tl.program_id(0) * TILE_FIELDS
+    number = tl.load(tile + T_SEGMENT)
+    segment = segments + number * FIELDS
+    rows = tl.load(segment + S_ROWS).to(tl.int32)
+    length = tl.multiple_of(tl.load(segment + S_LENGTH), VEC)
+    size = tl.multiple_of(tl.load(segment + S_SIZE), VEC)
+    first_row = tl.load(tile + T_ROWS) * SPAN
+    first = tl.load(tile + T_COLUMNS).to(tl.int64) * COLUMNS
+    j = tl.arange(0, COLUMNS)
+    inside = j < tl.multiple_of(tl.minimum(length - first, COLUMNS).to(tl.int32), VEC)
+    row_table = tables + tl.load(segment + S_ROW_TABLE)
+    if GATHERED:
+        from_j = tl.load(tables + tl.load(segment + S_COLUMN_TABLE) + first + j, mask=inside, other=0)
+        origin = first * 0
+    else:
+        from_j = j
+        origin = first
+    return number, rows, length, size, first_row, first, row_table, origin, inside, from_j
+
+
+@triton.jit
+def tensor_pointer(addresses, DTYPE: tl.constexpr):
+    """The tensor whose address stands there."""
+    return tl.load(addresses).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def vector_pointer(memory, offset, DTYPE: tl.constexpr, VEC: tl.constexpr):
+    """memory + offset, which is at a multiple of VEC elements."""
+    return tl.multiple_of(memory + offset, VEC * DTYPE.primitive_bitwidth // 8)
+
+
+def launch_bytes(grid: Any, kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
+    """For the profiler: the kernel's name and the bytes of tensors that a launch reads and writes."""
+    return {"name": kernel.name, "bytes": args["moved"]}
+
+
+def layout_of(
+    packing: Packing,
+    names: tuple[str, ...],
+    units: tuple[tuple[torch.dtype, int], ...],
+    pointers: np.ndarray,
+    indices: Indices,
+) -> Layout:
+    """The launches for these tensors; `units`: the dtype that moves each, and how many of it make an element;
+    `pointers` [columns, tensors]. Kept for the next call that looks the same."""
+    aligned16, device = (pointers % ALIGNMENT == 0).all(axis=0), indices.joined.device
+    key = names, units, aligned16.tobytes(), len(pointers), tuple(indices.places.items()), device
+
+    def tile_shape(kind: MoveKind) -> tuple[int, int]:
+        tile = tile_of(device_family(device), kind, 1)
+        return tile.rows * tile.repeat, tile.columns
+
+    def make() -> Layout:
+        parts = zip(names, units, aligned16.tolist(), strict=True)
+        pieces = [Piece(packing.segments[name], *unit, is_aligned) for name, unit, is_aligned in parts]
+        return lay_out(pieces, len(pointers), tile_shape, indices.places, device)
+
+    return packing.layouts.get(key, make)
+
+
+def launch_moves(
+    kernel: Any,
+    layout: Layout,
+    pointers: np.ndarray,
+    indices: Indices,
+    programs: int,
+    live_values: int,
+    extra: Callable[[torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]],
+) -> None:
+    """Launch each part of a layout, for so many models or targets.
+
+    `live_values`: see `tile_of`. `extra`: what else the kernel takes for a dtype, its arguments and its compile-time
+    ones.
+    """
+    device = indices.joined.device
+    buffer = upload_words(pointers.ravel()[layout.order], device)
+    with use_device(device):
+        tables = indices.compose_tables(layout.gather_table, layout)
+        for launch in layout.launches:
+            kind = launch.kind
+            arguments, constants = extra(kind.dtype)
+            tile = tile_of(device_family(device), kind, live_values)
+            kernel[len(launch.tiles), min(programs, GRID)](
+                buffer[launch.start : launch.end],
+                launch.count,
+                launch.segments,
+                launch.tiles,
+                tables,
+                tables.shape[1],
+                programs,
+                float(programs * len(pointers) * launch.size * kind.dtype.itemsize),
+                *arguments,
+                DTYPE=triton_dtype(kind.dtype),
+                **constants,
+                **shape_of(tile, kind),
+                num_warps=tile.warps,
+            )
+
+
+def tile_of(tiles: DeviceFamily, kind: MoveKind, live_values: int) -> MoveTile:
+    """The tile that moves a kind, where a kernel has so many values of each element in registers at a time."""
+    tile = tiles.gather if kind.gathered else tiles.move
+    return tile.in_steps(live_values if kind.aligned16 else 2 * live_values)
+
+
+def shape_of(tile: MoveTile, kind: MoveKind) -> dict[str, Any]:
+    """The compile-time arguments that say how a kind is moved."""
+    return {
+        "VEC": kind.vector,
+        "GATHERED": kind.gathered,
+        "ROWS": tile.rows,
+        "SPAN": tile.rows * tile.repeat,
+        "COLUMNS": tile.columns,
+    }
