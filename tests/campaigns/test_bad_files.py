@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from campaigns import subjects
 from campaigns.subjects import FORMATS
@@ -98,6 +98,7 @@ DAMAGES: dict[str, Damage] = {
     "a text": replace(lambda data: b'"index"'),
     "a list": replace(lambda data: b"[1, 2]"),
     "an empty object": replace(lambda data: b"{}\n"),
+    "other tensors": replace(lambda data: save({"x": torch.ones(2)})),
     "zeros": replace(lambda data: bytes(len(data))),
     "noise": replace(lambda data: np.random.default_rng(0).bytes(len(data))),
     "a folder": lambda file: (file.unlink(), file.mkdir()),

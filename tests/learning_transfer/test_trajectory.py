@@ -140,23 +140,11 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage, message):
         list(Trajectory.open(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda index: index.pop("anchors"),
-        lambda index: index.update(legs=[[0, 0.0]]),
-        lambda index: index.update(legs=[[0, 0.0], [7, 1.0]]),
-        lambda index: index.update(legs="none"),
-        lambda index: index.update(metadata=3),
-        lambda index: index["anchors"][0].update(bytes="many"),
-        lambda index: index["anchors"][0].pop("sha256"),
-    ],
-)
-def test_a_damaged_index_is_refused_by_name(tmp_path, change):
+@pytest.mark.parametrize("legs", [[[0, 0.0]], [[0, 0.0], [7, 1.0]]])
+def test_an_index_of_no_step_or_of_other_anchors_is_refused(tmp_path, legs):
     Trajectory.linear(tensors(0), tensors(1), 5).save(tmp_path)
     index = json.loads((tmp_path / TRAJECTORY_INDEX).read_text())["content"]
-    change(index)
-    write_sealed(tmp_path / TRAJECTORY_INDEX, TRAJECTORY_FORMAT, index)
+    write_sealed(tmp_path / TRAJECTORY_INDEX, TRAJECTORY_FORMAT, index | {"legs": legs})
     with pytest.raises(ValueError, match=TRAJECTORY_INDEX):
         Trajectory.open(tmp_path)
 
@@ -164,13 +152,6 @@ def test_a_damaged_index_is_refused_by_name(tmp_path, change):
 def test_an_index_of_another_format_is_refused(tmp_path):
     write_sealed(tmp_path / TRAJECTORY_INDEX, "another", {})
     with pytest.raises(ValueError, match="its format is 'another', not 'regraft-trajectory-1'"):
-        Trajectory.open(tmp_path)
-
-
-@pytest.mark.parametrize("text", [b"{", b"\xff\xfe{}", b"[" * 100_000, b"[]"])
-def test_an_index_of_another_kind_is_refused_by_name(tmp_path, text):
-    (tmp_path / TRAJECTORY_INDEX).write_bytes(text)
-    with pytest.raises(ValueError, match=TRAJECTORY_INDEX):
         Trajectory.open(tmp_path)
 
 
