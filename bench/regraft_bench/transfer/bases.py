@@ -17,8 +17,6 @@ from regraft.training.loop import Recipe
 from regraft_bench.study import Task
 from regraft_bench.transfer.setting import PortSettings, Pretraining, TransferSettings
 
-EVAL_STEPS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233)
-
 
 def follow(recipe: Recipe, **changes: Any) -> Recipe:
     """The training that follows a transfer: as the source's, at "slightly small" initial rates (second version,
@@ -38,7 +36,7 @@ digits_mlp = TransferSettings(
     subsequent=follow(digits_recipe),
     steps=10,
     schedule="uniform",
-    looks=EVAL_STEPS,
+    looks=(1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233),
 )
 digits_pretrained = replace(
     digits_mlp,
@@ -64,15 +62,12 @@ digits_vit = replace(
     subsequent=follow(vit_recipe),
 )
 mnist_recipe = Recipe(epochs=10, lr=0.01, schedule="constant")
-mnist_mlp = TransferSettings(
+mnist_mlp = replace(
+    digits_mlp,
     task=Task("mnist"),
-    model=networks.mlp,
     arguments={"sizes": (784, 512, 10)},
     recipe=mnist_recipe,
     subsequent=follow(mnist_recipe, epochs=3),  # the rate is constant: ten epochs begin with these
-    steps=10,
-    schedule="uniform",
-    looks=EVAL_STEPS,
 )
 mnist_pretrained = replace(
     mnist_mlp,

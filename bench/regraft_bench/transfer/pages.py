@@ -171,11 +171,8 @@ def _questions(rows: Rows) -> list[str]:
 
 def compare_with_source(rows: Rows) -> list[str]:
     """Whether the target is better than the source that its learning came from, or that it might have been."""
-    sources = [
-        replace(row, method="source", values={"accuracy": row.values["source"]})
-        for row in rows
-        if row.method == "fgmt"
-    ]
+    fgmt = [row for row in rows if row.method == "fgmt"]
+    sources = [replace(row, method="source", values={"accuracy": row.values["source"]}) for row in fgmt]
     comparisons = {m: compare_methods([*rows, *sources], m, "source") for m in ("fgmt", "gmt", "plain")}
     return [f"{name} − the source: {result}" for name, result in comparisons.items() if result is not None]
 
@@ -185,11 +182,9 @@ def compare_with_source(rows: Rows) -> list[str]:
 
 def list_distances(rows: Rows) -> Iterator[Sheet]:
     """Distances under each way to choose pi: at the first update, on average, and over the last half."""
+    cells = [value(part) for part in ("first", "distance", "last")]
     lines = tuple(
-        (
-            f"{name.partition('-')[2]}, {method}",
-            *(value(part)(group) for part in ("first", "distance", "last")),
-        )
+        (f"{name.partition('-')[2]}, {method}", *(cell(group) for cell in cells))
         for name, own in by_scenario(rows).items()
         for method, group in groups(own).items()
     )
@@ -313,18 +308,8 @@ COST_COLUMNS = (
 )
 
 METHOD_QUESTIONS = (("fgmt", "naive"), ("fgmt", "weights"), ("fgmt", "oracle"), ("gmt", "fgmt"))
-PEER_QUESTIONS = tuple(
-    ("fgmt", peer)
-    for peer in (
-        "random",
-        "end-weights",
-        "end-activations",
-        "end-sinkhorn",
-        "warm-start",
-        "brief",
-        "distillation",
-    )
-)
+_peers = ("random", "end-weights", "end-activations", "end-sinkhorn", "warm-start", "brief", "distillation")
+PEER_QUESTIONS = tuple(("fgmt", peer) for peer in _peers)
 LEAD_QUESTIONS = (("nfgmt", "fgmt"), ("nfgmt", "gmt"), ("gmt", "fgmt"))
 PORT_QUESTIONS = (
     ("gradfix", "naive"),

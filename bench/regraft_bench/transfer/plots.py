@@ -97,14 +97,14 @@ def draw_plane(scenario: str, rows: Rows) -> Cells | None:
 # ---------------------------------------------------------------- figures
 
 log_panel = partial(Panel, x_log=True, markers=True)
-NETWORKS = ("mlp", "conv", "resnet")
+REGIME_BASES = ("mlp", "conv", "resnet")
 LEADERBOARD = [
     scenario
     for name in ("mnist-mlp-512", "mnist-mlp-4096", "cifar10-conv6", "digits-conv")
     for scenario in scenarios.COMPARISONS
     if scenario.name == name
 ]
-PORTS = (
+PORT_LINES = (
     *("own base", "probe", "few-shot", "naive", "weights"),
     *("gradfix, mean", "fgmt", "fgmt + gradfix, mean", "fgmt, then few-shot"),
 )
@@ -157,7 +157,7 @@ FIGURES = (
                     "accuracy, share of plain training's",
                     partial(draw_regime, base, method),
                 )
-                for base in NETWORKS
+                for base in REGIME_BASES
                 for method in ("naive", "fgmt", "oracle")
             ),
             *(
@@ -167,7 +167,7 @@ FIGURES = (
                     "test accuracy",
                     partial(draw_knob, "regime", base, "init", 1.0),
                 )
-                for base in NETWORKS
+                for base in REGIME_BASES
             ),
         ),
     ),
@@ -244,7 +244,7 @@ FIGURES = (
             name,
             "images of each class",
             "test accuracy",
-            curves("accuracy by images", methods=PORTS, scenario=name),
+            curves("accuracy by images", methods=PORT_LINES, scenario=name),
         ),
     ),
 )

@@ -12,7 +12,14 @@ from typing import Any
 
 from regraft.data import DIGITS_HIGH, DIGITS_LOW
 from regraft_bench.study import Method, Scenario, Task
-from regraft_bench.transfer.bases import BASES, PORT_BASES, digits_conv_half, digits_recipe, mnist_recipe
+from regraft_bench.transfer.bases import (
+    BASES,
+    PORT_BASES,
+    digits_conv_half,
+    digits_recipe,
+    follow,
+    mnist_recipe,
+)
 from regraft_bench.transfer.methods.assumption import FIRST_GRADIENTS, UPDATES
 from regraft_bench.transfer.methods.cost import COUNTS
 from regraft_bench.transfer.methods.ensembles import ENSEMBLES
@@ -28,9 +35,18 @@ Named = Mapping[str, TransferSettings]
 Changes = Mapping[str, Mapping[str, Any]]
 
 
-def ask(question: str, methods: tuple[Method, ...], settings: Named, seeds: int = 3) -> Scenarios:
-    """One scenario, question-name, for each of the settings as they are."""
-    return tuple(Scenario(f"{question}-{name}", methods, own, seeds) for name, own in settings.items())
+def ask(
+    question: str, methods: tuple[Method, ...], settings: Named, seeds: int = 3, *, subsequent: bool = False
+) -> Scenarios:
+    """One scenario, question-name, for each of the settings.
+
+    subsequent: with the training that follows a transfer, where they have any.
+    """
+    changes: dict[str, Any] = {} if subsequent else {"subsequent": None, "looks": ()}
+    return tuple(
+        Scenario(f"{question}-{name}", methods, replace(own, **changes), seeds)
+        for name, own in settings.items()
+    )
 
 
 def bases(*names: str) -> Named:
@@ -42,16 +58,11 @@ def vary(name: str, base: TransferSettings, changes: Changes) -> Named:
     return {f"{name}-{variant}": replace(base, **change) for variant, change in changes.items()}
 
 
-def untrained(settings: Named) -> Named:
-    """The same without the training that follows a transfer."""
-    return {name: replace(own, subsequent=None, looks=()) for name, own in settings.items()}
-
-
 def list_names(scenarios: Sequence[Scenario]) -> tuple[str, ...]:
     return tuple(scenario.name for scenario in scenarios)
 
 
-def choose(*names: str) -> tuple[Method, ...]:
+def pick_methods(*names: str) -> tuple[Method, ...]:
     return tuple(method for method in TRANSFERS if method.name in names)
 
 
@@ -63,7 +74,7 @@ def pretrain(base: TransferSettings, **changes: Any) -> dict[str, Any]:
 
 digits, digits2, pretrained2 = (BASES[f"digits-{name}"] for name in ("mlp", "mlp2", "pretrained2"))
 conv_half, resnet = digits_conv_half, BASES["digits-resnet"]
-FIVE_METHODS = choose("plain", "naive", "weights", "oracle", "fgmt")
+FIVE_METHODS = pick_methods("plain", "naive", "weights", "oracle", "fgmt")
 FIVE_SEEDS = ("digits-mlp", "digits-mlp2", "digits-conv", "digits-pretrained", "digits-pretrained2")
 
 COMPARISONS = tuple(
@@ -71,14 +82,14 @@ COMPARISONS = tuple(
 )
 """The comparison of methods, table after table."""
 
-_not_trained_on = {
-    name: replace(base, subsequent=None)
-    for name, base in bases("digits-conv", "mnist-mlp-512", "cifar10-conv6").items()
-}
 PEER_COMPARISONS = tuple(
-    replace(scenario, seeds=5 if scenario.name.startswith("peers-digits") else 3)
-    for scenario in ask(
-        "peers", (*TRANSFERS, *PEERS), {**bases("digits-mlp2", "digits-pretrained2"), **_not_trained_on}
+    Scenario(f"peers-{name}", (*TRANSFERS, *PEERS), settings, seeds)
+    for name, settings, seeds in (
+        ("digits-mlp2", digits2, 5),
+        ("digits-pretrained2", pretrained2, 5),
+        ("digits-conv", replace(BASES["digits-conv"], subsequent=None), 5),
+        ("mnist-mlp-512", replace(BASES["mnist-mlp-512"], subsequent=None), 3),
+        ("cifar10-conv6", replace(BASES["cifar10-conv6"], subsequent=None), 3),
     )
 )
 """Every other thing that one could do with a finished source."""
@@ -87,7 +98,7 @@ PEER_COMPARISONS = tuple(
 
 
 def regimes(
-    base: TransferSettings, widths: Changes, rates: tuple[float, ...] = (0.005, 0.02, 0.1, 0.2)
+    base: TransferSettings, widths: Changes, rates: Sequence[float] = (0.005, 0.02, 0.1, 0.2)
 ) -> Changes:
     """Four ways to change |Delta| / |theta_1^0|: initial scale, learning rate, epochs, width."""
     recipe = base.recipe
@@ -111,32 +122,28 @@ CONV_WIDTHS = resize("width", {width: width for width in (0.25, 1)}, num_classes
 REGIMES = ask(
     "regime",
     FIVE_METHODS,
-    untrained(
-        {
-            **vary("mlp", digits, regimes(digits, MLP_WIDTHS)),
-            **vary("conv", conv_half, regimes(conv_half, CONV_WIDTHS)),
-            **vary("resnet", resnet, regimes(resnet, {}, (0.03, 0.2, 0.3, 0.5))),
-        }
-    ),
+    {
+        **vary("mlp", digits, regimes(digits, MLP_WIDTHS)),
+        **vary("conv", conv_half, regimes(conv_half, CONV_WIDTHS)),
+        **vary("resnet", resnet, regimes(resnet, {}, (0.03, 0.2, 0.3, 0.5))),
+    },
 )
 
-SCHEDULES: Changes = {schedule: {"schedule": schedule} for schedule in ("uniform", "cosine", "recorded")}
+SPACINGS: Changes = {schedule: {"schedule": schedule} for schedule in ("uniform", "cosine", "recorded")}
 """Uniform and cosine spacing, and the source's own checkpoints (first version, figure 3; second, appendix E.1)."""
 PATHS = ask(
     "schedule",
-    choose("naive", "fgmt", "gmt"),
-    untrained(
-        {
-            **vary("mlp2", digits2, SCHEDULES),
-            **vary("conv", conv_half, SCHEDULES),
-            **vary("pretrained2", pretrained2, SCHEDULES),
-            **vary("cifar10", BASES["cifar10-conv6"], SCHEDULES),
-        }
-    ),
+    pick_methods("naive", "fgmt", "gmt"),
+    {
+        **vary("mlp2", digits2, SPACINGS),
+        **vary("conv", conv_half, SPACINGS),
+        **vary("pretrained2", pretrained2, SPACINGS),
+        **vary("cifar10", BASES["cifar10-conv6"], SPACINGS),
+    },
     seeds=5,
 )
 
-SENSITIVITIES: Changes = {
+ONE_SETTING: Changes = {
     "base": {},
     **{f"T-{steps}": {"steps": steps} for steps in (1, 2, 5, 20, 30)},
     **{f"batches-{count}": {"gradient_batches": count} for count in (2, 4, 8)},
@@ -146,13 +153,13 @@ SENSITIVITIES: Changes = {
 """T, batches a gradient, their size, and the start of each matching."""
 SENSITIVITY = ask(
     "sensitivity",
-    choose("fgmt", "gmt"),
-    untrained({**vary("mlp2", digits2, SENSITIVITIES), **vary("conv", conv_half, SENSITIVITIES)}),
+    pick_methods("fgmt", "gmt"),
+    {**vary("mlp2", digits2, ONE_SETTING), **vary("conv", conv_half, ONE_SETTING)},
 )
 
 # ---------------------------------------------------------------- where it fails, and what is inherited
 
-SOURCES: Changes = {
+OTHER_SOURCES: Changes = {
     "base": {},
     "data-tenth": {"source_task": Task("digits", per_class=14)},
     "data-other": {"source_task": Task("mnist", size=8, per_class=140)},
@@ -160,7 +167,7 @@ SOURCES: Changes = {
     "lr-4x": {"source_recipe": replace(digits_recipe, lr=4 * digits_recipe.lr)},
 }
 """The source learned from other data, or at another rate."""
-PRETRAININGS: Changes = {
+OTHER_PRETRAININGS: Changes = {
     "base": {},
     "short": pretrain(pretrained2, source_recipe=replace(digits_recipe, epochs=1)),
     "classes": pretrain(pretrained2, source_task=Task("digits", (0, 1, 2, 5, 6))),
@@ -170,29 +177,26 @@ PRETRAININGS: Changes = {
 FAILURES = ask(
     "fails",
     FIVE_METHODS,
-    untrained({**vary("mlp2", digits2, SOURCES), **vary("pretrained2", pretrained2, PRETRAININGS)}),
+    {**vary("mlp2", digits2, OTHER_SOURCES), **vary("pretrained2", pretrained2, OTHER_PRETRAININGS)},
     seeds=5,
 )
 
-POOR = {"digits": Task("digits", DIGITS_LOW, per_class=7), "mnist": Task("mnist", DIGITS_LOW, per_class=500)}
 INHERITANCE = ask(
     "inherits",
-    choose("plain", "naive", "oracle", "fgmt", "gmt"),
-    untrained(
-        {
-            "digits": replace(
-                pretrained2,
-                task=Task("digits", DIGITS_HIGH, per_class=30),
-                **pretrain(pretrained2, source_task=POOR["digits"]),
-            ),
-            "mnist": replace(
-                BASES["mnist-pretrained"],
-                task=Task("mnist", DIGITS_HIGH, per_class=100),
-                recipe=replace(mnist_recipe, epochs=50),
-                **pretrain(BASES["mnist-pretrained"], source_task=POOR["mnist"]),
-            ),
-        }
-    ),
+    pick_methods("plain", "naive", "oracle", "fgmt", "gmt"),
+    {
+        "digits": replace(
+            pretrained2,
+            task=Task("digits", DIGITS_HIGH, per_class=30),
+            **pretrain(pretrained2, source_task=Task("digits", DIGITS_LOW, per_class=7)),
+        ),
+        "mnist": replace(
+            BASES["mnist-pretrained"],
+            task=Task("mnist", DIGITS_HIGH, per_class=100),
+            recipe=replace(mnist_recipe, epochs=50),
+            **pretrain(BASES["mnist-pretrained"], source_task=Task("mnist", DIGITS_LOW, per_class=500)),
+        ),
+    },
     seeds=5,
 )
 """The source was pre-trained on few images, the target on all (second version, figure 8)."""
@@ -202,20 +206,18 @@ INHERITANCE = ask(
 ASSUMPTION = ask(
     "assumption",
     UPDATES,
-    untrained(
-        {
-            "mlp": digits,
-            "mlp-64": replace(digits, arguments={"sizes": (64, 64, 10)}),
-            "mlp-2048": replace(digits, arguments={"sizes": (64, 2048, 10)}),
-            "mlp2": digits2,
-            "conv": conv_half,
-            "resnet": resnet,
-            "vit": BASES["digits-vit"],
-            "pretrained2": pretrained2,
-            "mnist": BASES["mnist-mlp-512"],
-            "mnist-pretrained": BASES["mnist-pretrained"],
-        }
-    ),
+    {
+        "mlp": digits,
+        "mlp-64": replace(digits, arguments={"sizes": (64, 64, 10)}),
+        "mlp-2048": replace(digits, arguments={"sizes": (64, 2048, 10)}),
+        "mlp2": digits2,
+        "conv": conv_half,
+        "resnet": resnet,
+        "vit": BASES["digits-vit"],
+        "pretrained2": pretrained2,
+        "mnist": BASES["mnist-mlp-512"],
+        "mnist-pretrained": BASES["mnist-pretrained"],
+    },
 )
 """Assumption (P) along two trainings (second version, figure 3)."""
 
@@ -225,15 +227,13 @@ WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 THEOREM = ask(
     "theorem",
     FIRST_GRADIENTS,
-    untrained(
-        {
-            f"{side}x{side}-{width}": replace(
-                digits, task=Task("digits", size=side), arguments={"sizes": (side * side, width, 10)}
-            )
-            for side in SIDES
-            for width in WIDTHS
-        }
-    ),
+    {
+        f"{side}x{side}-{width}": replace(
+            digits, task=Task("digits", size=side), arguments={"sizes": (side * side, width, 10)}
+        )
+        for side in SIDES
+        for width in WIDTHS
+    },
     seeds=5,
 )
 """Theorem A.1 over the width, at several numbers of inputs (the images' pixels)."""
@@ -242,66 +242,55 @@ BASINS = ask(
     "basin",
     (*LINES, PLANE),
     bases(
-        "digits-mlp2",
-        "digits-conv",
-        "digits-resnet",
-        "digits-pretrained2",
-        "mnist-mlp-512",
-        "mnist-pretrained",
-        "cifar10-conv6",
+        *("digits-mlp2", "digits-conv", "digits-resnet", "digits-pretrained2"),
+        *("mnist-mlp-512", "mnist-pretrained", "cifar10-conv6"),
     ),
+    subsequent=True,
 )
 """Lines and one plane of loss (first version, figure 6; second, figure 7)."""
 
 # ---------------------------------------------------------------- ensembles, costs, leads, ports
 
-
-def train_members_for(epochs: int, name: str, base: TransferSettings) -> Named:
-    assert base.subsequent is not None
-    return {name: replace(base, subsequent=replace(base.subsequent, epochs=epochs), looks=())}
-
-
 ENSEMBLE_COMPARISONS = ask(
     "ensemble",
     ENSEMBLES,
     {
-        **train_members_for(5, "digits-mlp2", digits2),
-        **train_members_for(5, "digits-conv-half", conv_half),
-        **train_members_for(1, "mnist-mlp-512", BASES["mnist-mlp-512"]),
+        name: replace(base, subsequent=follow(base.recipe, epochs=epochs), looks=())
+        for name, base, epochs in (
+            ("digits-mlp2", digits2, 5),
+            ("digits-conv-half", conv_half, 5),
+            ("mnist-mlp-512", BASES["mnist-mlp-512"], 1),
+        )
     },
+    subsequent=True,
 )
 """Members that are trained on for so many epochs only (second version, appendix E.2)."""
 
-COSTS = ask("cost", COUNTS, untrained(bases("digits-mlp", "digits-conv", "mnist-mlp-512", "cifar10-conv6")))
+COSTS = ask("cost", COUNTS, bases("digits-mlp", "digits-conv", "mnist-mlp-512", "cifar10-conv6"))
 """Gradients, operations and seconds of each method."""
 
-_beside_leads = (*choose("naive", "fgmt", "gmt"), *LEADS)
+LEAD_METHODS = (*pick_methods("naive", "fgmt", "gmt"), *LEADS)
+DIGITS = bases("digits-mlp", "digits-mlp2", "digits-conv", "digits-pretrained2")
 NORMALISED = (
-    *ask(
-        "normalised",
-        _beside_leads,
-        untrained(bases("digits-mlp", "digits-mlp2", "digits-conv", "digits-pretrained2")),
-        seeds=10,
-    ),
-    *ask("normalised", _beside_leads, untrained(bases("mnist-mlp-512")), seeds=5),
+    *ask("normalised", LEAD_METHODS, DIGITS, seeds=10),
+    *ask("normalised", LEAD_METHODS, bases("mnist-mlp-512"), seeds=5),
 )
 """A lead of ours, and the two methods that it comes from."""
 
 
-def port_scenarios(name: str) -> Scenarios:
+def ask_ports(name: str) -> Scenarios:
     """A fine-tune moved to a new base: ten classes of CIFAR-100, digits in colour, and a base that saw half as much."""
     base = PORT_BASES[name]
-    half = Task("cifar10", size=16, per_class=2250)
     changes: Changes = {
         "cifar100": {},
         "mnist": {"task": Task("mnist", size=16, channels=3, per_class=450)},
-        "cifar100-half": pretrain(base, source_task=half),
+        "cifar100-half": pretrain(base, source_task=Task("cifar10", size=16, per_class=2250)),
     }
     rates = [share * base.recipe.lr for share in (0.3, 1.0, 3.0, 10.0)]
     return ask("port", port_methods(rates), vary(name, base, changes))
 
 
-PORTS = (*port_scenarios("resnet"), *port_scenarios("vit"))
+PORTS = (*ask_ports("resnet"), *ask_ports("vit"))
 
 SCENARIOS = (
     *COMPARISONS,

@@ -90,7 +90,7 @@ def measure_first_gradients(which: str, setting: TransferSetting) -> Measured:
     return Measured({"distance": distance(apply(spec, perm, source), target)}, cost=clock.seconds)
 
 
-ABOUT = {
+_ABOUT = {
     "identity": "How far apart both runs go, unit by unit as they are.",
     "one": "How far apart they go under one permutation for all looks, that which matches them best.",
     "each": "How far apart they go under a permutation of its own for every look.",
@@ -98,10 +98,10 @@ ABOUT = {
     "gradients": "How far apart they go under the permutation that matches the gradients themselves.",
 }
 UPDATES = tuple(
-    Method(which, partial(measure_updates, which), about=ABOUT[which])
+    Method(which, partial(measure_updates, which), about=_ABOUT[which])
     for which in ("identity", "one", "each")
 )
 FIRST_GRADIENTS = tuple(
-    Method(which, partial(measure_first_gradients, which), about=ABOUT[which])
+    Method(which, partial(measure_first_gradients, which), about=_ABOUT[which])
     for which in ("identity", "weights", "gradients")
 )

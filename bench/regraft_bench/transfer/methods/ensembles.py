@@ -57,7 +57,7 @@ def make_ensemble(
     """Of the source and ``count - 1`` others. Raises ValueError for no members."""
     if count < 1:
         raise ValueError(f"an ensemble has at least one member, not {count}")
-    return measure_ensemble(
+    return measure_together(
         setting, [make(setting.sibling(f"member {number}")) for number in range(1, count)]
     )
 
@@ -81,10 +81,10 @@ def transfer_all_at_once(count: int, setting: TransferSetting) -> Measured:
         for number, sibling in enumerate(siblings)
     ]
     members = [(training.tensors, {"training": training.cost}) for training in trainings]
-    return measure_ensemble(setting, members, transfers.seconds)
+    return measure_together(setting, members, transfers.seconds)
 
 
-def measure_ensemble(
+def measure_together(
     setting: TransferSetting, members: Sequence[Member], shared: Mapping[str, Cost] | None = None
 ) -> Measured:
     """The source and the members, as one; ``shared``: what was paid for all members at once."""

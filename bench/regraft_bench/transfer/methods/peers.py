@@ -46,13 +46,13 @@ def random(setting: TransferSetting) -> Perm:
     return setting.spec.random(setting.generator("permutation"))
 
 
-def match_weights(setting: TransferSetting) -> Perm:
+def match_end_weights(setting: TransferSetting) -> Perm:
     """The finished source's weights matched to the target's start (Git Re-Basin)."""
     start, end = map(setting.parameters, (setting.target_start, setting.path.end))
     return match(setting.spec, start, end, generator=setting.generator("sweeps")).perm
 
 
-def match_activations(setting: TransferSetting) -> Perm:
+def match_end_activations(setting: TransferSetting) -> Perm:
     """Units of the finished source and of the target's start by the correlation of their outputs (Li et al., 2016).
 
     On as many batches as FGMT takes gradients on.
@@ -95,7 +95,7 @@ def _layers(model: nn.Module, spec: PermutationSpec, group: str) -> list[str]:
     return layers
 
 
-def match_by_transport(setting: TransferSetting) -> Perm:
+def match_end_transport(setting: TransferSetting) -> Perm:
     """OT fusion (Singh and Jaggi, 2020), hardened: layer after layer, the finished source's incoming weights to those
     of the target's start by an entropic plan, of which the assignment is taken.
     """
@@ -189,9 +189,9 @@ def _train_for(setting: TransferSetting, updates: int, teacher: Tensors | None) 
 
 FINDERS = {
     "random": random,
-    "end-weights": match_weights,
-    "end-activations": match_activations,
-    "end-sinkhorn": match_by_transport,
+    "end-weights": match_end_weights,
+    "end-activations": match_end_activations,
+    "end-sinkhorn": match_end_transport,
 }
 PEERS = (
     *(
