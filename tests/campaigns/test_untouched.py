@@ -1,4 +1,7 @@
-"""Nobody's objects are changed: every public function that runs a model, with everything compared before and after."""
+"""Nobody's objects are changed: every public function that runs a model, with everything compared before and after.
+
+And the same seed gives the same bits, whatever the global random state was.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from campaigns.subjects import BATCHES, IMAGES, LABELS, dataset, seed
+from campaigns import subjects as s
 from regraft import Trajectory, assign_gradient, fuse, match, trace, transfer, verify
-from regraft.core.guard import preserve_state, same_streams
-from regraft.core.tensors import live_state, state
+from regraft.core.guard import make_deterministic, preserve_state, same_streams
+from regraft.core.tensors import digest_tensors, live_state, state
 from regraft.finetuning import fast
+from regraft.finetuning.phases import Phase, fine_tune
 from regraft.finetuning.recorder import Recorder, scores
 from regraft.fusion.grids import evaluate
 from regraft.fusion.repair import batch_statistics, repair_on, reset_on
@@ -23,7 +27,8 @@ from regraft.learning_transfer.methods import TRANSFER_METHODS
 from regraft.networks.heads import find_head
 from regraft.networks.papers import build
 from regraft.training import evaluation as ev
-from regraft.training.loop import Recipe, train
+from regraft.training.loop import Diverged, Recipe, train
+from regraft_bench.rows import environment
 
 
 class Restless(nn.Module):
@@ -59,7 +64,7 @@ class Restless(nn.Module):
 
 def network() -> nn.Module:
     """Training mode but for a frozen norm; a hook, a gradient, a parameter that takes none."""
-    model = build(Restless, seed())
+    model = build(Restless, s.seed())
     model.norm.eval()
     model.conv.bias.requires_grad_(False)
     model.fc.weight.grad = torch.ones_like(model.fc.weight)
@@ -93,10 +98,10 @@ def given():
     torch.manual_seed(3)
     threads = torch.get_num_threads()
     model = network()
-    a, b = (state(build(Restless, seed(n))) for n in (1, 2))
-    tensors = {"a": a, "b": b, "data": {"x": IMAGES, "y": LABELS}}
+    a, b = (state(build(Restless, s.seed(n))) for n in (1, 2))
+    tensors = {"a": a, "b": b, "data": {"x": s.IMAGES, "y": s.LABELS}}
     kept, before = copy.deepcopy(tensors), snapshot(model)
-    yield model, a, b, BATCHES
+    yield model, a, b, s.BATCHES
     after = snapshot(model)
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
@@ -113,7 +118,7 @@ def spec_of(model):
 
 def trained(model, a, batches):
     recipe = Recipe(epochs=1, lr=0.01, batch_size=4)
-    return train(model, a, dataset(*batches[0]), recipe, generator=seed())
+    return train(model, a, s.dataset(*batches[0]), recipe, generator=s.seed())
 
 
 def recorded(model, batches):
@@ -141,7 +146,7 @@ CALLS: dict[str, Callable] = {
     "loss_and_accuracy": lambda m, a, b, d: ev.loss_and_accuracy(m, a, d),
     "ensemble_accuracy": lambda m, a, b, d: ev.ensemble_accuracy(m, [a, b], d),
     "gradients": lambda m, a, b, d: ev.gradients(m, a, d),
-    "gradients with dropout": lambda m, a, b, d: ev.gradients(m, a, d, generator=seed()),
+    "gradients with dropout": lambda m, a, b, d: ev.gradients(m, a, d, generator=s.seed()),
     "reset_batchnorm": lambda m, a, b, d: ev.reset_batchnorm(m, a, d),
     "interpolate": lambda m, a, b, d: ev.interpolate(m, a, b, d, 3, statistics=d),
     "plane": lambda m, a, b, d: ev.plane(m, a, b, state(m), d, 2),
@@ -183,7 +188,7 @@ def test_everything_is_as_it_was_after_an_error(given, call):
     "initialise", [fast.zero, fast.xavier, fast.kaiming_fan_in, lambda w, g: w.normal_()]
 )
 def test_adopting_changes_the_head_alone_and_draws_from_no_global_stream(initialise):
-    model, before = build(Restless, seed()), torch.get_rng_state()
+    model, before = build(Restless, s.seed()), torch.get_rng_state()
     kept = {name: value for name, value in state(model).items() if not name.startswith("fc.")}
     adopted = fast.adopt(model, 5, head="fc", initialise=initialise)
     assert torch.equal(torch.get_rng_state(), before)
@@ -193,9 +198,9 @@ def test_adopting_changes_the_head_alone_and_draws_from_no_global_stream(initial
 
 def test_a_recorder_leaves_no_trace_in_training():
     """A shuffled loader draws from the global state; with and without a recorder, training draws the same."""
-    data = torch.utils.data.TensorDataset(torch.randn(8, 1, 6, 6, generator=seed()), torch.arange(8) % 3)
+    data = torch.utils.data.TensorDataset(torch.randn(8, 1, 6, 6, generator=s.seed()), torch.arange(8) % 3)
     loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
-    model = build(Restless, seed())
+    model = build(Restless, s.seed())
     torch.manual_seed(0)
     alone = torch.rand(3)
     torch.manual_seed(0)
@@ -208,8 +213,8 @@ def test_a_recorder_leaves_no_trace_in_training():
 
 def test_a_loader_goes_on_from_batch_to_batch():
     """Random states are kept around the model alone: what a user's loader draws is different each time."""
-    model, values = build(Restless, seed()), state(build(Restless, seed(1)))
-    data = torch.utils.data.TensorDataset(torch.randn(32, 1, 6, 6, generator=seed()), torch.arange(32) % 3)
+    model, values = build(Restless, s.seed()), state(build(Restless, s.seed(1)))
+    data = torch.utils.data.TensorDataset(torch.randn(32, 1, 6, 6, generator=s.seed()), torch.arange(32) % 3)
     loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
     one, other = (ev.gradients(model, values, [next(iter(loader))]) for _ in range(2))
     assert not torch.equal(one["conv.weight"], other["conv.weight"])
@@ -230,3 +235,67 @@ def test_the_guard_restores_what_was_added_taken_and_replaced():
     assert not hasattr(model, "hook") and len(model.fc._forward_hooks) == 1
     assert not model.norm.training and not model.conv.bias.requires_grad
     assert torch.equal(model.fc.weight.grad, torch.ones(3, 8)) and model.fc.weight.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- the same bits, and divergence
+
+
+def everything(noise: int) -> list:
+    """Numbers of all three systems, from the same seeds; ``noise`` is what must not matter."""
+    torch.manual_seed(noise)
+    random.seed(noise)
+    np.random.seed(noise)
+    trained = train(s.MODEL, s.weights(1), s.dataset(), s.RECIPE, generator=s.seed(2))
+    moved = transfer(s.MODEL, s.path(), trained.tensors, s.BATCHES, spec=s.spec(), validation=s.BATCHES)
+    network = build(s.layers, s.seed(3))
+    adopted = fast.adopt(network, 3, initialise=fast.xavier)
+    recorder = Recorder(network, validation=s.BATCHES, test=s.BATCHES)
+    fine_tune(network, adopted.head, [Phase(0.1, 0.01)], s.BATCHES, 2, recorder=recorder)
+    record = recorder.finish()
+    return [
+        digest_tensors(trained.tensors),
+        [row.train_loss for row in trained.history],
+        digest_tensors(moved.params),
+        moved.accuracies,
+        moved.objectives,
+        digest_tensors(fuse([moved.params, trained.tensors], [0.3, 0.7])),
+        [row.scores for row in record.validations],
+        [row.distance for row in record.deployments],
+    ]
+
+
+def test_the_same_seed_gives_the_same_bits():
+    assert everything(1) == everything(2)
+
+
+def test_a_row_says_whether_it_was_deterministic_and_with_how_many_threads():
+    try:
+        make_deterministic()
+        assert everything(1) == everything(2)
+        found = environment()
+        assert found.deterministic and found.threads == torch.get_num_threads()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not environment().deterministic
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e38])
+def test_divergence_is_named_by_its_step(lr):
+    with pytest.raises(Diverged, match=r"of step \d+ \(epoch \d\) is not finite") as caught:
+        recipe = Recipe(epochs=3, lr=lr, batch_size=8, schedule="constant")
+        train(s.MODEL, s.weights(1), s.dataset(), recipe, generator=s.seed())
+    assert 0 <= caught.value.step < 6
+
+
+def test_weights_that_are_not_finite_at_the_end_are_a_divergence():
+    """The last loss was finite; the last update was not."""
+    recipe = Recipe(epochs=1, lr=1e38, batch_size=16, momentum=0.0, weight_decay=1e10)
+    with pytest.raises(Diverged, match=r"tensor '.*' of step 0") as caught:
+        train(s.MODEL, s.weights(1), s.dataset(), recipe, generator=s.seed())
+    assert caught.value.what.startswith("tensor")
+
+
+def test_fine_tuning_that_diverges_says_when():
+    network = build(s.layers, s.seed())
+    found = fine_tune(network, network[-1], [Phase(1e30, 1e30)], s.BATCHES * 4, 8)
+    assert found.diverged is not None and found.steps == found.diverged - 1
