@@ -26,7 +26,14 @@ from regraft_bench.fast.methods import (
     at_rates,
     best_of,
 )
-from regraft_bench.fast.pages import COLUMNS, FIGURES, LONGEST, TABLE_1, at_edge, steps_cell
+from regraft_bench.fast.pages import (
+    FAST_COLUMNS,
+    FAST_FIGURES,
+    LONGEST,
+    TABLE_1,
+    count_steps_to_best,
+    find_edges,
+)
 from regraft_bench.fast.scenarios import DIGITS_CONV, HIGH
 from regraft_bench.fast.setting import FastSetting, FastSettings
 from regraft_bench.report.figures import svg
@@ -54,7 +61,9 @@ def test_pages_ask_for_scenarios_and_methods_that_there_are():
     pages = (*STUDY.tables, *STUDY.figures)
     assert len({page.name for page in pages}) == len(pages)
     assert {name for page in pages for name in page.scenarios} == set(SCENARIOS)
-    assert {f"figure_{n}{size}" for n in range(3, 16) for size in ("", "-paper")} == {f.name for f in FIGURES}
+    assert {f"figure_{n}{size}" for n in range(3, 16) for size in ("", "-paper")} == {
+        f.name for f in FAST_FIGURES
+    }
     for size in ("", "-paper"):
         lines = methods_of(f"figure_10{size}")
         assert all(name.startswith("sgd: ") for name in lines) and "sgd: fast" in lines
@@ -62,7 +71,7 @@ def test_pages_ask_for_scenarios_and_methods_that_there_are():
 
 def methods_of(figure: str) -> set[str]:
     """What a figure draws of rows of every method of its scenarios."""
-    wanted = next(f for f in FIGURES if f.name == figure)
+    wanted = next(f for f in FAST_FIGURES if f.name == figure)
     rows = [
         row_of(SCENARIOS[name], method.name)
         for name in wanted.scenarios
@@ -342,7 +351,7 @@ def row_of(scenario: Scenario, name: str, seed: int = 0, **values) -> Row:
 def test_rates_at_an_edge_of_those_tried_are_found(best, edge):
     grid = [[0.01, 0.01], [0.03, 0.03], [0.1, 0.1]]
     scenario = tiny(at_rates("fan-in", *best))
-    (found, *_) = at_edge([replace(row_of(scenario, "fan-in"), notes={"tried": grid})]) or [None]
+    (found, *_) = find_edges([replace(row_of(scenario, "fan-in"), notes={"tried": grid})]) or [None]
     assert (found is not None) == edge
     assert not edge or (found.method, found.best) == ("fan-in", best)
 
@@ -351,7 +360,7 @@ def test_rates_at_an_edge_of_those_tried_are_found(best, edge):
 def test_of_two_rates_each_may_be_at_an_edge(best, edge):
     scenario = tiny(at_rates("fast", *best))
     row = replace(row_of(scenario, "fast"), notes={"tried": [list(pair) for pair in methods.UNEQUAL]})
-    assert bool(at_edge([row])) == edge
+    assert bool(find_edges([row])) == edge
 
 
 def test_of_lines_at_several_rates_the_best_may_be_at_an_edge():
@@ -361,7 +370,7 @@ def test_of_lines_at_several_rates_the_best_may_be_at_an_edge():
         rows = [
             row_of(scenario, line.name, validation=0.9 if n == best else 0.5) for n, line in enumerate(lines)
         ]
-        assert [str(found) for found in at_edge(rows)] == [
+        assert [str(found) for found in find_edges(rows)] == [
             f"adam: fan-in: the best rates, {lines[best].run.rates[0]:g}, {lines[best].run.rates[1]:g}, "
             "are at an edge of the 3 tried"
         ] * edge
@@ -377,13 +386,13 @@ def committed() -> list[Row]:
 
 def test_figures_and_tables_are_made_of_rows(committed):
     measured = {row.scenario for row in committed}
-    for figure in FIGURES:
+    for figure in FAST_FIGURES:
         panels = figure.collect_panels(committed)
         assert bool(panels) == bool(set(figure.scenarios) & measured)
         assert all(line.x[0] >= 1 for _, lines in panels for line in lines), (
             "a logarithmic axis has no step 0"
         )
-    assert "fan-in" in svg(next(f for f in FIGURES if f.name == "figure_7"), committed)
+    assert "fan-in" in svg(next(f for f in FAST_FIGURES if f.name == "figure_7"), committed)
     sheets = {table.name: table.make_sheets(committed) for table in STUDY.tables}
     assert {sheet.title for name in ("main", "experiments") for sheet in sheets[name]} == measured
     assert all(
@@ -393,7 +402,7 @@ def test_figures_and_tables_are_made_of_rows(committed):
 
 def test_a_table_says_which_rates_are_at_an_edge_and_compares_with_n_and_p(committed):
     sheets = {sheet.title: sheet for table in STUDY.tables for sheet in table.make_sheets(committed)}
-    for found in at_edge(current(committed)):
+    for found in find_edges(current(committed)):
         assert str(found) in sheets[found.scenario].notes
     assert any(
         note.startswith("fast − fan-in: area ") and "n = " in note and "p = " in note
@@ -407,8 +416,8 @@ def test_a_cell_says_when_the_best_is_nearly_reached_and_how_many_diverged():
     rows += [row_of(scenario, "fan-in", 0, accuracy=0.9), row_of(scenario, "fan-in", 1, accuracy=0.5)]
     rows[2].values["diverged [step]"] = 7
     own = groups(rows)
-    assert (steps_cell(own["fast"]), steps_cell(own["fan-in"])) == ("2", "2 (1 of 2)")
-    seeds = next(column for column in COLUMNS if column.heading == "seeds")
+    assert (count_steps_to_best(own["fast"]), count_steps_to_best(own["fan-in"])) == ("2", "2 (1 of 2)")
+    seeds = next(column for column in FAST_COLUMNS if column.heading == "seeds")
     assert (seeds.cell(own["fast"]), seeds.cell(own["fan-in"])) == ("2", "2 (1 diverged)")
 
 

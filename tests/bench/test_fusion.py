@@ -15,8 +15,8 @@ from regraft.training.loop import Recipe
 from regraft_bench.fusion import STUDY, two_tasks
 from regraft_bench.fusion.continual import STRENGTHS
 from regraft_bench.fusion.merging import merge_ties, trim
-from regraft_bench.fusion.nearness import agreement
-from regraft_bench.fusion.pages import overview
+from regraft_bench.fusion.nearness import measure_agreement
+from regraft_bench.fusion.pages import summarise_tables
 from regraft_bench.fusion.paper import load_published
 from regraft_bench.fusion.scenarios import TABLE_SCENARIOS
 from regraft_bench.fusion.setting import SEARCH
@@ -273,7 +273,7 @@ def shifted(number: str, points: float) -> Row:
 
 
 def test_the_overview_counts_cells():
-    (sheet,) = overview([shifted("6", 5.0), shifted("A1", 11.0)])
+    (sheet,) = summarise_tables([shifted("6", 5.0), shifted("A1", 11.0)])
     assert [line[0] for line in sheet.lines] == ["6", "A1", "all"]
     assert sheet.lines[0][2:] == ("100", "5.0", "5.0", "0%", "1.00", "–")
     assert sheet.lines[1][5] == "100%"
@@ -282,7 +282,7 @@ def test_the_overview_counts_cells():
 
 def test_agreement_refuses_other_shapes():
     with pytest.raises(ValueError):
-        agreement([(((0.1, 0.2),), ((0.1,),))])
+        measure_agreement([(((0.1, 0.2),), ((0.1,),))])
 
 
 def test_pages_are_made_of_rows():

@@ -1,6 +1,6 @@
 """Study 3: FAST, "Learn Faster and Forget Slower via Fast and Stable Task Adaptation" (Varno et al.)."""
 
-from regraft_bench.fast.pages import FIGURES, SUMMARY, TABLES
+from regraft_bench.fast.pages import FAST_FIGURES, FAST_SUMMARY, FAST_TABLES
 from regraft_bench.fast.scenarios import FAST_SCENARIOS, QUICK_DIGITS
 from regraft_bench.fast.setting import FastSetting
 from regraft_bench.study import Study
@@ -11,7 +11,7 @@ STUDY = Study(
     setting=FastSetting,
     scenarios=FAST_SCENARIOS,
     quick=(QUICK_DIGITS.name,),
-    tables=TABLES,
-    figures=FIGURES,
-    summary=SUMMARY,
+    tables=FAST_TABLES,
+    figures=FAST_FIGURES,
+    summary=FAST_SUMMARY,
 )

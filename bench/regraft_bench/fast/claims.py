@@ -80,12 +80,18 @@ def list_fast_claims(rows: Rows) -> Iterator[Sheet]:
         yield Sheet("claims", heading, lines, notes)
 
 
+def early_accuracy(row: Row) -> float | None:
+    """The mean of the deployed accuracy over the checkpoints up to step `EARLY`."""
+    if "deployed" not in row.series:
+        return None
+    accuracies = [accuracy for step, accuracy in row.series["deployed"].points() if 0 < step <= EARLY]
+    return statistics.fmean(accuracies) if accuracies else None
+
+
 def _with_more(row: Row) -> Row:
     """With what is made of a row's curves."""
-    more = {"closeness": None if (d := row.values.get("distance")) is None else -d}
-    if "deployed" in row.series:
-        first = [accuracy for step, accuracy in row.series["deployed"].points() if 0 < step <= EARLY]
-        more[_EARLY] = statistics.fmean(first) if first else None
+    distance = row.values.get("distance")
+    more = {"closeness": None if distance is None else -distance, _EARLY: early_accuracy(row)}
     return replace(row, values={**row.values, **more})
 
 

@@ -6,10 +6,12 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
-from regraft_bench.fast.claims import list_fast_claims
+from regraft_bench.fast.claims import early_accuracy, list_fast_claims
+from regraft_bench.fast.methods import Rates
 from regraft_bench.fast.scenarios import COMPARISON, PAPER, QUICK_DIGITS, TWO_CORES
 from regraft_bench.report.figures import Figure, Panel, curves
 from regraft_bench.report.tables import (
@@ -22,6 +24,7 @@ from regraft_bench.report.tables import (
     by_scenario,
     compare_methods,
     groups,
+    make_sheet,
     mean,
     provenance,
     seconds,
@@ -30,28 +33,26 @@ from regraft_bench.report.tables import (
     spread,
     value,
 )
-from regraft_bench.rows import Row
-
-Rates = tuple[float | None, ...]
 
 # ---------------------------------------------------------------- cells
 
 
-def rates(row: Row) -> Rates:
-    """Of the head and of the features."""
-    return tuple(row.config["method"]["rates"])
+def _read_rates(group: Group) -> Rates:
+    """Of the head and of the features, from the newest row."""
+    head, body = group.rows[-1].config["method"]["rates"]
+    return head, body
 
 
-def rates_cell(group: Group) -> str:
-    return ", ".join("–" if rate is None else f"{rate:g}" for rate in rates(group.rows[-1]))
+def _format_rates(rates: Rates) -> str:
+    return ", ".join("–" if rate is None else f"{rate:g}" for rate in rates)
 
 
-def seeds_cell(group: Group) -> str:
+def count_seeds(group: Group) -> str:
     diverged = sum(row.values.get("diverged [step]") is not None for row in group.rows)
     return seeds(group) + (f" ({diverged} diverged)" if diverged else "")
 
 
-def steps_cell(group: Group) -> str:
+def count_steps_to_best(group: Group) -> str:
     """The first checkpoint, a mean over seeds, at which 95 % of the scenario's best accuracy at the end is deployed."""
     means = [
         statistics.fmean(found) for g in groups(group.scenario).values() if (found := g.values("accuracy"))
@@ -67,28 +68,22 @@ def steps_cell(group: Group) -> str:
     return f"{statistics.fmean(known):.0f}" + (f" ({len(known)} of {len(reached)})" * (known != reached))
 
 
-def early_cell(group: Group) -> str:
-    """The mean of the deployed accuracy over the checkpoints up to step 21."""
-    curves = [row.series["deployed"].points() for row in group.rows if "deployed" in row.series]
-    return spread([statistics.fmean(a for step, a in curve if 0 < step <= 21) for curve in curves])
-
-
-COLUMNS = (
-    Column("rates (head, body)", rates_cell),
-    Column("seeds", seeds_cell),
+FAST_COLUMNS = (
+    Column("rates (head, body)", lambda group: _format_rates(_read_rates(group))),
+    Column("seeds", count_seeds),
     Column("area", value("area")),
-    Column("area to step 21", early_cell),
+    Column("area to step 21", lambda group: spread([early_accuracy(row) for row in group.rows])),
     Column("accuracy", value("accuracy")),
-    Column("steps to 95 % of the best", steps_cell),
+    Column("steps to 95 % of the best", count_steps_to_best),
     Column("source at the start", value("source_start")),
     Column("source area", value("source_area")),
     Column("source at the end", value("source_end")),
     Column("distance", value("distance", "{:.2f}")),
     Column("CPU s", seconds),
 )
-SUMMARY = (
-    Column("rates (head, body)", rates_cell),
-    Column("seeds", seeds_cell),
+FAST_SUMMARY = (
+    Column("rates (head, body)", lambda group: _format_rates(_read_rates(group))),
+    Column("seeds", count_seeds),
     Column("accuracy", value("accuracy")),
     Column("area", value("area")),
     Column("source at the end", value("source_end")),
@@ -113,32 +108,31 @@ class Edge:
     tried: tuple[Rates, ...]
 
     def __str__(self) -> str:
-        told = ", ".join("–" if rate is None else f"{rate:g}" for rate in self.best)
-        return f"{self.method}: the best rates, {told}, are at an edge of the {len(self.tried)} tried"
+        best = _format_rates(self.best)
+        return f"{self.method}: the best rates, {best}, are at an edge of the {len(self.tried)} tried"
 
 
-def at_edge(rows: Rows) -> list[Edge]:
+def find_edges(rows: Rows) -> list[Edge]:
     """Every method whose best rates are at an edge: those tuned (what was tried is in their rows' notes), and those
     whose names end in their rate, of which the best has the largest mean ``validation``.
     """
-    found = []
+    edges = []
     for scenario, own in by_scenario(rows).items():
         lines: dict[str, dict[Rates, Group]] = {}
         for name, group in groups(own).items():
-            chosen = rates(group.rows[-1])
+            best = _read_rates(group)
             if tried := group.rows[-1].notes.get("tried"):
-                found.append(Edge(scenario, name, chosen, tuple(map(tuple, tried))))
-            elif chosen[0] is not None and name.endswith(ending := f" {chosen[0]:g}"):
-                lines.setdefault(name.removesuffix(ending), {})[chosen] = group
+                edges.append(Edge(scenario, name, best, tuple(map(tuple, tried))))
+            elif best[0] is not None and name.endswith(ending := f" {best[0]:g}"):
+                lines.setdefault(name.removesuffix(ending), {})[best] = group
         for name, family in lines.items():
             scores = {k: statistics.fmean(v) for k, g in family.items() if (v := g.values("validation"))}
             if scores:
-                best = max(scores, key=lambda chosen: scores[chosen])
-                found.append(Edge(scenario, name, best, tuple(family)))
-    return [edge for edge in found if _extreme(edge.best, edge.tried)]
+                edges.append(Edge(scenario, name, max(scores, key=scores.__getitem__), tuple(family)))
+    return [edge for edge in edges if _is_extreme(edge.best, edge.tried)]
 
 
-def _extreme(best: Rates, tried: Sequence[Rates]) -> bool:
+def _is_extreme(best: Rates, tried: Sequence[Rates]) -> bool:
     """Whether one of the rates is the smallest or the largest of several tried in its place."""
     for rate, places in zip(best, zip(*tried, strict=True), strict=True):
         known = {other for other in places if other is not None}
@@ -150,99 +144,115 @@ def _extreme(best: Rates, tried: Sequence[Rates]) -> bool:
 # ---------------------------------------------------------------- tables
 
 
-def overview(rows: Rows) -> Iterator[Sheet]:
+def summarise_comparison(rows: Rows) -> Iterator[Sheet]:
     """One sheet: a line a method, a column a scenario, with area, source accuracy at the end and distance."""
-    found = {scenario: groups(own) for scenario, own in by_scenario(rows).items()}
-    methods = dict.fromkeys(name for own in found.values() for name in own)
-    lines = tuple((name, *(_in_short(own.get(name)) for own in found.values())) for name in methods)
-    if found:
-        yield Sheet("Area, source accuracy at the end, distance", ("method", *found), lines)
+    scenarios = {scenario: groups(own) for scenario, own in by_scenario(rows).items()}
+    columns = [
+        Column(scenario, lambda method, own=own: _summarise(own.get(method)))
+        for scenario, own in scenarios.items()
+    ]
+    methods = {name: name for own in scenarios.values() for name in own}
+    if scenarios:
+        yield make_sheet("Area, source accuracy at the end, distance", "method", columns, methods)
 
 
-def _in_short(group: Group | None) -> str:
+def _summarise(group: Group | None) -> str:
     forms = {"area": "{:.3f}", "source_end": "{:.2f}", "distance": "{:.1f}"}
     return "–" if group is None else ", ".join(mean(group.values(name), form) for name, form in forms.items())
 
 
-def comparison(rows: Rows) -> Iterator[Sheet]:
+def compare_with_fast(rows: Rows) -> Iterator[Sheet]:
     """A sheet a scenario; methods by their area, then FAST against each of them, and rates at an edge."""
-    for sheet in by_method(COLUMNS)(rows):
-        own = by_scenario(rows)[sheet.title]
+    for own in by_scenario(rows).values():
         area = {name: statistics.fmean(g.values("area") or [0.0]) for name, g in groups(own).items()}
+        (sheet,) = list_experiments(own)
         lines = sorted(sheet.lines, key=lambda line: -area[line[0]])
-        answers = (
-            [_against(own, "fast", line[0]) for line in lines if line[0] != "fast"] if "fast" in area else []
-        )
-        edges = map(str, at_edge(own))
-        yield replace(sheet, lines=tuple(lines), notes=(*answers, *edges, *sheet.notes))
+        others = [line[0] for line in lines if line[0] != "fast" and "fast" in area]
+        answers = [_compare_in_words(own, "fast", other) for other in others]
+        yield replace(sheet, lines=tuple(lines), notes=(*answers, *sheet.notes))
 
 
-def _against(rows: Rows, method: str, other: str) -> str:
-    found = [
-        f"{name} {answer}"
-        for name, quantity in (
-            ("area", "area"),
-            ("source at the end", "source_end"),
-            ("distance", "distance"),
-        )
-        if (answer := compare_methods(rows, method, other, quantity)) is not None
-    ]
-    return f"{method} − {other}: " + "; ".join(found)
+def _compare_in_words(rows: Rows, method: str, other: str) -> str:
+    quantities = {"area": "area", "source at the end": "source_end", "distance": "distance"}
+    answers = {name: compare_methods(rows, method, other, value) for name, value in quantities.items()}
+    known = [f"{name} {answer}" for name, answer in answers.items() if answer is not None]
+    return f"{method} − {other}: " + "; ".join(known)
 
 
-def experiments(rows: Rows) -> Iterator[Sheet]:
+def list_experiments(rows: Rows) -> Iterator[Sheet]:
     """The numbers of the paper's figures: a sheet a scenario."""
-    for sheet in by_method(COLUMNS)(rows):
-        edges = map(str, at_edge(by_scenario(rows)[sheet.title]))
+    for sheet in by_method(FAST_COLUMNS)(rows):
+        edges = map(str, find_edges(by_scenario(rows)[sheet.title]))
         yield replace(sheet, notes=(*edges, *sheet.notes))
 
 
-def published(name: str) -> Mapping[str, Any]:
-    """The paper's own numbers: see the files of that folder."""
-    return json.loads((files(__package__) / "published" / f"{name}.json").read_text(encoding="utf-8"))
+TABLE_1: Mapping[str, Any] = json.loads(
+    (files(__package__) / "published" / "table_1.json").read_text("utf-8")
+)
+"""The paper's own numbers."""
 
 
-TABLE_1 = published("table_1")
-
-
-def table_1(scenarios: Sequence[str]) -> Callable[[Rows], Iterator[Sheet]]:
+def compare_table_1(scenarios: Sequence[str]) -> Callable[[Rows], Iterator[Sheet]]:
     """One sheet a data set, in the paper's order: our numbers beside the paper's."""
+    error, top5_error, distance = TABLE_1["columns"]
+
+    def papers(number: int, numbers: Mapping[str, Sequence[Sequence[float]]], group: Group) -> str:
+        return "{:g} ± {:g}".format(*numbers[group.method][number]) if group.method in numbers else "–"
 
     def sheets(rows: Rows) -> Iterator[Sheet]:
         own = by_scenario(rows)
-        columns = [cell for column in TABLE_1["columns"] for cell in (column, "the paper's")]
-        for (data, theirs), scenario in zip(TABLE_1["rows"].items(), scenarios, strict=True):
+        for (data, numbers), scenario in zip(TABLE_1["rows"].items(), scenarios, strict=True):
             if scenario in own:
-                lines = [_beside(group, theirs.get(name)) for name, group in groups(own[scenario]).items()]
-                told = f"the paper's: {data}, {TABLE_1['network']}"
-                notes = (told, *map(str, at_edge(own[scenario])), *provenance(own[scenario]))
-                yield Sheet(scenario, ("method", "seeds", *columns), tuple(lines), notes)
+                columns = (
+                    Column("seeds", count_seeds),
+                    Column(error, _error("accuracy")),
+                    Column("the paper's", partial(papers, 0, numbers)),
+                    Column(top5_error, _error("top5")),
+                    Column("the paper's", partial(papers, 1, numbers)),
+                    Column(distance, value("distance", "{:.2f}")),
+                    Column("the paper's", partial(papers, 2, numbers)),
+                )
+                notes = (
+                    f"the paper's: {data}, {TABLE_1['network']}",
+                    *map(str, find_edges(own[scenario])),
+                    *provenance(own[scenario]),
+                )
+                yield make_sheet(scenario, "method", columns, groups(own[scenario]), notes)
 
     return sheets
 
 
-def _beside(group: Group, theirs: Sequence[Sequence[float]] | None) -> tuple[str, ...]:
-    """A line: each of our numbers, then the paper's."""
-    ours = [spread([100 * (1 - v) for v in group.values(name)], "{:.2f}") for name in ("accuracy", "top5")]
-    ours.append(spread(group.values("distance"), "{:.2f}"))
-    papers = ["–"] * 3 if theirs is None else [f"{v:g} ± {s:g}" for v, s in theirs]
-    return (group.method, seeds_cell(group), *(c for pair in zip(ours, papers, strict=True) for c in pair))
+def _error(name: str) -> Callable[[Group], str]:
+    return lambda group: spread([100 * (1 - accuracy) for accuracy in group.values(name)], "{:.2f}")
 
 
-def names(scenarios: Sequence[Any], *, begin: str = "") -> tuple[str, ...]:
+def scenario_names(scenarios: Sequence[Any], *, begin: str = "") -> tuple[str, ...]:
     """Of the scenarios whose name begins so."""
     return tuple(scenario.name for scenario in scenarios if scenario.name.startswith(begin))
 
 
-LONGEST, LONGEST_PAPER = names(TWO_CORES, begin="convergence"), names(PAPER, begin="convergence")
+LONGEST, LONGEST_PAPER = (
+    scenario_names(TWO_CORES, begin="convergence"),
+    scenario_names(PAPER, begin="convergence"),
+)
 
-TABLES = (
-    Table("overview", "FAST beside its baselines, in short", names(COMPARISON), overview),
-    Table("main", "FAST beside its baselines", names((*COMPARISON, QUICK_DIGITS)), comparison),
-    Table("claims", "What the paper says", names((*COMPARISON, *TWO_CORES)), list_fast_claims),
-    Table("experiments", "The paper's experiments", names((*TWO_CORES, *PAPER)), experiments),
-    Table("table_1", "Table 1", LONGEST, table_1(LONGEST), TABLE_1),
-    Table("table_1-paper", "Table 1, at the paper's size", LONGEST_PAPER, table_1(LONGEST_PAPER), TABLE_1),
+FAST_TABLES = (
+    Table(
+        "overview", "FAST beside its baselines, in short", scenario_names(COMPARISON), summarise_comparison
+    ),
+    Table(
+        "main", "FAST beside its baselines", scenario_names((*COMPARISON, QUICK_DIGITS)), compare_with_fast
+    ),
+    Table("claims", "What the paper says", scenario_names((*COMPARISON, *TWO_CORES)), list_fast_claims),
+    Table("experiments", "The paper's experiments", scenario_names((*TWO_CORES, *PAPER)), list_experiments),
+    Table("table_1", "Table 1", LONGEST, compare_table_1(LONGEST), TABLE_1),
+    Table(
+        "table_1-paper",
+        "Table 1, at the paper's size",
+        LONGEST_PAPER,
+        compare_table_1(LONGEST_PAPER),
+        TABLE_1,
+    ),
 )
 
 # ---------------------------------------------------------------- figures
@@ -250,48 +260,48 @@ TABLES = (
 _METHODS = {s.name: tuple(m.name for m in s.methods) for s in (*TWO_CORES, *PAPER)}
 
 
-def _panel(scenario: str, series: str, y: str, title: str = "", *methods: str, y_log: bool = False) -> Panel:
+def _draw_curves(
+    scenario: str, series: str, y: str, title: str = "", *methods: str, y_log: bool = False
+) -> Panel:
     """A curve over the step, on a logarithmic axis, which has no place for step 0. methods: all if none is named."""
     lines = curves(series, scenario=scenario, methods=methods or None, first=1)
     return Panel(title, "step", y, lines, x_log=True, y_log=y_log)
 
 
-def _target(scenario: str, title: str, *methods: str) -> Panel:
-    return _panel(scenario, "deployed", "target ADP accuracy", title, *methods)
+def _draw_target(scenario: str, title: str, *methods: str) -> Panel:
+    return _draw_curves(scenario, "deployed", "target ADP accuracy", title, *methods)
 
 
-def _norm(scenario: str, title: str, *methods: str) -> Panel:
-    return _panel(scenario, "head_norm", "||W||_F", title, *methods, y_log=True)
+def _draw_norm(scenario: str, title: str, *methods: str) -> Panel:
+    return _draw_curves(scenario, "head_norm", "||W||_F", title, *methods, y_log=True)
 
 
-def _both_tasks(scenario: str) -> tuple[Panel, Panel]:
-    return _target(scenario, "target task"), _panel(scenario, "source", "source ADP accuracy", "source task")
+def _draw_both_tasks(scenario: str) -> tuple[Panel, Panel]:
+    return _draw_target(scenario, "target task"), _draw_curves(
+        scenario, "source", "source ADP accuracy", "source task"
+    )
 
 
-def _scaled(scenario: str) -> tuple[Panel, ...]:
+def _scale_rates(scenario: str) -> tuple[Panel, ...]:
     together = ("c, c", "c/10, c/10", "10c, 10c")
     apart = ("c, c", "c, c/10", "10c, c", "c, 10c")
     return tuple(
         panel(scenario, title, *methods)
-        for panel in (_target, _norm)
+        for panel in (_draw_target, _draw_norm)
         for title, methods in (("together", together), ("apart", apart))
     )
 
 
-def _under(densenet: str, vgg: str, *optimisers: str) -> tuple[Panel, Panel]:
+def _compare_networks(densenet: str, vgg: str, *optimisers: str) -> tuple[Panel, ...]:
     """Every line of one optimiser, or FAST's of several."""
+    begin = tuple(f"{name}: fast" if len(optimisers) > 1 else f"{name}: " for name in optimisers)
     return tuple(
-        _target(scenario, network, *_lines(scenario, optimisers))
+        _draw_target(scenario, network, *(name for name in _METHODS[scenario] if name.startswith(begin)))
         for network, scenario in (("DenseNet", densenet), ("VGG", vgg))
     )
 
 
-def _lines(scenario: str, optimisers: Sequence[str]) -> tuple[str, ...]:
-    begin = [f"{name}: fast" if len(optimisers) > 1 else f"{name}: " for name in optimisers]
-    return tuple(name for name in _METHODS[scenario] if name.startswith(tuple(begin)))
-
-
-def _figures(size: str, first: str, second: str) -> Iterator[Figure]:
+def _make_figures(size: str, first: str, second: str) -> Iterator[Figure]:
     """Figures 3 to 15 in one size; first, second: the scenarios of the longest runs."""
     same, other, frozen, warm, resnet, vgg, *both = (
         f"{name}{size}"
@@ -300,24 +310,28 @@ def _figures(size: str, first: str, second: str) -> Iterator[Figure]:
             "optimisers-densenet", "optimisers-vgg",
         )
     )  # fmt: skip
-    validated = _panel(warm, "validated", "validation accuracy", "validation")
-    drawn = {
-        3: ("Initial classifier: the source task again", (same,), _both_tasks(same)),
-        4: ("||W||_F in the runs of figure 3", (same,), (_norm(same, ""),)),
-        5: ("Initial classifier: an unrelated target task", (other,), _both_tasks(other)),
-        6: ("A random classifier that stays as it is", (frozen,), (_target(frozen, ""),)),
-        7: ("Classifier warm-up", (warm,), (validated, _target(warm, "deployed"))),
-        8: ("Rates scaled together and apart: residual network", (resnet,), _scaled(resnet)),
-        9: ("Rates scaled together and apart: VGG", (vgg,), _scaled(vgg)),
-        10: ("FAST and fan-in baselines under SGD with momentum", both, _under(*both, "sgd")),
-        11: ("FAST and fan-in baselines under Adam", both, _under(*both, "adam")),
-        12: ("FAST and fan-in baselines under RAdam", both, _under(*both, "radam")),
-        13: ("FAST under every optimiser", both, _under(*both, "sgd", "nesterov", "adam", "radam")),
-        14: ("Convergence: the first data set", (first,), (_target(first, ""),)),
-        15: ("Convergence: the second data set", (second,), (_target(second, ""),)),
+    validated = _draw_curves(warm, "validated", "validation accuracy", "validation")
+    figures = {
+        3: ("Initial classifier: the source task again", (same,), _draw_both_tasks(same)),
+        4: ("||W||_F in the runs of figure 3", (same,), (_draw_norm(same, ""),)),
+        5: ("Initial classifier: an unrelated target task", (other,), _draw_both_tasks(other)),
+        6: ("A random classifier that stays as it is", (frozen,), (_draw_target(frozen, ""),)),
+        7: ("Classifier warm-up", (warm,), (validated, _draw_target(warm, "deployed"))),
+        8: ("Rates scaled together and apart: residual network", (resnet,), _scale_rates(resnet)),
+        9: ("Rates scaled together and apart: VGG", (vgg,), _scale_rates(vgg)),
+        10: ("FAST and fan-in baselines under SGD with momentum", both, _compare_networks(*both, "sgd")),
+        11: ("FAST and fan-in baselines under Adam", both, _compare_networks(*both, "adam")),
+        12: ("FAST and fan-in baselines under RAdam", both, _compare_networks(*both, "radam")),
+        13: (
+            "FAST under every optimiser",
+            both,
+            _compare_networks(*both, "sgd", "nesterov", "adam", "radam"),
+        ),
+        14: ("Convergence: the first data set", (first,), (_draw_target(first, ""),)),
+        15: ("Convergence: the second data set", (second,), (_draw_target(second, ""),)),
     }
-    for number, (title, scenarios, panels) in drawn.items():
+    for number, (title, scenarios, panels) in figures.items():
         yield Figure(f"figure_{number}{size}", f"Figure {number}. {title}", tuple(scenarios), panels)
 
 
-FIGURES = (*_figures("", *LONGEST), *_figures("-paper", *LONGEST_PAPER))
+FAST_FIGURES = (*_make_figures("", *LONGEST), *_make_figures("-paper", *LONGEST_PAPER))

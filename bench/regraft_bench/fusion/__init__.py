@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regraft_bench.fusion.pages import FIGURE_PAGES, TABLES
+from regraft_bench.fusion.pages import FUSION_FIGURES, FUSION_TABLES
 from regraft_bench.fusion.scenarios import DIGITS, FUSION_SCENARIOS
 from regraft_bench.fusion.setting import FusionSetting
 from regraft_bench.study import Study
@@ -13,6 +13,6 @@ STUDY = Study(
     setting=FusionSetting,
     scenarios=FUSION_SCENARIOS,
     quick=(DIGITS.name,),
-    tables=TABLES,
-    figures=FIGURE_PAGES,
+    tables=FUSION_TABLES,
+    figures=FUSION_FIGURES,
 )

@@ -10,30 +10,30 @@ from regraft_bench.fusion.accuracy import A, B
 from regraft_bench.fusion.paper import Published
 from regraft_bench.report.tables import Rows, groups
 
-Grid = tuple[tuple[float, ...], ...]
+CellGrid = tuple[tuple[float, ...], ...]
 FAR = 0.1  # ten points: a cell that differs by more is not the paper's
 
 
-def ours(paper: Published, rows: Rows) -> Grid | None:
+def average_cells(paper: Published, rows: Rows) -> CellGrid | None:
     """Our cells of a published table, means over seeds; None where it was not measured."""
     if not paper.formula:
-        return _table_5(rows)
+        return _average_table_5(rows)
     name = "accuracy" if paper.targets else A if paper.task == "CIFAR-10" else B
-    return mean_grid([r.series[name].values for r in rows if r.method == "sum" and name in r.series])
+    return average_grids([r.series[name].values for r in rows if r.method == "sum" and name in r.series])
 
 
-def _table_5(rows: Rows) -> Grid | None:
+def _average_table_5(rows: Rows) -> CellGrid | None:
     """The two orders of sequential training, on training and test images of both tasks."""
-    names, found = ("training_a", "training_b", A, B), groups(rows)
+    names, by_method = ("training_a", "training_b", A, B), groups(rows)
     lines = [
-        tuple(statistics.fmean(own) for name in names if (own := found[method].values(name)))
+        tuple(statistics.fmean(own) for name in names if (own := by_method[method].values(name)))
         for method in ("A then B", "B then A")
-        if method in found
+        if method in by_method
     ]
     return tuple(lines) if [len(line) for line in lines] == [4, 4] else None
 
 
-def mean_grid(grids: Sequence[Sequence[Sequence[float]]]) -> Grid | None:
+def average_grids(grids: Sequence[Sequence[Sequence[float]]]) -> CellGrid | None:
     """Cell by cell."""
     if not grids:
         return None
@@ -57,25 +57,30 @@ class Agreement:
     far: float
     rank: float | None
 
+    def to_text(self) -> tuple[str, ...]:
+        """Cells of a table: how many, median and largest difference in points, share that is far off, rank."""
+        rank = "–" if self.rank is None else f"{self.rank:.2f}"
+        return (
+            str(self.cells),
+            f"{100 * self.median:.1f}",
+            f"{100 * self.largest:.1f}",
+            f"{self.far:.0%}",
+            rank,
+        )
 
-def agreement(pairs: Sequence[tuple[Grid, Grid]]) -> Agreement:
+
+def measure_agreement(pairs: Sequence[tuple[CellGrid, CellGrid]]) -> Agreement:
     """Of all cells of several (ours, paper's). Raises ValueError where two have different shapes."""
-    sizes = [
-        abs(o - p)
-        for mine, theirs in pairs
-        for line, other in zip(mine, theirs, strict=True)
-        for o, p in zip(line, other, strict=True)
+    columns = [
+        (own, other)
+        for ours, papers in pairs
+        for own, other in zip(zip(*ours, strict=True), zip(*papers, strict=True), strict=True)
     ]
-    ranks = [
-        rank
-        for mine, theirs in pairs
-        for column, other in zip(zip(*mine, strict=True), zip(*theirs, strict=True), strict=True)
-        if (rank := _rank_correlation(column, other)) is not None
-    ]
+    sizes = [abs(o - p) for own, other in columns for o, p in zip(own, other, strict=True)]
+    ranks = [rank for own, other in columns if (rank := _rank_correlation(own, other)) is not None]
     far = sum(size > FAR + 1e-9 for size in sizes) / len(sizes)
-    return Agreement(
-        len(sizes), statistics.median(sizes), max(sizes), far, statistics.fmean(ranks) if ranks else None
-    )
+    rank = statistics.fmean(ranks) if ranks else None
+    return Agreement(len(sizes), statistics.median(sizes), max(sizes), far, rank)
 
 
 def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -85,11 +90,3 @@ def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float 
     from scipy.stats import spearmanr
 
     return float(spearmanr(first, second).statistic)
-
-
-def in_numbers(pairs: Sequence[tuple[Grid, Grid]]) -> tuple[str, ...]:
-    near = agreement(pairs)
-    rank = "–" if near.rank is None else f"{near.rank:.2f}"
-    return (
-        str(near.cells), f"{100 * near.median:.1f}", f"{100 * near.largest:.1f}", f"{near.far:.0%}", rank
-    )  # fmt: skip

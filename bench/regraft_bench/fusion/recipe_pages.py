@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterator
 
 from regraft_bench.fusion.accuracy import A, B
-from regraft_bench.fusion.nearness import in_numbers, ours
+from regraft_bench.fusion.nearness import average_cells, measure_agreement
 from regraft_bench.fusion.paper import load_published
 from regraft_bench.fusion.scenarios import CANDIDATES, WHOLE_TABLES
 from regraft_bench.report.figures import Line
@@ -17,20 +16,17 @@ from regraft_bench.report.tables import (
     Sheet,
     by_scenario,
     groups,
+    make_sheet,
     mean,
     percent,
     provenance,
     seeds,
 )
 
-KINDS = ("gradients", "weights")
+DELTA_RATIO = Column("‖g‖ / ‖theta_0‖", lambda group: mean(group.values("delta_ratio"), "{:.3f}"))
 
 
-def _ratio(group: Group) -> str:
-    return mean(group.values("delta_ratio"), "{:.3f}")
-
-
-def recipes(rows: Rows) -> Iterator[Sheet]:
+def list_recipes(rows: Rows) -> Iterator[Sheet]:
     """One line a candidate: what is retained on the diagonal, and how far training moved the weights."""
     columns = (
         Column("retained, task A [%]", percent(A)),
@@ -40,83 +36,86 @@ def recipes(rows: Rows) -> Iterator[Sheet]:
         Column("theta_B on A [%]", percent("other_a")),
         Column("theta_A on B [%]", percent("other_b")),
         Column("seeds", seeds),
-        Column("‖g‖ / ‖theta_0‖", _ratio),
+        DELTA_RATIO,
     )
-    lines = [
-        (scenario.removeprefix("recipe-"), *(c.cell(groups(own)["diagonal"]) for c in columns))
-        for scenario, own in by_scenario(rows).items()
-    ]
+    lines = {name.removeprefix("recipe-"): groups(own)["diagonal"] for name, own in by_scenario(rows).items()}
+    note = (
+        "theta_A + theta_B; small: on the training images (the paper: 92.5 and 82.5), large: on test images "
+        "(79.8 and 29.7)"
+    )
     if lines:
-        notes = (
-            "theta_A + theta_B; small: on the training images (the paper: 92.5 and 82.5), large: on test images "
-            "(79.8 and 29.7)",
-            *provenance(rows),
-        )
-        yield Sheet("recipes", ("recipe", *(c.heading for c in columns)), tuple(lines), notes)
+        yield make_sheet("recipes", "recipe", columns, lines, (note, *provenance(rows)))
 
 
-def whole_tables(rows: Rows) -> Iterator[Sheet]:
+def list_whole_tables(rows: Rows) -> Iterator[Sheet]:
     """One line a candidate: how near sums of gradients and of weights are to all of the paper's cells."""
     own = by_scenario(rows)
-    lines = [
-        (f"{scale}-{name}", *_moved(own.get(f"recipe-{scale}-{name}", ())), *chain(*near.values()))
-        for scale, candidates in CANDIDATES.items()
-        for name in candidates
-        if (near := {kind: _near(own, kind, scale, name) for kind in KINDS})
-        and set(chain(*near.values())) != {"–"}
+    headings = [
+        f"sums of {kind}: {what}"
+        for kind in ("gradients", "weights")
+        for what in ("median [points]", "off by more than 10", "rank")
     ]
+    lines = []
+    for scale, candidates in CANDIDATES.items():
+        for name in candidates:
+            near = [
+                cell
+                for kind in ("gradients", "weights")
+                for cell in _compare_tables(own.get(f"{kind}-{scale}-{name}", ()), (kind, scale))
+            ]
+            diagonal = groups(own.get(f"recipe-{scale}-{name}", ())).get("diagonal")
+            if set(near) != {"–"}:
+                lines.append(
+                    (f"{scale}-{name}", "–" if diagonal is None else DELTA_RATIO.cell(diagonal), *near)
+                )
     if lines:
-        each = ("median [points]", "off by more than 10", "rank")
-        heading = [f"sums of {kind}: {what}" for kind in KINDS for what in each]
-        notes = [
-            f"{kind}, {scale} scale: tables {' and '.join(tables)}"
-            for (kind, scale), tables in WHOLE_TABLES.items()
+        tables = [
+            f"{kind}, {scale} scale: tables {' and '.join(numbers)}"
+            for (kind, scale), numbers in WHOLE_TABLES.items()
         ]
-        notes = ("no recipe was chosen by these", *notes, *provenance(rows))
-        yield Sheet("whole-tables", ("recipe", "‖g‖ / ‖theta_0‖", *heading), tuple(lines), notes)
+        notes = ("no recipe was chosen by these", *tables, *provenance(rows))
+        yield Sheet("whole-tables", ("recipe", DELTA_RATIO.heading, *headings), tuple(lines), notes)
 
 
-def _near(own: Mapping[str, Rows], kind: str, scale: str, name: str) -> tuple[str, ...]:
+def _compare_tables(rows: Rows, which: tuple[str, str]) -> tuple[str, str, str]:
     """Median difference, share of cells that are far off, rank correlation, over the tables of both tasks."""
-    found = own.get(f"{kind}-{scale}-{name}", ())
-    papers = [load_published()[table] for table in WHOLE_TABLES.get((kind, scale), ())]
-    pairs = [(grid, paper.values) for paper in papers if (grid := ours(paper, found)) is not None]
+    papers = [load_published()[number] for number in WHOLE_TABLES.get(which, ())]
+    pairs = [(grid, paper.values) for paper in papers if (grid := average_cells(paper, rows)) is not None]
     if not pairs:
-        return ("–",) * 3
-    _, median, _, far, rank = in_numbers(pairs)
+        return "–", "–", "–"
+    _, median, _, far, rank = measure_agreement(pairs).to_text()
     return median, far, rank
 
 
-def _moved(rows: Rows) -> tuple[str]:
-    diagonal = groups(rows).get("diagonal")
-    return ("–" if diagonal is None else _ratio(diagonal),)
+def _of_method(method: str, cell: Callable[[Group], str]) -> Callable[[dict[str, Group]], str]:
+    return lambda by_method: cell(by_method[method])
 
 
-def widths(rows: Rows) -> Iterator[Sheet]:
+def compare_widths(rows: Rows) -> Iterator[Sheet]:
     """One line a width: what is left of both tasks in theta_A + theta_B, from one start, from two, and aligned."""
-    lines, heading = [], ["width", "seeds", "own accuracy, A [%]", "own accuracy, B [%]"]
     starts = {
         "diagonal": "one start",
         "other start": "two starts",
         "other start, aligned": "two starts, aligned",
     }
-    heading += [f"{told}, {task} [%]" for told in starts.values() for task in ("A", "B")]
-    for scenario, own in by_scenario(rows).items():
-        found = groups(own)
-        if set(found) >= set(starts):
-            cells = [percent(name)(found[method]) for method in starts for name in (A, B)]
-            first = found["diagonal"]
-            alone = [percent(name)(first) for name in ("own_a", "own_b")]
-            lines.append((scenario.removeprefix("starts-width-"), seeds(first), *alone, *cells))
+    columns = (
+        Column("seeds", _of_method("diagonal", seeds)),
+        Column("own accuracy, A [%]", _of_method("diagonal", percent("own_a"))),
+        Column("own accuracy, B [%]", _of_method("diagonal", percent("own_b"))),
+        *(
+            Column(f"{start}, {task} [%]", _of_method(method, percent(name)))
+            for method, start in starts.items()
+            for task, name in (("A", A), ("B", B))
+        ),
+    )
+    widths = {name.removeprefix("starts-width-"): groups(own) for name, own in by_scenario(rows).items()}
+    lines = {width: by_method for width, by_method in widths.items() if set(by_method) >= set(starts)}
+    note = "theta_A + theta_B on test images, as in table 6; two starts: theta_B began elsewhere"
     if lines:
-        notes = (
-            "theta_A + theta_B on test images, as in table 6; two starts: theta_B began elsewhere",
-            *provenance(rows),
-        )
-        yield Sheet("widths", tuple(heading), tuple(lines), notes)
+        yield make_sheet("widths", "width", columns, lines, (note, *provenance(rows)))
 
 
-def retained(rows: Rows) -> list[Line]:
+def draw_retained(rows: Rows) -> list[Line]:
     """Retained accuracy over |g| / |theta_0|, a line a scale and task."""
     lines = []
     for scale in ("small", "large"):
@@ -127,5 +126,6 @@ def retained(rows: Rows) -> list[Line]:
                 if row.scenario.startswith(f"recipe-{scale}-") and not row.failure
             )
             if points:
-                lines.append(Line(f"{scale} scale, task {task.upper()}", *zip(*points, strict=True)))
+                ratios, accuracies = zip(*points, strict=True)
+                lines.append(Line(f"{scale} scale, task {task.upper()}", ratios, accuracies))
     return lines

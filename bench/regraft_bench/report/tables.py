@@ -80,10 +80,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, with the unit of what stands below it, and what it says of a group."""
+    """A heading, with the unit of what stands below it, and what it says of a line: of a group, if nothing else."""
 
     heading: str
-    cell: Callable[[Group], str]
+    cell: Callable[[Any], str]
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,14 @@ COMMON = (
 # ---------------------------------------------------------------- sheets
 
 
+def make_sheet(
+    title: str, first: str, columns: Sequence[Column], lines: Mapping[str, Any], notes: Iterable[str] = ()
+) -> Sheet:
+    """A line for each entry: its name, under the heading ``first``, and what every column says of it."""
+    cells = tuple((name, *(column.cell(entry) for column in columns)) for name, entry in lines.items())
+    return Sheet(title, (first, *(column.heading for column in columns)), cells, tuple(notes))
+
+
 def by_method(
     columns: Sequence[Column] = COMMON, questions: Sequence[tuple[str, str]] = (), value: str = "accuracy"
 ) -> Callable[[Rows], Iterator[Sheet]]:
@@ -243,12 +251,11 @@ def by_method(
 
     def sheets(rows: Rows) -> Iterator[Sheet]:
         for scenario, own in by_scenario(rows).items():
-            lines = tuple((name, *(c.cell(group) for c in columns)) for name, group in groups(own).items())
             differences = [(*pair, compare_methods(own, *pair, value)) for pair in questions]
             answers = [f"{one} − {other}: {found}" for one, other, found in differences if found is not None]
             failures = [f"{r.method}, seed {r.seed}: {r.failure}" for r in own if r.failure]
-            heading = ("method", *(column.heading for column in columns))
-            yield Sheet(scenario, heading, lines, (*answers, *failures, *provenance(own)))
+            notes = (*answers, *failures, *provenance(own))
+            yield make_sheet(scenario, "method", columns, groups(own), notes)
 
     return sheets
 
