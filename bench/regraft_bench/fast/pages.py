@@ -147,18 +147,17 @@ def _is_extreme(best: Rates, tried: Sequence[Rates]) -> bool:
 def summarise_comparison(rows: Rows) -> Iterator[Sheet]:
     """One sheet: a line a method, a column a scenario, with area, source accuracy at the end and distance."""
     scenarios = {scenario: groups(own) for scenario, own in by_scenario(rows).items()}
-    columns = [
-        Column(scenario, lambda method, own=own: _summarise(own.get(method)))
-        for scenario, own in scenarios.items()
-    ]
+    columns = [Column(scenario, partial(_summarise, own)) for scenario, own in scenarios.items()]
     methods = {name: name for own in scenarios.values() for name in own}
     if scenarios:
         yield make_sheet("Area, source accuracy at the end, distance", "method", columns, methods)
 
 
-def _summarise(group: Group | None) -> str:
+def _summarise(by_name: Mapping[str, Group], method: str) -> str:
+    if method not in by_name:
+        return "–"
     forms = {"area": "{:.3f}", "source_end": "{:.2f}", "distance": "{:.1f}"}
-    return "–" if group is None else ", ".join(mean(group.values(name), form) for name, form in forms.items())
+    return ", ".join(mean(by_name[method].values(name), form) for name, form in forms.items())
 
 
 def compare_with_fast(rows: Rows) -> Iterator[Sheet]:

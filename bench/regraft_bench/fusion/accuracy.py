@@ -14,7 +14,7 @@ from regraft.core.clock import EVALUATION, Clock, Cost
 from regraft.core.files import write_text
 from regraft.core.tensors import Pair, Tensors, digest_tensors, tensor_digest
 from regraft.fusion.grids import evaluate
-from regraft.fusion.sums import Finish
+from regraft.fusion.repair import Finish
 from regraft.training.evaluation import ensemble_accuracy
 from regraft_bench.fusion.setting import FusionSetting
 from regraft_bench.rows import code, digest
