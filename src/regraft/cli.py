@@ -22,7 +22,13 @@ File = Annotated[Path | None, arg(metavar="PATH")]
 InputShape = Annotated[tuple[int, ...] | None, arg(metavar="INT ...")]
 
 
-def run_symmetry(model: Positional[str], /, *, shape: InputShape = None, save: File = None) -> int:
+def run_symmetry(
+    model: Annotated[str, Positional, arg(metavar="MODEL")],
+    /,
+    *,
+    shape: InputShape = None,
+    save: File = None,
+) -> int:
     """Print a model's permutation groups, and prove them with random permutations.
 
     Args:
@@ -38,7 +44,7 @@ def run_symmetry(model: Positional[str], /, *, shape: InputShape = None, save: F
 
 
 @dataclass(frozen=True)
-class Options:
+class CheckpointOptions:
     """How checkpoints are read and written.
 
     Attributes:
@@ -63,8 +69,8 @@ class Options:
     resume: bool = False
     json: bool = False
 
-    def apply(self) -> Settings:
-        """The settings that the functions of `regraft.porting` take; torch is made deterministic if that is wanted."""
+    def settings(self) -> Settings:
+        """What the functions of `regraft.porting` take; makes torch deterministic if that is wanted."""
         from regraft.porting.checkpoint_files import parse_size
 
         if self.deterministic:
@@ -81,20 +87,20 @@ class Options:
         }
 
 
-OPTIONS = Options()
+OPTIONS = CheckpointOptions()
 
 
 def run_port(
-    base: Positional[Path],
-    tuned: Positional[Path],
-    new_base: Positional[Path],
+    base: Annotated[Path, Positional, arg(metavar="BASE")],
+    tuned: Annotated[Path, Positional, arg(metavar="TUNED")],
+    new_base: Annotated[Path, Positional, arg(metavar="NEW_BASE")],
     /,
     *,
     out: Path = Path("ported"),
     method: str = "fgmt",
     steps: int = 30,
     dry_run: bool = False,
-    options: OmitArgPrefixes[Options] = OPTIONS,
+    checkpoint: OmitArgPrefixes[CheckpointOptions] = OPTIONS,
 ) -> int:
     """Move a fine-tune to a new base: add what changed from BASE to TUNED to NEW_BASE, and write a new checkpoint.
 
@@ -109,20 +115,20 @@ def run_port(
     """
     from regraft import porting
 
-    settings: PortSettings = {**options.apply(), "method": method, "steps": steps}
+    settings: PortSettings = {**checkpoint.settings(), "method": method, "steps": steps}
     if dry_run:
-        return _print_plan(porting.plan(base, tuned, new_base, out, **settings), options.json)
-    result = porting.port(base, tuned, new_base, out, resume=options.resume, **settings)
-    return _print_result(result, options.json)
+        return _print_plan(porting.plan(base, tuned, new_base, out, **settings), checkpoint.json)
+    result = porting.port(base, tuned, new_base, out, resume=checkpoint.resume, **settings)
+    return _print_result(result, checkpoint.json)
 
 
 def run_match(
-    a: Positional[Path],
-    b: Positional[Path],
+    a: Annotated[Path, Positional, arg(metavar="A")],
+    b: Annotated[Path, Positional, arg(metavar="B")],
     /,
     *,
     out: Path = Path("aligned"),
-    options: OmitArgPrefixes[Options] = OPTIONS,
+    checkpoint: OmitArgPrefixes[CheckpointOptions] = OPTIONS,
 ) -> int:
     """Write B with its units in the order of A's: the same function. With data, measure the loss barrier between both.
 
@@ -133,18 +139,18 @@ def run_match(
     """
     from regraft import porting
 
-    result = porting.match_checkpoints(a, b, out, resume=options.resume, **options.apply())
-    return _print_result(result, options.json)
+    result = porting.match_checkpoints(a, b, out, resume=checkpoint.resume, **checkpoint.settings())
+    return _print_result(result, checkpoint.json)
 
 
 def run_fuse(
-    networks: Positional[tuple[Path, ...]],
+    networks: Annotated[tuple[Path, ...], Positional, arg(metavar="PATH ...")],
     /,
     *,
     weights: tuple[float, ...],
     out: Path = Path("fused"),
     align: bool = False,
-    options: OmitArgPrefixes[Options] = OPTIONS,
+    checkpoint: OmitArgPrefixes[CheckpointOptions] = OPTIONS,
 ) -> int:
     """Write a weighted sum of networks; with --align, each one is first aligned to the first.
 
@@ -156,9 +162,11 @@ def run_fuse(
     """
     from regraft import porting
 
-    settings = options.apply()
-    result = porting.fuse_checkpoints(networks, weights, out, align=align, resume=options.resume, **settings)
-    return _print_result(result, options.json)
+    settings = checkpoint.settings()
+    result = porting.fuse_checkpoints(
+        networks, weights, out, align=align, resume=checkpoint.resume, **settings
+    )
+    return _print_result(result, checkpoint.json)
 
 
 def describe(name: str, shape: Sequence[int] | None = None) -> PermutationSpec:

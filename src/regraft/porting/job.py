@@ -128,24 +128,32 @@ class Job:
         own = 0 if model is None else 3 * FLOAT * sum(p.numel() for p in model.parameters())
         return max(matching + 8 * largest, 2 * shard + 8 * largest, own)
 
-    def lines(self) -> list[str]:
-        """For a reader, without the groups."""
-        how = "in memory" if self.in_memory else "streamed from the files"
-        lines = [f"method {self.method}: {how}"]
-        lines += [f"{role}: {c.path}, {len(c)} tensors" for role, c in self.checkpoints.items()] + self.notes
+    def describe(self) -> list[str]:
+        """What was read, a sentence each."""
+        lines = self.notes
+        if self.head:
+            lines.append(
+                "the fine-tune has other classes than the base: its head is carried over, permuted on its input side "
+                f"({', '.join(self.head)})"
+            )
         if self.distances:
             far = ", ".join(f"{name} {distance:.3f}" for name, distance in self.distances.farthest())
             lines.append(
-                f"relative distance of the fine-tune: {self.distances.base:.3f} from the base, "
-                f"{self.distances.new_base:.3f} from the new base (1: unrelated); farthest: {far}"
+                f"relative distance of the fine-tune: {self.distances.base:.3f} from its base, "
+                f"{self.distances.new_base:.3f} from the new base (0: equal, 1: unrelated); farthest: {far}"
             )
-        if self.head:
-            lines.append(f"head of other classes, carried over: {', '.join(self.head)}")
-        lines.append(
-            f"writes {format_size(self.layout.bytes)} in {len(self.layout.shards)} files; "
-            f"needs about {format_size(self.memory)} of memory"
-        )
         return lines
+
+    def lines(self) -> list[str]:
+        """What will be done, for a reader, without the groups."""
+        how = "in memory" if self.in_memory else "streamed from the files"
+        written, needed = format_size(self.layout.bytes), format_size(self.memory)
+        return [
+            f"method {self.method}: {how}",
+            *(f"{role}: {c.path}, {len(c)} tensors" for role, c in self.checkpoints.items()),
+            *self.describe(),
+            f"writes {written} in {len(self.layout.shards)} files; needs about {needed} of memory",
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON data, with the groups."""

@@ -111,21 +111,11 @@ def _describe(
 ) -> list[str]:
     lines = [f"# {job.method}, by regraft {__version__}", "", "| input | file | SHA-256 |", "|---|---|---|"]
     lines += [f"| {role} | {c.path.name} | `{hashes[role]}` |" for role, c in job.checkpoints.items()]
-    lines += ["", *(f"- {note}" for note in job.notes)]
-    if job.head:
-        lines.append(
-            "- The fine-tune has other classes than the base: its head is carried over, permuted on its input side "
-            f"({', '.join(job.head)})."
-        )
-    if job.distances:
-        lines.append(
-            f"- Relative distance of the fine-tune: {job.distances.base:.3f} from its base, "
-            f"{job.distances.new_base:.3f} from the new base (0: equal, 1: unrelated)."
-        )
+    lines += ["", *(f"- {sentence}" for sentence in job.describe())]
     if "function_error" in measured:
         lines.append(
-            "- A permuted base computes what the base computes: relative difference "
-            f"{measured['function_error']:.1e} in float32."
+            "- a permuted base computes what the base computes: relative difference "
+            f"{measured['function_error']:.1e} in float32"
         )
     if "accuracy" in measured:
         lines += ["", f"| accuracy, on {measured['measured_on']} | |", "|---|---:|"]
