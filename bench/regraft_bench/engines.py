@@ -1,4 +1,4 @@
-"""Who measures rows elsewhere than in this process: Ray's workers, or jobs of SLURM.
+"""Where rows are measured other than in this process: by Ray's workers, or by jobs of SLURM.
 
     run(study, scenarios, place=place, rows=path, engine=ENGINES["ray"])
 
@@ -99,15 +99,13 @@ def on_ray(jobs: Sequence[Job]) -> Iterator[Row]:
     gpus = {"num_gpus": 1} if jobs[0].place.device.startswith("cuda") else {}
     remote = ray.remote(num_cpus=asking.threads, max_retries=RETRIES, **gpus)(work)
     waiting = {remote.remote(_portable(job), asking): job for job in jobs}
-    try:
+
+    def finished() -> Iterator[tuple[Any, Callable[[], Any]]]:
         while waiting:
             (done, *_), _ = ray.wait(list(waiting))
-            yield from _receive_row(waiting.pop(done), partial(ray.get, done))
-            jobs[0].place.tell(f"{jobs[0].scenario.name}: rows", len(jobs) - len(waiting), len(jobs))
-    finally:
-        for late in waiting:
-            ray.cancel(late, force=True)
-    _tidy(jobs)
+            yield done, partial(ray.get, done)
+
+    yield from _receive_rows(waiting, finished(), partial(ray.cancel, force=True))
 
 
 def on_slurm(jobs: Sequence[Job], cluster: str = "slurm", look_every: float = 10) -> Iterator[Row]:
@@ -129,15 +127,11 @@ def on_slurm(jobs: Sequence[Job], cluster: str = "slurm", look_every: float = 10
         name="regraft", timeout_min=LONGEST, cpus_per_task=asking.threads, gpus_per_node=int(on_gpu)
     )
     sent = executor.map_array(partial(work, asking=asking), [_portable(job) for job in jobs])
-    waiting = dict(zip(sent, jobs, strict=True))
-    try:
-        for done in submitit.helpers.as_completed(sent, poll_frequency=look_every):
-            yield from _receive_row(waiting.pop(done), done.result)
-            jobs[0].place.tell(f"{jobs[0].scenario.name}: rows", len(jobs) - len(waiting), len(jobs))
-    finally:
-        for late in waiting:
-            late.cancel(check=False)
-    _tidy(jobs)
+    finished = submitit.helpers.as_completed(sent, poll_frequency=look_every)
+    results = ((job, job.result) for job in finished)
+    yield from _receive_rows(
+        dict(zip(sent, jobs, strict=True)), results, lambda late: late.cancel(check=False)
+    )
 
 
 ENGINES: dict[str, Engine] = {"local": local, "ray": on_ray, "slurm": on_slurm}
@@ -154,28 +148,41 @@ def _silent(what: str, done: int, total: int) -> None:
     """Workers have no terminal."""
 
 
-def _receive_row(job: Job, result: Callable[[], Any]) -> Iterator[Row]:
-    """The job's row, whatever became of its worker; its file goes when the runner has it."""
-    file = _file(job)
+def _receive_rows(
+    waiting: dict[Any, Job],
+    finished: Iterator[tuple[Any, Callable[[], Any]]],
+    cancel: Callable[[Any], None],
+) -> Iterator[Row]:
+    """The row of every job that a worker waits for, as it finishes; the others are cancelled at an interruption."""
+    jobs = list(waiting.values())
+    try:
+        for worker, result in finished:
+            job = waiting.pop(worker)
+            yield _row_or_failure(job, result)
+            _file(job).unlink(missing_ok=True)
+            job.place.tell(f"{job.scenario.name}: rows", len(jobs) - len(waiting), len(jobs))
+    finally:
+        for late in waiting:
+            cancel(late)
+    with contextlib.suppress(
+        OSError
+    ):  # no worker is left that could want the folder: it goes, unless logs are in it
+        jobs[0].parts.rmdir()
+
+
+def _row_or_failure(job: Job, result: Callable[[], Any]) -> Row:
+    """The job's row, whatever became of its worker. Raises MissingData."""
     try:
         row = result()
     except Exception as problem:  # of any kind that Ray or submitit have for a worker that did not come back
-        if file.is_file():
-            row = read_rows(file)[0]
-        else:
-            said = (str(problem).strip().splitlines() or [""])[-1]
-            how = f"{type(problem).__name__}: no worker came back with this row ({said})"
-            row = row_of(job, environment(job.place.device), Measured({}), how)
+        if _file(job).is_file():
+            return read_rows(_file(job))[0]
+        last = (str(problem).strip().splitlines() or [""])[-1]
+        failure = f"{type(problem).__name__}: no worker came back with this row ({last})"
+        return row_of(job, environment(job.place.device), Measured({}), failure)
     if isinstance(row, MissingData):
         raise row
-    yield row
-    file.unlink(missing_ok=True)
-
-
-def _tidy(jobs: Sequence[Job]) -> None:
-    """When no worker is left that could want it: the folder goes, unless something (logs) is in it."""
-    with contextlib.suppress(OSError):
-        jobs[0].parts.rmdir()
+    return row
 
 
 def _require(package: str, extra: str) -> ModuleType:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -211,9 +212,8 @@ def _write_all(handle: int, data: bytes, path: Path, end: int) -> None:
             rest = rest[os.write(handle, rest) :]
     except OSError as problem:
         os.ftruncate(handle, end)
-        raise OSError(
-            problem.errno, f"{path}: a row of {len(data)} bytes could not be added ({problem})"
-        ) from None
+        message = f"{path}: a row of {len(data)} bytes could not be added ({problem})"
+        raise OSError(problem.errno, message) from None
 
 
 def read_rows(path: Path | str) -> list[Row]:
@@ -225,13 +225,13 @@ def read_rows(path: Path | str) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no rows at {path}")
-    found: list[Row] = []
+    rows: list[Row] = []
     seen: dict[str, Any] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip() and (row := _parse(line, f"{path}, line {number}")) is not None:
-                found.append(_share_common_parts(row, seen))
-    return found
+                rows.append(_share_common_parts(row, seen))
+    return rows
 
 
 def _share_common_parts(row: Row, seen: dict[str, Any]) -> Row:
@@ -288,13 +288,11 @@ def environment(device: str = "cpu") -> Environment:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def _processor() -> str:
@@ -331,9 +329,9 @@ def tree_hash(folder: Path) -> str:
         if path.name.startswith((".", "__pycache__")) or path.suffix == ".pyc":
             continue
         if path.is_dir():
-            found = tree_hash(path)
-            if found != _EMPTY_TREE:
-                entries.append((path.name + "/", b"40000 " + path.name.encode(), found))
+            inner = tree_hash(path)
+            if inner != _EMPTY_TREE:
+                entries.append((path.name + "/", b"40000 " + path.name.encode(), inner))
         else:
             mode = b"100755 " if os.access(path, os.X_OK) else b"100644 "
             entries.append((path.name, mode + path.name.encode(), _git_hash(b"blob", path.read_bytes())))

@@ -1,4 +1,4 @@
-"""The only runner: pytest and the command call it; who measures the rows is an engine's affair.
+"""The only runner: pytest and the command call it; an engine decides where rows are measured.
 
     for row in run(study, scenarios, place=place, rows=path, resume=True):
         ...
@@ -20,24 +20,6 @@ from regraft_bench.rows import Environment, Row, append, code, latest, read_rows
 from regraft_bench.study import TUNING_SEED, Measured, Method, RunPaths, Scenario, Setting, Study
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """Rows that need not be measured again, by identity."""
-
-    rows: dict[str, Row]
-
-    @classmethod
-    def of(cls, path: Path, *, resume: bool, keep_older: bool) -> Earlier:
-        """From a file: rows of this code (``resume``), of any code (``keep_older``), or none.
-
-        A run that crashed is not kept; one that diverged is, as it would diverge again.
-        """
-        if not (resume or keep_older) or not path.is_file():
-            return cls({})
-        kept = [row for row in read_rows(path) if keep_older or row.code.same(code())]
-        return cls({row.identity: row for row in latest(kept) if not is_crash(row)})
-
-
 def run(
     study: Study,
     scenarios: Sequence[Scenario],
@@ -54,7 +36,7 @@ def run(
     Args:
         seeds: instead of each scenario's own.
         resume: rows of the same identity and the same code are taken as they are; keep_older: of any code.
-        engine: who measures the rows that are not there: this process (`local`) or one of `regraft_bench.engines`.
+        engine: where missing rows are measured: this process (`local`) or one of `regraft_bench.engines`.
 
     Raises MissingData before any work of a scenario whose data are not there. A run that fails or diverges is a
     row that says how.
@@ -62,7 +44,8 @@ def run(
     code()  # read before anything that runs could change the files
     for scenario in scenarios:
         _collect(parts(rows, scenario), rows)
-    how = _How(study, place, rows, Earlier.of(rows, resume=resume, keep_older=keep_older), engine or local)
+    earlier = _load_earlier(rows, keep_older) if resume or keep_older else {}
+    how = _How(study, place, rows, earlier, engine or local)
     for scenario in scenarios:
         chosen: dict[str, Method] = {}
         for method in scenario.methods:
@@ -83,8 +66,18 @@ class _How:
     study: Study
     place: RunPaths
     path: Path
-    earlier: Earlier
+    earlier: dict[str, Row]
     engine: Engine
+
+
+def _load_earlier(path: Path, keep_older: bool) -> dict[str, Row]:
+    """Rows that need not be measured again, by identity: of this code, or of any (``keep_older``).
+
+    A run that crashed is not kept; one that diverged is, as it would diverge again.
+    """
+    rows = read_rows(path) if path.is_file() else []
+    kept = latest([row for row in rows if keep_older or row.code.same(code())])
+    return {row.identity: row for row in kept if not is_crash(row)}
 
 
 def _collect(folder: Path, path: Path) -> None:
@@ -109,9 +102,8 @@ def best(tried: Sequence[tuple[Method, Row]], value: str) -> Method:
     scored = [(row.values.get(value), method) for method, row in tried]
     known = [(score, method) for score, method in scored if score is not None]
     if not known:
-        raise ValueError(
-            f"no candidate of {tried[0][0].name!r} came to a value of {value!r}: {tried[0][1].failure}"
-        )
+        method, row = tried[0]
+        raise ValueError(f"no candidate of {method.name!r} came to a value of {value!r}: {row.failure}")
     return max(known, key=lambda pair: pair[0])[1]
 
 
@@ -119,7 +111,7 @@ def _run_all(how: _How, scenario: Scenario, seeds: Sequence[int], methods: Seque
     """All methods of each seed, in this order, in whatever order the engine brings them."""
     folder = parts(how.path, scenario)
     jobs = [Job(how.study, scenario, method, seed, how.place, folder) for seed in seeds for method in methods]
-    rows = dict(how.earlier.rows)
+    rows = dict(how.earlier)
     come = how.engine([job for job in jobs if job.identity not in rows])
     for job in jobs:
         while job.identity not in rows:

@@ -55,10 +55,10 @@ class Task:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where a run finds and leaves things; no part of what it measures but for the kind of device.
+    """Where a run finds and leaves things. It does not affect results, except the kind of device.
 
     data: folder of the data sets (None: the library's default). cache: finished and interrupted trainings.
-    tell: is told (what, done, total) of work that takes long.
+    tell: is called with (what, done, total) during work that takes long.
     """
 
     data: Path | None = None
@@ -116,10 +116,10 @@ class Scenario:
 
     def method(self, name: str) -> Method:
         """Raises ValueError, with the names that there are, for an unknown one."""
-        found = {method.name: method for method in self.methods}
-        if name not in found:
-            raise ValueError(f"scenario {self.name} has no method {name!r}: there are {', '.join(found)}")
-        return found[name]
+        known = {method.name: method for method in self.methods}
+        if name not in known:
+            raise ValueError(f"scenario {self.name} has no method {name!r}: there are {', '.join(known)}")
+        return known[name]
 
     def config(self, method: Method) -> dict[str, Any]:
         """What all rows of a method have in common, as JSON data."""
@@ -163,10 +163,9 @@ class Setting:
         data = _load_task(replace(task, per_class=None), seed, self.place.data)
         if task.per_class is None:
             return data
-        drawn = draw_per_class(
-            data.train.labels, task.per_class, self.generator("per class", task.data, task.classes)
-        )
-        return replace(data, train=data.train.subset(drawn))
+        generator = self.generator("per class", task.data, task.classes)
+        few = draw_per_class(data.train.labels, task.per_class, generator)
+        return replace(data, train=data.train.subset(few))
 
     def train(
         self,
@@ -184,19 +183,16 @@ class Setting:
         purpose: names the training within this seed. order: names the order of the images, where several trainings
         are to see the same one. Scenarios share a training of the same purpose, start, data and recipe.
         """
-        asked = [
-            purpose,
-            order,
-            self.seed,
-            recipe,
-            repr(model),
-            tensors.digest_tensors(start),
-            _describe_data(data),
-        ]
-        penalty, looks = how.get("penalty"), sorted(how.get("evaluate_at", ()))
-        name = digest([*asked, None if penalty is None else penalty.identity, *([looks] if looks else [])])
-        tell = self.place.tell
-        with alone(self.place.cache / f"{name}.lock"):  # who wants the same training waits, and reads it
+        asked = [purpose, order, self.seed, recipe, repr(model), tensors.digest_tensors(start)]
+        asked += [_describe_data(data), None if (penalty := how.get("penalty")) is None else penalty.identity]
+        if looks := sorted(how.get("evaluate_at", ())):
+            asked.append(looks)
+        file = self.place.cache / f"{digest(asked)}.safetensors"
+
+        def report_epoch(row: Any) -> None:
+            self.place.tell(f"{self.scenario.name}: {purpose}", round(row.epoch), recipe.epochs)
+
+        with alone(file.with_suffix(".lock")):  # who wants the same training waits, and reads it
             return train(
                 model,
                 start,
@@ -204,10 +200,8 @@ class Setting:
                 recipe,
                 generator=self.generator("order", order or purpose),
                 device=self.device,
-                checkpoint=self.place.cache / f"{name}.safetensors",
-                on_epoch=lambda row: tell(
-                    f"{self.scenario.name}: {purpose}", round(row.epoch), recipe.epochs
-                ),
+                checkpoint=file,
+                on_epoch=report_epoch,
                 **how,
             )
 
