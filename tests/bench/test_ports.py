@@ -57,9 +57,9 @@ def test_every_method_says_what_it_comes_to(rows):
     reported = [row for row in rows if row.seed != TUNING_SEED]
     assert {row.method for row in reported} == {method.name for method in SCENARIO.methods}
     for row in reported:
-        found = dict(row.series["accuracy by images"].points())
-        assert found == {count: row.values[ports.metric_name(count)] for count in TINY.images}
-        assert all(0 <= value <= 1 for value in found.values())
+        accuracies = dict(row.series["accuracy by images"].points())
+        assert accuracies == {count: row.values[ports.metric_name(count)] for count in TINY.images}
+        assert all(0 <= value <= 1 for value in accuracies.values())
     tuning = [row for row in rows if row.seed == TUNING_SEED]
     assert len(tuning) == 6 and all(set(row.values) == {"validation"} for row in tuning)
     (sheet,) = list_ports(reported)
@@ -99,13 +99,13 @@ def test_the_command_moves_what_the_method_moves(place):
     spec = own.spec
     own.target_start = apply(spec, spec.random(torch.Generator().manual_seed(1)), own.source_start)
     clock, seen = Clock(), ports.few_shot_data(own, 4)
-    found = ports.port_by_command(own, seen, clock)
+    result = ports.port_by_command(own, seen, clock)
     perm = ports.match_gradients(own, seen, Clock())
     wanted = ports.new_base(own)
     start, end = (apply(spec, perm, theta) for theta in (ports.base(own), ports.fine_tune_base(own).tensors))
     names = [name for name, _ in own.model.named_parameters()]
-    assert alike(found, {n: wanted[n] + end[n] - start[n] for n in names}, names)
-    assert set(found) == set(wanted) and clock.seconds["gradients"].cpu > 0
+    assert alike(result, {n: wanted[n] + end[n] - start[n] for n in names}, names)
+    assert set(result) == set(wanted) and clock.seconds["gradients"].cpu > 0
 
 
 def test_the_mask_keeps_a_part_and_the_head_whole(place):

@@ -54,8 +54,8 @@ PAPER = {
 def test_the_papers_settings(name):
     s = SCENARIOS[name].settings
     recipe = s.recipe
-    found = (recipe.epochs, recipe.lr, recipe.weight_decay, s.steps, s.gradient_batches, s.bn_batches)
-    assert found == PAPER[name]
+    measured = (recipe.epochs, recipe.lr, recipe.weight_decay, s.steps, s.gradient_batches, s.bn_batches)
+    assert measured == PAPER[name]
     assert recipe.batch_size == 128 and recipe.momentum == 0.9 and recipe.optimizer == "sgd"
     assert recipe.warmup_epochs == (5 if name.startswith("imagenet") else 0)
     assert (
@@ -71,8 +71,8 @@ def test_scenarios_are_frozen_data_and_no_two_are_the_same():
     assert STUDY.select(STUDY.quick)
     with pytest.raises(FrozenInstanceError):
         SCENARIOS["digits-mlp"].settings.steps = 3
-    asked = {digest([s.name.split("-")[0], plain_data(s.settings)]) for s in STUDY.scenarios}
-    assert len(asked) == len(SCENARIOS), "but for a second look at the same thing"
+    identities = {digest([s.name.split("-")[0], plain_data(s.settings)]) for s in STUDY.scenarios}
+    assert len(identities) == len(SCENARIOS), "but for a second look at the same thing"
     json.dumps([plain_data(s.settings) for s in STUDY.scenarios])
 
 
@@ -102,9 +102,17 @@ TINY = TransferSettings(
 def measure(
     folder: Path, settings: TransferSettings, methods=TRANSFERS, seeds=(0,), name="tiny"
 ) -> list[Row]:
-    scenario = Scenario(name, methods, settings)
     place = RunPaths(cache=folder / "cache")
-    return list(run(STUDY, [scenario], place=place, rows=folder / "rows.jsonl", seeds=seeds))
+    scenarios = [Scenario(name, methods, settings)]
+    return list(run(STUDY, scenarios, place=place, rows=folder / "rows.jsonl", seeds=seeds))
+
+
+def setting(folder: Path, settings: TransferSettings = TINY, seed: int = 0) -> TransferSetting:
+    return TransferSetting(Scenario("tiny", TRANSFERS, settings), seed, RunPaths(cache=folder / "cache"))
+
+
+def failures(rows: list[Row]) -> list[str]:
+    return [f"{row.scenario}, {row.method}: {row.failure}" for row in rows if row.failure]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +126,7 @@ def rows(folder):
 
 
 def test_every_method_gives_a_row_that_makes_sense(rows, folder):
-    assert not [row.failure for row in rows if row.failure]
+    assert not failures(rows)
     assert read_rows(folder / "rows.jsonl") == rows
     for row in rows:
         assert 0 <= row.values["accuracy"] <= 1 and 0 <= row.values["final"] <= 1
@@ -164,8 +172,8 @@ def test_seeds_are_other_runs_of_the_same_thing(rows):
 
 
 def test_a_tuning_run_looks_at_no_test_data(tmp_path):
-    found = measure(tmp_path, TINY, (*TRANSFERS, *PEERS), seeds=(TUNING_SEED,))
-    for row in found:
+    measured = measure(tmp_path, TINY, (*TRANSFERS, *PEERS), seeds=(TUNING_SEED,))
+    for row in measured:
         assert not row.failure and row.values["validation"] is not None
         assert row.values.get("accuracy") is None and row.values.get("final") is None
         assert not row.series.get("subsequent", Series.over("epoch", (), ())).points()
@@ -183,24 +191,21 @@ def test_pretrained_starts_batch_norm_and_augmentation(tmp_path):
         steps=1,
         bn_batches=2,
     )
-    found = measure(tmp_path, settings)
-    assert not [row.failure for row in found if row.failure]
-    assert all("batchnorm" in row.cost for row in found if row.method != "plain")
-    setting = TransferSetting(Scenario("tiny", TRANSFERS, settings), 0, RunPaths(cache=tmp_path / "cache"))
-    assert not torch.equal(setting.source_start["conv1.weight"], setting.target_start["conv1.weight"])
-    fresh = networks.build(
-        lambda: settings.model(**settings.arguments), setting.generator("values", "target")
-    )
-    assert not torch.equal(setting.target_start["conv1.weight"], fresh.conv1.weight), "it has learned already"
+    measured = measure(tmp_path, settings)
+    assert not failures(measured)
+    assert all("batchnorm" in row.cost for row in measured if row.method != "plain")
+    own = setting(tmp_path, settings)
+    assert not torch.equal(own.source_start["conv1.weight"], own.target_start["conv1.weight"])
+    fresh = networks.build(lambda: settings.model(**settings.arguments), own.generator("values", "target"))
+    assert not torch.equal(own.target_start["conv1.weight"], fresh.conv1.weight), "it has learned already"
 
 
 def test_gradients_see_the_images_that_training_sees(tmp_path):
     def first(augment):
-        settings = replace(TINY, recipe=replace(BRIEF, augment=augment))
-        setting = TransferSetting(Scenario("tiny", TRANSFERS, settings), 0, RunPaths(cache=tmp_path))
-        again, once = (next(iter(setting.stream()))[0] for _ in range(2))
+        own = setting(tmp_path, replace(TINY, recipe=replace(BRIEF, augment=augment)))
+        again, once = (next(iter(own.stream()))[0] for _ in range(2))
         assert torch.equal(once, again), "every method sees the same ones"
-        assert len(once) == settings.recipe.batch_size
+        assert len(once) == BRIEF.batch_size
         return once
 
     assert not torch.equal(first(True), first(False))
@@ -216,10 +221,10 @@ def test_missing_data_are_named_before_any_work(tmp_path):
 
 
 def test_a_source_that_diverges_is_a_row_that_says_so(tmp_path):
-    found = measure(tmp_path, replace(TINY, recipe=replace(BRIEF, lr=1e20)))
-    assert all(row.failure and row.failure.startswith("diverged") for row in found)
+    measured = measure(tmp_path, replace(TINY, recipe=replace(BRIEF, lr=1e20)))
+    assert all(row.failure and row.failure.startswith("diverged") for row in measured)
     for table in TABLES:
-        table.make_sheets([replace(row, scenario="digits-mlp") for row in found])
+        table.make_sheets([replace(row, scenario="digits-mlp") for row in measured])
 
 
 # ---------------------------------------------------------------- pages
@@ -270,17 +275,17 @@ PORT = PortSettings(
 @pytest.fixture(scope="module")
 def answers(folder):
     """Every question asked of the tiny setting, under the name of one of its scenarios."""
-    found = []
+    measured = []
     for name, methods in QUESTIONS.items():
         settings = replace(TINY, schedule="recorded" if "recorded" in name else "uniform")
         settings = replace(settings, init_scale=4.0 if "init" in name else 1.0)
-        found += measure(folder, settings, methods, name=name)
+        measured += measure(folder, settings, methods, name=name)
     moved = [method for method in port_methods((0.1,)) if method.name in ("naive", "gradfix")]
-    return found + measure(folder, PORT, tuple(moved), name="port-resnet-cifar100")
+    return measured + measure(folder, PORT, tuple(moved), name="port-resnet-cifar100")
 
 
 def test_every_table_and_figure_is_made_of_rows(answers, shown):
-    assert not [f"{row.scenario}, {row.method}: {row.failure}" for row in answers if row.failure]
+    assert not failures(answers)
     led = [replace(row, scenario="digits-conv") for row in shown if row.scenario == "digits-mlp"]
     everything = [*answers, *shown, *led]
     for table in TABLES:
@@ -294,41 +299,42 @@ def test_every_table_and_figure_is_made_of_rows(answers, shown):
         assert svg(figure, everything), figure.name
 
 
-def of(rows: list[Row], scenario: str, method: str) -> Row:
-    return next(row for row in rows if (row.scenario, row.method) == (scenario, method))
+@pytest.fixture(scope="module")
+def of(answers):
+    return {(row.scenario, row.method): row for row in answers}
 
 
-def test_answers_make_sense(answers):
-    first, best = (
-        of(answers, "theorem-2x2-64", which).values["distance"] for which in ("identity", "gradients")
-    )
+def test_matching_brings_what_two_runs_learn_closer(of):
+    first, best = (of["theorem-2x2-64", which].values["distance"] for which in ("identity", "gradients"))
     assert best < first, "matching brings gradients closer"
-    one, each = (of(answers, "assumption-mlp", which).series["distance"] for which in ("identity", "each"))
+    one, each = (of["assumption-mlp", which].series["distance"] for which in ("identity", "each"))
     assert all(b <= a for a, b in zip(one.values, each.values, strict=True))
     assert one.at[0][0] == 1, "the first look is after one update"
-    line = of(answers, "basin-digits-mlp2", "source to naive")
-    assert line.values["barrier"] >= 0 and len(line.series["loss"].values) == 11
-    counted = {method.name: of(answers, "cost-digits-mlp", method.name).values for method in COUNTS}
-    assert counted["fgmt"]["gradients"] == 2 * TINY.steps
-    per_gradient = counted["plain"]["work [FLOP]"] / counted["plain"]["gradients"]
-    assert counted["fgmt"]["work [FLOP]"] > counted["fgmt"]["gradients"] * per_gradient, (
-        "matching counts, too"
-    )
-    assert 0 < counted["weights"]["work [FLOP]"] < per_gradient * 2 * TINY.steps
-    alone, full = (
-        of(answers, "ensemble-digits-mlp2", name).values for name in ("source alone", "all trained")
-    )
-    assert (
-        alone["disagreement"] == 0
-        and alone["members"] == 1
-        and full["total [CPU s]"] > alone["total [CPU s]"]
-    )
-    once = of(answers, "ensemble-digits-mlp2", "fgmt, at once")
+
+
+def test_operations_are_counted_with_those_of_matching(of):
+    values = {method.name: of["cost-digits-mlp", method.name].values for method in COUNTS}
+    work = {name: own["work [FLOP]"] for name, own in values.items()}
+    assert values["fgmt"]["gradients"] == 2 * TINY.steps
+    per_gradient = work["plain"] / values["plain"]["gradients"]
+    assert work["fgmt"] > values["fgmt"]["gradients"] * per_gradient, "matching counts, too"
+    assert 0 < work["weights"] < per_gradient * 2 * TINY.steps
+
+
+def test_an_ensemble_pays_for_its_members(of):
+    alone, full = (of["ensemble-digits-mlp2", name].values for name in ("source alone", "all trained"))
+    assert alone["disagreement"] == 0 and alone["members"] == 1
+    assert full["total [CPU s]"] > alone["total [CPU s]"]
+    once = of["ensemble-digits-mlp2", "fgmt, at once"]
     assert once.values["members"] == full["members"] and once.cost["gradients"].cpu > 0
-    ours = of(answers, "normalised-digits-mlp", "nfgmt")
-    assert ours.values["gradients"] == 2 * PAIRS * TINY.steps
-    settled = of(answers, "schedule-mlp2-recorded", "fgmt").series["unsettled"]
-    assert settled.values[-1] == 0, "the last permutation is the last one"
+
+
+def test_lines_leads_and_paths_say_what_they_should(of):
+    line = of["basin-digits-mlp2", "source to naive"]
+    assert line.values["barrier"] >= 0 and len(line.series["loss"].values) == 11
+    assert of["normalised-digits-mlp", "nfgmt"].values["gradients"] == 2 * PAIRS * TINY.steps
+    distances = of["schedule-mlp2-recorded", "fgmt"].series["unsettled"]
+    assert distances.values[-1] == 0, "the last permutation is the last one"
 
 
 def test_the_distance_is_one_minus_the_cosine_of_vectors_of_equal_length():
@@ -338,23 +344,15 @@ def test_the_distance_is_one_minus_the_cosine_of_vectors_of_equal_length():
 
 def test_calibration_by_hand():
     labels = torch.tensor([0, 0, 1, 1])
-    sure = torch.tensor(
-        [[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]
-    )  # three right of four, all at 100 %
-    found = evaluate_together(sure, labels)
-    assert found["accuracy"] == 0.75 and found["calibration error"] == pytest.approx(0.25)
-    assert found["disagreement"] == 0 and found["worst member"] == 0.75
+    sure = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])  # 3 right of 4, all at 100 %
+    measured = evaluate_together(sure, labels)
+    assert measured["accuracy"] == 0.75 and measured["calibration error"] == pytest.approx(0.25)
+    assert measured["disagreement"] == 0 and measured["worst member"] == 0.75
     both = evaluate_together(torch.cat([sure, 1 - sure]), labels)
     assert both["disagreement"] == 1 and both["nll [nats]"] == pytest.approx(torch.tensor(2.0).log().item())
 
 
 # ---------------------------------------------------------------- bad input
-
-
-def setting(folder: Path, **changes) -> TransferSetting:
-    return TransferSetting(
-        Scenario("tiny", TRANSFERS, replace(TINY, **changes)), 0, RunPaths(cache=folder / "cache")
-    )
 
 
 def test_an_ensemble_of_one_is_one_network_and_of_none_is_refused(folder):
@@ -385,22 +383,23 @@ def test_starts_of_other_label_sets_are_matched_where_the_network_has_room_for_t
     settings = replace(
         TINY, task=Task("digits", (5, 6)), arguments={"sizes": (64, 16, 3)}, pretraining=earlier
     )
-    assert not [row.failure for row in measure(tmp_path, settings, TRANSFERS[:2]) if row.failure]
+    assert not failures(measure(tmp_path, settings, TRANSFERS[:2]))
     narrow = measure(tmp_path, replace(settings, arguments={"sizes": (64, 16, 2)}), TRANSFERS[:2])
     assert all(row.failure and "label" in row.failure for row in narrow), "no output for the third class"
 
 
-def test_chance_is_told_and_not_hidden_behind_the_best_step(tmp_path):
-    found = measure(tmp_path, replace(TINY, recipe=replace(BRIEF, lr=0.0)), TRANSFERS[:2], name="digits-mlp")
-    assert found[1].notes["at chance"] and found[1].values["accuracy"] is not None
+def test_chance_is_shown_and_not_hidden_behind_the_best_step(tmp_path):
+    measured = measure(
+        tmp_path, replace(TINY, recipe=replace(BRIEF, lr=0.0)), TRANSFERS[:2], name="digits-mlp"
+    )
+    assert measured[1].notes["at chance"] and measured[1].values["accuracy"] is not None
     table = next(table for table in TABLES if table.name == "main")
-    assert "(chance)" in table.make_sheets(found)[0].lines[0][1]
+    assert "(chance)" in table.make_sheets(measured)[0].lines[0][1]
 
 
 def test_a_tuning_run_is_refused_test_data(tmp_path):
-    tuning = TransferSetting(Scenario("tiny", TRANSFERS, TINY), TUNING_SEED, RunPaths(cache=tmp_path))
     with pytest.raises(ValueError, match="test data"):
-        tuning.tests()
+        setting(tmp_path, seed=TUNING_SEED).tests()
 
 
 def row(method: str, seed: int, curve: list[tuple[float, float]], device: str = "cpu") -> Row:
