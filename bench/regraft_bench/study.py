@@ -183,7 +183,7 @@ class Setting:
         purpose: names the training within this seed. order: names the order of the images, where several trainings
         are to see the same one. Scenarios share a training of the same purpose, start, data and recipe.
         """
-        asked = [purpose, order, self.seed, recipe, repr(model), tensors.digest_tensors(start)]
+        asked: list[Any] = [purpose, order, self.seed, recipe, repr(model), tensors.digest_tensors(start)]
         asked += [_describe_data(data), None if (penalty := how.get("penalty")) is None else penalty.identity]
         if looks := sorted(how.get("evaluate_at", ())):
             asked.append(looks)
