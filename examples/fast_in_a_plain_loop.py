@@ -14,15 +14,15 @@ generator = torch.Generator().manual_seed(0)
 start = networks.initialise(model, generator)
 fill_(model, train(model, start, source, Recipe(epochs=15, lr=0.05), generator=generator).tensors)
 
-adopted = regraft.finetuning.fast.adopt(model, target.num_classes)
-groups = regraft.finetuning.fast.param_groups(model, head_lr=0.3, body_lr=0.01, head=adopted.head)
+adopted = regraft.fast.adopt(model, target.num_classes)
+groups = regraft.fast.param_groups(model, head_lr=0.3, body_lr=0.01, head=adopted.head)
 optimiser = torch.optim.SGD(groups, momentum=0.9)
-recorder = regraft.finetuning.fast.Recorder(
+recorder = regraft.fast.Recorder(
     model,
     validation=target.validation.batches(500),
     test=target.test.batches(500),
     head=adopted.name,
-    source=regraft.finetuning.fast.Source(adopted.source_head, source.test.batches(500)),
+    source=regraft.fast.Source(adopted.source_head, source.test.batches(500)),
 )
 for _ in range(5):
     for images, labels in target.train.batches(64, generator=generator):

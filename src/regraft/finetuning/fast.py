@@ -1,9 +1,9 @@
-"""FAST: fine-tuning that learns faster and forgets slower (Varno et al.), public as ``regraft.finetuning.fast``.
+"""FAST: fine-tuning that learns faster and forgets slower (Varno et al.), public as ``regraft.fast``.
 
 A zero classifier, and two learning rates: a larger one for the classifier, a smaller one for the features.
 
-    adopted = regraft.finetuning.fast.adopt(model, num_classes=10)
-    groups = regraft.finetuning.fast.param_groups(model, head_lr=0.3, body_lr=0.01)
+    adopted = regraft.fast.adopt(model, num_classes=10)
+    groups = regraft.fast.param_groups(model, head_lr=0.3, body_lr=0.01)
     optimiser = torch.optim.SGD(groups, momentum=0.9)
 
 The rest of the training loop stays as it is. Beside it here: the initial classifiers that FAST is compared

@@ -66,7 +66,7 @@ class Phase:
     head_lr, body_lr: None leaves that part as it is, and costs no gradient. statistics: whether the features run in
     training mode (BatchNorm on batch statistics, updating the running ones) or as at inference. It ends after
     ``share`` of the run's steps, when the rule that ``until`` makes says so of the validation accuracy after a step
-    (`regraft.finetuning.fast.NoGain`), or with the run.
+    (`regraft.fast.NoGain`), or with the run.
     """
 
     head_lr: float | None
