@@ -153,11 +153,28 @@ def place(tmp_path_factory) -> RunPaths:
 
 
 @pytest.fixture(scope="module")
-def every(place, tmp_path_factory) -> dict[str, Row]:
+def measure(place, tmp_path_factory):
+    """Run a scenario, its rows in a file of their own."""
+
+    def run_scenario(scenario: Scenario, **how) -> list[Row]:
+        return list(
+            run(STUDY, [scenario], place=place, rows=tmp_path_factory.mktemp("rows") / "rows.jsonl", **how)
+        )
+
+    return run_scenario
+
+
+@pytest.fixture
+def adoption(place):
+    """(setting, the source network with a new head, its adoption)."""
+    setting = FastSetting(tiny(), 0, place)
+    return setting, *setting.adopt_source()
+
+
+@pytest.fixture(scope="module")
+def every(measure) -> dict[str, Row]:
     """One row of every method of the comparison, each at its first rates."""
-    chosen = [replace(method, candidates=()) for method in COMPARISON_METHODS]
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = list(run(STUDY, [tiny(*chosen)], place=place, rows=path))
+    rows = measure(tiny(*(replace(method, candidates=()) for method in COMPARISON_METHODS)))
     assert [row.failure for row in rows] == [None] * len(COMPARISON_METHODS)
     return {row.method: row for row in rows}
 
@@ -191,17 +208,14 @@ def test_methods_differ_in_what_they_prepare(every):
     assert (source["plain"] + source["fast"]) / 2 < source["fast, transferred start"] != source["fast"]
 
 
-def test_one_block_learns_one_layer(place):
-    setting = FastSetting(tiny(), 0, place)
-    for which in (0.0, 1.0):
-        model, adopted = setting.adopt_source()
-        OneBlock(which)(model, adopted, setting)
-        body = [p for name, p in model.named_parameters() if not name.startswith(f"{adopted.name}.")]
-        learns = [parameter.requires_grad for parameter in body]
-        assert learns == [
-            k in ((0, 1) if which == 0 else (len(body) - 2, len(body) - 1)) for k in range(len(body))
-        ]
-        assert adopted.head.weight.requires_grad
+@pytest.mark.parametrize(("where", "learning"), [(0.0, slice(None, 2)), (1.0, slice(-2, None))])
+def test_one_block_learns_one_layer(adoption, where, learning):
+    setting, model, adopted = adoption
+    OneBlock(where)(model, adopted, setting)
+    body = [p for name, p in model.named_parameters() if not name.startswith(f"{adopted.name}.")]
+    chosen = {id(parameter) for parameter in body[learning]}
+    assert [parameter.requires_grad for parameter in body] == [id(parameter) in chosen for parameter in body]
+    assert adopted.head.weight.requires_grad
 
 
 def test_l2_sp_pulls_towards_the_source():
@@ -255,18 +269,15 @@ def test_a_claim_is_judged_as_it_stands(early, late, verdicts):
     ] == verdicts
 
 
-def test_a_run_repeats_with_its_seed(every, place, tmp_path):
-    again, other = run(
-        STUDY, [tiny(at_rates("fan-in", *every["fan-in"].config["method"]["rates"], prepare=FAN_IN))],
-        place=place, rows=tmp_path / "rows.jsonl", seeds=[0, 1],
-    )  # fmt: skip
+def test_a_run_repeats_with_its_seed(every, measure):
+    rates = every["fan-in"].config["method"]["rates"]
+    again, other = measure(tiny(at_rates("fan-in", *rates, prepare=FAN_IN)), seeds=[0, 1])
     assert again.series == every["fan-in"].series and again.config == every["fan-in"].config
     assert other.series != every["fan-in"].series
 
 
-def test_without_a_bias_there_is_none(place):
-    setting = FastSetting(tiny(), 0, place)
-    model, adopted = setting.adopt_source()
+def test_without_a_bias_there_is_none(adoption):
+    setting, model, adopted = adoption
     assert adopted.head.bias is not None
     DrawHead(zero, bias=False)(model, adopted, setting)
     assert f"{adopted.name}.bias" not in dict(model.named_parameters())
@@ -281,10 +292,8 @@ def test_all_methods_see_the_same_batches_whatever_their_preparation_took(place)
     assert not torch.equal(next(stream)[0], first[0])
 
 
-def test_a_cap_on_the_targets_images_holds_for_validation_and_test(place, tmp_path):
-    (row,) = run(
-        STUDY, [tiny(at_rates("fast", 0.3, 0.1), target_images=7)], place=place, rows=tmp_path / "rows.jsonl"
-    )
+def test_a_cap_on_the_targets_images_holds_for_validation_and_test(measure):
+    (row,) = measure(tiny(at_rates("fast", 0.3, 0.1), target_images=7))
     for accuracy in (row.values["accuracy"], *row.series["validated"].values):
         assert 7 * accuracy == pytest.approx(round(7 * accuracy), abs=1e-3)
 
@@ -292,10 +301,9 @@ def test_a_cap_on_the_targets_images_holds_for_validation_and_test(place, tmp_pa
 # ---------------------------------------------------------------- rates
 
 
-def test_rates_are_chosen_on_validation_alone_and_what_was_tried_is_kept(place, tmp_path):
+def test_rates_are_chosen_on_validation_alone_and_what_was_tried_is_kept(measure):
     grid = ((1e30, 1e30), (0.3, 0.1), (1e-6, 1e-6))
-    scenario = tiny(best_of("fast", at_each(grid)), steps=13)
-    rows = list(run(STUDY, [scenario], place=place, rows=tmp_path / "rows.jsonl"))
+    rows = measure(tiny(best_of("fast", at_each(grid)), steps=13))
     assert [row.seed for row in rows] == [TUNING_SEED] * 3 + [0]
     assert rows[0].failure.startswith("diverged") and not rows[0].values
     assert all(set(row.values) == {"validation"} and not row.series for row in rows[1:3])
@@ -304,21 +312,15 @@ def test_rates_are_chosen_on_validation_alone_and_what_was_tried_is_kept(place, 
     assert rows[3].notes["tried"] == [list(pair) for pair in grid]
 
 
-def test_a_run_that_chooses_rates_does_not_look_at_test_data(place):
-    for seed in (TUNING_SEED, 0):
-        setting = FastSetting(tiny(), seed, place)
-        model, adopted = setting.adopt_source()
-        recorder = setting.recorder(model, adopted)
-        assert (recorder.test is recorder.validation) == (recorder.source is None) == setting.tuning
+@pytest.mark.parametrize("seed", [TUNING_SEED, 0])
+def test_a_run_that_chooses_rates_does_not_look_at_test_data(place, seed):
+    setting = FastSetting(tiny(), seed, place)
+    recorder = setting.recorder(*setting.adopt_source())
+    assert (recorder.test is recorder.validation) == (recorder.source is None) == setting.tuning
 
 
-def test_a_diverged_run_is_judged_by_the_best_state_that_it_had(place, tmp_path):
-    (row,) = run(
-        STUDY,
-        [tiny(at_rates("fan-in", 1e30, 1e30, prepare=FAN_IN))],
-        place=place,
-        rows=tmp_path / "rows.jsonl",
-    )
+def test_a_diverged_run_is_judged_by_the_best_state_that_it_had(measure):
+    (row,) = measure(tiny(at_rates("fan-in", 1e30, 1e30, prepare=FAN_IN)))
     assert row.values["diverged [step]"] == 2 and row.failure is None
     assert row.series["deployed"].at == ((0, 1, 2, 3, 5),)
     assert set(row.series["deployed"].values[1:]) == {row.values["accuracy"]}
@@ -347,33 +349,33 @@ def row_of(scenario: Scenario, name: str, seed: int = 0, **values) -> Row:
     )
 
 
-@pytest.mark.parametrize(("best", "edge"), [((0.1, 0.1), True), ((0.03, 0.03), False), ((0.01, 0.01), True)])
-def test_rates_at_an_edge_of_those_tried_are_found(best, edge):
-    grid = [[0.01, 0.01], [0.03, 0.03], [0.1, 0.1]]
-    scenario = tiny(at_rates("fan-in", *best))
-    (found, *_) = find_edges([replace(row_of(scenario, "fan-in"), notes={"tried": grid})]) or [None]
-    assert (found is not None) == edge
-    assert not edge or (found.method, found.best) == ("fan-in", best)
+EQUAL_GRID = [[0.01, 0.01], [0.03, 0.03], [0.1, 0.1]]
 
 
-@pytest.mark.parametrize(("best", "edge"), [((1.0, 0.03), False), ((3.0, 0.03), True), ((0.3, 0.003), True)])
-def test_of_two_rates_each_may_be_at_an_edge(best, edge):
-    scenario = tiny(at_rates("fast", *best))
-    row = replace(row_of(scenario, "fast"), notes={"tried": [list(pair) for pair in methods.UNEQUAL]})
-    assert bool(find_edges([row])) == edge
+@pytest.mark.parametrize(
+    ("grid", "best", "edge"),
+    [
+        (EQUAL_GRID, (0.1, 0.1), True),
+        (EQUAL_GRID, (0.03, 0.03), False),
+        (EQUAL_GRID, (0.01, 0.01), True),
+        # of two rates each may be at an edge
+        (plain_data(methods.UNEQUAL), (1.0, 0.03), False),
+        (plain_data(methods.UNEQUAL), (3.0, 0.03), True),
+        (plain_data(methods.UNEQUAL), (0.3, 0.003), True),
+    ],
+)
+def test_rates_at_an_edge_of_those_tried_are_found(grid, best, edge):
+    row = replace(row_of(tiny(at_rates("fast", *best)), "fast"), notes={"tried": grid})
+    assert [(one.method, one.best) for one in find_edges([row])] == [("fast", best)] * edge
 
 
-def test_of_lines_at_several_rates_the_best_may_be_at_an_edge():
+@pytest.mark.parametrize(("best", "edge"), [(0, True), (1, False), (2, True)])
+def test_of_lines_at_several_rates_the_best_may_be_at_an_edge(best, edge):
     lines = [at_rates(f"adam: fan-in {rate:g}", rate, rate) for rate in (0.001, 0.01, 0.1)]
-    scenario = tiny(*lines)
-    for best, edge in ((0, True), (1, False), (2, True)):
-        rows = [
-            row_of(scenario, line.name, validation=0.9 if n == best else 0.5) for n, line in enumerate(lines)
-        ]
-        assert [str(found) for found in find_edges(rows)] == [
-            f"adam: fan-in: the best rates, {lines[best].run.rates[0]:g}, {lines[best].run.rates[1]:g}, "
-            "are at an edge of the 3 tried"
-        ] * edge
+    scenario, rate = tiny(*lines), (0.001, 0.01, 0.1)[best]
+    rows = [row_of(scenario, line.name, validation=0.9 if n == best else 0.5) for n, line in enumerate(lines)]
+    message = f"adam: fan-in: the best rates, {rate:g}, {rate:g}, are at an edge of the 3 tried"
+    assert [str(one) for one in find_edges(rows)] == [message] * edge
 
 
 # ---------------------------------------------------------------- pages
@@ -440,10 +442,9 @@ def test_a_method_is_one_entry():
     assert isinstance(method.run, FineTuning) and method.config["optimiser"] == "nesterov"
 
 
-def test_adoption_leaves_the_source_as_it_is(place):
-    setting = FastSetting(tiny(), 0, place)
+def test_adoption_leaves_the_source_as_it_is(adoption):
+    setting, model, adopted = adoption
     before = {name: tensor.clone() for name, tensor in setting.source.values.items()}
-    model, adopted = setting.adopt_source()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)

@@ -22,7 +22,7 @@ from regraft_bench.fusion.scenarios import TABLE_SCENARIOS
 from regraft_bench.fusion.setting import SEARCH
 from regraft_bench.fusion.settings import TWO_GRADIENTS, OntoTargets, Regime, Target
 from regraft_bench.report.render import markdown
-from regraft_bench.rows import Code, Environment, Row, Series
+from regraft_bench.rows import Code, Environment, Row, Series, read_rows
 from regraft_bench.run import run
 from regraft_bench.study import TUNING_SEED, RunPaths, Scenario, Task
 
@@ -194,8 +194,6 @@ def test_costs_are_what_a_method_takes_beyond_the_networks(pair):
 
 
 def test_tuning_looks_at_validation_images_only(folder, pair):
-    from regraft_bench.rows import read_rows
-
     tried = [row for row in read_rows(folder / "rows.jsonl") if row.seed == TUNING_SEED]
     assert {row.config["method"]["strength"] for row in tried} == set(STRENGTHS)
     assert any(row.values for row in tried)
@@ -343,13 +341,11 @@ def test_a_claim_is_judged_by_its_margin_and_stands_beside_its_control():
         row("table-6", "ensemble", {"accuracy": 0.5}),
         row("table-5", "A then B", {"accuracy": 0.2, "accuracy_a": 0.12, "accuracy_b": 0.8}),
     ]
-    table = next(table for table in STUDY.tables if table.name == "claims")
 
     def line(rows: list[Row], where: str) -> tuple[str, ...]:
-        return next(line for line in table.make_sheets(rows)[0].lines if line[1] == where)
+        return next(line for line in sheets("claims", rows)[0].lines if line[1] == where)
 
-    found = line(rows, "5.2, table 6")
-    assert found[3:] == ("40.0 against 20.0", "both networks' logits: 50.0", "holds")
+    assert line(rows, "5.2, table 6")[3:] == ("40.0 against 20.0", "both networks' logits: 50.0", "holds")
     assert line(rows, "5.2, table 5")[-1] == "holds"
     assert line([row("table-6", values={"accuracy": 0.21}), *rows[1:]], "5.2, table 6")[-1] == "holds not"
     assert line(rows, "3.2, table 1")[-1] == "not measured"

@@ -54,9 +54,7 @@ def count_seeds(group: Group) -> str:
 
 def count_steps_to_best(group: Group) -> str:
     """The first checkpoint, a mean over seeds, at which 95 % of the scenario's best accuracy at the end is deployed."""
-    means = [
-        statistics.fmean(found) for g in groups(group.scenario).values() if (found := g.values("accuracy"))
-    ]
+    means = [statistics.fmean(own) for g in groups(group.scenario).values() if (own := g.values("accuracy"))]
     reached = [
         next((step for step, accuracy in row.series["deployed"].points() if accuracy >= 0.95 * max(means)), None)
         for row in group.rows

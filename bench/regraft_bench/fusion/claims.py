@@ -154,8 +154,8 @@ def _line(claim: Claim, rows: Mapping[str, Rows]) -> tuple[str, ...]:
     assert callable(claim.more) and callable(claim.less) and claim.published and claim.control
     name, control = claim.control
     ours = _pair(claim.more(rows), claim.less(rows))
-    beside = f"{name}: {_percent(control(rows))}"
-    return claim.sentence, claim.where, _pair(*claim.published), ours, beside, claim.verdict(rows)
+    bound = f"{name}: {_percent(control(rows))}"
+    return claim.sentence, claim.where, _pair(*claim.published), ours, bound, claim.verdict(rows)
 
 
 def _pair(more: float | None, less: float | None) -> str:

@@ -12,10 +12,10 @@ from regraft_bench.fusion.nearness import CellGrid, average_cells, measure_agree
 from regraft_bench.fusion.paper import Published, load_published
 from regraft_bench.fusion.recipe_pages import compare_widths, draw_retained, list_recipes, list_whole_tables
 from regraft_bench.fusion.scenarios import (
-    DIGITS,
     FIGURE_FORMULAS,
     FIGURE_SCENARIOS,
     RECIPE_SCENARIOS,
+    TWO_DIGIT_TASKS,
     WHOLE_TABLE_SCENARIOS,
     WIDTH_SCENARIOS,
 )
@@ -208,7 +208,7 @@ FUSION_TABLES = (
     Table(
         "two-tasks",
         "Two tasks in one network",
-        (DIGITS.name,),
+        (TWO_DIGIT_TASKS.name,),
         by_method((*COMMON, *BOTH_TASKS[:2], *CHOSEN)),
     ),
     Table(

@@ -244,8 +244,8 @@ def _make_widths() -> Iterator[Scenario]:
 
 # ---------------------------------------------------------------- small ones
 
-TWO_DIGITS_RECIPE = Recipe(epochs=10, lr=0.05, batch_size=32)
-DIGITS = Scenario(
+DIGITS_FUSION_RECIPE = Recipe(epochs=10, lr=0.05, batch_size=32)
+TWO_DIGIT_TASKS = Scenario(
     "digits-two-tasks",
     CONTINUAL,
     TwoTasks(
@@ -254,7 +254,7 @@ DIGITS = Scenario(
         alphas=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
         betas=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
         network="mlp",
-        regime=Regime(TWO_DIGITS_RECIPE, TWO_DIGITS_RECIPE, TWO_DIGITS_RECIPE),
+        regime=Regime(DIGITS_FUSION_RECIPE, DIGITS_FUSION_RECIPE, DIGITS_FUSION_RECIPE),
     ),
 )
 
@@ -267,7 +267,7 @@ FIGURE_SCENARIOS = tuple(_make_figures())
 RECIPE_SCENARIOS, WIDTH_SCENARIOS = tuple(_make_recipes()), tuple(_make_widths())
 WHOLE_TABLE_SCENARIOS = tuple(_make_whole_tables())
 FUSION_SCENARIOS = (
-    DIGITS,
+    TWO_DIGIT_TASKS,
     *TABLE_SCENARIOS,
     *FIGURE_SCENARIOS,
     THEORY_SCENARIO,
