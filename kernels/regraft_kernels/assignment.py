@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def assign_many(
         raise ValueError(f"threads must be positive, not {threads}")
     chosen, sign = _resolve(backend), 1.0 if maximize else -1.0
     workers = min(torch.get_num_threads() if threads is None else threads, max(count, 1))
-    found: dict[int, Assignment] = {}
+    results: dict[int, Assignment] = {}
     alike = _alike(similarities)
     stacks = _to_host(
         [_stack([similarities[p] for p in some]) for some in alike], [labels[p[0]] for p in alike], 3
@@ -113,19 +114,19 @@ def assign_many(
     for places, stack in zip(alike, stacks, strict=True):
         for place in places:
             _check_duals(starts[place], stack.shape[1], labels[place])
-        solved = _solve_alike(stack, [labels[p] for p in places], sign, chosen, workers)
-        found |= zip(places, solved, strict=True)
-    rest = [place for place in range(count) if place not in found]
+        together = _solve_alike(stack, [labels[p] for p in places], sign, chosen, workers)
+        results |= zip(places, together, strict=True)
+    rest = [place for place in range(count) if place not in results]
     matrices = _to_host([similarities[p] for p in rest], [labels[p] for p in rest])
     jobs = [(m, labels[p], maximize, chosen, starts[p]) for m, p in zip(matrices, rest, strict=True)]
     order = sorted(range(len(rest)), key=lambda k: -len(matrices[k]))
     if workers == 1:
-        results = [_solve(*jobs[k]) for k in order]
+        alone = [_solve(*jobs[k]) for k in order]
     else:
         with ThreadPoolExecutor(workers) as pool:
-            results = list(pool.map(lambda k: _solve(*jobs[k]), order))
-    found |= {rest[k]: result for k, result in zip(order, results, strict=True)}
-    return [found[place] for place in range(count)]
+            alone = list(pool.map(lambda k: _solve(*jobs[k]), order))
+    results |= {rest[k]: result for k, result in zip(order, alone, strict=True)}
+    return [results[place] for place in range(count)]
 
 
 SMALL_UNITS = 64
@@ -134,7 +135,7 @@ SMALL_UNITS = 64
 
 def _alike(similarities: Sequence[Matrix]) -> list[list[int]]:
     """The places of small square matrices of one kind and size, where there are several."""
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for place, matrix in enumerate(similarities):
         if isinstance(matrix, Tensor | np.ndarray) and matrix.ndim == 2:
             rows, columns = matrix.shape
@@ -361,22 +362,22 @@ def _column_potentials(cost: np.ndarray, perm: np.ndarray) -> np.ndarray:
             break
         v[closer] = reached[closer]
         active = np.sort(row_of[closer])
-    return v.astype(np.float64)
+    return np.asarray(v, dtype=np.float64)
 
 
 @cache
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
 def backends() -> list[str]:
     """The names of the solvers that are installed."""
-    return [name for name, module in MODULES.items() if _installed(module)]
+    return [name for name, module in MODULES.items() if _is_installed(module)]
 
 
 def _resolve(backend: str) -> str:
     if backend == "auto":
-        return "lapx" if _installed("lap") else "scipy"
+        return "lapx" if _is_installed("lap") else "scipy"
     if backend not in SOLVERS:
         raise ValueError(f"backend must be one of auto, {', '.join(SOLVERS)}, not {backend!r}")
     if backend not in backends():
@@ -387,35 +388,34 @@ def _resolve(backend: str) -> str:
 def _scipy(cost: np.ndarray) -> np.ndarray:
     from scipy.optimize import linear_sum_assignment
 
-    return linear_sum_assignment(cost)[1]
+    return np.asarray(linear_sum_assignment(cost)[1])
 
 
 def _lapx(cost: np.ndarray) -> np.ndarray:
     import lap
 
-    return lap.lapjvr(cost, return_cost=False)[1]
+    return np.asarray(lap.lapjvr(cost, return_cost=False)[1])
 
 
 def _lapjv(cost: np.ndarray) -> np.ndarray:
     from lapjv import lapjv
 
-    return lapjv(cost, force_doubles=cost.dtype == np.float64)[0]
+    return np.asarray(lapjv(cost, force_doubles=cost.dtype == np.float64)[0])
 
 
 def _lapx_batch(cost: np.ndarray, workers: int) -> np.ndarray:
     import lap
 
-    return np.stack(lap.lapjvr_batch(cost, return_cost=False, n_threads=workers)[1]).astype(
-        np.int64, copy=False
-    )
+    return np.asarray(lap.lapjvr_batch(cost, return_cost=False, n_threads=workers)[1], dtype=np.int64)
 
 
-def _one_by_one(solver: Callable[[np.ndarray], np.ndarray], cost: np.ndarray, workers: int) -> np.ndarray:
+def _one_by_one(solver: Solver, cost: np.ndarray, workers: int) -> np.ndarray:
     return np.stack([np.asarray(solver(one), dtype=np.int64) for one in cost])
 
 
 MODULES = {"scipy": "scipy", "lapx": "lap", "lapjv": "lapjv"}
-SOLVERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"scipy": _scipy, "lapx": _lapx, "lapjv": _lapjv}
+Solver = Callable[[np.ndarray], np.ndarray]
+SOLVERS: dict[str, Solver] = {"scipy": _scipy, "lapx": _lapx, "lapjv": _lapjv}
 """Each takes a finite, row-reduced cost matrix [n, n], n >= 2, float32 or float64: row i -> column."""
 BATCHES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"lapx": _lapx_batch}
 """Each takes [B, n, n] and a number of threads; a solver that has none is called for one after the other."""

@@ -112,7 +112,7 @@ def _one_pass(row: Sequence[float]) -> bool:
 
 
 @triton.jit(do_not_specialize=RUN_TIME, launch_metadata=launch_bytes)
-def _combine_kernel(
+def _combine_kernel(  # type: ignore[no-untyped-def]
     addresses,  # int64 [m + 1, N]: of the sources, of the results
     count,  # N
     segments,  # int64 [N, FIELDS]

@@ -120,7 +120,7 @@ _LIVE_VALUES = 4
 
 
 @triton.jit(do_not_specialize=RUN_TIME, launch_metadata=launch_bytes)
-def _graft_kernel(
+def _graft_kernel(  # type: ignore[no-untyped-def]
     addresses,  # int64 [4, N]: of base, start, end, the results
     count,  # N
     segments,  # int64 [N, FIELDS]

@@ -50,7 +50,7 @@ def check_ranges(vectors: Sequence[tuple[str, Tensor, int]]) -> None:
 
 
 @triton.jit(do_not_specialize=["length"])
-def _check_kernel(
+def _check_kernel(  # type: ignore[no-untyped-def]
     vectors,  # int64 [P, L]: the index vectors, one after the other
     starts,  # int64 [L]: for each entry, where its vector starts in L
     lasts,  # int64 [L]: the largest value that the entry may have
@@ -72,7 +72,7 @@ def _check_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "entries"])
-def _compose_kernel(
+def _compose_kernel(  # type: ignore[no-untyped-def]
     vectors,  # [P, L], as above or inverted
     gather_table,  # int32 [1 + 3 F, E]: a number, then F times (place in L, stride, length of the vector)
     tables,  # int32 [P, E]: number + sum of vectors[place] * stride

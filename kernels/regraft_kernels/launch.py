@@ -150,7 +150,7 @@ RUN_TIME = ["count", "entries", "programs", "moved", "steps", "sources"]
 
 
 @triton.jit
-def find_tile(
+def find_tile(  # type: ignore[no-untyped-def]
     tiles,
     segments,
     tables,
@@ -183,13 +183,13 @@ def find_tile(
 
 
 @triton.jit
-def tensor_pointer(addresses, DTYPE: tl.constexpr):
+def tensor_pointer(addresses, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The tensor whose address stands there."""
     return tl.load(addresses).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
-def vector_pointer(memory, offset, DTYPE: tl.constexpr, VEC: tl.constexpr):
+def vector_pointer(memory, offset, DTYPE: tl.constexpr, VEC: tl.constexpr):  # type: ignore[no-untyped-def]
     """memory + offset, which is at a multiple of VEC elements."""
     return tl.multiple_of(memory + offset, VEC * DTYPE.primitive_bitwidth // 8)
 

@@ -89,7 +89,7 @@ _LIVE_VALUES = 1
 
 
 @triton.jit(do_not_specialize=RUN_TIME, launch_metadata=launch_bytes)
-def _permute_kernel(
+def _permute_kernel(  # type: ignore[no-untyped-def]
     addresses,  # int64 [2, N]: of the sources, of the results
     count,  # N
     segments,  # int64 [N, FIELDS]

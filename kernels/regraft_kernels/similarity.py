@@ -115,7 +115,7 @@ TARGET, SOURCE, TARGET_ROWS, SOURCE_ROWS, STEPS, ROOM, RUN, TARGET_SKIP, SOURCE_
 
 
 @triton.jit
-def _similarity_kernel(
+def _similarity_kernel(  # type: ignore[no-untyped-def]
     programs,  # int64 [programs, PROGRAM_COLUMNS]
     parts,  # int64 [parts, PART_COLUMNS]
     rows,  # int64: where the units begin in a stack
@@ -348,7 +348,7 @@ def similarity_many(
         for number, term in enumerate(terms)
     ]
     if needs_operator(stacks):
-        return torch.ops.regraft.similarity(*flatten_terms(groups), precision, backend)
+        return list(torch.ops.regraft.similarity(*flatten_terms(groups), precision, backend))
     return _run_similarity(groups, precision, chosen)
 
 

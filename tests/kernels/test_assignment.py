@@ -191,7 +191,7 @@ def test_refuses_bad_options(monkeypatch):
 
 
 def test_a_backend_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(module, "_installed", lambda name: name == "scipy")
+    monkeypatch.setattr(module, "_is_installed", lambda name: name == "scipy")
     assert assign(torch.eye(3)).backend == "scipy"
     for name in ("lapx", "lapjv"):
         with pytest.raises(ImportError, match=f"the package {name} is not installed"):

@@ -57,7 +57,7 @@ def _measure(variant: Variant, setting: Setting) -> Measured:
 
 def values_of(variant: Variant, code: MachineCode) -> dict[str, float]:
     """What is shown and checked of a variant's code, by name. Predicted values are of the machines in MACHINES."""
-    values = {
+    values: dict[str, float] = {
         "registers": code.registers,
         "spilled [bytes]": code.spilled,
         "shared memory [bytes]": code.shared,

@@ -51,7 +51,7 @@ def methods(*families: str) -> tuple[Method, ...]:
     """One a model of these families (:mod:`regraft_bench.symmetry.zoo`); torchvision's have their bare names."""
     return tuple(
         Method(name.removeprefix("torchvision/"), partial(_measure, name), about=PROOF)
-        for name in zoo.names(*families)
+        for name in zoo.list_models(*families)
     )
 
 
@@ -77,7 +77,7 @@ def prove(name: str, threads: int) -> dict[str, Any]:
     """Trace, verify and check one model in this process; raises what they raise, ValueError for a wrong function."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model, inputs = zoo.make(name)
+    model, inputs = zoo.make_model(name)
     clock = Clock()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -86,7 +86,7 @@ def prove(name: str, threads: int) -> dict[str, Any]:
         with clock.phase("verify"):
             verified = verify(spec, model, inputs)
     with clock.phase("check"):
-        error, control = loaded_error(spec, lambda: zoo.make(name)[0], inputs)
+        error, control = loaded_error(spec, lambda: zoo.make_model(name)[0], inputs)
     if not error < TOLERANCE:
         raise ValueError(
             f"the permuted state dictionary computes another function (relative error {error:.1e})"
@@ -105,8 +105,8 @@ def prove(name: str, threads: int) -> dict[str, Any]:
         "peak_memory [bytes]": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
     cost = {phase: {"wall": c.wall, "cpu": c.cpu} for phase, c in clock.seconds.items()}
-    told = sorted({str(w.message) for w in caught if w.category is UserWarning})
-    return {"values": values, "cost": cost, "warnings": told}
+    texts = sorted({str(w.message) for w in caught if w.category is UserWarning})
+    return {"values": values, "cost": cost, "warnings": texts}
 
 
 # ---- the check
@@ -158,7 +158,7 @@ def perturb_(model: nn.Module, inputs: zoo.Inputs, generator: torch.Generator) -
         noise = (random(parameter) - 0.5) / math.prod(parameter.shape[1:]) ** 0.5
         parameter.mul_(random(parameter) + 0.5).add_(0.1 * noise)
 
-    def observe(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def observe(norm: Any, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0]
         norm.running_mean.copy_(x.mean() * (random(norm.running_mean) + 0.5))
         norm.running_var.copy_(x.square().mean() * (random(norm.running_var) + 0.5) + 1e-6)

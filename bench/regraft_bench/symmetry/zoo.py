@@ -140,7 +140,7 @@ TIMM = (
     "convit_tiny",
     "crossvit_tiny_240",
 )
-SMALL = {
+SMALL_IMAGES = {
     "cspresnet50",
     "dla34",
     "ghostnet_100",
@@ -154,17 +154,17 @@ SMALL = {
 Make = Callable[[], tuple[nn.Module, Inputs]]
 
 
-def names(*families: str) -> tuple[str, ...]:
+def list_models(*families: str) -> tuple[str, ...]:
     """All models of some families, whether the package that makes them is installed or not."""
-    every = {
-        "torchvision": lambda: TORCHVISION,
-        "timm": lambda: TIMM,
-        **{family: lambda made=made: list(made) for family, made in MADE.items()},
+    models = {
+        "torchvision": TORCHVISION,
+        "timm": TIMM,
+        **{family: tuple(made) for family, made in MADE.items()},
     }
-    return tuple(f"{family}/{name}" for family in families for name in every[family]())
+    return tuple(f"{family}/{name}" for family in families for name in models[family])
 
 
-def make(name: str) -> tuple[nn.Module, Inputs]:
+def make_model(name: str) -> tuple[nn.Module, Inputs]:
     """A model in evaluation mode with random weights (of the global seed), and inputs of a small batch.
 
     Raises MissingData where the package that makes it is not installed, KeyError for an unknown name.
@@ -209,7 +209,7 @@ def _from_timm(name: str) -> tuple[nn.Module, Inputs]:
     import timm
 
     model = timm.create_model(name, num_classes=1000)  # some have no head of their own, others 21,841 classes
-    return model, _images(64 if name in SMALL else model.default_cfg["input_size"][-1])
+    return model, _images(64 if name in SMALL_IMAGES else model.default_cfg["input_size"][-1])
 
 
 # ---- transformers and diffusers, tiny
@@ -310,7 +310,7 @@ def _unet2d() -> tuple[nn.Module, Inputs]:
 class Recurrent(nn.Module):
     """Tokens -> embedding -> two recurrent layers -> the last step's logits."""
 
-    def __init__(self, layer: type[nn.RNNBase]) -> None:
+    def __init__(self, layer: Callable[..., nn.RNNBase]) -> None:
         super().__init__()
         self.embedding = nn.Embedding(60, 24)
         self.layers = layer(24, 32, num_layers=2, batch_first=True)
