@@ -101,8 +101,8 @@ class Trajectory:
         return cls(tuple(checkpoints), tuple((t, 1.0) for t in range(len(checkpoints))), metadata)
 
     def __repr__(self) -> str:
-        kept = ", ".join(map(str, self.metadata)) or "nothing"
-        return f"Trajectory(steps={self.steps}, anchors={len(self.anchors)}, metadata of {kept})"
+        names = ", ".join(map(str, self.metadata)) or "nothing"
+        return f"Trajectory(steps={self.steps}, anchors={len(self.anchors)}, metadata of {names})"
 
     @property
     def steps(self) -> int:
@@ -225,8 +225,8 @@ class _Anchor(Struct, forbid_unknown_fields=True):
             for name, tensor in tensors.items()
         }
         digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-        whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-        file = folder / f"{whole[:24]}.safetensors"
+        digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        file = folder / f"{digest[:24]}.safetensors"
         write_tensors(file, tensors)
         return cls(file.name, file.stat().st_size, digests)
 

@@ -57,11 +57,11 @@ class Stacks:
         Raises ValueError as `regraft.match` says.
         """
         check_alike(target, source, "the target", "the source")
-        whole = _stack_all(spec, target), _stack_all(spec, source)
-        for side, where in zip(whole, ("the target", "the source"), strict=True):
+        sides = _stack_all(spec, target), _stack_all(spec, source)
+        for side, where in zip(sides, ("the target", "the source"), strict=True):
             check_finite(side, where)
-        left, right = ({n: _unfoldable(t) for n, t in side.items()} for side in whole)
-        return cls(spec, left, right, _steps(whole[0]))
+        left, right = ({n: _unfoldable(t) for n, t in side.items()} for side in sides)
+        return cls(spec, left, right, _steps(sides[0]))
 
     @classmethod
     def allocate(cls, spec: PermutationSpec, like: Tensors, capacity: int) -> Stacks:
@@ -81,9 +81,9 @@ class Stacks:
 
     def append_(self, target: Tensors, source: Tensors) -> None:
         """Add one step's tensors at the next free place."""
-        for stack, tensors in ((self.target, target), (self.source, source)):
-            for name, whole in stack.items():
-                whole[self.steps].copy_(tensors[name])
+        for side, tensors in ((self.target, target), (self.source, source)):
+            for name, stack in side.items():
+                stack[self.steps].copy_(tensors[name])
         self.steps += 1
 
     def around(self, group: str) -> Neighbourhood:

@@ -46,15 +46,15 @@ def grid_logits(
     model: nn.Module, sources: Sequence[Tensors], coefficients: Sequence[Sequence[float]], images: Tensor
 ) -> list[Tensor]:
     """The logits [N, C] of every point of a grid: one parameter set and one pass over the images at a time."""
-    found = []
+    logits = []
     for row in coefficients:
         point: Tensors = {
             name: cast(Tensor, sum(c * s[name] for c, s in zip(row, sources, strict=True)))
             for name in sources[0]
         }
         with torch.no_grad():
-            found.append(functional_call(model, point, (images,)))
-    return found
+            logits.append(functional_call(model, point, (images,)))
+    return logits
 
 
 def correct_answers(logits: Tensor, labels: Tensor) -> int:

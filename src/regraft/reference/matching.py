@@ -91,9 +91,9 @@ def place(spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Ten
             family = (group, *nested)
             unplaced = [g for g in unplaced if g not in family]
             scores = {g: similarity(spec, g, target, source, perm, unplaced) for g in family}
-            held = {name for g in unplaced for name, _ in spec.tensors_of(g)}
+            unknown = {name for g in unplaced for name, _ in spec.tensors_of(g)}
             known = [
-                [{n: t for n, t in step.items() if n not in held} for step in side]
+                [{n: t for n, t in step.items() if n not in unknown} for step in side]
                 for side in (target, source)
             ]
             for moved in BlockAssignment(spec, family, scores, "scipy").candidates(perm):

@@ -49,8 +49,8 @@ def positions_of(axis: Axis) -> dict[str, Tensor]:
             places.setdefault(group, []).append(torch.arange(offset, offset + count * repeat))
         offset += count * repeat
     result = {}
-    for group, held in units.items():
-        unit = torch.cat(held)
+    for group, parts in units.items():
+        unit = torch.cat(parts)
         size = int(unit.max()) + 1
         result[group] = torch.cat(places[group])[unit.argsort(stable=True)].view(size, -1)
     return result
@@ -61,7 +61,7 @@ def fixed_length(axis: Axis) -> int:
 
 
 def check_axis(groups: Mapping[str, int], where: str, axis: Axis) -> None:
-    held: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     for group, start, count, repeat in axis:
         if start < 0 or count < 0 or repeat < 1:
             raise ValueError(f"{where}: the segment {(group, start, count, repeat)} is malformed")
@@ -71,9 +71,9 @@ def check_axis(groups: Mapping[str, int], where: str, axis: Axis) -> None:
             raise ValueError(f"{where}: there is no group {group!r}")
         if start + count > groups[group]:
             raise ValueError(f"{where}: group {group!r} has {groups[group]} units, not {start + count}")
-        times = held.setdefault(group, torch.zeros(groups[group], dtype=torch.int64))
+        times = counts.setdefault(group, torch.zeros(groups[group], dtype=torch.int64))
         times[start : start + count] += repeat
-    for group, times in held.items():
+    for group, times in counts.items():
         if times.min() != times.max():
             raise ValueError(f"{where}: not every unit of group {group!r} occurs, or not each equally often")
 

@@ -54,10 +54,10 @@ def families(groups: Mapping[str, int], blocks: Blocks) -> tuple[tuple[str, ...]
         for name in blocks.get(group, ()):
             old, new = head[group], head[name]
             head = {g: new if h == old else h for g, h in head.items()}
-    found: dict[str, list[str]] = {}
+    members: dict[str, list[str]] = {}
     for group in outermost_first(groups, blocks):
-        found.setdefault(head[group], []).append(group)
-    return tuple(map(tuple, found.values()))
+        members.setdefault(head[group], []).append(group)
+    return tuple(map(tuple, members.values()))
 
 
 def random_inside(size: int, around: Sequence[Tensor], generator: torch.Generator) -> Tensor:

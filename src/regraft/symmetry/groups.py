@@ -22,12 +22,11 @@ from regraft.symmetry.spec import PermutationSpec
 
 def specify(flow: Flow, leaves: Sequence[Leaf]) -> PermutationSpec:
     """The specification that a finished pass of labels amounts to."""
-    every = [*leaves, *flow.derived]
-    fix_elementwise_axes(flow, every)
-    groups, blocks = arrange(flow, nest(flow, lambda: signatures(flow, every)))
-    group = np.full(
-        flow.units.count, -1
-    )  # of every root: the number of its group (-1: fixed), and of its unit
+    all_leaves = [*leaves, *flow.derived]
+    fix_elementwise_axes(flow, all_leaves)
+    groups, blocks = arrange(flow, nest(flow, lambda: signatures(flow, all_leaves)))
+    # of every root: the number of its group (-1: fixed), and of its unit
+    group = np.full(flow.units.count, -1)
     unit = np.zeros(flow.units.count, dtype=np.int64)
     for number, units in enumerate(groups.values()):
         group[units] = number
@@ -83,8 +82,8 @@ def signatures(flow: Flow, leaves: Sequence[Leaf]) -> np.ndarray:
         for labels in leaf.axes:
             number += 1
             if labels is not None:
-                held = ranks(labels)
-                _add(total, flow.units.roots(labels), _mix(_salt(held, number)) + held)
+                own_ranks = ranks(labels)
+                _add(total, flow.units.roots(labels), _mix(_salt(own_ranks, number)) + own_ranks)
     return total.numpy().view(np.uint64)
 
 
@@ -119,8 +118,8 @@ def occurrences(roots: Tensor) -> Tensor:
 
 def _ranks(line: Tensor) -> Tensor:
     order = line.argsort(stable=True)
-    held = line[order]
-    start = torch.searchsorted(held, held)  # where each unit's run begins
+    ordered = line[order]
+    start = torch.searchsorted(ordered, ordered)  # where each unit's run begins
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(len(line)) - start
     return ranks

@@ -202,17 +202,19 @@ def drop_repeats(tie: Tie) -> Tie:
     if not again:
         return replace(tie, labels=labels, positions=positions)
     if tie.sources:
-        held, at = positions < 0, positions.clamp(min=0)
+        constant, sources_at = positions < 0, positions.clamp(min=0)
         sources = tuple(map(unexpand, tie.sources))
         starts = accumulate((s.numel() for s in sources), initial=0)
         lines = map(_lines, tie.sources, starts)
-        seen, turn = (torch.where(held, -1, concat(x)[at]) for x in (lines, map(_turns, tie.sources)))
+        lines_at, turn = (
+            torch.where(constant, -1, concat(x)[sources_at]) for x in (lines, map(_turns, tie.sources))
+        )
     else:
-        sources, seen, turn = (), positions, positions
-    same_line = set(again).isdisjoint(varying(seen))
+        sources, lines_at, turn = (), positions, positions
+    same_line = set(again).isdisjoint(varying(lines_at))
     same_turn = set(varying(turn)) <= set(again)
     if (same_line and same_turn) if sources else (same_line or same_turn):
-        return replace(tie, labels=first(labels, again), positions=first(seen, again), sources=sources)
+        return replace(tie, labels=first(labels, again), positions=first(lines_at, again), sources=sources)
     return replace(tie, labels=labels, positions=positions)
 
 
@@ -332,6 +334,10 @@ class Flow:
         labels = self.units.fresh(*tensor.shape)
         self.tie(labels, constant_keys(tensor))
         return labels
+
+    def as_value(self, x: Value | Tensor) -> Value:
+        """A value, or a constant with labels."""
+        return x if isinstance(x, Value) else self.new(self.constant(x))
 
     # -- what rules demand
 

@@ -198,12 +198,12 @@ def arrange(flow: Flow, nesting: Nesting) -> tuple[dict[str, list[int]], dict[st
         (nesting.block > 0) & (nesting.twin > 0)
     ).tolist():  # in their blocks' and twins' order
         add(root, stems[int(nesting.colour[nesting.twin[root]])])
-    kept = {colour: units for colour, units in members.items() if len(units) > 1}
-    names = _number_names({colour: stems[colour] for colour in kept})
+    movable = {colour: units for colour, units in members.items() if len(units) > 1}
+    names = _number_names({colour: stems[colour] for colour in movable})
     place: dict[int, int] = {}
     groups: dict[str, list[int]] = {}
     blocks: dict[str, tuple[str, ...]] = {}
-    waiting = dict(kept)
+    waiting = dict(movable)
     while waiting:
         for colour, units in list(waiting.items()):
             around = [int(other[units[0]]) for other in (nesting.block, nesting.twin) if other[units[0]]]
@@ -214,7 +214,7 @@ def arrange(flow: Flow, nesting: Nesting) -> tuple[dict[str, list[int]], dict[st
                 blocks[names[colour]] = tuple(names[int(nesting.colour[other])] for other in around)
             place.update({unit: i for i, unit in enumerate(units)})
             del waiting[colour]
-    groups = {names[colour]: units for colour, units in kept.items()}
+    groups = {names[colour]: units for colour, units in movable.items()}
     return groups, {name: blocks[name] for name in groups if name in blocks}
 
 

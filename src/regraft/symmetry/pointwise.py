@@ -289,10 +289,8 @@ def channel_units(flow: Flow, x: Value, spatial: int) -> Tensor:
 
 def spread(flow: Flow, out: torch.Size, channels: Tensor, bias: Any = None, spatial: int = 0) -> Value:
     """``channels`` [O], to which a bias is added, at every place of ``out`` [..., O, *spatial]."""
-    if isinstance(bias, Value):
-        flow.join(flow.labels(bias), channels)
-    elif isinstance(bias, Tensor):
-        flow.join(flow.constant(bias), channels)
+    if bias is not None:
+        flow.join(flow.labels(flow.as_value(bias)), channels)
     return Value(channels.view(-1, *(1,) * spatial).expand(out), tuple(out))
 
 
@@ -301,10 +299,7 @@ def _batch_norm(flow: Flow, op: Operation, x: Any, *options: Any) -> Any:
     if weight := flow.weight(x):  # standardised weights: each row by its own mean and deviation
         if x.shape[:2] != (1, weight.shape[0]) or any(isinstance(t, Tensor) for t in options[:4]):
             return NotImplemented
-        units = flow.axis(weight, 0)
-        for tensor in options[:4]:
-            if isinstance(tensor, Value):
-                flow.join(flow.labels(tensor), units)
+        _join_values(flow, options[:4], flow.axis(weight, 0))
         return first_of(flow, op.out, mark_changed(flow, x))
     units = _join_channels(flow, x, options[:4])
     return first_of(flow, op.out, spread(flow, x.shape, units, spatial=len(x.shape) - 2))
@@ -320,10 +315,14 @@ def _group_norm(flow: Flow, op: Operation, x: Any, groups: int, *options: Any) -
 def _join_channels(flow: Flow, x: Value, tensors: Sequence[Any]) -> Tensor:
     """Parameters and statistics [C] have the units of the channels of x [B, C, ...]: int32 [C]."""
     units = channel_units(flow, x, len(x.shape) - 2)
+    _join_values(flow, tensors, units)
+    return units
+
+
+def _join_values(flow: Flow, tensors: Sequence[Any], units: Tensor) -> None:
     for tensor in tensors:
         if isinstance(tensor, Value):
             flow.join(flow.labels(tensor), units)
-    return units
 
 
 def _pool(flow: Flow, op: Operation, x: Value, *_: Any, spatial: int) -> Any:

@@ -33,7 +33,7 @@ def contract(
     inward, outward = planes(flow, weight, *dims)
     if inward is None or outward is None:
         return freeze(flow, out, [x, weight, bias], " with such a weight")
-    labels = flow.labels(x) if isinstance(x, Value) else flow.constant(x)
+    labels = flow.labels(flow.as_value(x))
     if is_uniform(flow, labels, -1):  # it mixes places of one unit, such as tokens: the unit passes
         for tensor in (weight, bias):
             if isinstance(tensor, Value):
@@ -81,7 +81,7 @@ def convolve(flow: Flow, op: Operation, x: Any, weight: Any, bias: Any, *, trans
     inward, outward = planes(flow, weight, *((0, 1) if transposed else (1, 0)))
     if inward is None or outward is None:
         return freeze(flow, op.out, [x, weight, bias], " with such a weight")
-    x = x if isinstance(x, Value) else flow.new(flow.constant(x))
+    x = flow.as_value(x)
     spatial = len(weight.shape) - 2
     before = channel_units(flow, x, spatial)
     channels = op.out[-spatial - 1]
@@ -143,7 +143,7 @@ def _recurrent(flow: Flow, op: Operation, x: Any, hidden: Any, weights: Any, *_:
     each = 4 if arguments["has_biases"] else 2
     if len(weights) != layers * directions * each:  # such as projections
         return freeze_operator(flow, op, [x, *states, *weights])
-    states = [s if isinstance(s, Value) else flow.new(flow.constant(s)) for s in states]
+    states = [flow.as_value(s) for s in states]
     for state in states:
         labels = flow.labels(state)  # [layers, B, H]: the units of one layer are the same for all samples
         flow.join(labels, labels[:, :1])
@@ -167,13 +167,13 @@ def _recurrent(flow: Flow, op: Operation, x: Any, hidden: Any, weights: Any, *_:
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def _recurrent_cell(flow: Flow, op: Operation, x: Any, hidden: Any, *weights: Any) -> Any:
     """One step of the above: x [B, I], states [B, H]."""
-    given = [w for w in weights if w is not None]
+    present = [w for w in weights if w is not None]
     states = list(hidden) if isinstance(hidden, list | tuple) else [hidden]
-    states = [s if isinstance(s, Value) else flow.new(flow.constant(s)) for s in states]
+    states = [flow.as_value(s) for s in states]
     gates = GATES[op.name.removesuffix("_cell")]
-    units = _cell(flow, gates, x, given, [flow.labels(s) for s in states])
+    units = _cell(flow, gates, x, present, [flow.labels(s) for s in states])
     if units is None:
-        return freeze_operator(flow, op, [x, *states, *given])
+        return freeze_operator(flow, op, [x, *states, *present])
     return each_size(lambda size: Value(units.expand(size), tuple(size)), op.out)
 
 
@@ -184,7 +184,7 @@ def _cell(flow: Flow, gates: int, x: Any, weights: Sequence[Any], initial: Seque
     again, units = planes(flow, weights[1], 0, 1)
     if outward is None or inward is None or again is None or units is None:
         return None
-    labels = flow.labels(x) if isinstance(x, Value) else flow.constant(x)
+    labels = flow.labels(flow.as_value(x))
     flow.join(labels, inward)
     for rows in (outward, again):
         flow.join(rows.view(gates, size), units)

@@ -389,25 +389,19 @@ class PermutationSpec:
         table.add_column("units", justify="right")
         table.add_column("tensors (axis)", overflow="fold")
         for group, size in self.groups.items():
-            members = ", ".join(f"{name} ({axis})" for name, axis in self._members[group])
-            members += self._nesting_in_words(group)
-            table.add_row(group, str(size), members)
+            table.add_row(group, str(size), self._describe(group, "{} ({})"))
         return table
 
     def __str__(self) -> str:
-        lines = [self._title]
-        for group, size in self.groups.items():
-            members = ", ".join(f"{name}:{axis}" for name, axis in self._members[group])
-            lines.append(f"{group} [{size}]: {members}{self._nesting_in_words(group)}")
-        return "\n".join([*lines, f"stay along an axis: {self._lacking or 'none'}"])
+        lines = [f"{group} [{size}]: {self._describe(group, '{}:{}')}" for group, size in self.groups.items()]
+        return "\n".join([self._title, *lines, f"stay along an axis: {self._lacking or 'none'}"])
 
-    def _nesting_in_words(self, group: str) -> str:
-        """In words, where a group is nested in others."""
+    def _describe(self, group: str, pair: str) -> str:
+        """The (tensor, axis) pairs of a group, and the groups that it is nested in."""
+        members = ", ".join(pair.format(name, axis) for name, axis in self._members[group])
         outer, *inner = self.blocks.get(group, ("",))
-        if not outer:
-            return ""
         alike = f", all in the order of {inner[0]}" if inner else ""
-        return f" (in blocks that move as {outer}{alike})"
+        return members + (f" (in blocks that move as {outer}{alike})" if outer else "")
 
 
 # ---- permutations
@@ -422,7 +416,7 @@ def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> T
     passed on. ``perm``: group -> int64 index vector, on any device. Raises ValueError naming the tensor or group
     that does not fit.
     """
-    given = tensors
+    state = tensors
     passed = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
     tensors = {name: x for name, x in tensors.items() if name not in passed}
     spec.validate(tensors)
@@ -431,7 +425,7 @@ def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> T
     if len(devices) > 1:
         raise ValueError(f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}")
     placed = {group: index.to(device) for device in devices for group, index in perm.items()}
-    return like_state(permute(tensors, spec.indices(placed), spec.packing()) | passed, given)
+    return like_state(permute(tensors, spec.indices(placed), spec.packing()) | passed, state)
 
 
 def like_state(tensors: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -439,9 +433,9 @@ def like_state(tensors: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str
     versions = getattr(state, "_metadata", None)
     if versions is None:
         return dict(tensors)
-    held = OrderedDict(tensors)
-    held._metadata = versions  # type: ignore[attr-defined]  # where torch looks for it
-    return held
+    ordered = OrderedDict(tensors)
+    ordered._metadata = versions  # type: ignore[attr-defined]  # where torch looks for it
+    return ordered
 
 
 def inverse(perm: Perm) -> Perm:

@@ -163,12 +163,12 @@ def _is_random(node: Node) -> bool:
 
 def _unused_parameters(programs: Sequence[Exported], model: nn.Module) -> list[str]:
     """The parameters that occur in no graph."""
-    every = _graph_tensors(model)
+    tensors = _graph_tensors(model)
     used = {
-        id(every[spec.target])
+        id(tensors[spec.target])
         for program, _ in programs
         for spec, node in _inputs(program)
-        if spec.target in every and node.users
+        if spec.target in tensors and node.users
     }
     return [name for name, parameter in model.named_parameters() if id(parameter) not in used]
 
@@ -197,10 +197,11 @@ def propagate_labels(programs: Sequence[Exported], model: nn.Module) -> tuple[Fl
         for name, tensor in live_state(model).items()
         if id(tensor) in saved
     }
-    for program, counts in programs:
-        held = {**program.constants, **_graph_tensors(model)}
-        results = walk(flow, program.graph_module, _placeholder_values(flow, program, leaves, held))
-        _finish(flow, program, results, counts, lambda name: leaves.get(id(held.get(name))))  # noqa: B023
+    for exported in programs:
+        program = exported.program
+        tensors = {**program.constants, **_graph_tensors(model)}
+        results = walk(flow, program.graph_module, _placeholder_values(flow, program, leaves, tensors))
+        _finish(flow, exported, results, lambda name: leaves.get(id(tensors.get(name))))  # noqa: B023
     return flow, leaves
 
 
@@ -225,12 +226,12 @@ def _module(node: Node) -> str:
 
 
 def _placeholder_values(
-    flow: Flow, program: ExportedProgram, leaves: Mapping[int, Leaf], held: Mapping[str, Any]
+    flow: Flow, program: ExportedProgram, leaves: Mapping[int, Leaf], tensors: Mapping[str, Any]
 ) -> dict[Node, Any]:
     """The value of every placeholder: a leaf, a constant, or an input of the model, which is fixed."""
     values: dict[Node, Any] = {}
     for spec, node in _inputs(program):
-        tensor = held.get(spec.target)
+        tensor = tensors.get(spec.target)
         if isinstance(tensor, Tensor) and id(tensor) in leaves and tensor.is_floating_point():
             values[node] = Value(leaves[id(tensor)], tuple(tensor.shape))
         elif isinstance(tensor, Tensor):
@@ -242,26 +243,20 @@ def _placeholder_values(
 
 
 def _finish(
-    flow: Flow,
-    program: ExportedProgram,
-    results: Sequence[Any],
-    counts: int,
-    leaf_of: Callable[[Any], Leaf | None],
+    flow: Flow, exported: Exported, results: Sequence[Any], leaf_of: Callable[[Any], Leaf | None]
 ) -> None:
-    """The first ``counts`` outputs never move; what is written to a buffer has the buffer's units."""
+    """The outputs that count never move; what is written to a buffer has the buffer's units."""
     outputs = 0
-    for spec, result in zip(program.graph_signature.output_specs, results, strict=True):
-        is_output = spec.kind is OutputKind.USER_OUTPUT
-        outputs += is_output
-        leaf = leaf_of(spec.target)
-        if not (is_output and outputs > counts):
-            result = resolve(flow, result)
-        if not isinstance(result, Value) or (is_output and outputs > counts):
-            continue
-        if leaf is None or tuple(leaf.shape) != result.shape:
-            flow.freeze(result)
-        else:
+    for spec, result in zip(exported.program.graph_signature.output_specs, results, strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            outputs += 1
+            if outputs > exported.counts:  # a by-product
+                continue
+        result, leaf = resolve(flow, result), leaf_of(spec.target)
+        if isinstance(result, Value) and leaf is not None and tuple(leaf.shape) == result.shape:
             flow.join(flow.labels(result), flow.scalars(leaf))
+        elif isinstance(result, Value):
+            flow.freeze(result)
 
 
 REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
@@ -275,25 +270,25 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
     if target is operator.getitem:
         return args[0][args[1]]
-    given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
+    leaves = pytree.tree_leaves((args, kwargs))
     out = pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else None, node.meta.get("val"))
     if str(target) in REGIONS:
         part = next(i for i, x in enumerate(args) if isinstance(x, GraphModule))
         inputs = args[part].graph.find_nodes(op="placeholder")
         return walk(flow, args[part], dict(zip(inputs, args[part + 1 :], strict=True)))
     if not isinstance(target, OpOverload):
-        for x in pytree.tree_leaves((args, kwargs)):
+        for x in leaves:
             resolve(flow, x)
-        return unknown(flow, str(target), given, out)
+        return unknown(flow, str(target), leaves, out)
     if "device" in kwargs:
         kwargs = {**kwargs, "device": "cpu"}
-    if any(isinstance(x, Choice) for x in pytree.tree_leaves((args, kwargs))):
+    if any(isinstance(x, Choice) for x in leaves):
         result = _choices(flow, Operation.bind(target, args, kwargs, out))
         if result is not NotImplemented:
             return result
         args, kwargs = pytree.tree_map(lambda x: resolve(flow, x), (args, kwargs))
-        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Value)]
-    if not given and torch.Tag.nondeterministic_seeded not in target.tags:
+        leaves = pytree.tree_leaves((args, kwargs))
+    if not any(isinstance(x, Value) for x in leaves) and torch.Tag.nondeterministic_seeded not in target.tags:
         return target(*args, **kwargs)
     if not target._schema.returns:  # an assertion
         return None
@@ -340,10 +335,10 @@ def operate(flow: Flow, operation: Operation) -> Any:
     return result
 
 
-def unknown(flow: Flow, name: str, given: Iterable[Value], out: Any) -> Any:
+def unknown(flow: Flow, name: str, operands: Iterable[Any], out: Any) -> Any:
     """Freezes what an operator touches, and records a warning."""
     flow.operator = name
-    freeze_operands(flow, given, "")
+    freeze_operands(flow, operands, "")
     return each_size(flow.fixed_value, out)
 
 
