@@ -16,7 +16,7 @@ def vote_images(model: nn.Module, theta: Tensors, images: Tensor, labels: Tensor
         leaves = {name: theta[name].detach().clone().requires_grad_() for name in votes}
         buffers = {name: theta[name] for name, _ in model.named_buffers()}
         logits = torch.func.functional_call(model, {**leaves, **buffers}, (images[i : i + 1],))
-        nn.functional.cross_entropy(logits, labels[i : i + 1]).backward()  # type: ignore[no-untyped-call]
+        nn.functional.cross_entropy(logits, labels[i : i + 1]).backward()
         for name, leaf in leaves.items():
             if leaf.grad is not None:
                 votes[name] = votes[name] + (leaf.grad > 0).to(leaf.dtype) - (leaf.grad < 0).to(leaf.dtype)

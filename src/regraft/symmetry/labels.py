@@ -78,7 +78,7 @@ class Units:
 
 def _compact(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """After broadcasting, of length 1 along the dimensions that are expanded in both: they say the same again."""
-    a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+    a, b = torch.broadcast_tensors(a, b)
     again = [d for d in _expanded_dims(a) if b.stride(d) == 0]
     return first(a, again), first(b, again)
 
@@ -101,7 +101,7 @@ def _expanded_dims(tensor: Tensor) -> list[int]:
 
 def is_repeating(labels: Tensor) -> bool:
     """Whether some label stands at several places."""
-    return len(labels.unique()) < labels.numel()  # type: ignore[no-untyped-call]
+    return len(labels.unique()) < labels.numel()
 
 
 def constant_keys(tensor: Tensor) -> Tensor:

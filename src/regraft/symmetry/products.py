@@ -303,7 +303,7 @@ def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = No
         return freeze(flow, op.out, [q, k, v, mask])
     if op.arguments.get("enable_gqa"):  # a head of keys and values serves its share of those of queries
         k, v = (x.rearrange(lambda t: t.repeat_interleave(q.shape[-3] // t.shape[-3], -3)) for x in (k, v))
-    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))  # type: ignore[no-untyped-call]
+    batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
     if any(x.shape[:-2] != batch for x in (q, k, v)):
         q, k, v = (x.rearrange(lambda t: t.expand(*batch, *t.shape[-2:])) for x in (q, k, v))
     size = torch.Size((*q.shape[:-1], k.shape[-2]))

@@ -198,7 +198,7 @@ def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 LOW = {torch.float32, torch.float16, torch.bfloat16}
 
 
-class _Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Exact(TorchDispatchMode):
     """Computes in float64 what a model casts to less, and records which tensors were read."""
 
     def __init__(self) -> None:
