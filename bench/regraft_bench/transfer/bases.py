@@ -36,7 +36,7 @@ digits_mlp = TransferSettings(
     subsequent=follow(digits_recipe),
     steps=10,
     schedule="uniform",
-    looks=(1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233),
+    eval_steps=(1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233),
 )
 digits_pretrained = replace(
     digits_mlp,
@@ -88,7 +88,7 @@ cifar10_conv6 = TransferSettings(
     subsequent=follow(conv6_recipe, epochs=4),
     steps=30,
     schedule="uniform",
-    looks=(20, 50, 100, 200),
+    eval_steps=(20, 50, 100, 200),
 )
 cifar10_resnet = replace(
     cifar10_conv6,

@@ -42,7 +42,7 @@ def ask(
 
     subsequent: with the training that follows a transfer, where they have any.
     """
-    changes: dict[str, Any] = {} if subsequent else {"subsequent": None, "looks": ()}
+    changes: dict[str, Any] = {} if subsequent else {"subsequent": None, "eval_steps": ()}
     return tuple(
         Scenario(f"{question}-{name}", methods, replace(own, **changes), seeds)
         for name, own in settings.items()
@@ -255,7 +255,7 @@ ENSEMBLE_COMPARISONS = ask(
     "ensemble",
     ENSEMBLES,
     {
-        name: replace(base, subsequent=follow(base.recipe, epochs=epochs), looks=())
+        name: replace(base, subsequent=follow(base.recipe, epochs=epochs), eval_steps=())
         for name, base, epochs in (
             ("digits-mlp2", digits2, 5),
             ("digits-conv-half", conv_half, 5),

@@ -49,8 +49,8 @@ class TransferSettings:
     updates apart as they can be. gradient_batches: averaged in one gradient; gradient_batch: images in each, where
     not as many as in training. bn_batches: re-estimate BatchNorm statistics. from_identity: every matching starts
     there, not from the last permutation. init_scale: times all initial weights, biases apart. source_task,
-    source_recipe: what the source learned and how, where not as the target. looks: updates after which trainings are
-    evaluated too, besides their start and the ends of epochs.
+    source_recipe: what the source learned and how, where not as the target. eval_steps: updates after which
+    trainings are evaluated too, besides their start and the ends of epochs.
     """
 
     task: Task
@@ -68,7 +68,7 @@ class TransferSettings:
     init_scale: float = 1.0
     source_task: Task | None = None
     source_recipe: Recipe | None = None
-    looks: tuple[int, ...] = ()
+    eval_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,8 @@ class TransferSetting(Setting):
 
     def learn(self, purpose: str, start: Tensors, recipe: Recipe, order: str | None = None) -> Training:
         """Train on the scenario's own task, and follow test accuracy unless the run is a tuning one."""
-        looks = {"evaluate_at": self.settings.looks} if self.settings.looks else {}
-        test = not self.tuning
-        return self.train(purpose, self.model, start, self.data, recipe, order=order, test=test, **looks)
+        how = {"test": not self.tuning, "evaluate_at": self.settings.eval_steps}
+        return self.train(purpose, self.model, start, self.data, recipe, order=order, **how)
 
     @cached_property
     def plain(self) -> Training:
