@@ -32,8 +32,6 @@ CONTRACT = {
     "SCENARIOS",
     "TABLES",
     "FIGURES",
-    "VARIANTS",
-    "CONTESTS",
 }  # of every study, of every operator
 
 LEFT = {

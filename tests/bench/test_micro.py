@@ -96,7 +96,7 @@ def held(contest: Contest, place: RunPaths, tmp_path: Path, how: Timed | None = 
     return {row.method: row for row in rows}
 
 
-@pytest.mark.parametrize("kind", assignment.KINDS)
+@pytest.mark.parametrize("kind", assignment.MATRIX_KINDS)
 def test_solvers_find_the_same_optimum(kind, place, tmp_path):
     rows = held(assignment.contest(kind, 24), place, tmp_path)
     errors = [row.values["relative error"] for name, row in rows.items() if name != BY_HAND]
@@ -142,7 +142,7 @@ def test_contenders_of_one_contest_share_a_run_and_are_compared_with_by_hand(pla
 
 
 def test_the_gpu_scenario_needs_a_gpu(place, tmp_path):
-    for method in gpu.methods():
+    for method in gpu.gpu_methods():
         scenario = Scenario("gpu", (method,), None, seeds=1)
         with pytest.raises(MissingData, match="CUDA"):
             list(run(STUDY, [scenario], place=place, rows=tmp_path / "rows.jsonl"))

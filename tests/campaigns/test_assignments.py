@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 import regraft_kernels as rk
-from regraft_bench.kernels.assignment import KINDS
+from regraft_bench.kernels.assignment import MATRIX_KINDS
 from regraft_kernels.assignment import Duals, backends
 
 SIZES = (1, 2, 3, 8, 17, 40)
@@ -18,7 +18,7 @@ Draw = np.random.Generator
 
 
 ALL_KINDS: dict[str, Callable[[int, Draw], np.ndarray]] = {
-    **{name: kind for name, kind in KINDS.items() if name != "real gradients"},
+    **{name: kind for name, kind in MATRIX_KINDS.items() if name != "real gradients"},
     "rows from 1e-30 to 1e30": lambda n, g: g.standard_normal((n, n)) * 10.0 ** g.integers(-30, 30, (n, 1)),
     "all entries equal": lambda n, g: np.full((n, n), g.standard_normal()),
 }

@@ -12,7 +12,7 @@ from regraft_bench.kernels.variants import operators
 
 @pytest.mark.parametrize("kernel", operators())
 def test_by_hand_computes_the_same(kernel):
-    contest = operators()[kernel].CONTESTS[0]
+    contest = operators()[kernel].contests[0]
     contenders = contest.make(SimpleNamespace(device="cpu"))
     assert tuple(contenders) == contest.contenders
     ours, by_hand = contenders[OURS].run(), contenders[BY_HAND].run()
@@ -25,7 +25,7 @@ def test_by_hand_computes_the_same(kernel):
 
 
 def test_names_of_contests_differ():
-    names = [contest.name for operator in operators().values() for contest in operator.CONTESTS]
+    names = [contest.name for operator in operators().values() for contest in operator.contests]
     assert len(set(names)) == len(names)
 
 

@@ -69,7 +69,7 @@ def integer_ties(n: int, g: Draw) -> np.ndarray:
     return g.integers(0, 100, (n, n)).astype(float)
 
 
-KINDS = {
+MATRIX_KINDS = {
     "Gaussian": gaussian,
     "ReLU Gram": relu_gram,
     "near rank one": near_rank_one,
@@ -78,7 +78,7 @@ KINDS = {
     "real gradients": real_gradients,
     "integer ties": integer_ties,
 }
-SIZES = (128, 512, 1024)
+MATRIX_SIZES = (128, 512, 1024)
 WARM, WITH_DUALS, SCIPY_WARM = "auto, warm", "auto, warm, and new duals", "scipy, warm"
 CONTENDERS = (BY_HAND, "auto", WARM, WITH_DUALS, SCIPY_WARM, *backends())
 
@@ -86,7 +86,7 @@ CONTENDERS = (BY_HAND, "auto", WARM, WITH_DUALS, SCIPY_WARM, *backends())
 def _draw(kind: str, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A matrix of this kind, and the same after a change of 1 %, float32."""
     g = np.random.default_rng(seed)
-    matrix = KINDS[kind](n, g).astype(np.float32)
+    matrix = MATRIX_KINDS[kind](n, g).astype(np.float32)
     return matrix, (matrix * (1 + 0.01 * g.standard_normal((n, n)))).astype(np.float32)
 
 

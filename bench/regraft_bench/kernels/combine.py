@@ -8,7 +8,7 @@ import torch
 
 from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
 from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
-from regraft_bench.kernels.variants import FLOATING, Variant, dtype_name, for_each_family
+from regraft_bench.kernels.variants import FLOATING, Variant, dtype_name, register_operator
 from regraft_bench.timing import Contender
 from regraft_kernels import combine
 from regraft_kernels.backend import accumulator
@@ -16,7 +16,7 @@ from regraft_kernels.combine import _combine_kernel, block_of
 from regraft_kernels.launch import FAMILIES
 from regraft_kernels.packing import MoveKind
 
-SIGNATURE = {
+_SIGNATURE = {
     "addresses": "*i64",
     "count": "i32",
     "segments": "*i64",
@@ -31,7 +31,7 @@ def _variants(target: str) -> list[Variant]:
     variants, tile = [], FAMILIES[target].flat
     for dtype in FLOATING:
         wide = accumulator(dtype)
-        signature = {**SIGNATURE, "coefficients": "*fp64" if wide == torch.float64 else "*fp32"}
+        signature = {**_SIGNATURE, "coefficients": "*fp64" if wide == torch.float64 else "*fp32"}
         for pair in (True, False):
             for kind in (MoveKind(dtype, False, True), MoveKind(dtype, False, False)):
                 block = block_of(tile, kind)
@@ -68,5 +68,4 @@ def _contest(network: str, into_given: bool, count: int) -> Contest:
     return Contest(name, (OURS, BY_HAND, COPY), partial(_make, network, into_given, count), bytes=moved)
 
 
-VARIANTS = for_each_family(_variants)
-CONTESTS = tuple(_contest(*plan, count) for plan in PLANS for count in (1, 4))
+register_operator("combine", _variants, (_contest(*plan, count) for plan in PLANS for count in (1, 4)))

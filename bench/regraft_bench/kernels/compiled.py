@@ -30,9 +30,9 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 CODE = "This variant's machine code, compiled ahead of time and read: nothing is timed."
 
 
-def methods() -> tuple[Method, ...]:
+def compile_methods() -> tuple[Method, ...]:
     """One for every variant that a kernel file exports."""
-    variants = [variant for operator in operators().values() for variant in operator.VARIANTS]
+    variants = [variant for operator in operators().values() for variant in operator.variants]
     variants.sort(key=lambda variant: list(TARGETS).index(variant.target))
     return tuple(
         Method(
@@ -111,22 +111,22 @@ class Goal:
         return f"{self.value}: {values[self.value]:g}, {bound}"
 
 
-PRODUCTS = "similarity (float32 tf32|bfloat16|float16)"
-MOVES = "(permute|graft|combine)"
+_PRODUCTS = "similarity (float32 tf32|bfloat16|float16)"
+_MOVES = "(permute|graft|combine)"
 GOALS = (
     Goal("", "spilled [bytes]", most=0),
     Goal("", "divisions", most=0),
-    Goal(f"sm.* {MOVES} .*aligned|similarity", "narrower stores", most=0),
+    Goal(f"sm.* {_MOVES} .*aligned|similarity", "narrower stores", most=0),
     Goal("sm.* permute int(32|64) .* aligned", "16-byte stores", least=4),
     Goal("sm_90 permute int32 rows aligned", "instructions per 16 bytes", most=16),
     Goal("sm_90 permute int32 columns aligned", "instructions per 16 bytes", most=40),
     Goal("sm_90 combine two float32 aligned", "instructions per 16 bytes", most=16),
-    Goal(f"sm_90 {MOVES} .*(int32|float32) .*aligned", "registers", most=128),
+    Goal(f"sm_90 {_MOVES} .*(int32|float32) .*aligned", "registers", most=128),
     Goal("sm_90 (permute|combine) .*(int32|float32) .*aligned", "registers", most=64),
     Goal("sm.* similarity", "narrower loads in the loop", most=0),
-    Goal(f"sm.* {PRODUCTS}", "narrower shared stores in the loop", most=0),
+    Goal(f"sm.* {_PRODUCTS}", "narrower shared stores in the loop", most=0),
     Goal("sm.* similarity", "copies in flight", least=2),  # two of one stage: target's and source's
-    Goal(PRODUCTS, "matrix instructions", least=4),
+    Goal(_PRODUCTS, "matrix instructions", least=4),
     Goal("sm_90 similarity (bfloat16|float16)", "loop instructions", most=150),
     Goal("sm_90 similarity float32 tf32 ", "loop instructions", most=150),
     Goal("sm_90 similarity float32 tf32x3 128x128x32", "loop instructions", most=550),

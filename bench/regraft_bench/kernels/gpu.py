@@ -86,7 +86,7 @@ def device_seconds(run: Callable[[], object], only: str = "", repeats: int = REP
     return sum(e.self_device_time_total for e in trace.key_averages() if only in e.key) / repeats / 1e6
 
 
-def methods() -> tuple[Method, ...]:
+def gpu_methods() -> tuple[Method, ...]:
     """Ceilings, correctness, every contest of every kernel, similarity in each precision, FGMT."""
     return (
         Method("ceilings", _ceilings, about="What a plain copy and a matrix product reach on this device."),
@@ -105,7 +105,7 @@ def methods() -> tuple[Method, ...]:
                 about="One case of a kernel, timed on the device.",
             )
             for name, operator in operators().items()
-            for contest in operator.CONTESTS
+            for contest in operator.contests
         ),
         *(
             Method(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
 from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
-from regraft_bench.kernels.variants import FLOATING, MOVE_SIGNATURE, Variant, for_each_family
+from regraft_bench.kernels.variants import FLOATING, MOVE_SIGNATURE, Variant, register_operator
 from regraft_bench.timing import Contender
 from regraft_kernels import graft
 from regraft_kernels.backend import accumulator
@@ -72,5 +72,4 @@ def _contest(network: str, into_given: bool, count: int) -> Contest:
     return Contest(name, (OURS, BY_HAND, COPY), partial(_make, network, into_given, count), bytes=moved)
 
 
-VARIANTS = for_each_family(_variants)
-CONTESTS = tuple(_contest(*plan, count) for plan in PLANS for count in (1, 4))
+register_operator("graft", _variants, (_contest(*plan, count) for plan in PLANS for count in (1, 4)))

@@ -8,7 +8,7 @@ import torch
 
 from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
 from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
-from regraft_bench.kernels.variants import MOVE_SIGNATURE, Variant, for_each_family
+from regraft_bench.kernels.variants import MOVE_SIGNATURE, Variant, register_operator
 from regraft_bench.timing import Contender
 from regraft_kernels import permute
 from regraft_kernels.launch import FAMILIES, shape_of, tile_of
@@ -57,5 +57,4 @@ def _contest(network: str, into_given: bool) -> Contest:
     return Contest(name, (OURS, BY_HAND, COPY), partial(_make, network, into_given), bytes=moved)
 
 
-VARIANTS = for_each_family(_variants)
-CONTESTS = tuple(_contest(*plan) for plan in PLANS)
+register_operator("permute", _variants, (_contest(*plan) for plan in PLANS))

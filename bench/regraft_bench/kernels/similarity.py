@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from regraft_bench.contests import BY_HAND, OURS, PRODUCT, Contest, MicroSetting
-from regraft_bench.kernels.variants import Variant, dtype_name, for_each_family
+from regraft_bench.kernels.variants import Variant, dtype_name, register_operator
 from regraft_bench.timing import Contender
 from regraft_kernels import Term, similarity, similarity_update_
 from regraft_kernels.launch import FAMILIES, DotTile
 from regraft_kernels.similarity import PRECISIONS, _similarity_kernel
 
-SIGNATURE = {"programs": "*i64", "parts": "*i64", "rows": "*i64", "out": "*fp32"}
+_SIGNATURE = {"programs": "*i64", "parts": "*i64", "rows": "*i64", "out": "*fp32"}
 
 
 def _variants(target: str) -> list[Variant]:
@@ -35,7 +35,7 @@ def _variant(target: str, dtype: torch.dtype, precision: str, tile: DotTile) -> 
     }
     kind = dtype_name(dtype) if precision == "half" else f"{dtype_name(dtype)} {precision}"
     label = f"similarity {kind} {tile.m}x{tile.n}x{tile.k}"
-    return Variant(_similarity_kernel, target, label, SIGNATURE, constants, tile.warps, tile.stages)
+    return Variant(_similarity_kernel, target, label, _SIGNATURE, constants, tile.warps, tile.stages)
 
 
 def _make(shape: tuple[int, int, int, int], axis: int, setting: MicroSetting) -> dict[str, Contender]:
@@ -87,8 +87,7 @@ def _make_update(n: int, count: int, setting: MicroSetting) -> dict[str, Contend
     }
 
 
-VARIANTS = for_each_family(_variants)
-CONTESTS = (
+_CONTESTS = (
     _contest(10, 256, 256, 9, 0),
     _contest(10, 256, 256, 9, 1),
     _contest(10, 512, 512, 1, 0),
@@ -96,3 +95,4 @@ CONTESTS = (
     _contest(10, 512, 512, 9, 0),
     Contest("similarity_update_, n = 1024, 50 changed", (OURS, BY_HAND), partial(_make_update, 1024, 50)),
 )
+register_operator("similarity", _variants, _CONTESTS)

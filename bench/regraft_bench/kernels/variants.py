@@ -1,17 +1,17 @@
-"""What to compile of a kernel. Each operator's file in this folder exports VARIANTS, and CONTESTS, what to time."""
+"""What every operator's file in this folder registers: what to compile of its kernel, and what to time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from types import ModuleType
 from typing import Any
 
 import torch
 
 import regraft_bench.kernels
+from regraft_bench.contests import Contest
 from regraft_kernels.launch import FAMILIES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -49,17 +49,31 @@ class Variant:
     reads: int = 0
 
 
-def for_each_family(variants: Callable[[str], list[Variant]]) -> tuple[Variant, ...]:
-    """The variants for all GPU families."""
-    return tuple(variant for name in FAMILIES for variant in variants(name))
+@dataclass(frozen=True)
+class Operator:
+    """What to compile of an operator's kernel, for all GPU families, and what to time, the main contest first."""
+
+    variants: tuple[Variant, ...]
+    contests: tuple[Contest, ...]
 
 
-def operators() -> dict[str, ModuleType]:
-    """The modules of this package that export VARIANTS and CONTESTS, by name: a new operator is a new file."""
+_OPERATORS: dict[str, Operator] = {}
+
+
+def register_operator(
+    name: str, variants: Callable[[str], list[Variant]], contests: Iterable[Contest]
+) -> None:
+    """Called once by each operator's file; `variants`: those of a GPU family, a name in FAMILIES."""
+    compiled = tuple(variant for family in FAMILIES for variant in variants(family))
+    _OPERATORS[name] = Operator(compiled, tuple(contests))
+
+
+def operators() -> dict[str, Operator]:
+    """All operators by name. A new operator is a new file in this folder."""
     package = regraft_bench.kernels
-    names = [module.name for module in iter_modules(package.__path__)]
-    modules = {name: import_module(f"{package.__name__}.{name}") for name in names}
-    return {name: module for name, module in modules.items() if hasattr(module, "VARIANTS")}
+    for module in iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_OPERATORS.items()))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

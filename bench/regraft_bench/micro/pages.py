@@ -169,16 +169,16 @@ REGRESSIONS = (
 )
 
 
-ON_KERNELS = ("kernels", "kernels-more", "kernels-resnet18", "kernels-resnet18-new-pages")
-ASSIGNMENTS = (
+KERNEL_SCENARIOS = ("kernels", "kernels-more", "kernels-resnet18", "kernels-resnet18-new-pages")
+ASSIGNMENT_SCENARIOS = (
     "assignment",
     *(f"assignment-{n}" for n in (128, 512, 1024)),
     "assignment-small",
     "assignment-many",
 )
 TABLES = (
-    Table("kernels", "Kernels", ON_KERNELS, by_method(KERNELS)),
-    Table("assignment", "Assignment", ASSIGNMENTS, by_method(ASSIGNMENT)),
+    Table("kernels", "Kernels", KERNEL_SCENARIOS, by_method(KERNELS)),
+    Table("assignment", "Assignment", ASSIGNMENT_SCENARIOS, by_method(ASSIGNMENT)),
     Table(
         "matching", "Matching", ("matching-mlp", "matching-resnet18", "matching-fgmt"), by_method(MATCHING)
     ),

@@ -16,8 +16,8 @@ def timed_scenario(name: str, *contests: Contest, how: Timed | None = None) -> S
     return Scenario(name, timed_methods(contests), how or Timed(), seeds=1)
 
 
-ON_KERNELS = [contest for operator in operators().values() for contest in operator.CONTESTS]
-FIRST = [operator.CONTESTS[0] for operator in operators().values()]
+ON_KERNELS = [contest for operator in operators().values() for contest in operator.contests]
+FIRST = [operator.contests[0] for operator in operators().values()]
 ON_RESNET18 = [contest for contest in ON_KERNELS if "ResNet-18" in contest.name]
 REST = [contest for contest in ON_KERNELS if contest not in FIRST and contest not in ON_RESNET18]
 
@@ -28,8 +28,8 @@ SCENARIOS = (
     timed_scenario("kernels-resnet18-new-pages", *ON_RESNET18, how=Timed(keep_pages=False)),
     timed_scenario("assignment", assignment.contest("real gradients", 512), how=Timed(budget=1.0)),
     *(
-        timed_scenario(f"assignment-{n}", *(assignment.contest(kind, n) for kind in assignment.KINDS))
-        for n in assignment.SIZES
+        timed_scenario(f"assignment-{n}", *(assignment.contest(kind, n) for kind in assignment.MATRIX_KINDS))
+        for n in assignment.MATRIX_SIZES
     ),
     timed_scenario("assignment-small", *assignment.SMALL, how=Timed(budget=1.0)),
     timed_scenario("assignment-many", assignment.MANY, how=Timed(rounds=5, clock="wall")),
@@ -39,14 +39,14 @@ SCENARIOS = (
     timed_scenario("grids", library.grid(2_000), how=Timed(rounds=2, budget=60.0)),
     timed_scenario("grids-residual", library.grid(100, library.residual), how=Timed(rounds=2, budget=60.0)),
     timed_scenario("recorder", library.RECORDER),
-    timed_scenario("systems", *systems.CONTESTS, how=Timed(budget=0.6)),
-    Scenario("compiled", compiled.methods(), None, seeds=1),
-    Scenario("gpu", gpu.methods(), None, seeds=1),
+    timed_scenario("systems", *systems.SYSTEMS, how=Timed(budget=0.6)),
+    Scenario("compiled", compiled.compile_methods(), None, seeds=1),
+    Scenario("gpu", gpu.gpu_methods(), None, seeds=1),
     Scenario("regressions", regressions.REGRESSION_METHODS, None, seeds=10),
-    Scenario("symmetry-torchvision", proofs.methods("torchvision"), proofs.Proof(), seeds=1),
+    Scenario("symmetry-torchvision", proofs.proof_methods("torchvision"), proofs.Proof(), seeds=1),
     Scenario(
         "symmetry-models",
-        proofs.methods("timm", "transformers", "diffusers", "torch"),
+        proofs.proof_methods("timm", "transformers", "diffusers", "torch"),
         proofs.Proof(),
         seeds=1,
     ),

@@ -23,17 +23,17 @@ from regraft_bench.micro.library import grid
 from regraft_bench.study import Task
 from regraft_bench.timing import Contender
 
-SIZES = (64, 512, 10)
-BATCH = 128
+LAYERS = (64, 512, 10)
+BATCH_SIZE = 128
 
 
 def by_hand(start: Mapping[str, Tensor], images: Tensor, labels: Tensor, epochs: int) -> dict[str, Tensor]:
     """Plain SGD with momentum, images in their order."""
-    model = mlp(SIZES)
+    model = mlp(LAYERS)
     model.load_state_dict(start)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(epochs):
-        for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+        for x, y in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
             optimiser.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimiser.step()
@@ -48,10 +48,10 @@ def _digits(setting: MicroSetting) -> tuple[Tensor, Tensor]:
 def _make_transfer(setting: MicroSetting) -> dict[str, Contender]:
     """FGMT of ten steps, evaluation included; by hand is a training of as many epochs."""
     images, labels = _digits(setting)
-    start, target = (initialise(mlp(SIZES), setting.generator("start", number)) for number in range(2))
+    start, target = (initialise(mlp(LAYERS), setting.generator("start", number)) for number in range(2))
     path = Trajectory.linear(start, by_hand(start, images, labels, 10), 10)
-    batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
-    model = mlp(SIZES)
+    batches = list(zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True))
+    model = mlp(LAYERS)
     spec = trace(model, (images[:2],))
 
     def ours() -> object:
@@ -62,11 +62,11 @@ def _make_transfer(setting: MicroSetting) -> dict[str, Contender]:
 
 def _make_training(setting: MicroSetting) -> dict[str, Contender]:
     images, labels = _digits(setting)
-    data, recipe = setting.dataset(Task("digits")), Recipe(epochs=5, lr=0.05, batch_size=BATCH)
-    start = initialise(mlp(SIZES), setting.generator("start"))
+    data, recipe = setting.dataset(Task("digits")), Recipe(epochs=5, lr=0.05, batch_size=BATCH_SIZE)
+    start = initialise(mlp(LAYERS), setting.generator("start"))
 
     def ours() -> object:
-        return train(mlp(SIZES), start, data, recipe, generator=setting.generator("order"))
+        return train(mlp(LAYERS), start, data, recipe, generator=setting.generator("order"))
 
     return {BY_HAND: Contender(lambda: by_hand(start, images, labels, 5)), OURS: Contender(ours)}
 
@@ -74,16 +74,16 @@ def _make_training(setting: MicroSetting) -> dict[str, Contender]:
 def _make_fast(setting: MicroSetting) -> dict[str, Contender]:
     """FAST with its recorder, two epochs; validated as it is by default, on a tenth of the images."""
     images, labels = _digits(setting)
-    start = initialise(mlp(SIZES), setting.generator("start"))
+    start = initialise(mlp(LAYERS), setting.generator("start"))
     held = [(images[: len(images) // 10], labels[: len(images) // 10])]
 
     def ours() -> object:
-        model = mlp(SIZES)
+        model = mlp(LAYERS)
         model.load_state_dict(start)
         fast.adopt(model, num_classes=10)
         optimiser = torch.optim.SGD(fast.param_groups(model, head_lr=0.3, body_lr=0.01), momentum=0.9)
         recorder = Recorder(model, validation=held, test=held)
-        for x, y in list(zip(images.split(BATCH), labels.split(BATCH), strict=True)) * 2:
+        for x, y in list(zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)) * 2:
             optimiser.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimiser.step()
@@ -97,7 +97,7 @@ def _contest(name: str, make: Callable[[MicroSetting], Mapping[str, Contender]])
     return Contest(name, (BY_HAND, OURS), make)
 
 
-CONTESTS = (
+SYSTEMS = (
     _contest("transfer", _make_transfer),
     _contest("training", _make_training),
     _contest("fast", _make_fast),

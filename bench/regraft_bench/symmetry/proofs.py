@@ -47,7 +47,7 @@ class Proof:
 PROOF = "Random permutations of all groups; the function must stay as it was, in float64."
 
 
-def methods(*families: str) -> tuple[Method, ...]:
+def proof_methods(*families: str) -> tuple[Method, ...]:
     """One a model of these families (:mod:`regraft_bench.symmetry.zoo`); torchvision's have their bare names."""
     return tuple(
         Method(name.removeprefix("torchvision/"), partial(_measure, name), about=PROOF)
