@@ -27,17 +27,12 @@ PARTICIPLE = re.compile(
 NO_PARTICIPLES = {"embed", "feed", "need", "seed", "speed", "spread"} | {
     "recorded"
 }  # `Trajectory.recorded` is public
-CONTRACT = {
-    "STUDY",
-    "SCENARIOS",
-    "TABLES",
-    "FIGURES",
-}  # of every study, of every operator
+CONTRACT = {"STUDY", "SCENARIOS", "TABLES", "FIGURES"}  # of every study
 
 LEFT = {
-    "_installed", "_measured", "_scaled", "_moved", "finished", "unchanged", "retained", "published",
-    "DIGITS", "KINDS", "ON_KERNELS", "PRODUCTS", "Rates", "SIGNATURE", "SIZES", "SMALL", "SUMMARY", "methods",
-    "names", "overview", "reproduce",
+    "_measured", "_scaled", "_moved", "finished", "unchanged", "retained", "published",
+    "DIGITS", "Rates", "SUMMARY",
+    "overview", "reproduce",
 }  # fmt: skip
 """Still to be renamed; no name is added here."""
 
