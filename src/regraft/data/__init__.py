@@ -22,19 +22,7 @@ from regraft.data.splits import (
 )
 
 __all__ = [
-    "CIFAR100_FUSION",
-    "CIFAR100_TRANSFER",
-    "DIGITS_HIGH",
-    "DIGITS_LOW",
-    "Batches",
-    "Dataset",
-    "ImageFiles",
-    "MissingData",
-    "Split",
-    "default_root",
-    "draw_per_class",
-    "flip_and_crop",
-    "load",
-    "normalise",
-    "stratified_split",
-]
+    "CIFAR100_FUSION", "CIFAR100_TRANSFER", "DIGITS_HIGH", "DIGITS_LOW", "Batches", "Dataset", "ImageFiles",
+    "MissingData", "Split", "default_root", "draw_per_class", "flip_and_crop", "load", "normalise",
+    "stratified_split"
+]  # fmt: skip

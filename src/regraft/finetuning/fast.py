@@ -41,27 +41,10 @@ from regraft.networks.heads import (
 from regraft.training.evaluation import copies
 
 __all__ = [
-    "Adoption",
-    "ClassMeans",
-    "Initialiser",
-    "NoGain",
-    "Normal",
-    "Record",
-    "Recorder",
-    "Source",
-    "Stratified",
-    "adopt",
-    "check_labels",
-    "class_means",
-    "features_of",
-    "find_head",
-    "kaiming_fan_in",
-    "kaiming_fan_out",
-    "param_groups",
-    "start_momentum_at_zero_",
-    "xavier",
-    "zero",
-]
+    "Adoption", "ClassMeans", "Initialiser", "NoGain", "Normal", "Record", "Recorder", "Source", "Stratified",
+    "adopt", "check_labels", "class_means", "features_of", "find_head", "kaiming_fan_in", "kaiming_fan_out",
+    "param_groups", "start_momentum_at_zero_", "xavier", "zero"
+]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------
 # Two learning rates

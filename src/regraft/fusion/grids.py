@@ -100,17 +100,15 @@ def evaluate(
         finish: repairs the activations of each point, e.g. :func:`regraft.fusion.repair.reset_on`.
         memory: bytes that parameter sets and activations may take beside sources and images, about. Never
             less than one network and one image need.
-        batch_size: images at a time; smaller batches stay in the cache, and with
-            :func:`regraft.fusion.repair.batch_statistics` it is what each batch is normalised with. It is lowered
-            only where `memory` asks for it, and never where a BatchNorm reads its batch.
-        resume: a file that keeps finished points; called again with the same file, the grid resumes there. The file
-            identifies networks, points, images and labels by their digest, `finish` by its name.
+        batch_size: images at a time, small enough for the cache; with `regraft.fusion.repair.batch_statistics` each
+            batch is normalised by itself. Lowered only to fit `memory`, never where a BatchNorm reads its batch.
+        resume: a file that keeps finished points, from which an interrupted grid goes on. It identifies networks,
+            points, images and labels by digest, `finish` by name.
         progress: called with (points finished, K) after every chunk.
 
     Raises:
         ValueError: as :func:`regraft.fusion.sums.fuse` for sources and coefficients; no images, or one that is not
-            finite; a number of labels other than that of images; a label that the head has no class for; `resume`
-            that is damaged or another grid's.
+            finite; another number of labels; a label without a class; `resume` that is damaged or another grid's.
         OSError: `resume` that is not a plain file.
     """
     rows = torch.as_tensor(coefficients, dtype=torch.float64)
@@ -132,13 +130,12 @@ def evaluate(
         if resume is not None:
             done.resume(Path(resume), points.fingerprint(rows))
         chunk = _chunk(sources[0], memory, finish)
-        while len(done.correct) < len(rows):
-            begin = len(done.correct)
+        for begin in range(len(done.correct), len(rows), chunk):
             done.add(*points.count(rows[begin : begin + chunk]))
             if progress is not None:
                 progress(len(done.correct), len(rows))
-    right, nonfinite = (torch.tensor(counts, dtype=torch.int64) for counts in (done.correct, done.nonfinite))
-    return Grid(rows, right, nonfinite, count)
+    correct, nonfinite = torch.tensor([done.correct, done.nonfinite], dtype=torch.int64)
+    return Grid(rows, correct, nonfinite, count)
 
 
 def _check_data(images: Inputs, labels: Tensor) -> int:

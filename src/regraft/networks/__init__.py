@@ -15,15 +15,6 @@ from regraft.networks.papers import (
 )
 
 __all__ = [
-    "Torchvision",
-    "build",
-    "cifar_resnet18",
-    "conv6",
-    "conv8",
-    "digits_conv",
-    "initialise",
-    "mlp",
-    "residual8",
-    "small_cnn",
-    "vit",
-]
+    "Torchvision", "build", "cifar_resnet18", "conv6", "conv8", "digits_conv", "initialise", "mlp",
+    "residual8", "small_cnn", "vit"
+]  # fmt: skip

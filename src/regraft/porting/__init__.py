@@ -9,20 +9,6 @@ from regraft.porting.ports import PortSettings, plan, port
 from regraft.porting.result import Result
 
 __all__ = [
-    "PORT_METHODS",
-    "Data",
-    "Job",
-    "PortProblem",
-    "PortSettings",
-    "PortWork",
-    "Ported",
-    "Result",
-    "Settings",
-    "data_by_name",
-    "data_of",
-    "fuse_checkpoints",
-    "match_checkpoints",
-    "plan",
-    "port",
-    "port_method",
-]
+    "PORT_METHODS", "Data", "Job", "PortProblem", "PortSettings", "PortWork", "Ported", "Result", "Settings",
+    "data_by_name", "data_of", "fuse_checkpoints", "match_checkpoints", "plan", "port", "port_method"
+]  # fmt: skip
