@@ -19,7 +19,7 @@ from regraft_bench.fusion.scenarios import (
     WHOLE_TABLE_SCENARIOS,
     WIDTH_SCENARIOS,
 )
-from regraft_bench.fusion.theory import HessianTerm
+from regraft_bench.fusion.theory import HESSIAN_VALUES
 from regraft_bench.report.figures import Cells, Figure, Heatmap, Line, Panel
 from regraft_bench.report.tables import (
     COMMON,
@@ -189,7 +189,7 @@ def _both_along_alpha(row: Row) -> dict[float | str, str]:
 def list_hessian_terms(rows: Rows) -> Iterator[Sheet]:
     """One line a rate and number of steps."""
     for row in rows:
-        names = [name for name in HessianTerm.__annotations__ if name in row.series]
+        names = [name for name in HESSIAN_VALUES if name in row.series]
         columns = [Column(name, partial(_format_at, row.series[name].values)) for name in names]
         steps, rates = row.series[names[0]].at
         lines = {f"{s:g} at {r:g}": (i, k) for i, s in enumerate(steps) for k, r in enumerate(rates)}

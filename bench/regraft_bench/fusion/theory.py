@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +16,7 @@ from regraft.training.evaluation import complete, gradients, mode
 from regraft_bench.fusion.setting import TRAIN, FusionSetting
 from regraft_bench.study import Measured, Method, Series, Task
 
-
-@dataclass(frozen=True)
-class HessianTerm:
-    """How well - beta_B H_A g_B explains what sequential training does and assignment does not.
-
-    Attributes:
-        difference: norm of theta_BA - theta'_BA (trained one after the other, minus assigned).
-        predicted: norm of (steps * rate)^2 H_A g_B, the difference to first order.
-        relative_error: norm of (difference - prediction) over the norm of the difference.
-        cosine: between the two.
-    """
-
-    difference: float
-    predicted: float
-    relative_error: float
-    cosine: float
+HESSIAN_VALUES = ("difference", "predicted", "relative_error", "cosine")
 
 
 def compare_with_hessian(
@@ -42,13 +27,17 @@ def compare_with_hessian(
     rate: float,
     *,
     steps: int = 1,
-) -> HessianTerm:
+) -> dict[str, float]:
     """Train task B (`second`) and then task A (`first`) from `start`, and compare with assigning A's gradient.
 
     Both by full-batch gradient descent, `steps` steps at `rate`. With theta_B = start - sum of B's steps,
     theta_BA is A's training from theta_B, theta'_BA = theta_B + (A's training from start - start). To first
     order they differ by (steps * rate)^2 H_A g_B at `start`, here by a Hessian-vector product (appendix
     B.2 has the term with the sign that it has in the gradient).
+
+    Returns:
+        "difference": norm of theta_BA - theta'_BA; "predicted": norm of the term; "relative_error": norm of their
+        difference over the norm of the first; "cosine": between the two.
     """
     names = [name for name, _ in model.named_parameters()]
 
@@ -68,12 +57,12 @@ def compare_with_hessian(
     difference = sequential - assigned
     g_b = gradients(model, start, second)
     predicted = (steps * rate) ** 2 * flat(hessian_vector_product(model, start, first, g_b))
-    return HessianTerm(
-        difference=float(difference.norm()),
-        predicted=float(predicted.norm()),
-        relative_error=float((difference - predicted).norm() / difference.norm()),
-        cosine=float(difference @ predicted / (difference.norm() * predicted.norm())),
-    )
+    return {
+        "difference": float(difference.norm()),
+        "predicted": float(predicted.norm()),
+        "relative_error": float((difference - predicted).norm() / difference.norm()),
+        "cosine": float(difference @ predicted / (difference.norm() * predicted.norm())),
+    }
 
 
 def hessian_vector_product(
@@ -126,14 +115,10 @@ def measure_hessian_term(setting: FusionSetting) -> Measured:
             [compare_with_hessian(setting.model, double, a, b, rate, steps=steps) for rate in settings.rates]
             for steps in settings.steps
         ]
-    names = ("difference", "predicted", "relative_error", "cosine")
+    axes, at = ("steps", "rate"), (settings.steps, settings.rates)
     series = {
-        name: Series(
-            ("steps", "rate"),
-            (settings.steps, settings.rates),
-            tuple(tuple(getattr(one, name) for one in line) for line in table),
-        )
-        for name in names
+        name: Series(axes, at, tuple(tuple(values[name] for values in line) for line in table))
+        for name in HESSIAN_VALUES
     }
     return Measured({}, series, clock.seconds)
 
