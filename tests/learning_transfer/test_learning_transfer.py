@@ -393,3 +393,55 @@ def test_an_exploding_gradient_is_named():
 
     with pytest.raises(ValueError, match=r"the gradient of 1\.weight is not finite"):
         regraft.transfer(model, path, target, sample(3, 4), "fgmt", spec=spec, loss=loss)
+
+
+# ---- many targets: what each gets is what it would get alone
+
+TARGETS = 3
+
+
+def flattened() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
+
+
+def line(model: nn.Module) -> regraft.Trajectory:
+    return regraft.Trajectory.linear(fresh(model, 0), fresh(model, 1), steps=STEPS)
+
+
+@pytest.mark.parametrize("factory", [mlp, normalised, flattened])
+def test_each_target_gets_what_it_gets_alone(factory):
+    model, batches = factory(), sample(3, STEPS)
+    starts = [fresh(model, 10 + number) for number in range(TARGETS)]
+    many = regraft.transfer_to_many(model, line(model), starts, batches)
+    assert many.gradients == STEPS * (1 + TARGETS)
+    for number, start in enumerate(starts):
+        alone = regraft.transfer(model, line(model), start, batches)
+        for group, index in alone.perm.items():
+            assert torch.equal(many.perms[number][group], index)
+        for name, tensor in alone.params.items():
+            torch.testing.assert_close(many.target(number)[name], tensor)
+
+
+def test_permuted_targets_get_the_permuted_end():
+    model = mlp()
+    spec = regraft.trace(model, sample(3, 1)[0][0])
+    start, path = fresh(model, 0), line(model)
+    perms = [spec.random(torch.Generator().manual_seed(seed)) for seed in range(TARGETS)]
+    many = regraft.transfer_to_many(
+        model, path, [regraft.apply(spec, perm, start) for perm in perms], sample(4, STEPS), spec=spec
+    )
+    for number, perm in enumerate(perms):
+        for name, tensor in regraft.apply(spec, perm, path.end).items():
+            torch.testing.assert_close(many.target(number)[name], tensor)
+
+
+def test_what_does_not_fit_is_named_with_its_target():
+    model = mlp()
+    with pytest.raises(ValueError, match="there is no target"):
+        regraft.transfer_to_many(model, line(model), [], sample(3, 1))
+    good, bad = values(model), values(model)
+    bad["1.weight"] = bad["1.weight"][:3]
+    with pytest.raises(ValueError, match=r"target 1: tensor '1.weight': shape \(3, 36\)"):
+        regraft.transfer_to_many(model, line(model), [good, bad], sample(3, 1))
+    with pytest.raises(ValueError, match="no batch"):
+        regraft.transfer_to_many(model, line(model), [good], [])
