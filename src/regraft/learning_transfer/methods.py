@@ -39,7 +39,8 @@ def weights(problem: Problem, work: Work) -> Steps:
 
 
 def oracle(problem: Problem, work: Work) -> Steps:
-    """A bound, no method: the target is trained after all, and one permutation matches what both have learned."""
+    """An upper bound, not a usable method: the target is trained after all, and one permutation matches what both have
+    learned."""
     if not problem.ends:
         raise ValueError("method 'oracle' needs target_end, the end of a real training from target_start")
     source = problem.change(problem.path.end, problem.path.start)
