@@ -68,7 +68,7 @@ def test_every_method_says_what_it_comes_to(rows):
     assert len(sheet.lines) == len(PORT_QUESTIONS) and all(line[1] == "2" for line in sheet.lines)
 
 
-@pytest.mark.parametrize("find", [ports.leave_in_place, ports.match_bases, ports.match_gradients])
+@pytest.mark.parametrize("find", [ports.leave_in_place, ports.match_base_weights, ports.match_gradients])
 def test_on_its_own_base_a_port_is_the_fine_tune(place, find):
     own = setting(place, alphas=(1.0,))
     own.target_start = own.source_start
@@ -86,7 +86,9 @@ def test_on_a_permuted_base_it_is_the_permuted_fine_tune(place):
     names = dict(own.model.named_parameters())
     seen = ports.few_shot_data(own, 4)
     assert alike(
-        ports.add_task_vector(ports.match_bases, ports.full_task_vector, own, seen, Clock()), wanted, names
+        ports.add_task_vector(ports.match_base_weights, ports.full_task_vector, own, seen, Clock()),
+        wanted,
+        names,
     )
     assert not alike(
         ports.add_task_vector(ports.leave_in_place, ports.full_task_vector, own, seen, Clock()), wanted, names

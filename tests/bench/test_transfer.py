@@ -31,8 +31,8 @@ from regraft_bench.transfer.methods.leads import LEADS, PAIRS
 from regraft_bench.transfer.methods.peers import PEERS
 from regraft_bench.transfer.methods.ports import port_methods
 from regraft_bench.transfer.methods.transfers import TRANSFERS, run_transfer
-from regraft_bench.transfer.pages import METHOD_COLUMNS, TABLES, epochs, reach, speed_up
-from regraft_bench.transfer.plots import FIGURES
+from regraft_bench.transfer.pages import METHOD_COLUMNS, TRANSFER_TABLES, epochs, reach, speed_up
+from regraft_bench.transfer.plots import TRANSFER_FIGURES
 from regraft_bench.transfer.setting import PortSettings, Pretraining, TransferSetting, TransferSettings
 
 SCENARIOS = {scenario.name: scenario for scenario in STUDY.scenarios}
@@ -223,7 +223,7 @@ def test_missing_data_are_named_before_any_work(tmp_path):
 def test_a_source_that_diverges_is_a_row_that_says_so(tmp_path):
     measured = measure(tmp_path, replace(TINY, recipe=replace(BRIEF, lr=1e20)))
     assert all(row.failure and row.failure.startswith("diverged") for row in measured)
-    for table in TABLES:
+    for table in TRANSFER_TABLES:
         table.make_sheets([replace(row, scenario="digits-mlp") for row in measured])
 
 
@@ -237,13 +237,13 @@ def shown(rows):
 
 
 def test_a_method_is_on_every_page_without_another_edit(shown):
-    table = {table.name: table.make_sheets(shown) for table in TABLES}
+    table = {table.name: table.make_sheets(shown) for table in TRANSFER_TABLES}
     assert [line[0] for line in table["main"][0].lines] == ["digits-mlp", "digits-mlp2"]
     assert "random" in table["main"][0].heading and "plain" not in table["main"][0].heading
     assert [sheet.title for sheet in table["methods"]] == ["digits-mlp", "digits-mlp2"]
     assert "random" in [line[0] for line in table["methods"][0].lines]
     assert sum("(n = 2" in note for note in table["methods"][0].notes) == 4
-    figures = {figure.name: figure for figure in FIGURES}
+    figures = {figure.name: figure for figure in TRANSFER_FIGURES}
     assert "random" in svg(figures["path"], shown)
     assert len(figures["path"].collect_panels(shown)) == 2, "scenarios without rows are left out"
 
@@ -288,14 +288,14 @@ def test_every_table_and_figure_is_made_of_rows(answers, shown):
     assert not failures(answers)
     led = [replace(row, scenario="digits-conv") for row in shown if row.scenario == "digits-mlp"]
     everything = [*answers, *shown, *led]
-    for table in TABLES:
+    for table in TRANSFER_TABLES:
         sheets = table.make_sheets(everything)
         assert sheets, table.name
         for sheet in sheets:
             assert sheet.lines and all(len(line) == len(sheet.heading) for line in sheet.lines)
             assert all(cell for line in sheet.lines for cell in line)
             assert not any("|" in text for text in sheet.heading), "Markdown's own"
-    for figure in FIGURES:
+    for figure in TRANSFER_FIGURES:
         assert svg(figure, everything), figure.name
 
 
@@ -393,7 +393,7 @@ def test_chance_is_shown_and_not_hidden_behind_the_best_step(tmp_path):
         tmp_path, replace(TINY, recipe=replace(BRIEF, lr=0.0)), TRANSFERS[:2], name="digits-mlp"
     )
     assert measured[1].notes["at chance"] and measured[1].values["accuracy"] is not None
-    table = next(table for table in TABLES if table.name == "main")
+    table = next(table for table in TRANSFER_TABLES if table.name == "main")
     assert "(chance)" in table.make_sheets(measured)[0].lines[0][1]
 
 

@@ -1,17 +1,21 @@
-"""Learning transfer beside plain training."""
+"""Study 1: learning transfer against plain training (Chijiwa, Transferring Learning Trajectories of Neural Networks).
+
+Read it in this order: `setting` (what methods are given), `methods` (each returns what it measured), `bases` (data,
+networks and recipes by name), `scenarios` (what is asked of them), `pages` and `plots` (tables and figures of rows).
+"""
 
 from regraft_bench.study import Study
-from regraft_bench.transfer.pages import TABLES
-from regraft_bench.transfer.plots import FIGURES
-from regraft_bench.transfer.scenarios import SCENARIOS
+from regraft_bench.transfer.pages import TRANSFER_TABLES
+from regraft_bench.transfer.plots import TRANSFER_FIGURES
+from regraft_bench.transfer.scenarios import TRANSFER_SCENARIOS
 from regraft_bench.transfer.setting import TransferSetting
 
 STUDY = Study(
     name="transfer",
     title="Learning transfer",
     setting=TransferSetting,
-    scenarios=SCENARIOS,
+    scenarios=TRANSFER_SCENARIOS,
     quick=("digits-mlp",),
-    tables=TABLES,
-    figures=FIGURES,
+    tables=TRANSFER_TABLES,
+    figures=TRANSFER_FIGURES,
 )

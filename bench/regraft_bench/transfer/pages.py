@@ -339,7 +339,7 @@ def _table(
     return Table(name, title, scenarios.list_names(asked), sheets)
 
 
-TABLES = (
+TRANSFER_TABLES = (
     _table("main", "What a network knows that was never trained", scenarios.COMPARISONS, compare_scenarios),
     _table("methods", "Every scenario", scenarios.COMPARISONS, by_method(METHOD_COLUMNS, METHOD_QUESTIONS)),
     _table("race", "The training that follows, and its cost", scenarios.COMPARISONS, by_method(RACE_COLUMNS)),

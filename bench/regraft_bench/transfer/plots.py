@@ -118,7 +118,7 @@ def _figure(
     return Figure(name, title, names, tuple(map(make_panel, names)))
 
 
-FIGURES = (
+TRANSFER_FIGURES = (
     _figure(
         "leaderboard",
         "Accuracy of a network that was never trained (plain: trained), and what it costs",

@@ -292,7 +292,7 @@ def ask_ports(name: str) -> Scenarios:
 
 PORTS = (*ask_ports("resnet"), *ask_ports("vit"))
 
-SCENARIOS = (
+TRANSFER_SCENARIOS = (
     *COMPARISONS,
     *PEER_COMPARISONS,
     *REGIMES,

@@ -118,7 +118,7 @@ def leave_in_place(setting: TransferSetting, seen: FewShotData, clock: Clock) ->
     return setting.spec.identity()
 
 
-def match_bases(setting: TransferSetting, seen: FewShotData, clock: Clock) -> Perm:
+def match_base_weights(setting: TransferSetting, seen: FewShotData, clock: Clock) -> Perm:
     """TransFusion's: bases matched by their weights, heads of attention as wholes and what is within them."""
     target, source = map(setting.parameters, (new_base(setting), base(setting)))
     result = match(setting.spec, target, source, generator=setting.generator("sweeps"))
@@ -361,7 +361,7 @@ def port_methods(rates: Sequence[float]) -> tuple[Method, ...]:
             ("gradfix, mean", keep_by_mean, "What of the task vector descends, by the mean gradient."),
         ),
         *_vectors(
-            match_bases,
+            match_base_weights,
             ("weights, head alone", head_only, "The fine-tune's head, permuted as by weights."),
             ("weights", full_task_vector, "Permuted by matching the bases' weights (TransFusion)."),
             ("weights + gradfix", keep_by_majority, "Permuted by weights, then masked by majority."),
