@@ -7,7 +7,6 @@ method's charge is what it takes beyond theta_A and theta_B, which it is given: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.core.clock import EVALUATION, Clock
-from regraft.core.tensors import Tensors
+from regraft.core.tensors import Tensors, norm
 from regraft.fusion.grids import harmonic_mean
 from regraft.fusion.repair import repair_on, reset_on
 from regraft.fusion.sums import gradient
@@ -219,9 +218,7 @@ def measure_diagonal(setting: FusionSetting) -> Measured:
 
 def _parameter_norm(model: nn.Module, tensors: Tensors) -> float:
     """Of all parameters, BatchNorm's statistics left out."""
-    return math.sqrt(
-        sum(float(tensors[name].double().square().sum()) for name, _ in model.named_parameters())
-    )
+    return norm(tensors[name] for name, _ in model.named_parameters())
 
 
 def _method(
