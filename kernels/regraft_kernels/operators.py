@@ -19,7 +19,7 @@ _PLAIN = Tensor.__torch_dispatch__
 def needs_operator(groups: Iterable[Tensors], out: Tensors | None = None) -> bool:
     """Whether PyTorch must see the operation: something traces or differentiates it, or there is no memory to read.
 
-    Where it need not, operations run directly: by way of `torch.ops` they would take a quarter to a half longer on
+    Where it need not, operations run directly: by way of `torch.ops` they would take a fifth to a half longer on
     small networks, check prepared indices again, and could not write to `out`.
 
     Raises ValueError, naming the tensor, for one whose values are in other tensors (DTensor), and where `out` is given

@@ -207,29 +207,23 @@ class _Work:
                     splits.append([])
                     room = each
                 taken = min(length - first, room)
-                splits[-1].append(_part(*part, first, taken, k, rows_before))
+                splits[-1].append(_part(part, first, taken, k, rows_before))
                 room -= taken
                 first += taken
         return splits
 
 
 def _part(
-    target: Runs,
-    source: Runs,
-    target_rows: int,
-    source_rows: int,
-    first: int,
-    steps: int,
-    k: int,
-    before: int,
+    occurrence: tuple[Runs, Runs, int, int], first: int, steps: int, k: int, rows_before: int
 ) -> list[int]:
     """A row of `parts`: so many steps from the first on."""
+    target, source, target_rows, source_rows = occurrence
     each = -(-target.length // k)
     run, step = divmod(first, each)
     sides = (target, source)
     addresses = [s.stack.data_ptr() + (run * s.distance + step * k) * s.stack.element_size() for s in sides]
     skips = [s.distance - each * k for s in sides]
-    rows = [before + target_rows, before + source_rows]
+    rows = [rows_before + target_rows, rows_before + source_rows]
     return [*addresses, *rows, steps, target.length - step * k, target.length, *skips]
 
 

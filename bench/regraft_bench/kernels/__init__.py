@@ -1,1 +1,1 @@
-"""The kernels beside what one would write by hand: assignment, machine code, a GPU."""
+"""The kernels against straightforward PyTorch: assignment, machine code, a GPU."""

@@ -1,4 +1,4 @@
-"""Grids beside a loop over their points, and what the recorder adds to a training step."""
+"""Grids against a loop over their points, and what the recorder adds to a training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matching and FGMT beside their straightforward and their literal forms: the same objective, in how much less time."""
+"""Matching and FGMT against straightforward and literal implementations: objectives and times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of the microbenches: every contender beside what one would write by hand, measured in the same run."""
+"""Tables of the microbenches: every contender against what one would write by hand, measured in the same run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Each system beside the training, or the loop over sums, that one would write by hand: small, to compare commits.
+"""Each system against the training, or the loop over sums, that one would write by hand: small, to compare commits.
 
-What is timed is what its users call; the control is plain torch and changes with nothing here.
+Each is timed as its users call it; the control is plain torch and does not depend on this project.
 """
 
 from __future__ import annotations
