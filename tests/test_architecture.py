@@ -24,17 +24,9 @@ TOOLS = ("pandas", "pytest", "plotly", "vl_convert", "sklearn", "torchvision.dat
 PARTICIPLE = re.compile(
     "_*([a-z]+ed|bound|built|chosen|drawn|found|held|kept|known|made|met|seen|sent|shown|taken|told|written)_*"
 )
-NO_PARTICIPLES = {"embed", "feed", "need", "seed", "speed", "spread"} | {
-    "recorded"
-}  # `Trajectory.recorded` is public
+# `recorded`: `Trajectory.recorded` is a public name.
+NO_PARTICIPLES = {"embed", "feed", "need", "seed", "speed", "spread", "recorded"}
 CONTRACT = {"STUDY", "SCENARIOS", "TABLES", "FIGURES"}  # of every study
-
-LEFT = {
-    "_measured", "_scaled", "_moved", "finished", "unchanged", "retained", "published",
-    "DIGITS", "Rates", "SUMMARY",
-    "overview", "reproduce",
-}  # fmt: skip
-"""Still to be renamed; no name is added here."""
 
 
 def modules() -> list[str]:
@@ -102,12 +94,8 @@ def test_a_name_says_one_thing(package):
         for node in tree.body if not module.startswith("reference") else ():
             for target in getattr(node, "targets", [getattr(node, "target", node)]):
                 places[getattr(target, "name", getattr(target, "id", "_"))].add(module)
-        names = (
-            {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-            - NO_PARTICIPLES
-            - LEFT
-        )
+        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)} - NO_PARTICIPLES
         participles |= {f"{module}: {name}" for name in names if PARTICIPLE.fullmatch(name)}
-    public = {name: where for name, where in places.items() if name[0] != "_" and name not in CONTRACT | LEFT}
+    public = {name: where for name, where in places.items() if name[0] != "_" and name not in CONTRACT}
     assert not participles
     assert not {name: where for name, where in public.items() if len(where) > 1}

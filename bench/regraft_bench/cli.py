@@ -139,7 +139,7 @@ def reproduce(
     """
     from regraft_bench import session
 
-    return session.reproduce(study, table, figure, paper=paper, options=measuring)
+    return session.reproduce_study(study, table, figure, paper=paper, options=measuring)
 
 
 def report(

@@ -100,12 +100,12 @@ def on_ray(jobs: Sequence[Job]) -> Iterator[Row]:
     remote = ray.remote(num_cpus=asking.threads, max_retries=RETRIES, **gpus)(work)
     waiting = {remote.remote(_portable(job), asking): job for job in jobs}
 
-    def finished() -> Iterator[tuple[Any, Callable[[], Any]]]:
+    def collect_results() -> Iterator[tuple[Any, Callable[[], Any]]]:
         while waiting:
             (done, *_), _ = ray.wait(list(waiting))
             yield done, partial(ray.get, done)
 
-    yield from _receive_rows(waiting, finished(), partial(ray.cancel, force=True))
+    yield from _receive_rows(waiting, collect_results(), partial(ray.cancel, force=True))
 
 
 def on_slurm(jobs: Sequence[Job], cluster: str = "slurm", look_every: float = 10) -> Iterator[Row]:

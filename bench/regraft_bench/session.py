@@ -144,7 +144,7 @@ def regenerate(results: Path, documents: Sequence[Path] = (), papers: bool = Fal
     return [*written, results / "index.html"]
 
 
-def reproduce(
+def reproduce_study(
     name: str, tables: Sequence[str], figures: Sequence[str], *, paper: bool, options: Options
 ) -> int:
     """Run the scenarios of a study's tables and figures, all of them if none is named, and print the tables.

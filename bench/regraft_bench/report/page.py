@@ -25,7 +25,7 @@ from regraft_bench.study import Study
 from regraft_bench.tracking import history
 
 LIBRARY = "window.embed = vegaEmbed;"
-KINDS = ("html", "css", "js")
+PAGE_PARTS = ("html", "css", "js")
 
 
 def page(folder: Path, studies: Sequence[Study]) -> str:
@@ -48,7 +48,7 @@ def page(folder: Path, studies: Sequence[Study]) -> str:
     data = {"figures": figures, "leaders": leaders, "colours": COLOURS, "clock": clock}
     packed = gzip.compress(json.dumps(data, allow_nan=False).encode(), mtime=0)
     library = vl_convert.javascript_bundle(LIBRARY, vl_version=VEGA_LITE) if measured else ""
-    parts = {kind: (files("regraft_bench.report") / f"page.{kind}").read_text("utf-8") for kind in KINDS}
+    parts = {kind: (files("regraft_bench.report") / f"page.{kind}").read_text("utf-8") for kind in PAGE_PARTS}
     return Template(parts["html"]).substitute(
         style=parts["css"],
         links="".join(f'<a href="#{name}">{name}</a>' for name in names),

@@ -221,7 +221,7 @@ def port_by_command(setting: TransferSetting, seen: FewShotData, clock: Clock) -
         return dict(CheckpointFile.open(result.out))
 
 
-def unchanged(setting: TransferSetting, seen: FewShotData, clock: Clock) -> Tensors:
+def keep_new_base(setting: TransferSetting, seen: FewShotData, clock: Clock) -> Tensors:
     return new_base(setting)
 
 
@@ -352,7 +352,7 @@ def port_methods(rates: Sequence[float]) -> tuple[Method, ...]:
         Method("own base", own_base, about="The fine-tune on the base where it was made."),
         Method("all images", all_images, about="The new base fine-tuned on everything."),
         _port("probe", fit_probe, "Logistic regression on the new base's features of the few images."),
-        _few_shot("few-shot", unchanged, rates, "The new base trained on the few images: 2 T updates."),
+        _few_shot("few-shot", keep_new_base, rates, "The new base trained on the few images: 2 T updates."),
         *_vectors(
             leave_in_place,
             ("head alone", head_only, "The new base with the fine-tune's head as it is."),
@@ -378,5 +378,7 @@ def port_methods(rates: Sequence[float]) -> tuple[Method, ...]:
             ("fgmt + gradfix, mean", keep_by_mean, "Permuted by fgmt, then masked by the mean gradient."),
         ),
         _few_shot("fgmt, then few-shot", fgmt, rates, "Moved by fgmt, then trained on the few images."),
-        _few_shot("few-shot, twice as long", unchanged, rates, "The new base trained for 4 T updates.", 2),
+        _few_shot(
+            "few-shot, twice as long", keep_new_base, rates, "The new base trained for 4 T updates.", 2
+        ),
     )
