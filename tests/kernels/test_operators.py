@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from regraft_kernels import Packing, combine, graft, permute
 
@@ -120,6 +121,14 @@ def test_vmap_is_one_after_the_other(generator):
         expected = everything({n: t[number] for n, t in base.items()}, start, end, indices)
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name][number], tensor)
+
+
+def test_what_traces_sees_the_operators(inputs):
+    base, start, end, indices = inputs
+    graph = make_fx(lambda w: everything({**base, "w": w}, start, end, indices))(base["w"]).graph
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    for name in ("permute", "graft", "combine"):
+        assert getattr(torch.ops.regraft, name).default in called
 
 
 def test_prepared_indices_serve_traced_calls_too(inputs):
