@@ -71,7 +71,7 @@ class CheckpointOptions:
 
     def settings(self) -> Settings:
         """What the functions of `regraft.porting` take; makes torch deterministic if that is wanted."""
-        from regraft.porting.checkpoint_files import parse_size
+        from regraft.porting.sizes import parse_size
 
         if self.deterministic:
             from regraft.core.guard import make_deterministic

@@ -19,9 +19,9 @@ from regraft.porting.checkpoint_files import (
     CheckpointFile,
     Layout,
     beside,
-    parse_size,
     write_shards,
 )
+from regraft.porting.sizes import parse_size
 
 WEIGHTS = {"fc.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.ones(2), "steps": torch.tensor(3)}
 

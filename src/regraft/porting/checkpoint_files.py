@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -437,29 +436,3 @@ def keep_tensors(folder: Path, name: str, make: Callable[[], Tensors]) -> Tensor
     made = make()
     write_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in made.items()})
     return made
-
-
-# ---------------------------------------------------------------- sizes
-
-_UNITS = {"": 1} | {
-    f"{prefix}{binary}": base**power
-    for binary, base in (("", 1000), ("I", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
-
-
-def parse_size(text: str) -> int:
-    """Bytes: "8GB", "512MiB", "1000". Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"no size: {text!r}; say such as 8GB or 512MiB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def format_size(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.porting.checkpoint_files import CheckpointFile, Entry, Layout, Lazy, check_free, format_size
+from regraft.porting.checkpoint_files import CheckpointFile, Entry, Layout, Lazy, check_free
 from regraft.porting.data import Data
 from regraft.porting.fitting import Distances
 from regraft.porting.model_spec import ModelSpec, Settings, find_model_spec
+from regraft.porting.sizes import check_memory, format_size
 from regraft.symmetry import PermutationSpec
 
 SHARD = 10**9
@@ -219,24 +219,6 @@ def _layout_like(result: CheckpointFile, dtypes_of: CheckpointFile, max_memory: 
     return Layout.of({name: (dtype(name, e), e.shape) for name, e in result.entries.items()}, limit)
 
 
-# ---------------------------------------------------------------- memory and disk
-
-
-def check_memory(needed: int, why: str, allowed: int | None) -> int:
-    """What the process holds now and ``needed`` bytes more, if that is allowed (None: what the machine has).
-
-    Raises OSError (ENOMEM) that says how much is missing, and for what.
-    """
-    total = _resident() + needed
-    limit = _resident() + _available() if allowed is None else allowed
-    if total > limit:
-        there = format_size(limit)
-        raise OSError(
-            errno.ENOMEM, f"{why} takes about {format_size(total)} of memory, and there are {there}"
-        )
-    return total
-
-
 def check_disk(out: Path, needed: int) -> None:
     """Raises OSError: FileExistsError where something is at ``out``, ENOSPC where its disk has not so many bytes."""
     check_free(out)
@@ -246,20 +228,3 @@ def check_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{out} takes {format_size(needed)}, and {place} has {format_size(free)}")
-
-
-def _resident() -> int:
-    """Bytes of memory that the process holds; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def _available() -> int:
-    """Bytes of memory that the machine could give; without end where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 1 << 62
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 1 << 62)
