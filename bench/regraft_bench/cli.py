@@ -44,7 +44,7 @@ class Options:
         device: where to compute, such as cpu or cuda.
         data: folder of the data sets (default: REGRAFT_DATA, else ./data).
         results: folder for rows, tables, figures and the page.
-        cache: folder in which trainings are kept, so that an interrupted one goes on.
+        cache: folder in which trainings are kept, so that an interrupted one goes on; other code trains anew.
         resume: measure only what has no row of the same settings and the same code.
         keep_older: measure only what has no row of the same settings, whatever its code.
         deterministic: only algorithms that give the same bits in every run.

@@ -25,7 +25,7 @@ from regraft.core.clock import Cost
 from regraft.core.files import alone
 from regraft.data import Dataset, draw_per_class, load
 from regraft.training.loop import Recipe, Training, train
-from regraft_bench.rows import Environment, Series, digest, environment, plain_data
+from regraft_bench.rows import Environment, Series, code, digest, environment, plain_data
 
 if TYPE_CHECKING:
     from regraft_bench.report.figures import Figure
@@ -167,6 +167,10 @@ class Setting:
         few = draw_per_class(data.train.labels, task.per_class, generator)
         return replace(data, train=data.train.subset(few))
 
+    def cache_file(self, kind: str, asked: Any, suffix: str) -> Path:
+        """Where the cache keeps what this code computed from ``asked`` (JSON data). Other code does not read it."""
+        return self.place.cache / f"{kind}-{digest([code().trees, asked])}{suffix}"
+
     def train(
         self,
         purpose: str,
@@ -181,13 +185,13 @@ class Setting:
         """Train as :func:`regraft.training.loop.train` does; interrupted, it goes on, and finished, it is read.
 
         purpose: names the training within this seed. order: names the order of the images, where several trainings
-        are to see the same one. Scenarios share a training of the same purpose, start, data and recipe.
+        are to see the same one. Scenarios share a training of the same purpose, start, data, recipe and code.
         """
         asked: list[Any] = [purpose, order, self.seed, recipe, repr(model), tensors.digest_tensors(start)]
         asked += [_describe_data(data), None if (penalty := how.get("penalty")) is None else penalty.identity]
         if looks := sorted(how.get("evaluate_at", ())):
             asked.append(looks)
-        file = self.place.cache / f"{digest(asked)}.safetensors"
+        file = self.cache_file("training", asked, ".safetensors")
 
         def report_epoch(row: Any) -> None:
             self.place.tell(f"{self.scenario.name}: {purpose}", round(row.epoch), recipe.epochs)

@@ -16,7 +16,6 @@ from regraft.finetuning.fast import Adoption, Stratified, adopt, kaiming_fan_in
 from regraft.finetuning.recorder import Recorder, Source
 from regraft.networks.papers import build
 from regraft.training.loop import Recipe, train
-from regraft_bench.rows import digest
 from regraft_bench.study import Setting, Task, seeded_generator
 
 
@@ -70,7 +69,7 @@ class FastSetting(Setting):
 
     @cached_property
     def source(self) -> Pretrained:
-        """Trained from seed 0, or read from the place's cache where that has been done."""
+        """Trained from seed 0, or read from the place's cache where this code has done that."""
         origin: Origin = self.settings.origin
         data = None if origin.task is None else self.dataset(origin.task)
         model = _build_untrained(origin, data).to(self.device).to(memory_format=torch.channels_last)
@@ -85,7 +84,7 @@ class FastSetting(Setting):
             origin.recipe,
             generator=seeded_generator(0, "source order"),
             device=self.device,
-            checkpoint=self.place.cache / f"fast-source-{digest(origin)}.safetensors",
+            checkpoint=self.cache_file("fast-source", origin, ".safetensors"),
             on_epoch=lambda row: self.place.tell("the source network", round(row.epoch), epochs),
         )
         return Pretrained(model, trained.tensors, start, data)

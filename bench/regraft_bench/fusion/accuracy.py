@@ -17,7 +17,7 @@ from regraft.fusion.grids import evaluate
 from regraft.fusion.repair import Finish
 from regraft.training.evaluation import ensemble_accuracy
 from regraft_bench.fusion.setting import FusionSetting
-from regraft_bench.rows import code, digest
+from regraft_bench.rows import digest
 from regraft_bench.study import Series
 
 A, B = "accuracy_a", "accuracy_b"
@@ -64,7 +64,7 @@ def measure_sums(
 def _read_or_measure(
     setting: FusionSetting, name: str, measure: Callable[[], tuple[Tensor, Cost]]
 ) -> tuple[Tensor, Cost]:
-    path = setting.place.cache / f"grid-{digest([name, setting.settings.batch])}.json"
+    path = setting.cache_file("grid", [name, setting.settings.batch], ".json")
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         return torch.tensor(kept["accuracy"], dtype=torch.float64), Cost(**kept["cost"])
@@ -74,10 +74,10 @@ def _read_or_measure(
 
 
 def _grid_name(model: nn.Module, sums: Sums, images: Pair) -> str:
-    """A name for a grid: all that its accuracies depend on, the code included."""
+    """A name for a grid: all that its accuracies depend on but the code."""
     sources = [digest_tensors(source) for source in sums.sources]
     shown = [tensor_digest(tensor) for tensor in images]
-    return digest([*code().trees, repr(model), sources, sums.rows, shown])
+    return digest([repr(model), sources, sums.rows, shown])
 
 
 def measure_ensemble(setting: FusionSetting, members: Sequence[Tensors], images: Pair, clock: Clock) -> float:
