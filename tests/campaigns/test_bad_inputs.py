@@ -26,16 +26,11 @@ from regraft.matching.descent import match
 from regraft.networks.heads import adopt
 from regraft.networks.papers import build
 from regraft.symmetry import apply, trace, verify
-from regraft.training.evaluation import (
-    accuracy,
-    ensemble_accuracy,
-    gradients,
-    interpolate,
-    loss_and_accuracy,
-    plane,
-    reset_batchnorm,
-)
+from regraft.training.evaluation import accuracy, ensemble_accuracy, loss_and_accuracy
+from regraft.training.gradients import gradients
+from regraft.training.landscape import interpolate, plane
 from regraft.training.loop import Recipe, train
+from regraft.training.statistics import reset_batchnorm
 from regraft_kernels import assign
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -66,8 +61,14 @@ TAKES_TENSORS: dict[str, tuple[Change, dict[str, Change]]] = {
     "ensemble_accuracy": (lambda t: ensemble_accuracy(s.MODEL, [s.weights(1), t], s.BATCHES), SHAPES),
     "gradients": (lambda t: gradients(s.MODEL, t, s.BATCHES), SHAPES | VALUES),
     "reset_batchnorm": (lambda t: reset_batchnorm(s.MODEL, t, s.BATCHES), SHAPES),
-    "interpolate": (lambda t: interpolate(s.MODEL, s.weights(1), t, s.BATCHES, 3), SHAPES),
-    "plane": (lambda t: plane(s.MODEL, s.weights(1), s.weights(2), t, s.BATCHES, 3), SHAPES),
+    "interpolate": (
+        lambda t: interpolate(s.MODEL, s.weights(1), t, s.BATCHES, 3),
+        SHAPES,
+    ),
+    "plane": (
+        lambda t: plane(s.MODEL, s.weights(1), s.weights(2), t, s.BATCHES, 3),
+        SHAPES,
+    ),
     "fuse": (lambda t: fuse([s.weights(1), t], [0.5, 0.5]), ALL),
     "fuse_many": (lambda t: fuse_many([s.weights(1), t], [[0.5, 0.5]]), SHAPES | DTYPE),
     "assign_gradient": (lambda t: assign_gradient(s.weights(1), t, 0.5), ALL),

@@ -27,6 +27,7 @@ from regraft.learning_transfer.methods import TRANSFER_METHODS
 from regraft.networks.heads import find_head
 from regraft.networks.papers import build
 from regraft.training import evaluation as ev
+from regraft.training import gradients, landscape, statistics
 from regraft.training.loop import Diverged, Recipe, train
 from regraft_bench.rows import environment
 
@@ -145,11 +146,11 @@ CALLS: dict[str, Callable] = {
     "accuracy": lambda m, a, b, d: ev.accuracy(m, a, d),
     "loss_and_accuracy": lambda m, a, b, d: ev.loss_and_accuracy(m, a, d),
     "ensemble_accuracy": lambda m, a, b, d: ev.ensemble_accuracy(m, [a, b], d),
-    "gradients": lambda m, a, b, d: ev.gradients(m, a, d),
-    "gradients with dropout": lambda m, a, b, d: ev.gradients(m, a, d, generator=s.seed()),
-    "reset_batchnorm": lambda m, a, b, d: ev.reset_batchnorm(m, a, d),
-    "interpolate": lambda m, a, b, d: ev.interpolate(m, a, b, d, 3, statistics=d),
-    "plane": lambda m, a, b, d: ev.plane(m, a, b, state(m), d, 2),
+    "gradients": lambda m, a, b, d: gradients.gradients(m, a, d),
+    "gradients with dropout": lambda m, a, b, d: gradients.gradients(m, a, d, generator=s.seed()),
+    "reset_batchnorm": lambda m, a, b, d: statistics.reset_batchnorm(m, a, d),
+    "interpolate": lambda m, a, b, d: landscape.interpolate(m, a, b, d, 3, statistics=d),
+    "plane": lambda m, a, b, d: landscape.plane(m, a, b, state(m), d, 2),
     "fuse": lambda m, a, b, d: fuse([a, b], [0.5, 0.5]),
     "assign_gradient": lambda m, a, b, d: assign_gradient(a, b, 0.1),
     "reset_on": lambda m, a, b, d: fuse([a, b], [0.5, 0.5], finish=reset_on(m, d)),
@@ -216,7 +217,7 @@ def test_a_loader_goes_on_from_batch_to_batch():
     model, values = build(Restless, s.seed()), state(build(Restless, s.seed(1)))
     data = torch.utils.data.TensorDataset(torch.randn(32, 1, 6, 6, generator=s.seed()), torch.arange(32) % 3)
     loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
-    one, other = (ev.gradients(model, values, [next(iter(loader))]) for _ in range(2))
+    one, other = (gradients.gradients(model, values, [next(iter(loader))]) for _ in range(2))
     assert not torch.equal(one["conv.weight"], other["conv.weight"])
     torch.use_deterministic_algorithms(False)
 

@@ -16,6 +16,7 @@ from regraft.core.tensors import fill_, state
 from regraft.finetuning.phases import Phase, fine_tune
 from regraft.fusion import grids
 from regraft.training import evaluation
+from regraft.training.gradients import gradients
 
 CLASSES = 4
 
@@ -102,7 +103,10 @@ def test_whatever_the_form_evaluation_gives_the_same_bits(form):
         plain, theta, pairs
     )
     assert evaluation.accuracy(model, theta, wrap(pairs)) == evaluation.accuracy(plain, theta, pairs)
-    same(evaluation.gradients(model, theta, wrap(pairs)), evaluation.gradients(plain, theta, pairs))
+    same(
+        gradients(model, theta, wrap(pairs)),
+        gradients(plain, theta, pairs),
+    )
 
 
 def test_whatever_the_form_a_transfer_gives_the_same_bits(form):
@@ -208,7 +212,7 @@ def test_mixed_dtypes_are_refused_with_both_names():
     both = r"parameters are torch\.bfloat16, the inputs torch\.float32: bring both to one dtype"
     for work in (
         lambda: evaluation.accuracy(Plain(), half(theta), [(x, y)]),
-        lambda: evaluation.gradients(Plain(), half(theta), [{"x": x, "labels": y}]),
+        lambda: gradients(Plain(), half(theta), [{"x": x, "labels": y}]),
         lambda: grids.evaluate(Plain(), [half(theta)], [[1.0]], x, y),
         lambda: forward.answer(Plain().bfloat16(), (x, y)),
     ):
@@ -216,13 +220,11 @@ def test_mixed_dtypes_are_refused_with_both_names():
             work()
     with pytest.raises(ValueError, match=r"the logits are torch\.float32, the labels torch\.float16"):
         targets = torch.rand(16, CLASSES).half()  # torch's own losses convert them, this one does not
-        evaluation.gradients(Plain(), theta, [(x, targets)], lambda logits, y: (logits @ y.T).mean())
+        gradients(Plain(), theta, [(x, targets)], lambda logits, y: (logits @ y.T).mean())
     with pytest.raises(ValueError, match=r"the labels of batch 0 must be integers, not torch\.float16"):
         evaluation.accuracy(Plain(), theta, [(x, y.half())])
     assert evaluation.accuracy(Plain(), half(theta), [(x.bfloat16(), y)]) > 0
-    assert (
-        evaluation.gradients(Plain(), half(theta), [(x.bfloat16(), y)])["head.bias"].dtype == torch.bfloat16
-    )
+    assert gradients(Plain(), half(theta), [(x.bfloat16(), y)])["head.bias"].dtype == torch.bfloat16
 
 
 def test_a_model_that_converts_its_inputs_itself_is_left_to_it():

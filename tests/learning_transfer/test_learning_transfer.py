@@ -17,7 +17,8 @@ from regraft.learning_transfer.methods import TRANSFER_METHODS
 from regraft.matching.descent import colours
 from regraft.matching.stacks import Stacks
 from regraft.reference import learning_transfer as reference
-from regraft.training.evaluation import accuracy, reset_batchnorm
+from regraft.training.evaluation import accuracy
+from regraft.training.statistics import reset_batchnorm
 
 STEPS = 4
 

@@ -11,8 +11,8 @@ from regraft.core.tensors import Tensors, state
 from regraft.networks import papers as networks
 from regraft.porting import gradfix
 from regraft.reference import gradfix as reference
-from regraft.training import evaluation
 from regraft.training.evaluation import NotFinite, loss_and_accuracy
+from regraft.training.gradients import gradients
 
 NETWORKS = {
     "mlp": lambda: networks.mlp([48, 16, 16, 3]),
@@ -60,8 +60,8 @@ def test_it_is_the_literal_form(name):
 
 def test_the_mean_gradient_is_another_direction():
     model, base, tau, batches = made("resnet")
-    found = gradfix.transport(model, base, tau, batches, direction=evaluation.gradients)
-    wanted = reference.transport_masked(base, tau, evaluation.gradients(model, base, batches), 1.0)
+    found = gradfix.transport(model, base, tau, batches, direction=gradients)
+    wanted = reference.transport_masked(base, tau, gradients(model, base, batches), 1.0)
     for tensor in base:
         torch.testing.assert_close(found[tensor], wanted[tensor], rtol=1e-6, atol=1e-7)
 
@@ -118,7 +118,7 @@ def test_inputs_by_name_vote_as_images_do():
 def test_a_small_step_lowers_the_loss():
     model, base, tau, batches = made("mlp")
     before = loss_and_accuracy(model, base, batches)[0]
-    moved = gradfix.transport(model, base, tau, batches, alpha=1e-2, direction=evaluation.gradients)
+    moved = gradfix.transport(model, base, tau, batches, alpha=1e-2, direction=gradients)
     assert loss_and_accuracy(model, moved, batches)[0] < before
 
 

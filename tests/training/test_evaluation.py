@@ -7,20 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regraft.core import tensors
+from regraft.core import guard, tensors
 from regraft.networks import papers as networks
-from regraft.training.evaluation import (
-    accuracy,
-    call,
-    complete,
-    ensemble_accuracy,
-    evaluating,
-    gradients,
-    interpolate,
-    loss_and_accuracy,
-    plane,
-    reset_batchnorm,
-)
+from regraft.training.evaluation import accuracy, call, ensemble_accuracy, loss_and_accuracy
+from regraft.training.gradients import gradients
+from regraft.training.landscape import interpolate, plane
+from regraft.training.statistics import reset_batchnorm
 
 
 def seed(number=0):
@@ -113,7 +105,7 @@ def test_an_ensemble_answers_by_the_mean_of_the_logits(network):
     model, values = network
     other = tensors.state(model)
     images, labels = (torch.cat(parts) for parts in zip(*data(), strict=True))
-    with evaluating(model):
+    with guard.evaluating(model):
         each = [call(model, one, images) for one in (values, other)]
     right = float((sum(each).argmax(1) == labels).float().mean())
     assert ensemble_accuracy(model, [values, other], data()) == pytest.approx(right)
@@ -122,13 +114,29 @@ def test_an_ensemble_answers_by_the_mean_of_the_logits(network):
         ensemble_accuracy(model, [], data())
 
 
-@pytest.mark.parametrize("function", [accuracy, loss_and_accuracy, gradients, reset_batchnorm])
+@pytest.mark.parametrize(
+    "function",
+    [
+        accuracy,
+        loss_and_accuracy,
+        gradients,
+        reset_batchnorm,
+    ],
+)
 def test_no_batch_is_an_error(network, function):
     with pytest.raises(ValueError, match="no batch"):
         function(*network, [])
 
 
-@pytest.mark.parametrize("function", [accuracy, loss_and_accuracy, gradients, reset_batchnorm])
+@pytest.mark.parametrize(
+    "function",
+    [
+        accuracy,
+        loss_and_accuracy,
+        gradients,
+        reset_batchnorm,
+    ],
+)
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -149,10 +157,11 @@ def test_buffers_that_are_absent_are_the_models_own(network):
     own = tensors.state(model)
     whole = parameters | {name: own[name] for name in own if name not in parameters}
     assert accuracy(model, parameters, data()) == accuracy(model, whole, data())
-    assert complete(model, parameters).keys() == own.keys()
+    assert tensors.complete(model, parameters).keys() == own.keys()
     gradients(model, parameters, data())
     assert not torch.equal(
-        reset_batchnorm(model, parameters, data())["norm.running_mean"], own["norm.running_mean"]
+        reset_batchnorm(model, parameters, data())["norm.running_mean"],
+        own["norm.running_mean"],
     )
 
 
@@ -346,8 +355,8 @@ def test_call_runs_the_given_values(network, reference):
 def test_evaluation_mode_is_for_all_modules_unless_heads_are_asked_for(network):
     model, _ = network
     before = {name: module.training for name, module in model.named_modules()}
-    with evaluating(model):
+    with guard.evaluating(model):
         assert not any(module.training for module in model.modules())
-    with evaluating(model, heads=True):
+    with guard.evaluating(model, heads=True):
         assert [name for name, module in model.named_modules() if module.training] == [""]
     assert {name: module.training for name, module in model.named_modules()} == before

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.core.forward import call
-from regraft.core.tensors import Tensors
+from regraft.core.guard import evaluating
+from regraft.core.tensors import Tensors, complete
 from regraft.fusion.sums import fuse
-from regraft.training.evaluation import complete, evaluating
 
 TINY = 1e-12  # importance of a parameter that nothing depends on
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from regraft.core.clock import Clock
 from regraft.core.forward import call
-from regraft.core.tensors import Pair, Tensors
-from regraft.training.evaluation import complete, gradients, mode
+from regraft.core.guard import mode
+from regraft.core.tensors import Pair, Tensors, complete
+from regraft.training.gradients import gradients
 from regraft_bench.fusion.setting import TRAIN, FusionSetting
 from regraft_bench.study import Measured, Method, Series, Task
 
@@ -70,7 +71,7 @@ def hessian_vector_product(
 ) -> Tensors:
     """H v: the Hessian of the mean loss over `batches` at `tensors`, times `vector`, by parameter name.
 
-    One forward-over-reverse pass a batch; in training mode, as :func:`regraft.training.evaluation.gradients` is.
+    One forward-over-reverse pass a batch; in training mode, as :func:`regraft.training.gradients.gradients` is.
     Raises ValueError for no batches.
     """
     values = complete(model, tensors)

@@ -21,7 +21,7 @@ from regraft.core.tensors import Tensors, norm
 from regraft.fusion.grids import harmonic_mean
 from regraft.fusion.repair import repair_on, reset_on
 from regraft.fusion.sums import gradient
-from regraft.training.evaluation import reset_batchnorm
+from regraft.training.statistics import reset_batchnorm
 from regraft_bench.fusion.accuracy import A, B, Sums, both_tasks, grid_series, measure_ensemble, measure_sums
 from regraft_bench.fusion.merging import estimate_fisher, merge_by_importance, merge_ties, trim
 from regraft_bench.fusion.setting import SEARCH, TRAIN, FusionSetting

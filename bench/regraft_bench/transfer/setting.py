@@ -19,7 +19,7 @@ from regraft.learning_transfer.trajectory import Trajectory
 from regraft.networks.heads import adopt
 from regraft.networks.papers import build
 from regraft.symmetry import PermutationSpec, trace
-from regraft.training import evaluation
+from regraft.training.gradients import gradients
 from regraft.training.loop import Recipe, Training, train
 from regraft_bench.study import Setting, Task
 
@@ -253,7 +253,7 @@ class TransferSetting(Setting):
     def gradient_flop(self) -> int:
         """Floating-point operations of one gradient on one of the stream's batches, as torch counts them."""
         with FlopCounterMode(display=False) as counter:
-            evaluation.gradients(self.model, self.target_start, [next(iter(self.stream()))])
+            gradients(self.model, self.target_start, [next(iter(self.stream()))])
         return counter.get_total_flops()
 
 

@@ -15,26 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-
-def _set_deterministic(value: tuple[bool, bool]) -> None:
-    torch.use_deterministic_algorithms(value[0], warn_only=value[1])
-
-
-def _deterministic() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
-    (torch.get_num_threads, torch.set_num_threads),
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (_deterministic, _set_deterministic),
-    (
-        lambda: torch.backends.cudnn.deterministic,
-        lambda on: setattr(torch.backends.cudnn, "deterministic", on),
-    ),
-    (lambda: torch.backends.cudnn.benchmark, lambda on: setattr(torch.backends.cudnn, "benchmark", on)),
-)
-"""How to read and set each of torch's process-wide settings."""
+from regraft.core.tensors import device_of
 
 
 @contextmanager
@@ -58,6 +39,29 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             if parameter.grad is not grad:
                 parameter.grad = grad
+
+
+@contextmanager
+def mode(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Put each submodule in training mode if ``training(submodule)``, for the body; then restore the model."""
+    with preserve_state(model):
+        for module in model.modules():
+            module.training = training(module)
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module, *, heads: bool = False) -> Iterator[None]:
+    """Put the model in evaluation mode for the body; then restore it and the global random states.
+
+    ``heads``: composite modules stay in training mode, so that auxiliary heads run; layers (dropout, norms) do not.
+    """
+
+    def training(module: nn.Module) -> bool:
+        return heads and any(module.children()) and not type(module).__module__.startswith("torch.nn")
+
+    with same_streams(device_of(model)), mode(model, training):
+        yield
 
 
 @contextmanager
@@ -128,3 +132,24 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def _set_deterministic(value: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(value[0], warn_only=value[1])
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (_deterministic, _set_deterministic),
+    (
+        lambda: torch.backends.cudnn.deterministic,
+        lambda on: setattr(torch.backends.cudnn, "deterministic", on),
+    ),
+    (lambda: torch.backends.cudnn.benchmark, lambda on: setattr(torch.backends.cudnn, "benchmark", on)),
+)
+"""How to read and set each of torch's process-wide settings."""

@@ -11,25 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Tensors = dict[str, Tensor]
-"""Parameters and buffers by name."""
-
-Perm = dict[str, Tensor]
-"""Group name -> index vector, int64: ``(pi theta)[i] = theta[perm[i]]`` along each axis of the group."""
-
-Pair = tuple[Tensor, Tensor]
-"""(images, labels), as `regraft.data` makes them."""
-
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
-"""What a model is called with: one tensor, positional arguments, or keyword arguments."""
-
-Batch = Pair | Sequence[Any] | Mapping[str, Any]
-"""Inputs and labels, in any form that `regraft.core.forward` knows: (images, labels), (inputs, labels),
-(first, second, ..., labels), or a mapping of keyword arguments and "labels"."""
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits, labels) -> the mean over the batch."""
-
 
 def state(model: nn.Module) -> Tensors:
     """The model's parameters and buffers by name, as detached, contiguous copies."""
@@ -49,6 +30,43 @@ def live_state(model: nn.Module) -> Tensors:
     }
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in passing}
     return {**dict(model.named_parameters()), **buffers}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer lies; the CPU for a model without any."""
+    return next((tensor.device for tensor in live_state(model).values()), torch.device("cpu"))
+
+
+def complete(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
+    """``tensors`` with the model's own buffers where they are absent.
+
+    Raises ValueError naming a parameter that is missing, a name that the model does not have, or a shape
+    that differs.
+    """
+    own = live_state(model)
+    parameters = dict(model.named_parameters())
+    missing = sorted(parameters.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        words = [f"lack {', '.join(missing[:5])}"] * bool(missing)
+        words += [f"have {', '.join(extra[:5])}, which the model has not"] * bool(extra)
+        raise ValueError(f"the tensors {' and '.join(words)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, the model's is {list(own[name].shape)}")
+    return {**{name: own[name] for name in own if name not in parameters}, **tensors}
+
+
+def copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Copies of `complete`: in-place changes by the model never reach the user's tensors.
+
+    Convolution weights have the memory format in which convolutions are fastest.
+    """
+    layouts = {True: torch.channels_last, False: torch.contiguous_format}
+    return {
+        name: value.detach().clone(memory_format=layouts[value.ndim == 4])
+        for name, value in complete(model, tensors).items()
+    }
 
 
 def fill_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -145,3 +163,23 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _plain(value: object) -> object:
     return tuple(value) if isinstance(value, torch.Size) else value
+
+
+Tensors = dict[str, Tensor]
+"""Parameters and buffers by name."""
+
+Perm = dict[str, Tensor]
+"""Group name -> index vector, int64: ``(pi theta)[i] = theta[perm[i]]`` along each axis of the group."""
+
+Pair = tuple[Tensor, Tensor]
+"""(images, labels), as `regraft.data` makes them."""
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""What a model is called with: one tensor, positional arguments, or keyword arguments."""
+
+Batch = Pair | Sequence[Any] | Mapping[str, Any]
+"""Inputs and labels, in any form that `regraft.core.forward` knows: (images, labels), (inputs, labels),
+(first, second, ..., labels), or a mapping of keyword arguments and "labels"."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits, labels) -> the mean over the batch."""

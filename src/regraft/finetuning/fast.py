@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from regraft.core.forward import name_inputs, run
 from regraft.core.guard import preserve_state, same_streams
 from regraft.core.registry import register
-from regraft.core.tensors import Inputs, Pair, check_finite, live_state
+from regraft.core.tensors import Inputs, Pair, check_finite, copies, live_state
 from regraft.data import Split, normalise
 from regraft.finetuning.recorder import Record, Recorder, Source
 from regraft.networks.heads import (
@@ -38,7 +38,6 @@ from regraft.networks.heads import (
     linear_of,
     zero,
 )
-from regraft.training.evaluation import copies
 
 __all__ = [
     "Adoption", "ClassMeans", "Initialiser", "NoGain", "Normal", "Record", "Recorder", "Source", "Stratified",

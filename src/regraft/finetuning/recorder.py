@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from regraft.core.clock import EVALUATION, Clock, Cost, synchronise, total_charge
 from regraft.core.forward import call, split
-from regraft.core.guard import same_streams
+from regraft.core.guard import evaluating, same_streams
 from regraft.core.tensors import Batch, Tensors, live_state, norm
 from regraft.networks.heads import check_head, check_labels, find_head, linear_of
-from regraft.training.evaluation import check_batches, evaluating
+from regraft.training.evaluation import check_batches
 
 # ---------------------------------------------------------------------------------------------------
 # When

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from regraft.core.forward import portion, run
-from regraft.core.tensors import Batch, Inputs, Tensors, weighted_sum
-from regraft.training.evaluation import check_batches, copies, evaluating, reset_batchnorm
+from regraft.core.guard import evaluating
+from regraft.core.tensors import Batch, Inputs, Tensors, copies, weighted_sum
+from regraft.training.evaluation import check_batches
+from regraft.training.statistics import reset_batchnorm
 
 Finish = Callable[[Tensors, Tensor], Tensors]
 """(summed tensors, their coefficients [m]) -> repaired tensors."""

@@ -21,7 +21,8 @@ from regraft.learning_transfer.methods import TRANSFER_METHODS, TransferMethod
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.learning_transfer.work import Problem, Work, open_sample, stack_tensors
 from regraft.symmetry import PermutationSpec
-from regraft.training.evaluation import accuracy, reset_batchnorm
+from regraft.training.evaluation import accuracy
+from regraft.training.statistics import reset_batchnorm
 
 OnStep = Callable[[int, float | None], None]
 

@@ -21,7 +21,9 @@ from regraft.learning_transfer.trajectory import Trajectory
 from regraft.matching.descent import Descent, Match, match
 from regraft.matching.stacks import Stacks
 from regraft.symmetry import PermutationSpec, trace
-from regraft.training.evaluation import NotFinite, batch_norms, gradients
+from regraft.training.evaluation import NotFinite
+from regraft.training.gradients import gradients
+from regraft.training.statistics import batch_norms
 from regraft_kernels import graft
 from regraft_kernels.backend import resolve
 

@@ -21,7 +21,9 @@ from regraft.porting.methods import Weights, match_weights
 from regraft.porting.model_spec import Settings
 from regraft.porting.result import Made, Result, run_job
 from regraft.symmetry import PermutationSpec
-from regraft.training.evaluation import accuracy, batch_norms, interpolate
+from regraft.training.evaluation import accuracy
+from regraft.training.landscape import interpolate
+from regraft.training.statistics import batch_norms
 from regraft_kernels import permute
 
 POINTS = 11

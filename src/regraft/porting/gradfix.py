@@ -5,7 +5,7 @@ Transport Across Pre-Trained Models, arXiv 2510.09658): tau is what a fine-tunin
 direction the loss of the new base rises, on a few labelled images of the task. Every entry that is kept has a
 negative product with g, so that the sum descends to first order. Nothing is trained.
 
-g is :func:`majority` of few images, or :func:`regraft.training.evaluation.gradients`, the mean, of many. What
+g is :func:`majority` of few images, or :func:`regraft.training.gradients.gradients`, the mean, of many. What
 has been permuted before (by :func:`regraft.match` or :func:`regraft.transfer`) is masked afterwards.
 """
 
@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.core.forward import portion
-from regraft.core.tensors import Batch, Loss, Tensors, check_finite
-from regraft.training.evaluation import batch_gradient, check_batches, check_gradients, copies, evaluating
+from regraft.core.guard import evaluating
+from regraft.core.tensors import Batch, Loss, Tensors, check_finite, copies
+from regraft.training.evaluation import check_batches
+from regraft.training.gradients import batch_gradient, check_gradients
 
 Direction = Callable[[nn.Module, Mapping[str, Tensor], Iterable[Batch], Loss], Tensors]
 """(model, theta, batches, loss) -> for each parameter where the loss rises; only signs count."""
@@ -97,10 +99,10 @@ def transport(
         new_base: theta_B, all parameters (and buffers) of the model, with a head for the task: with a head of zeros
             the gradients of all other layers are 0, and nothing is kept.
         task_vector: tau, of parameters alone: those it lacks stay as they are in theta_B, as all buffers do
-            (estimate BatchNorm statistics anew afterwards, :func:`regraft.training.evaluation.reset_batchnorm`).
+            (estimate BatchNorm statistics anew afterwards, :func:`regraft.training.statistics.reset_batchnorm`).
         batches: a few labelled images of the task.
         alpha: a scale.
-        direction: :func:`majority`, or :func:`regraft.training.evaluation.gradients` where images are many.
+        direction: :func:`majority`, or :func:`regraft.training.gradients.gradients` where images are many.
         loss: of (logits, labels), mean over the batch.
 
     Returns:

@@ -20,7 +20,7 @@ from regraft.porting.job import Job, open_job, read_checkpoints
 from regraft.porting.methods import PORT_METHODS, STREAMED, Ported, PortProblem, PortWork, Weights
 from regraft.porting.model_spec import Settings
 from regraft.porting.result import Made, Result, run_job
-from regraft.training.evaluation import batch_norms, reset_batchnorm
+from regraft.training.statistics import batch_norms, reset_batchnorm
 
 BASE, TUNED, NEW_BASE = ROLES = "base", "fine-tune", "new base"
 

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from regraft.core.forward import arguments, part
-from regraft.training.evaluation import evaluating
+from regraft.core.guard import evaluating
 
 Forward = str | Callable[..., Any] | None
 """A method of the model by name, or a function ``forward(model, *args, **kwargs)``; None: the model itself."""
@@ -84,7 +84,7 @@ class Caller(nn.Module):
 
 @contextlib.contextmanager
 def ready(model: nn.Module, *, heads: bool = False) -> Iterator[None]:
-    """Inside, the model is in evaluation mode (`regraft.training.evaluation.evaluating`) and keeps no caches."""
+    """Inside, the model is in evaluation mode (`regraft.core.guard.evaluating`) and keeps no caches."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
     for config in caching:

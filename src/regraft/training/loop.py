@@ -31,6 +31,7 @@ from regraft.core.tensors import (
     Batch,
     Tensors,
     check_finite,
+    complete,
     digest_tensors,
     fill_,
     live_state,
@@ -40,7 +41,7 @@ from regraft.core.tensors import (
 )
 from regraft.data import Batches, Dataset, Split
 from regraft.networks.heads import check_labels
-from regraft.training.evaluation import accuracy, complete
+from regraft.training.evaluation import accuracy
 from regraft.training.state import TrainingState
 
 

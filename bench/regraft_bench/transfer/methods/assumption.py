@@ -15,7 +15,7 @@ from regraft.core.clock import Clock
 from regraft.core.tensors import Tensors, norm
 from regraft.matching.descent import match
 from regraft.symmetry import apply
-from regraft.training import evaluation
+from regraft.training.gradients import gradients
 from regraft_bench.study import Measured, Method, Series
 from regraft_bench.transfer.methods.transfers import delta_ratio
 from regraft_bench.transfer.setting import TransferSetting
@@ -78,9 +78,7 @@ def measure_first_gradients(which: str, setting: TransferSetting) -> Measured:
     """
     spec, clock = setting.spec, Clock()
     starts = setting.target_start, setting.source_start
-    target, source = (
-        evaluation.gradients(setting.model, theta, setting.data.train.batches(500)) for theta in starts
-    )
+    target, source = (gradients(setting.model, theta, setting.data.train.batches(500)) for theta in starts)
     with clock.phase("assignment", setting.device):
         perm = spec.identity()
         if which == "weights":

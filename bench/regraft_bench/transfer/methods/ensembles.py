@@ -13,9 +13,9 @@ from torch import Tensor
 
 from regraft.core.clock import Clock, Cost
 from regraft.core.forward import call
+from regraft.core.guard import evaluating
 from regraft.core.tensors import Tensors
 from regraft.learning_transfer.driver import transfer_to_many
-from regraft.training.evaluation import evaluating
 from regraft.training.loop import Training
 from regraft_bench.study import Measured, Method
 from regraft_bench.transfer.methods.transfers import run_transfer

@@ -13,7 +13,8 @@ from regraft.core.clock import Clock
 from regraft.core.tensors import Batch, Tensors
 from regraft.matching.descent import match
 from regraft.symmetry import apply
-from regraft.training.evaluation import batch_norms, interpolate, plane
+from regraft.training.landscape import interpolate, plane
+from regraft.training.statistics import batch_norms
 from regraft_bench.study import Measured, Method, Series, first_paragraph
 from regraft_bench.transfer.methods.transfers import run_transfer
 from regraft_bench.transfer.setting import TransferSetting

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from regraft.core.clock import Clock
 from regraft.core.forward import call
+from regraft.core.guard import evaluating
 from regraft.core.tensors import Pair, Perm, Tensors, fill_, state
 from regraft.fusion.repair import hooks
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.matching.descent import match
 from regraft.symmetry import PermutationSpec, apply
-from regraft.training.evaluation import accuracy, evaluating
+from regraft.training.evaluation import accuracy
 from regraft.training.loop import train_steps_
 from regraft_bench.study import Measured, Method, first_paragraph
 from regraft_bench.transfer.methods.transfers import measure_start, measure_transfer, run_transfer

@@ -23,6 +23,7 @@ import regraft
 from regraft.core.clock import Clock, Cost
 from regraft.core.files import write_tensors
 from regraft.core.forward import call
+from regraft.core.guard import evaluating
 from regraft.core.tensors import Batch, Pair, Perm, Tensors, fill_, state
 from regraft.data import Split, draw_per_class
 from regraft.fusion.repair import hooks
@@ -33,8 +34,10 @@ from regraft.networks.heads import find_head
 from regraft.porting import gradfix
 from regraft.porting.checkpoint_files import CheckpointFile
 from regraft.symmetry import apply
-from regraft.training.evaluation import accuracy, evaluating, gradients, loss_and_accuracy, reset_batchnorm
+from regraft.training.evaluation import accuracy, loss_and_accuracy
+from regraft.training.gradients import gradients
 from regraft.training.loop import Training, train_steps_
+from regraft.training.statistics import reset_batchnorm
 from regraft_bench.study import Measured, Method, Series
 from regraft_bench.transfer.methods.transfers import delta_ratio
 from regraft_bench.transfer.setting import PortSettings, TransferSetting
@@ -255,7 +258,11 @@ def fit_probe(setting: TransferSetting, seen: FewShotData, clock: Clock) -> Tens
     with clock.phase("batchnorm"):
         theta = estimate_statistics(setting, new_base(setting), seen)
     with clock.phase("training"):
-        with torch.no_grad(), evaluating(model), hooks({head: model.get_submodule(head)}, see):
+        with (
+            torch.no_grad(),
+            evaluating(model),
+            hooks({head: model.get_submodule(head)}, see),
+        ):
             for images, _ in seen.batches:
                 call(model, theta, images)
         labels = torch.cat([labels for _, labels in seen.batches])
