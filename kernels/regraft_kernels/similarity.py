@@ -260,7 +260,8 @@ def _launch(groups: Sequence[_Work], like: Tensor, precision: str) -> list[Tenso
         rows = [rows for work in groups for rows in work.rows]
         _run(tables, torch.cat(rows) if rows else tables[0], out, like.dtype, tile, precision)
     stacks = [part.view(s) for part, s in zip(out.split([math.prod(s) for s in shapes]), shapes, strict=True)]
-    return [(s[0] if len(s) == 1 else s.sum(0))[:, : s.shape[1]].contiguous() for s in stacks]
+    # Also where there is one split, so that no two results share memory, which PyTorch allows no operator.
+    return [stack[:, :, : stack.shape[1]].sum(0) for stack in stacks]
 
 
 def _run(

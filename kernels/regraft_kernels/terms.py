@@ -17,9 +17,9 @@ from regraft_kernels.memory import ALIGNMENT, Scratch
 Gathers = tuple[Tensor | None, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Term:
-    """One (tensor, axis) of a group: what it adds to the group's similarity.
+    """One (tensor, axis) of a group: what it adds to the group's similarity. Compared by identity, as tensors are.
 
     `target`, `source`: [T, *shape] on one device and of one floating dtype, any strides; fastest on a CPU
     where both have the same memory order, and the axis stands first (after T) or last in it. `axis`: 0-based

@@ -148,6 +148,22 @@ def test_precisions_and_many_groups_at_once(backend, precision, generator):
     assert similarity_many([], backend=backend) == []
 
 
+@pytest.mark.parametrize("n", [16, 18])
+def test_no_two_results_share_memory(backend, n, generator):
+    """PyTorch refuses an operator whose results do: one that is differentiated, here."""
+    pairs = torch.randn(2, 2, 1, n, n, generator=generator).requires_grad_()
+    found = similarity_many([[Term(*pair, 0)] for pair in pairs], backend=backend)
+    assert len({S.untyped_storage().data_ptr() for S in found}) == 2
+    for S, (target, source) in zip(found, pairs.detach(), strict=True):
+        assert S.is_contiguous()
+        torch.testing.assert_close(S.detach(), target[0] @ source[0].T)
+
+
+def test_terms_are_compared_by_identity(generator):
+    term = Term(*torch.randn(2, 1, 3, 3, generator=generator), 0)
+    assert term == term and term != replace(term) and len({term, replace(term)}) == 2
+
+
 def test_nan_spoils_only_its_unit(backend, generator):
     target, source = torch.randn(2, 3, 20, 5, generator=generator)
     target[1, 4, 2] = torch.nan
