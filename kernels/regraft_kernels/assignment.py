@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from regraft_kernels.memory import row_blocks
 Matrix = Tensor | np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Duals:
     """Potentials of an assignment, float64 [n] each: to rounding, u[i] + v[j] >= S[i, j] for all i and j where S
     was maximised (<= where it was minimised), with equality where j = perm[i]."""
@@ -27,7 +27,7 @@ class Duals:
     v: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Assignment:
     """An optimal assignment: `perm` int64 [n] on the CPU, `objective` = sum_i S[i, perm[i]] in float64, and the
     `backend` that found it. `duals` and `gap` are computed when first asked for (O(n^2) in practice) from a copy of S,
@@ -36,11 +36,11 @@ class Assignment:
     perm: Tensor
     objective: float
     backend: str
-    _make: Callable[[], _Problem] = field(repr=False, compare=False)
+    _source: _Problem | Callable[[], _Problem] = field(repr=False)
 
     @cached_property
     def _problem(self) -> _Problem:
-        return self._make()
+        return self._source if isinstance(self._source, _Problem) else self._source()
 
     @cached_property
     def duals(self) -> Duals:
@@ -231,7 +231,7 @@ def _solve(matrix: np.ndarray, name: str, maximize: bool, backend: str, warm: Du
     if perm.shape != (n,) or not np.array_equal(np.sort(perm), np.arange(n)):
         raise RuntimeError(f"{name}: backend {backend} returned no permutation")
     objective = float(matrix[np.arange(n), perm].sum(dtype=np.float64))
-    return Assignment(torch.from_numpy(perm), objective, backend, lambda: problem)
+    return Assignment(torch.from_numpy(perm), objective, backend, problem)
 
 
 PARTS = 4
@@ -366,18 +366,22 @@ def _column_potentials(cost: np.ndarray, perm: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def _find_function(module: str, name: str) -> Any:
+    """A solver's function, None where it is not installed: the package lap has the module of lapx without lapjvr."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
 
 
 def backends() -> list[str]:
-    """The names of the solvers that are installed."""
-    return [name for name, module in MODULES.items() if _is_installed(module)]
+    """The names of the solvers that are installed, of those that `assign` takes by name."""
+    return [name for name, function in FUNCTIONS.items() if _find_function(*function) is not None]
 
 
 def _resolve(backend: str) -> str:
     if backend == "auto":
-        return "lapx" if _is_installed("lap") else "scipy"
+        return "lapx" if "lapx" in backends() else "scipy"
     if backend not in SOLVERS:
         raise ValueError(f"backend must be one of auto, {', '.join(SOLVERS)}, not {backend!r}")
     if backend not in backends():
@@ -386,34 +390,35 @@ def _resolve(backend: str) -> str:
 
 
 def _scipy(cost: np.ndarray) -> np.ndarray:
-    from scipy.optimize import linear_sum_assignment
-
-    return np.asarray(linear_sum_assignment(cost)[1])
+    return np.asarray(_find_function(*FUNCTIONS["scipy"])(cost)[1])
 
 
 def _lapx(cost: np.ndarray) -> np.ndarray:
-    import lap
-
-    return np.asarray(lap.lapjvr(cost, return_cost=False)[1])
+    return np.asarray(_find_function(*FUNCTIONS["lapx"])(cost, return_cost=False)[1])
 
 
 def _lapjv(cost: np.ndarray) -> np.ndarray:
-    from lapjv import lapjv
-
-    return np.asarray(lapjv(cost, force_doubles=cost.dtype == np.float64)[0])
+    solve = _find_function(*FUNCTIONS["lapjv"])
+    return np.asarray(solve(cost, force_doubles=cost.dtype == np.float64)[0])
 
 
 def _lapx_batch(cost: np.ndarray, workers: int) -> np.ndarray:
-    import lap
-
-    return np.asarray(lap.lapjvr_batch(cost, return_cost=False, n_threads=workers)[1], dtype=np.int64)
+    solve = _find_function("lap", "lapjvr_batch")
+    if solve is None:
+        return _one_by_one(_lapx, cost, workers)
+    return np.asarray(solve(cost, return_cost=False, n_threads=workers)[1], dtype=np.int64)
 
 
 def _one_by_one(solver: Solver, cost: np.ndarray, workers: int) -> np.ndarray:
     return np.stack([np.asarray(solver(one), dtype=np.int64) for one in cost])
 
 
-MODULES = {"scipy": "scipy", "lapx": "lap", "lapjv": "lapjv"}
+FUNCTIONS = {
+    "scipy": ("scipy.optimize", "linear_sum_assignment"),
+    "lapx": ("lap", "lapjvr"),
+    "lapjv": ("lapjv", "lapjv"),
+}
+"""Module and name of each solver's function."""
 Solver = Callable[[np.ndarray], np.ndarray]
 SOLVERS: dict[str, Solver] = {"scipy": _scipy, "lapx": _lapx, "lapjv": _lapjv}
 """Each takes a finite, row-reduced cost matrix [n, n], n >= 2, float32 or float64: row i -> column."""

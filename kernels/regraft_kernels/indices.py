@@ -96,7 +96,7 @@ def _compose_kernel(  # type: ignore[no-untyped-def]
     tl.store(tables + target * entries + here, total, mask=inside)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Indices:
     """Checked index vectors, ready to be used again and again; made by `Packing.prepare`.
 

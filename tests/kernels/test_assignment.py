@@ -2,6 +2,9 @@
 
 import importlib.util
 import itertools
+import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -191,11 +194,46 @@ def test_refuses_bad_options(monkeypatch):
 
 
 def test_a_backend_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(module, "_is_installed", lambda name: name == "scipy")
+    monkeypatch.setattr(module, "backends", lambda: ["scipy"])
     assert assign(torch.eye(3)).backend == "scipy"
     for name in ("lapx", "lapjv"):
         with pytest.raises(ImportError, match=f"the package {name} is not installed"):
             assign(torch.eye(3), backend=name)
+
+
+def test_a_module_lap_without_lapjvr_is_not_lapx(monkeypatch, generator):
+    """The package lap, whose module has the name of that of lapx."""
+    monkeypatch.setitem(sys.modules, "lap", types.ModuleType("lap"))
+    module._find_function.cache_clear()
+    try:
+        assert "lapx" not in module.backends()
+        S = torch.randn(70, 70, generator=generator)
+        assert assign(S).backend == "scipy"
+        assert [found.backend for found in assign_many([S, S[:9, :9], S[9:18, 9:18]])] == ["scipy"] * 3
+    finally:
+        module._find_function.cache_clear()
+
+
+def test_a_lapx_without_batches_solves_one_by_one(monkeypatch, generator):
+    if "lapx" not in module.backends():
+        pytest.skip("no lapx")
+    matrices = list(torch.randn(3, 9, 9, generator=generator))
+    expected = assign_many(matrices, backend="lapx")
+    monkeypatch.delattr("lap.lapjvr_batch")
+    module._find_function.cache_clear()
+    found = assign_many(matrices, backend="lapx")
+    module._find_function.cache_clear()
+    assert all(torch.equal(one.perm, two.perm) for one, two in zip(found, expected, strict=True))
+
+
+def test_results_are_pickled_and_compared_by_identity(generator):
+    matrices = list(torch.randn(2, 9, 9, generator=generator))
+    for found in (assign(matrices[0]), assign_many(matrices)[0]):
+        again = pickle.loads(pickle.dumps(found))
+        assert (again.objective, again.gap) == (found.objective, found.gap)
+        assert np.array_equal(again.duals.v, found.duals.v)
+        assert found == found and found != again and found.duals != again.duals
+        assert len({found, again, found.duals}) == 3
 
 
 @pytest.mark.parametrize("threads", [None, 1, 3])
