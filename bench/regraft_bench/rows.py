@@ -6,7 +6,6 @@ answered: the version and the git trees of both packages. Writers append under a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from typing import Any
 import msgspec
 
 from regraft.core.clock import Cost, total_charge
+from regraft.core.files import lock_file
 from regraft.core.registry import registered_name
 
 SCHEMA = 1
@@ -195,7 +195,7 @@ def append(path: Path | str, row: Row) -> None:
     line = encode(row)
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock_file(handle, path)
         end = os.lseek(handle, 0, os.SEEK_END)
         torn = end > 0 and os.pread(handle, 1, end - 1) != b"\n"
         _write_all(handle, b"\n" * torn + line + b"\n", path, end)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import platform
 import stat
 import threading
 from pathlib import Path
@@ -13,14 +15,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from campaigns import subjects
 from campaigns.subjects import path
 from regraft import Trajectory
 from regraft.core import files
 from regraft.learning_transfer.trajectory import TRAJECTORY_INDEX
 from regraft.symmetry import PermutationSpec
 from regraft.training.loop import Epoch
+from regraft_bench.rows import append
 
 DEAD = 2**22 + 1  # no process has this number
+HOST = platform.node()
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
@@ -36,20 +41,19 @@ def test_files_have_the_permissions_that_the_user_wants(tmp_path, mask):
     assert {stat.S_IMODE(file.stat().st_mode) for file in paths} == {0o666 & ~mask}
 
 
-@pytest.mark.parametrize("failing", ["write_bytes", "replace", "chmod"])
-def test_a_full_disk_is_told_with_file_and_bytes_and_leaves_nothing(tmp_path, monkeypatch, failing):
+@pytest.mark.parametrize(("owner", "failing"), [(Path, "open"), (Path, "replace"), (os, "fsync")])
+def test_a_full_disk_is_told_with_file_and_bytes_and_leaves_nothing(tmp_path, monkeypatch, owner, failing):
     file = tmp_path / "page.md"
     files.write_text(file, "old")
 
-    def full(self, *_):
-        if failing == "write_bytes":
-            self.touch()
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, failing, full)
+    monkeypatch.setattr(owner, failing, full)
     with pytest.raises(OSError, match=r"page.md: its 5 bytes could not be written .*No space") as caught:
         files.write_text(file, "newer")
     assert caught.value.errno == errno.ENOSPC
+    monkeypatch.undo()
     assert [f.name for f in tmp_path.iterdir()] == ["page.md"] and file.read_text() == "old"
 
 
@@ -70,25 +74,26 @@ def test_a_path_that_cannot_be_saved_leaves_the_earlier_one(tmp_path, monkeypatc
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_leftovers_go_at_the_next_start_and_those_of_the_living_stay(tmp_path):
+def test_leftovers_go_at_the_next_start_and_those_of_the_living_and_of_other_machines_stay(tmp_path):
     names = {
-        f".page.md.{DEAD}-1.part",
-        f".page.md.{os.getpid()}-1.part",
-        f".other.md.{DEAD}-1.part",
+        f".page.md.{HOST}-{DEAD}-1.part",
+        f".page.md.{HOST}-{os.getpid()}-1.part",
+        f".page.md.elsewhere-{DEAD}-1.part",
+        f".other.md.{HOST}-{DEAD}-1.part",
         "page.part",
     }
     for name in names:
         (tmp_path / name).write_text("half")
     files.clean(tmp_path / "page.md")
-    assert {file.name for file in tmp_path.iterdir()} == names - {f".page.md.{DEAD}-1.part"}
+    assert {file.name for file in tmp_path.iterdir()} == names - {f".page.md.{HOST}-{DEAD}-1.part"}
 
 
 def test_a_killed_saves_leftovers_go_before_anything_is_written(tmp_path, monkeypatch):
     path(0).save(tmp_path)
     orphans = [
         f"{'0' * 24}.safetensors",
-        f".{'1' * 24}.safetensors.{DEAD}-1.part",
-        f".{TRAJECTORY_INDEX}.{DEAD}-1.part",
+        f".{'1' * 24}.safetensors.{HOST}-{DEAD}-1.part",
+        f".{TRAJECTORY_INDEX}.{HOST}-{DEAD}-1.part",
     ]
     for name in orphans:
         (tmp_path / name).write_text("half")
@@ -101,7 +106,7 @@ def test_a_killed_saves_leftovers_go_before_anything_is_written(tmp_path, monkey
     monkeypatch.setattr("regraft.learning_transfer.trajectory.write_tensors", stopped)
     with pytest.raises(OSError, match="full"):
         path(1).save(tmp_path)
-    assert not set(seen) & set(orphans) and len(seen) == 3
+    assert not set(seen) & set(orphans) and len(seen) == 4  # and the lock
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -190,3 +195,36 @@ def test_who_wants_what_another_is_at_waits_for_it(tmp_path):
         order.append("first")
     other.join(10)
     assert order == ["first", "second"]
+
+
+def lock_as_nfs_does(handle, operation):
+    """Linux's NFS makes a lock of bytes of it: an exclusive one needs a file that is open for writing."""
+    writable = fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE
+    if operation & fcntl.LOCK_EX and not writable:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def test_a_network_folder_can_be_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lock_as_nfs_does)
+    for version in range(2):
+        path(version).save(tmp_path / "path")
+    assert Trajectory.open(tmp_path / "path").steps == 4
+    assert not list(tmp_path.glob("**/.*"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("lock", ["folder", "file", "rows"])
+def test_a_file_system_without_locks_is_told_with_the_path(tmp_path, monkeypatch, number, lock):
+    def refuse_lock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse_lock)
+    with pytest.raises(OSError, match=r"named.* cannot be locked") as caught:
+        if lock == "folder":
+            path().save(tmp_path / "named")
+        elif lock == "file":
+            with files.alone(tmp_path / "named"):
+                pass
+        else:
+            append(tmp_path / "named", subjects.row(0))
+    assert caught.value.errno == number

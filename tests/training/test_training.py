@@ -3,17 +3,17 @@
 import itertools
 import json
 import math
+import os
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from regraft.core import tensors
-from regraft.core.files import parse_json
+from regraft.core.files import parse_json, write_tensors
 from regraft.data import Dataset, Split, load
 from regraft.networks import papers as networks
 from regraft.training import state as checkpoints
@@ -285,11 +285,11 @@ def test_short_epochs_share_a_checkpoint(network, tmp_path, monkeypatch):
     """However many they are, and the finished run is there at the end."""
     writes = []
 
-    def counted(tensors, part, metadata):
-        writes.append(part)
-        save_file(tensors, part, metadata)
+    def counted(path, tensors, metadata):
+        writes.append(path)
+        write_tensors(path, tensors, metadata)
 
-    monkeypatch.setattr("safetensors.torch.save_file", counted)
+    monkeypatch.setattr(checkpoints, "write_tensors", counted)
     monkeypatch.setattr(checkpoints, "SECONDS", 1e9)
     path = tmp_path / "run.safetensors"
     recipe = replace(RECIPE, epochs=60)
@@ -342,14 +342,12 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(network, tmp_path, monkeypa
     whole = run(network, number=1)
     calls = []
 
-    def dying(tensors, part, metadata):
-        calls.append(part)
+    def dying(handle):
+        calls.append(handle)
         if len(calls) == 3:
-            part.write_bytes(b"half")
             raise KeyboardInterrupt
-        save_file(tensors, part, metadata)
 
-    monkeypatch.setattr("safetensors.torch.save_file", dying)
+    monkeypatch.setattr(os, "fsync", dying)
     with pytest.raises(KeyboardInterrupt):
         run(network, number=1, checkpoint=path)
     with safe_open(path, framework="pt") as file:

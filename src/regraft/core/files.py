@@ -11,11 +11,13 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,42 +46,79 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_bytes(path: Path | str, data: bytes) -> None:
     """The same, of bytes."""
-    _write_beside(Path(path), len(data), lambda part: part.write_bytes(data))
+    _write_beside(Path(path), [data])
+
+
+SAFETENSORS_TYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
+}  # fmt: skip
+"""The dtypes of files that are written, by their names in torch."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, as `write_text` does. tensors: on the CPU, contiguous, none sharing memory."""
-    from safetensors.torch import save_file
+    """Write a safetensors file, as `write_text` does. tensors: on the CPU, contiguous.
 
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    _write_beside(path, size, lambda part: save_file(dict(tensors), part, metadata))
+    The library safetensors would write through a temporary file of its own, which a kill leaves behind.
+    Raises ValueError, naming the tensor, for a dtype that such files do not have.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end, ordered = 0, sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # each is aligned
+    for name in ordered:
+        tensor, start = tensors[name], end
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in SAFETENSORS_TYPES or name == "__metadata__" or str(tensor.layout) != "torch.strided":
+            raise ValueError(f"{path}: tensor {name!r} of dtype {dtype} has no form in safetensors")
+        end += tensor.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_TYPES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as problem:
+        raise ValueError(f"{path}: a tensor's name is no text ({problem})") from problem
+    text += b" " * (-len(text) % 8)
+    data = (tensor_bytes(tensors[name]) for name in ordered)
+    chunks = chain([len(text).to_bytes(8, "little"), text], data)
+    _write_beside(path, chunks, 8 + len(text) + end)
 
 
-def _write_beside(path: Path, size: int, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file next to `path`, flush it to disk, then rename it."""
-    from safetensors import SafetensorError
+def tensor_bytes(tensor: Any) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    import torch
 
+    # numpy has no bfloat16: view the bytes as uint8
+    data: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _write_beside(path: Path, chunks: Iterable[bytes | memoryview], size: int | None = None) -> None:
+    """Write the chunks to a temporary file next to `path`, flush it to disk, then rename it."""
+    if size is None:
+        chunks = list(chunks)
+        size = sum(map(len, chunks))
     path.parent.mkdir(parents=True, exist_ok=True)
     clean(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    part = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.part")
     try:
-        part.touch()
-        mode = part.stat().st_mode  # by the umask; safetensors makes files that only their owner can read
-        write(part)
-        part.chmod(mode)
-        with part.open("rb") as handle:
+        with part.open("wb") as handle:
+            for chunk in chunks:
+                handle.write(chunk)
+            handle.flush()
             os.fsync(handle.fileno())
         part.replace(path)
-    except (OSError, SafetensorError) as problem:
-        number = getattr(problem, "errno", None) or errno.EIO
+    except OSError as problem:
+        number = problem.errno or errno.EIO
         raise OSError(number, f"{path}: its {size} bytes could not be written ({problem})") from problem
     finally:
         part.unlink(missing_ok=True)
 
 
 def clean(path: Path) -> None:
-    """Remove temporary files of `path` that killed processes left."""
-    own = re.compile(rf"\.{re.escape(path.name)}\.(\d+)-\d+\.part")
+    """Remove temporary files of `path` that killed processes of this machine left: of another, numbers say nothing."""
+    own = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}-(\d+)-\d+\.part")
     for file in path.parent.iterdir() if path.parent.is_dir() else ():
         match = own.fullmatch(file.name)
         if match and not _is_alive(int(match[1])):
@@ -97,17 +136,26 @@ def _is_alive(process: int) -> bool:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder. Raises BlockingIOError, naming it, if another process holds it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+def only_writer(folder: Path, lock: Path | None = None) -> Iterator[None]:
+    """Hold the lock of a folder: of a file in it, or of ``lock``, which is removed afterwards.
+
+    Network file systems lock no folders. Raises BlockingIOError, naming the folder, if another process holds it, and
+    OSError, naming it too, where the file system has no locks.
+    """
+    lock = lock or folder / ".lock"
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(errno.EWOULDBLOCK, f"{folder} is being written by somebody else") from None
-        yield
-    finally:
-        os.close(handle)
+            lock_file(handle, folder, wait=False)
+            # Another may have removed it, held until then, between the two calls.
+            if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -115,8 +163,19 @@ def alone(path: Path) -> Iterator[None]:
     """Hold the lock of a file, which is created if need be; another process waits for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock_file(handle.fileno(), path)
         yield
+
+
+def lock_file(handle: int, path: Path, *, wait: bool = True) -> None:
+    """Lock an open file. Raises OSError, naming the path, where somebody else has it (unless it waits), or where the
+    file system has no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise BlockingIOError(errno.EWOULDBLOCK, f"{path} is being written by somebody else") from None
+    except OSError as problem:
+        raise OSError(problem.errno, f"{path} cannot be locked here ({problem.strerror})") from problem
 
 
 # ---------------------------------------------------------------- reading

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.core.files import tensor_bytes
+
 
 def state(model: nn.Module) -> Tensors:
     """The model's parameters and buffers by name, as detached, contiguous copies."""
@@ -127,10 +129,8 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 over dtype, shape and bytes."""
-    # numpy has no bfloat16: view the bytes as uint8
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     whole = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    whole.update(data.data)
+    whole.update(tensor_bytes(tensor.cpu().contiguous()))
     return whole.hexdigest()
 
 

@@ -29,7 +29,7 @@ from regraft.core.tensors import Tensors, check_alike, check_finite, tensor_dige
 
 TRAJECTORY_FORMAT = "regraft-trajectory-1"
 TRAJECTORY_INDEX = "index.json"
-OURS = re.compile(r"[0-9a-f]{24}\.safetensors|\.([0-9a-f]{24}\.safetensors|index\.json)\.\d+-\d+\.part")
+OURS = re.compile(r"[0-9a-f]{24}\.safetensors|\.([0-9a-f]{24}\.safetensors|index\.json)\..+\.part")
 
 
 def uniform_schedule(steps: int) -> list[float]:

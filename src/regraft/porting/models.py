@@ -108,9 +108,16 @@ def _from_transformers(folder: str, shape: Sequence[int] | None) -> NamedModel:
     except ImportError:
         raise ValueError("models of transformers need the package transformers") from None
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Left out, trust_remote_code makes transformers ask on stdin whether to run code of the folder.
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         kind = (config.architectures or [None])[0]
-        model = getattr(transformers, kind)(config) if kind else transformers.AutoModel.from_config(config)
+        model = (
+            getattr(transformers, kind)(config)
+            if kind
+            else transformers.AutoModel.from_config(config, trust_remote_code=False)
+        )
     except Exception as error:
         said = str(error).partition("\n")[0]
         raise ValueError(f"cannot make a model of {folder!r}: {type(error).__name__}: {said}") from error
