@@ -52,6 +52,7 @@ class CheckpointOptions:
         shape: of one input, batch first; the model's usual one if not given.
         spec: proven groups (`regraft symmetry MODEL --save FILE`), instead of the model where files are streamed.
         data: a folder {train,test or val}/CLASS/IMAGE, or module:function that returns batches.
+        key: which network of a file that holds several, such as ema.
         max_memory: such as 8GB; all that the machine has if not given.
         device: where to compute, such as cpu or cuda.
         deterministic: use only algorithms that give the same bits in every run.
@@ -63,6 +64,7 @@ class CheckpointOptions:
     shape: InputShape = None
     spec: File = None
     data: Text = None
+    key: Text = None
     max_memory: Text = None
     device: str = "cpu"
     deterministic: bool = False
@@ -82,6 +84,7 @@ class CheckpointOptions:
             "inputs": self.shape,
             "spec": self.spec,
             "data": self.data,
+            "key": self.key,
             "max_memory": None if self.max_memory is None else parse_size(self.max_memory),
             "device": self.device,
         }

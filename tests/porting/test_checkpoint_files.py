@@ -132,13 +132,16 @@ def _many(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (_hostile, "a.pt is damaged, or holds more than tensors, which is not run"),
+        (_hostile, r"a.pt holds \w+.mkdir, which is no tensor and is not run"),
         (_truncated, "00001-of-00002.safetensors is truncated"),
         (_truncated_torch, "a.pt is damaged"),
         (_missing, "index.json names 'model-00002-of-00002.safetensors', which is missing"),
         (_misnamed({"other": "model-00001-of-00002.safetensors"}), "tensor 'other' is in .*, which has none"),
-        (_misnamed({"steps": None}), "does not say that tensor 'steps'"),
-        (_misnamed({"steps": "../away.safetensors"}), "names '../away.safetensors', which is missing"),
+        (_misnamed({"steps": None}), "holds tensor 'steps', and .* does not name it"),
+        (
+            _misnamed({"steps": "../away.safetensors"}),
+            "names '../away.safetensors', which is outside its folder",
+        ),
         (_many, "holds 2 files"),
     ],
 )

@@ -11,52 +11,38 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec import Struct
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from regraft.core.files import (
     BadFile,
-    check_file,
     only_writer,
-    read_json,
     read_sealed,
     write_sealed,
     write_tensors,
     write_text,
 )
 from regraft.core.tensors import Tensors, check_finite
-
-WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that DataParallel and torch.compile put before every name."""
-
-PREFIXES = (*WRAPPERS, "model.", "net.")
-"""Those, and what Lightning modules usually call their network; taken away where the model has no such names."""
-
-NESTED = ("state_dict", "model_state_dict", "model")
-"""Where training scripts (Lightning, timm, ...) keep the state dictionary in a larger one."""
-
-IN_FOLDER = (
-    "*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt"
-)  # fmt: skip
+from regraft.porting.stored_tensors import (
+    ADAPTER,
+    MERGE_FIRST,
+    Entry,
+    check_there,
+    find_in_folder,
+    list_entries,
+)
+from regraft.porting.tensor_names import PREFIXES, count_wanted, rename_forms, strip_wrappers
+from regraft.porting.torch_files import describe_choice, describe_several, list_first
 
 INDEX_FILE = "model.safetensors.index.json"
 PART = "regraft-part-1"
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
-"""Of safetensors' names. Quantised weights (8-bit floats) mean nothing without their scales and are refused."""
 
 
 # ---------------------------------------------------------------- lazy tensors
@@ -87,33 +73,6 @@ class Lazy(Mapping[str, Tensor]):
 # ---------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies, and what it is. held: itself, mapped into memory, where its file is PyTorch's."""
-
-    file: Path
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    held: Tensor | None = None
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    def read(self) -> Tensor:
-        """A new tensor. Raises BadFile, naming the file, where it cannot be read any more."""
-        if self.held is not None:
-            return self.held.detach().clone(memory_format=torch.contiguous_format)
-        try:
-            # Opened for each tensor: pages of a mapped file count as the process's memory until it is closed.
-            with safe_open(self.file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(self.key).clone()
-                return tensor
-        except (SafetensorError, OSError) as problem:
-            raise BadFile(f"{self.file}: tensor {self.key!r} cannot be read ({problem})") from problem
-
-
 @dataclass(frozen=True, eq=False)
 class CheckpointFile(Mapping[str, Tensor]):
     """A checkpoint's tensors by name, each read when it is asked for.
@@ -126,18 +85,27 @@ class CheckpointFile(Mapping[str, Tensor]):
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, path: Path | str) -> CheckpointFile:
-        """What lies at ``path``; only names, shapes and dtypes are read, and the prefixes `WRAPPERS` taken away.
+    def open(cls, path: Path | str, key: str | None = None, max_memory: int | None = None) -> CheckpointFile:
+        """What lies at ``path``; only names, shapes and dtypes are read, and names of wrappers taken away.
 
+        key: which network of several in a file. max_memory: bytes that the process may hold where a file is compressed.
         Raises OSError where there is nothing, and BadFile, naming the file, for one that is truncated or damaged, that
-        holds anything but tensors, or for an index that does not fit its files.
+        holds no tensors, or kinds of tensors that are not served, several networks and no key, or an adapter's; and for
+        an index that does not fit its files.
         """
-        path = _in_folder(Path(path)) if Path(path).is_dir() else Path(path)
-        check_file(path)
-        entries, notes = _indexed_entries(path) if path.name.endswith(".index.json") else _entries(path)
-        if not entries:
+        path = find_in_folder(Path(path)) if Path(path).is_dir() else Path(path)
+        check_there(path)
+        entries, notes = list_entries(path, key, max_memory)
+        inside = f"{key}."
+        if key and describe_choice(key) not in notes and any(name.startswith(inside) for name in entries):
+            entries = {n.removeprefix(inside): e for n, e in entries.items() if n.startswith(inside)}
+            notes = [*notes, describe_choice(key)]
+        bare, taken = strip_wrappers(entries)
+        if not bare:
             raise BadFile(f"{path} holds no tensor")
-        return cls(path, entries, notes)._strip_prefixes(WRAPPERS, lambda names: 1)
+        if adapter := next(filter(ADAPTER.search, bare), None):
+            raise BadFile(f"{path} has tensor {adapter!r}: {MERGE_FIRST}")
+        return cls(path, {name: entries[own] for name, own in bare.items()}, (*notes, *taken))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].read()
@@ -169,135 +137,56 @@ class CheckpointFile(Mapping[str, Tensor]):
                 whole.update(hashlib.file_digest(file, "sha256").digest())
         return whole.hexdigest()
 
-    def named_as(self, wanted: Collection[str], base_prefix: str = "") -> CheckpointFile:
-        """With the names of ``wanted``, as far as taking `PREFIXES` away, or putting ``base_prefix`` (which
-        transformers leaves out when it saves a model without a head) before all of them, brings them nearer."""
+    def named_as(
+        self, wanted: Collection[str], base_prefix: str = "", required: Collection[str] | None = None
+    ) -> CheckpointFile:
+        """With the names of ``wanted``, as far as one prefix that is taken away, or put before all (`PREFIXES`, or
+        ``base_prefix``, which transformers leaves out when it saves a model without a head), brings them nearer.
 
-        def count_wanted(names: Collection[str]) -> int:
-            return sum(name in wanted for name in names)
+        required: of those, the ones that make a whole network; where there is one behind a prefix, what stands beside
+        it is left out. Raises BadFile where there are several.
+        """
+        renamed = rename_forms(self.entries, wanted)
+        self = self._rename(
+            {name: renamed.get(name, name) for name in self.entries}, "read older or newer names"
+        )
+        counts, needed = count_wanted(self.entries, wanted), set(wanted if required is None else required)
+        whole = [p for p in counts if counts[p] >= len(needed) and all(p + n in self.entries for n in needed)]
+        if len(whole) > 1 and "" not in whole:
+            raise BadFile(describe_several(self.path, [prefix.removesuffix(".") for prefix in whole], None))
+        if "" in whole or counts.keys() == {""}:
+            return self
+        shared = [prefix for prefix in counts if all(name.startswith(prefix) for name in self.entries)]
+        if prefix := next(iter(whole), max(shared, key=lambda p: (counts[p], -len(p)), default="")):
+            inside = {name: name.removeprefix(prefix) for name in self.entries if name.startswith(prefix)}
+            beside = self.without(self.entries.keys() - inside.keys(), f"beside the network in {prefix!r}")
+            return beside._rename(inside, f"took {prefix!r} away from all names")
+        known = [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in self.entries)]
+        for taken in ("", *known):
+            for put in filter(None, (base_prefix, *PREFIXES)):
+                names = {name: put + name.removeprefix(taken) for name in self.entries}
+                if not counts and any(name in wanted for name in names.values()):
+                    bare = self._rename(
+                        {n: n.removeprefix(taken) for n in names}, f"took {taken!r} away from all names"
+                    )
+                    return bare._rename({n: put + n for n in bare.entries}, f"put {put!r} before all names")
+        return self
 
-        stripped = self._strip_prefixes(PREFIXES, count_wanted)
-        if count_wanted(stripped.entries):
-            return stripped
-        for prefix in (*filter(None, [base_prefix]), *PREFIXES):
-            entries = {prefix + name: entry for name, entry in stripped.entries.items()}
-            if count_wanted(entries):
-                notes = (*stripped.notes, f"put {prefix!r} before all names")
-                return replace(stripped, entries=entries, notes=notes)
-        return stripped
+    def _rename(self, names: Mapping[str, str], note: str) -> CheckpointFile:
+        """Under other names, where they differ; the note says so."""
+        if all(new == old for old, new in names.items()):
+            return self
+        return replace(
+            self, entries={names[n]: e for n, e in self.entries.items()}, notes=(*self.notes, note)
+        )
 
     def without(self, names: Collection[str], why: str) -> CheckpointFile:
         """Lacking some tensors; the note says so."""
         if not names:
             return self
-        note = f"left out {_first_four(sorted(names))} ({len(names)}): {why}"
+        note = f"left out {list_first(sorted(names))} ({len(names)}): {why}"
         kept = {name: entry for name, entry in self.entries.items() if name not in names}
         return replace(self, entries=kept, notes=(*self.notes, note))
-
-    def _strip_prefixes(
-        self, prefixes: Sequence[str], score: Callable[[Collection[str]], int]
-    ) -> CheckpointFile:
-        """Without the prefixes that all names share; of all such forms the shortest that ``score`` counts most for."""
-        best, best_taken, taken, names = dict(self.entries), "", "", dict(self.entries)
-        while prefix := next((p for p in prefixes if all(name.startswith(p) for name in names)), None):
-            names, taken = {name.removeprefix(prefix): e for name, e in names.items()}, taken + prefix
-            if score(names) > score(best) or (prefix in WRAPPERS and score(names) == score(best)):
-                best, best_taken = names, taken
-        note = (f"took {best_taken!r} away from all names",) if best_taken else ()
-        return replace(self, entries=best, notes=(*self.notes, *note))
-
-
-class _Index(Struct):
-    weight_map: dict[str, str]
-
-
-def _first_four(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-
-
-def _in_folder(folder: Path) -> Path:
-    for pattern in IN_FOLDER:
-        files = sorted(folder.glob(pattern))
-        if len(files) > 1:
-            raise BadFile(f"{folder} holds {len(files)} files {pattern}: name one, such as {files[0]}")
-        if files:
-            return files[0]
-    raise FileNotFoundError(
-        errno.ENOENT, f"no checkpoint in the folder ({', '.join(IN_FOLDER)})", str(folder)
-    )
-
-
-def _indexed_entries(path: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:
-    """The entries of all files that an index names."""
-    try:
-        names = read_json(path, _Index, "an index of a sharded checkpoint").weight_map
-    except ValueError as problem:
-        raise BadFile(str(problem)) from problem
-    entries: dict[str, Entry] = {}
-    for file in sorted(set(names.values())):
-        shard = path.parent / file
-        if Path(file).name != file or not shard.is_file():
-            raise BadFile(f"{path} names {file!r}, which is missing")
-        for name, entry in _entries(shard)[0].items():
-            if names.get(name) != file:
-                raise BadFile(f"{path} does not say that tensor {name!r} is in {file}")
-            entries[name] = entry
-    if missing := names.keys() - entries.keys():
-        raise BadFile(f"{path} says that tensor {min(missing)!r} is in {names[min(missing)]}, which has none")
-    return entries, ()
-
-
-def _entries(path: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:
-    if path.suffix != ".safetensors":
-        return _torch_entries(path)
-    entries = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                if part.get_dtype() not in DTYPES:
-                    raise BadFile(
-                        f"{path}: tensor {name!r} has dtype {part.get_dtype()}, which is not served"
-                    )
-                entries[name] = Entry(path, name, DTYPES[part.get_dtype()], tuple(part.get_shape()))
-    except (SafetensorError, OSError) as problem:
-        raise BadFile(f"{path} is truncated, or no safetensors file ({problem})") from problem
-    return entries, ()
-
-
-def _torch_entries(path: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:
-    try:
-        held = _load_mapped(path)
-    except Exception as problem:  # torch raises anything for what is not its own file
-        said = str(problem).strip().partition("\n")[0][:160]
-        raise BadFile(
-            f"{path} is damaged, or holds more than tensors, which is not run ({type(problem).__name__}: {said})"
-        ) from problem
-    notes: list[str] = []
-    while isinstance(held, Mapping):
-        inner = next((key for key in NESTED if isinstance(held.get(key), Mapping)), None)
-        if inner is None:
-            break
-        held = held[inner]
-        notes.append(f"read its entry {inner!r}")
-    if not isinstance(held, Mapping):
-        raise BadFile(f"{path} holds a {type(held).__name__}, no state dictionary")
-    others = [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
-    if others:
-        notes.append(f"left out {_first_four(others)}: no tensors")
-    entries = {
-        str(name): Entry(path, str(name), value.dtype, tuple(value.shape), value)
-        for name, value in held.items()
-        if isinstance(value, Tensor)
-    }
-    return entries, tuple(notes)
-
-
-def _load_mapped(path: Path) -> Any:
-    """Mapped into memory, where the file's format allows it (torch's since 1.6)."""
-    import zipfile
-
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
 
 
 # ---------------------------------------------------------------- writing
@@ -419,7 +308,7 @@ def _as_written(name: str, layout: Layout, tensor: Tensor) -> Tensor:
 
 def _check_written(index: Path, layout: Layout) -> None:
     """Raises BadFile for what is missing, too much, or other than the layout says."""
-    written = {name: (entry.dtype, entry.shape) for name, entry in _indexed_entries(index)[0].items()}
+    written = {name: (entry.dtype, entry.shape) for name, entry in list_entries(index, None, None)[0].items()}
     if odd := sorted(
         name
         for name in written.keys() | layout.tensors.keys()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from regraft.core.files import BadFile
 from regraft.core.tensors import live_state, norm
-from regraft.porting.checkpoint_files import CheckpointFile, Entry, check_values
+from regraft.porting.checkpoint_files import CheckpointFile, check_values
+from regraft.porting.stored_tensors import Entry
 from regraft.symmetry import PermutationSpec, Segment
 from regraft.symmetry.axes import groups_of
 
@@ -69,11 +70,14 @@ class StateLayout:
 def fit_names(checkpoint: CheckpointFile, layout: StateLayout, *, is_base: bool) -> CheckpointFile:
     """The checkpoint under the model's names, each shared tensor once.
 
-    is_base: parts that the model does not have at all (another task's head) are left out, and the note says so.
+    Parts that the model does not have at all (a loss with weights) are left out of a checkpoint that has all of the
+    model's tensors, and the note says so. is_base: of any (another task's head).
 
     Raises BadFile, naming file and tensor, for a tensor that the model lacks, or tied tensors that differ.
     """
-    fitted = checkpoint.named_as({*layout.shapes, *layout.aliases}, layout.base_prefix)
+    tied = set(layout.aliases.values())
+    required = layout.shapes.keys() - layout.optional - tied
+    fitted = checkpoint.named_as({*layout.shapes, *layout.aliases}, layout.base_prefix, required)
     entries = dict(fitted.entries)
     for alias, name in layout.aliases.items():
         if alias in entries:
@@ -86,7 +90,8 @@ def fit_names(checkpoint: CheckpointFile, layout: StateLayout, *, is_base: bool)
     extra = {name for name in fitted.entries if name not in layout.shapes}
     parts = {name.partition(".")[0] for name in layout.shapes}
     other = {name for name in extra if name.partition(".")[0] not in parts}
-    if is_base and other == extra and len(extra) < len(fitted.entries):
+    whole = all(name in fitted.entries for name in required)
+    if (is_base or whole) and other == extra and len(extra) < len(fitted.entries):
         return fitted.without(other, "the model has no such part")
     if extra:
         raise BadFile(

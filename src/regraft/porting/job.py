@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.porting.checkpoint_files import CheckpointFile, Entry, Layout, Lazy, check_free
+from regraft.core.files import BadFile
+from regraft.porting.checkpoint_files import CheckpointFile, Layout, Lazy, check_free
 from regraft.porting.data import Data
 from regraft.porting.fitting import Distances
 from regraft.porting.model_spec import ModelSpec, Settings, find_model_spec
 from regraft.porting.sizes import check_memory, format_size
+from regraft.porting.stored_tensors import Entry
+from regraft.porting.torch_files import describe_choice
 from regraft.symmetry import PermutationSpec
 
 SHARD = 10**9
@@ -179,7 +182,10 @@ def read_checkpoints(
 
     lead: the role whose classes the network's head has; another checkpoint may have none, or a head of other classes.
     """
-    checkpoints = {role: CheckpointFile.open(path) for role, path in paths}
+    key, max_memory = settings.get("key"), settings.get("max_memory")
+    checkpoints = {role: CheckpointFile.open(path, key, max_memory) for role, path in paths}
+    if key and not any(describe_choice(key) in checkpoint.notes for checkpoint in checkpoints.values()):
+        raise BadFile(f"no checkpoint has a network {key!r} in it, such as {checkpoints[lead].path}")
     if not needs_spec and settings.get("model") is None and settings.get("data") is None:
         return None, checkpoints
     if settings.get("spec") is None:
@@ -208,6 +214,8 @@ def open_job(
 def _layout_like(result: CheckpointFile, dtypes_of: CheckpointFile, max_memory: int | None) -> Layout:
     """The result's tensors in the dtypes of another checkpoint; what that lacks in the dtype that most of it has."""
     floating = [e for e in dtypes_of.entries.values() if e.dtype.is_floating_point]
+    if not floating:
+        raise BadFile(f"{dtypes_of.path} holds no floating tensor: there is nothing to move or to sum")
     common = max({e.dtype for e in floating}, key=lambda d: sum(e.numel for e in floating if e.dtype == d))
 
     def dtype(name: str, entry: Entry) -> torch.dtype:

@@ -44,6 +44,7 @@ class Settings(TypedDict, total=False):
     inputs: example inputs of the model, batch first, or for a named model their shape; its usual ones if not given.
     spec: its proven permutation groups, or their file; traced and proven on the model if not given.
     data: a folder of images or ``module:function`` (`data_by_name`), or batches (`data_of`), to measure on.
+    key: which network of a file that holds several, such as "ema"; needed for those alone.
     max_memory: bytes that the process may hold; what the machine has if not given.
     device: where to compute; the CPU if not given.
     """
@@ -52,6 +53,7 @@ class Settings(TypedDict, total=False):
     inputs: Example
     spec: PermutationSpec | Path | str | None
     data: object
+    key: str | None
     max_memory: int | None
     device: str
 
