@@ -245,9 +245,9 @@ def test_rates_fall_with_the_distance_from_the_head():
 @pytest.mark.parametrize(
     ("early", "late", "verdicts"),
     [
-        (0.1, 0.1, ["holds", "holds"]),
-        (-0.1, 0.1, ["holds not", "holds"]),
-        (0.0, -0.1, ["not refuted", "holds not"]),
+        (0.1, 0.1, ["supported", "supported"]),
+        (-0.1, 0.1, ["not supported", "supported"]),
+        (0.0, -0.1, ["consistent", "not supported"]),
     ],
 )
 def test_a_claim_is_judged_as_it_stands(early, late, verdicts):

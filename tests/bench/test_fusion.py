@@ -345,7 +345,7 @@ def test_a_claim_is_judged_by_its_margin_and_stands_beside_its_control():
     def line(rows: list[Row], where: str) -> tuple[str, ...]:
         return next(line for line in sheets("claims", rows)[0].lines if line[1] == where)
 
-    assert line(rows, "5.2, table 6")[3:] == ("40.0 against 20.0", "both networks' logits: 50.0", "holds")
-    assert line(rows, "5.2, table 5")[-1] == "holds"
-    assert line([row("table-6", values={"accuracy": 0.21}), *rows[1:]], "5.2, table 6")[-1] == "holds not"
+    assert line(rows, "5.2, table 6")[3:] == ("40.0 against 20.0", "both networks' logits: 50.0", "supported")
+    assert line(rows, "5.2, table 5")[-1] == "supported"
+    assert line([row("table-6", values={"accuracy": 0.21}), *rows[1:]], "5.2, table 6")[-1] == "not supported"
     assert line(rows, "3.2, table 1")[-1] == "not measured"

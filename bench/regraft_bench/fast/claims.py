@@ -75,7 +75,7 @@ def list_fast_claims(rows: Rows) -> Iterator[Sheet]:
         notes = (
             f"early: mean deployed accuracy over the checkpoints to step {EARLY}; accuracy: at the end; closeness: "
             "minus the distance travelled",
-            "holds, holds not: p < 0.05, paired over seeds; that something is no worse is refuted or not, never shown",
+            'supported, not supported: p < 0.05, paired over seeds; "no worse" can only be consistent, never shown',
         )
         yield Sheet("claims", heading, lines, notes)
 

@@ -141,7 +141,7 @@ FUSION_CLAIMS = (
 
 
 def list_fusion_claims(rows: Rows) -> Iterator[Sheet]:
-    """One line a sentence. Holds: above by the margin; holds not: below it; not measured: a number is missing."""
+    """One line a sentence. Supported: above by the margin; not supported: below; not measured: a number is missing."""
     own = by_scenario([row for row in rows if not row.scenario.endswith("-paper")])
     heading = ("the paper says", "where", "the paper's", "ours", "control", "verdict")
     lines = tuple(_line(claim, own) for claim in FUSION_CLAIMS)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from regraft_bench.report.tables import Comparison, Rows, compare_methods
 
-HOLDS, FAILS = "holds", "holds not"
-INCONCLUSIVE, CONSISTENT = "not to be told", "not refuted"
+SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
+INCONCLUSIVE, CONSISTENT = "inconclusive", "consistent"
 NOT_MEASURED = "not measured"
 
 Number = Callable[[Mapping[str, Rows]], float | None]
@@ -29,12 +29,12 @@ class PairedTest:
     or_equal: bool = False
 
     def verdict(self, found: Comparison) -> str:
-        """HOLDS, FAILS, or where the seeds decide nothing INCONCLUSIVE (CONSISTENT with "no worse")."""
+        """SUPPORTED, NOT_SUPPORTED, or where the seeds decide nothing INCONCLUSIVE (CONSISTENT with "no worse")."""
         if math.isnan(found.p) or (found.p >= 0.05 and not self.or_equal):
             return INCONCLUSIVE
         if found.p >= 0.05:
             return CONSISTENT
-        return HOLDS if found.difference > 0 else FAILS
+        return SUPPORTED if found.difference > 0 else NOT_SUPPORTED
 
 
 NO_WORSE = PairedTest(or_equal=True)
@@ -47,8 +47,8 @@ class Margin:
     least: float = 0.0
 
     def verdict(self, found: Comparison) -> str:
-        """HOLDS or FAILS."""
-        return HOLDS if found.difference >= self.least else FAILS
+        """SUPPORTED or NOT_SUPPORTED."""
+        return SUPPORTED if found.difference >= self.least else NOT_SUPPORTED
 
 
 @dataclass(frozen=True)
