@@ -21,7 +21,6 @@ from regraft_bench.fast.methods import (
     FineTuning,
     LayerDecay,
     OneBlock,
-    TowardsStart,
     at_each,
     at_rates,
     best_of,
@@ -218,19 +217,6 @@ def test_one_block_learns_one_layer(adoption, where, learning):
     assert adopted.head.weight.requires_grad
 
 
-def test_l2_sp_pulls_towards_the_source():
-    far, near = (TowardsStart(strength) for strength in (1e-6, 10.0))
-    moved = []
-    for make in (far, near):
-        weight = torch.nn.Parameter(torch.ones(2, 2))
-        optimiser = make([{"params": [weight], "lr": 0.05, "name": "body"}])
-        for _ in range(50):
-            weight.grad = torch.ones(2, 2)
-            optimiser.step()
-        moved.append(float((weight.detach() - 1).norm()))
-    assert moved[1] < 0.1 * moved[0]
-
-
 def test_rates_fall_with_the_distance_from_the_head():
     parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), (2, 2), (2, 2), (2,))]
     head = torch.nn.Parameter(torch.ones(2, 2))
@@ -287,6 +273,7 @@ def test_without_a_bias_there_is_none(adoption):
 def test_all_methods_see_the_same_batches_whatever_their_preparation_took(place):
     setting = FastSetting(tiny(), 3, place)
     first = next(iter(setting.batches()))
+    setting.method = COMPARISON_METHODS[1]
     stream = iter(setting.batches())
     assert all(torch.equal(a, b) for a, b in zip(next(stream), first, strict=True))
     assert not torch.equal(next(stream)[0], first[0])

@@ -92,6 +92,14 @@ def test_fisher_of_a_linear_model():
         estimate_fisher(model, tensors, x[:0], generator=torch.Generator())
 
 
+def test_fisher_is_over_labels_that_are_drawn():
+    """Of answers with chances 3/4 and 1/4: p (1 - p). The likelier label alone would give 1/16."""
+    model, x = mlp([1, 2]), torch.ones(4000, 1)
+    tensors = {"layers.0.weight": torch.zeros(2, 1), "layers.0.bias": torch.tensor([3.0, 1.0]).log()}
+    result = estimate_fisher(model, tensors, x, generator=torch.Generator().manual_seed(0), batch_size=1000)
+    assert result["layers.0.bias"].tolist() == pytest.approx([3 / 16] * 2, rel=0.05)
+
+
 def digits():
     data = load("digits")
     model = mlp([64, 16, 10])

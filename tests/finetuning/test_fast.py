@@ -300,6 +300,13 @@ def test_stratified_batches_hold_every_class_equally_and_pass_through_all_images
     assert all(sorted(part.tolist()) == [6, 7, 8, 9] for part in second.split(4))
 
 
+def test_stratified_batches_shuffle_within_a_class_and_anew_in_each_pass():
+    stream = iter(fast.Stratified(split([12]), 12, 1, seeded()))
+    first, second = (next(stream)[0][:, 0, 0, 0].tolist() for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != sorted(first) and second not in (first, sorted(second))
+
+
 def test_stratified_batches_repeat_with_their_seed():
     one, other = (
         next(iter(fast.Stratified(split([9, 9, 9]), 6, 3, seeded(3), flip=True)))[0] for _ in range(2)

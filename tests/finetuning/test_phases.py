@@ -95,6 +95,26 @@ def test_a_run_is_that_of_the_plain_loop():
     assert all(torch.equal(a, b) for a, b in zip(state(model).values(), state(plain).values(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("optimiser", "moved"),
+    [
+        (phases.sgd, 0.5 * (1 + 1.9)),
+        (phases.sgd_as_in_the_paper, 0.5 * (0.1 + 0.19)),
+        (phases.nesterov, 0.5 * (1 + 0.9) + 0.5 * (1 + 0.9 * 1.9)),
+        (phases.adam, 1 + 1),
+        (phases.radam, 0.5 + 0.5),
+    ],
+)
+def test_two_steps_by_hand(optimiser, moved):
+    """Along a gradient of 1/2, in units of the rate; RAdam's first steps are not adapted."""
+    weight = nn.Parameter(torch.zeros(1))
+    steps = optimiser([{"params": [weight], "lr": 0.01, "name": "body"}])
+    for _ in range(2):
+        weight.grad = torch.full((1,), 0.5)
+        steps.step()
+    assert float(weight.detach()) == pytest.approx(-0.01 * moved)
+
+
 def test_a_diverging_loss_is_reported_with_its_step():
     def batches():
         yield next(endless())

@@ -166,14 +166,15 @@ def test_reset_gives_every_channel_its_own_mean():
     torch.testing.assert_close(fused["blocks.0.1.running_mean"], conv.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-def test_repair_in_one_pass_is_repair_layer_by_layer(cnn):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_repair_in_one_pass_is_repair_layer_by_layer(cnn, sign):
     sources = [{name: tensor.double() for name, tensor in network.items()} for network in networks(cnn, 2)]
     model, x = small_cnn().double().eval(), images(16).double()
     finish = repair_on(model, sources, [(x, torch.zeros(16, dtype=torch.int64))])
-    fused = fuse(sources, [0.5, 1.5])
+    fused = fuse(sources, [0.5, sign * 1.5])
     layers = ["features.0", "features.3", "classifier.layers.0", "classifier.layers.1"]
     expected = reference.repair(model, layers, sources, [0.25, 0.75], fused, x)
-    same(fuse(sources, [0.5, 1.5], finish=finish), expected, 1e-9)
+    same(fuse(sources, [0.5, sign * 1.5], finish=finish), expected, 1e-9)
     assert not torch.allclose(expected["features.3.weight"], fused["features.3.weight"])
 
 

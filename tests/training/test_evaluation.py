@@ -250,6 +250,13 @@ def test_statistics_are_the_plain_average_over_the_first_batches(network):
         reset_batchnorm(model, values, data(), limit=0)
 
 
+def test_statistics_are_estimated_with_dropout_off():
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2)).train()
+    images = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    result = reset_batchnorm(model, tensors.state(model), [(images, torch.tensor([0, 1]))])
+    assert result["1.running_mean"].tolist() == [2.0, 3.0] and result["1.running_var"].tolist() == [2.0, 2.0]
+
+
 def test_resetting_makes_up_for_wrong_statistics(network):
     model, values = network
     wrong = values | {"norm.running_var": values["norm.running_var"] * 1e6}

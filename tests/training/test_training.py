@@ -87,9 +87,10 @@ def test_the_cosine_schedule_warms_up_and_ends_near_zero():
 # --- steps
 
 
-def test_training_is_the_textbooks_sgd():
+@pytest.mark.parametrize("how", [{}, {"nesterov": True}, {"augment": True}], ids=str)
+def test_training_is_the_textbooks_sgd(how):
     """Against momentum, weight decay and the schedule written out, over two epochs of whole batches."""
-    data, recipe = little(), Recipe(epochs=2, lr=0.1, momentum=0.8, weight_decay=0.01, batch_size=25)
+    data, recipe = little(), Recipe(epochs=2, lr=0.1, momentum=0.8, weight_decay=0.01, batch_size=25, **how)
     model = networks.build(lambda: networks.mlp([16, 8, 2]), seed())
     trained = train(model, tensors.state(model), data, recipe, generator=seed(4))
 
@@ -98,13 +99,15 @@ def test_training_is_the_textbooks_sgd():
     generator, step = seed(4), 0
     for _ in range(2):
         torch.randint(2**62, (), generator=generator)  # the seed for dropout
-        for images, labels in data.train.batches(25, generator=generator):
+        for images, labels in data.train.batches(25, generator=generator, augment=recipe.augment):
             loss = F.cross_entropy(torch.func.functional_call(model, values, images), labels)
             gradients = torch.autograd.grad(loss, list(values.values()))
             rate = 0.05 * (1 + math.cos(math.pi * step / 4))
             for (name, value), gradient in zip(values.items(), gradients, strict=True):
-                velocity[name] = 0.8 * velocity[name] + gradient + 0.01 * value.detach()
-                values[name] = (value.detach() - rate * velocity[name]).requires_grad_()
+                slope = gradient + 0.01 * value.detach()
+                velocity[name] = 0.8 * velocity[name] + slope
+                step_along = slope + 0.8 * velocity[name] if recipe.nesterov else velocity[name]
+                values[name] = (value.detach() - rate * step_along).requires_grad_()
             step += 1
     for name, value in values.items():
         assert torch.allclose(trained.tensors[name], value, atol=1e-6), name
