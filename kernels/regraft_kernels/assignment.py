@@ -186,6 +186,8 @@ def _to_host(similarities: Sequence[Matrix], names: Sequence[str], ndim: int = 2
         if isinstance(similarity, Tensor):
             if not similarity.is_floating_point():
                 raise ValueError(f"{name} must be real and floating, not {similarity.dtype}")
+            if similarity.layout is not torch.strided or similarity.is_nested:
+                raise ValueError(f"{name} must be a dense tensor")
             tensor = similarity.detach().to(torch.promote_types(similarity.dtype, torch.float32))
             if tensor.is_cuda:
                 waiting.add(torch.cuda.current_stream(tensor.device))

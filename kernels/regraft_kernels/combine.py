@@ -21,7 +21,7 @@ from regraft_kernels.launch import (
     vector_pointer,
 )
 from regraft_kernels.memory import ALIGNMENT, as_in_memory, row_blocks, upload_numbers, upload_words
-from regraft_kernels.operators import by_number, define, needs_operator
+from regraft_kernels.operators import by_number, choose_route, define
 from regraft_kernels.packing import (
     FIELDS,
     S_SIZE,
@@ -52,7 +52,7 @@ def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[
         wide = accumulator(first.dtype)
         total = torch.zeros((len(coefficients), *first.shape), dtype=wide, device=first.device)
         for source, column in zip(sources, coefficients.to(first.device, wide).T, strict=True):
-            total += column.reshape(-1, *(1,) * first.ndim) * source[name].to(wide)
+            total = total + column.reshape(len(column), *(1,) * first.ndim) * source[name].to(wide)
         out[name] = total.to(first.dtype)
     return out
 
@@ -232,12 +232,13 @@ def combine(
     """
     if not sources:
         raise ValueError("combine needs at least one source")
-    _check_sources(sources)
-    first = sources[0]
-    check_addable(first, "sources")
     table = (
         coefficients if isinstance(coefficients, Tensor) else torch.tensor(coefficients, dtype=torch.float64)
     )
+    route = choose_route([*sources, {"coefficients": table}], out)
+    _check_sources(sources)
+    first = sources[0]
+    check_addable(first, "sources")
     if table.numel() == 0 and table.ndim < 2:
         table = table.reshape(0, len(sources))
     if table.ndim != 2 or table.shape[1] != len(sources):
@@ -245,8 +246,10 @@ def combine(
     if not first:
         return {}
     chosen = resolve(backend, next(iter(first.values())).device)
-    if not needs_operator([*sources, {"coefficients": table}], out):
+    if route == "launch":
         return _run_combine(sources, table, chosen, out)
+    if route == "definition":
+        return combine_reference(sources, table)
     floating = [name for name, tensor in first.items() if tensor.is_floating_point()]
     tensors = [source[name] for source in sources for name in floating]
     sums = torch.ops.regraft.combine(tensors, table, backend) if floating else []

@@ -22,7 +22,14 @@ from regraft_kernels.launch import (
     vector_pointer,
 )
 from regraft_kernels.memory import Scratch, as_in_memory, row_blocks, upload_numbers
-from regraft_kernels.operators import by_number, define, flatten_indices, needs_operator, unflatten_packing
+from regraft_kernels.operators import (
+    by_number,
+    choose_route,
+    define,
+    flatten_axes,
+    slot_vectors,
+    unflatten_packing,
+)
 from regraft_kernels.packing import Packing, Tensors, allocate, check_addable
 from regraft_kernels.permute import permute_reference
 
@@ -34,22 +41,45 @@ def graft_reference(
     base: Tensors,
     start: Tensors,
     end: Tensors,
-    scales: Sequence[float],
+    scales: Sequence[float] | Tensor,
     indices: Mapping[str, Tensor],
     packing: Packing,
 ) -> dict[str, Tensor]:
     """The definition of `graft` for one target: subtract, permute, scale, add."""
     out = {}
     for name, tensor in base.items():
+        column = (len(scales), *(1,) * tensor.ndim)
         if not tensor.is_floating_point():
-            out[name] = tensor.repeat(len(scales), *(1,) * tensor.ndim)
+            out[name] = tensor.repeat(column)
             continue
         wide = accumulator(tensor.dtype)
         delta = {name: end[name].to(wide) - start[name].to(wide)}
         moved = permute_reference(delta, indices, packing)[name]
-        steps = [tensor.to(wide) + scale * moved for scale in scales]
-        out[name] = torch.stack(steps).to(tensor.dtype) if steps else tensor.new_empty((0, *tensor.shape))
+        factors = torch.as_tensor(scales, dtype=wide, device=tensor.device).reshape(column)
+        out[name] = (tensor.to(wide) + factors * moved).to(tensor.dtype)
     return out
+
+
+def _graft_targets(
+    base: Tensors, start: Tensors, end: Tensors, scales: Tensor, vectors: Tensors, packing: Packing
+) -> dict[str, Tensor]:
+    """The definition for P targets, one after the other."""
+    results = [
+        graft_reference(
+            {name: tensor[target] for name, tensor in base.items()},
+            start,
+            end,
+            scales,
+            {slot: vector[target] for slot, vector in vectors.items()},
+            packing,
+        )
+        for target in range(len(next(iter(base.values()))))
+    ]
+    shapes = {name: (0, len(scales), *packing.shapes[name]) for name in base}
+    return {
+        name: torch.stack([result[name] for result in results]) if results else tensor.new_empty(shapes[name])
+        for name, tensor in base.items()
+    }
 
 
 def _graft_torch(
@@ -220,24 +250,32 @@ def graft(
     Differentiable in `base`, `start`, `end` and `scales`, and an operator of PyTorch (`torch.ops.regraft.graft`).
     Raises ValueError for names, shapes, dtypes or devices that do not fit, and as `permute` does.
     """
+    floating = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
+    moves = [_select(tensors, floating, what) for what, tensors in (("start", start), ("end", end))]
+    factors = scales if isinstance(scales, Tensor) else torch.tensor(scales, dtype=torch.float64)
+    route = choose_route([base, *moves, {"scales": factors}], out)
     batch = packing.check(base, "base")
     check_addable(base, "base")
-    floating = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
-    moves = [
-        _check_move(tensors, floating, packing, what) for what, tensors in (("start", start), ("end", end))
-    ]
+    for what, move in zip(("start", "end"), moves, strict=True):
+        _check_move(move, floating, packing, what)
+    if factors.ndim > 1:
+        raise ValueError(f"scales have shape {tuple(factors.shape)}, expected (K,)")
+    factors = factors if factors.ndim else factors[None]
     if not base:
         return {}
     chosen = resolve(backend, next(iter(base.values())).device)
-    if not needs_operator([base, *moves, {"scales": scales} if isinstance(scales, Tensor) else {}], out):
-        return _run_graft(base, moves, _check_scales(scales), indices, packing, chosen, out)
-    factors = scales.flatten() if isinstance(scales, Tensor) else torch.tensor(scales, dtype=torch.float64)
-    vectors, axes = flatten_indices(packing, floating, indices)
+    if route == "launch":
+        return _run_graft(base, moves, _check_scales(factors), indices, packing, chosen, out)
+    vectors = slot_vectors(packing, floating, indices, route, targets=batch[0] if batch else None)
+    if route == "definition":
+        define_graft = _graft_targets if batch else graft_reference
+        return define_graft(base, moves[0], moves[1], factors, vectors, packing)
     lists = [[tensors[name] for name in floating] for tensors in (base, *moves)]
+    axes = flatten_axes(packing, floating, vectors)
     run = torch.ops.regraft.graft
-    sums = run(*lists, factors, vectors, axes, bool(batch), backend) if floating else []
+    sums = run(*lists, factors, list(vectors.values()), axes, bool(batch), backend) if floating else []
     results = dict(zip(floating, sums, strict=True))
-    lead = (*batch, len(scales))
+    lead = (*batch, len(factors))
     return {
         n: results[n] if n in results else t.unsqueeze(len(batch)).expand(*lead, *packing.shapes[n]).clone()
         for n, t in base.items()
@@ -337,19 +375,22 @@ define(
 )
 
 
-def _check_scales(scales: Sequence[float] | Tensor) -> list[float]:
+def _check_scales(scales: Tensor) -> list[float]:
     """As numbers; those on a GPU are waited for."""
-    factors = torch.as_tensor(scales, dtype=torch.float64).reshape(-1).tolist()
+    factors = scales.double().tolist()
     if not all(map(math.isfinite, factors)):
         raise ValueError("scales must be finite")
     return factors
 
 
-def _check_move(tensors: Tensors, base: Tensors, packing: Packing, what: str) -> dict[str, Tensor]:
+def _select(tensors: Tensors, base: Tensors, what: str) -> dict[str, Tensor]:
     """The tensors of `start` or `end` that `base` needs."""
     if not base.keys() <= tensors.keys():
         raise ValueError(f"{what} lacks {', '.join(sorted(base.keys() - tensors.keys()))}")
-    needed = {name: tensors[name] for name in base}
+    return {name: tensors[name] for name in base}
+
+
+def _check_move(needed: Tensors, base: Tensors, packing: Packing, what: str) -> None:
     if packing.check(needed, what):
         raise ValueError(f"{what} must have no batch dimension")
     for name, tensor in needed.items():
@@ -359,4 +400,3 @@ def _check_move(tensors: Tensors, base: Tensors, packing: Packing, what: str) ->
             raise ValueError(
                 f"{what}: {kind} of {name!r} is {getattr(tensor, kind)}, in base {getattr(wanted, kind)}"
             )
-    return needed

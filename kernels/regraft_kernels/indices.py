@@ -26,8 +26,8 @@ GRID = 65_535
 
 def check_index(what: str, index: Tensor, shape: Sequence[int | None], device: torch.device) -> None:
     """Raise ValueError unless `index` is an int64 tensor of this shape (None: any length) on `device`."""
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.layout is not torch.strided:
+        kind = f"{index.dtype}, {index.layout}" if isinstance(index, Tensor) else type(index).__name__
         raise ValueError(f"{what} must be an int64 tensor, not {kind}")
     if index.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, index.shape, strict=True)):
         raise ValueError(f"{what} has shape {tuple(index.shape)}, expected {tuple(shape)}")

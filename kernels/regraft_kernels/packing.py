@@ -90,7 +90,14 @@ class Packing:
             return ()
         first = next(iter(tensors.values()))
         device, shapes = first.device, self.shapes
-        if all(t.shape == shapes.get(name) and t.device == device for name, t in tensors.items()):
+        # The number of dimensions first: under a tracer, comparing lengths says something about a batch's.
+        if all(
+            (shape := shapes.get(name)) is not None
+            and t.ndim == len(shape)
+            and t.shape == shape
+            and t.device == device
+            for name, t in tensors.items()
+        ):
             return ()
         batch: tuple[int, ...] | None = None
         for name, tensor in tensors.items():

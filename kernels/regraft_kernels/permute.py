@@ -22,7 +22,14 @@ from regraft_kernels.launch import (
     vector_pointer,
 )
 from regraft_kernels.memory import Scratch, as_in_memory, row_blocks
-from regraft_kernels.operators import by_number, define, flatten_indices, needs_operator, unflatten_packing
+from regraft_kernels.operators import (
+    by_number,
+    choose_route,
+    define,
+    flatten_axes,
+    slot_vectors,
+    unflatten_packing,
+)
 from regraft_kernels.packing import Packing, Tensors, allocate
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
@@ -168,15 +175,18 @@ def permute(
     vectors that are missing or no permutations (on a GPU: a device-side assertion, see `Packing.prepare`), for
     tensors without memory (DTensor), and for `out` where gradients or a compiler are at work.
     """
+    route = choose_route([tensors], out)
     batch = packing.check(tensors)
     if not tensors:
         return {}
     chosen = resolve(backend, next(iter(tensors.values())).device)
-    if not needs_operator([tensors], out):
+    if route == "launch":
         return _run_permute(tensors, indices, packing, inverse, chosen, out)
-    vectors, axes = flatten_indices(packing, tensors, indices, inverse)
-    results = torch.ops.regraft.permute(list(tensors.values()), vectors, axes, bool(batch), inverse, backend)
-    return dict(zip(tensors, results, strict=True))
+    vectors = slot_vectors(packing, tensors, indices, route, inverse)
+    if route == "definition":
+        return permute_reference(tensors, vectors, packing, inverse=inverse)
+    flat = list(tensors.values()), list(vectors.values()), flatten_axes(packing, tensors, vectors)
+    return dict(zip(tensors, torch.ops.regraft.permute(*flat, bool(batch), inverse, backend), strict=True))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from regraft_kernels.backend import INTERPRETING, accumulator, resolve, tl, trit
 from regraft_kernels.indices import check_index, check_ranges
 from regraft_kernels.launch import DotTile, choose_dot, device_family
 from regraft_kernels.memory import Scratch
-from regraft_kernels.operators import define, needs_operator
+from regraft_kernels.operators import Route, choose_route, define, is_readable
 from regraft_kernels.terms import (
     Operand,
     Runs,
@@ -32,6 +32,7 @@ from regraft_kernels.terms import (
 )
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
+SIDES = ("target", "source")
 
 SHORT_RUN = 8
 """With fewer elements than this behind a unit, reordering a block is cheaper than a product per run."""
@@ -43,7 +44,7 @@ def similarity_reference(terms: Sequence[Term]) -> Tensor:
     total = torch.zeros((n, n), dtype=accumulator(terms[0].target.dtype), device=terms[0].target.device)
     for term in terms:
         left, right = (unfold(operand, term) for operand in operands_of(term))
-        total += left @ right.T
+        total = total + left @ right.T
     return total
 
 
@@ -329,6 +330,7 @@ def similarity_many(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     if not groups:
         return []
+    route = _choose_route([term for terms in groups for term in terms])
     for terms in groups:
         check_terms(terms)
     first = groups[0][0].target
@@ -337,14 +339,20 @@ def similarity_many(
             other = f"{terms[0].target.dtype} on {terms[0].target.device}"
             raise ValueError(f"the groups differ: one is {first.dtype} on {first.device}, another {other}")
     chosen = _resolve(backend, first)
-    stacks = [
-        {f"{side} of term {number}": getattr(term, side) for side in ("target", "source")}
-        for terms in groups
-        for number, term in enumerate(terms)
-    ]
-    if needs_operator(stacks):
-        return list(torch.ops.regraft.similarity(*flatten_terms(groups), precision, backend))
-    return _run_similarity(groups, precision, chosen)
+    if route == "launch":
+        return _run_similarity(groups, precision, chosen)
+    flat = flatten_terms(groups)
+    if route == "definition":
+        vectors = [vector for vector in (*flat[3], *flat[4]) if vector is not None]
+        if is_readable([dict(zip(map(str, range(len(vectors))), vectors, strict=True))]):
+            check_entries([term for terms in groups for term in terms])
+        return [similarity_reference(terms) for terms in groups]
+    return list(torch.ops.regraft.similarity(*flat, precision, backend))
+
+
+def _choose_route(terms: Sequence[Term], **others: Tensor) -> Route:
+    stacks = [{f"{side} of term {n}": getattr(t, side) for n, t in enumerate(terms)} for side in SIDES]
+    return choose_route([*stacks, others])
 
 
 @torch.no_grad()
@@ -356,6 +364,7 @@ def _run_similarity(groups: Sequence[Sequence[Term]], precision: str, chosen: st
         return [_similarity_torch(terms) for terms in groups]
 
 
+@torch.compiler.disable(reason="similarity_update_ works in place and reads the values of its index vectors")
 @torch.no_grad()
 def similarity_update_(
     S: Tensor,
@@ -374,8 +383,11 @@ def similarity_update_(
     `term.gathers` serves the other axes. Returns S. Each call adds its own rounding error: build S anew now
     and then.
 
-    Raises ValueError as `similarity` does, and for an S of another shape, dtype or device.
+    Raises ValueError as `similarity` does, for an S of another shape, dtype or device, and for tensors without values
+    or inside torch.func's transformations, where S must be built anew. torch.compile does not compile it.
     """
+    if _choose_route([term], S=S) != "launch":
+        raise ValueError("similarity_update_ has no derivative and reads values: build S anew by similarity")
     check_terms([term])
     check_entries([term])
     n = term.units

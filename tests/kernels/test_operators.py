@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from regraft_kernels import Packing, combine, graft, permute
+from regraft_kernels import Packing, Term, assign, combine, graft, permute, similarity_many
 
 PACKING = Packing.build({"w": (4, 3, 2), "v": (4,), "n": ()}, {"w": ("a", "b", None), "v": ("a",)})
 
@@ -114,13 +115,122 @@ def test_operators_keep_their_contracts(generator, gradients):
         torch.library.opcheck(operator.default, arguments)
 
 
-def test_vmap_is_one_after_the_other(generator):
-    base, start, end, indices = draw(generator, 3), draw(generator), draw(generator), vectors(generator)
-    found = torch.func.vmap(everything, in_dims=(0, None, None, None))(base, start, end, indices)
+def operations(generator):
+    """Name -> a function of tensors that gives a tuple of tensors, and its arguments."""
+    many = draw(generator, 2)
+    flat = [t for group in (draw(generator), draw(generator)) for t in group.values()]
+    scales = torch.tensor([0.5, -1.5], dtype=torch.float64)
+    one, each = vectors(generator), vectors(generator, 2)
+
+    def grafted(indices):
+        def run(scales, *tensors):
+            groups = (dict(zip(PACKING.axes, tensors[k : k + 2], strict=False)) for k in (0, 2, 4))
+            return tuple(graft(*groups, scales, indices, PACKING).values())
+
+        return run
+
+    def permuted(w, v):
+        return tuple(permute({"w": w, "v": v}, one, PACKING, inverse=True).values())
+
+    def summed(scales, *tensors):
+        sources = [{"w": tensors[0]}, {"w": tensors[2]}]
+        return (combine(sources, torch.stack([scales, scales**2]))["w"],)
+
+    def compared(w, v, other, last):
+        groups = [[Term(w, other, 0, None, (one["b"], None))], [Term(w, other, 1), Term(w, w, 1)]]
+        return tuple(similarity_many(groups))
+
+    return {
+        "permute": (permuted, flat[:2]),
+        "graft": (grafted(one), (scales, *flat[:2], *flat)),
+        "graft for two targets": (grafted(each), (scales, *many.values(), *flat)),
+        "combine": (summed, (scales, *flat)),
+        "similarity": (compared, flat),
+    }
+
+
+@pytest.mark.parametrize("name", operations(torch.Generator()))
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_all_transformations_of_torch_func(name, generator):
+    """Forward and reverse mode agree with what the operator's own gradients say, alone, composed and compiled."""
+    torch.compiler.reset()
+    run, arguments = operations(generator)[name]
+    arguments, places = tuple(arguments), tuple(range(len(arguments)))
+    expected = torch.autograd.functional.jacobian(run, arguments)
+    for transform in (torch.func.jacfwd, torch.func.jacrev):
+        torch.testing.assert_close(transform(run, places)(*arguments), expected)
+    tangents = tuple(torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in arguments)
+    along = tuple(
+        sum((part * t).flatten(result.ndim).sum(-1) for part, t in zip(row, tangents, strict=True))
+        for row, result in zip(expected, run(*arguments), strict=True)
+    )
+    torch.testing.assert_close(torch.func.jvp(run, arguments, tangents)[1], along)
+    torch.testing.assert_close(torch.func.linearize(run, *arguments)[1](*tangents), along)
+    with forward_ad.dual_level():
+        duals = run(*map(forward_ad.make_dual, arguments, tangents))
+        torch.testing.assert_close(tuple(forward_ad.unpack_dual(dual).tangent for dual in duals), along)
+    compiled = torch.compile(
+        lambda *args: torch.func.jvp(run, args, tangents)[1], fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(*arguments), along)
+    mapped = torch.compile(torch.func.vmap(run), fullgraph=True, backend="aot_eager")
+    for size in (0, 3):
+        stacks = [torch.randn(size, *t.shape, generator=generator, dtype=t.dtype) for t in arguments]
+        for found in (torch.func.vmap(run)(*stacks), mapped(*stacks)):
+            for number in range(size):
+                each = run(*(stack[number] for stack in stacks))
+                torch.testing.assert_close(tuple(part[number] for part in found), each)
+            assert [len(part) for part in found] == [size] * len(found)
+
+
+def test_transformations_check_their_indices(inputs):
+    base, bad = inputs[0], {**inputs[3], "a": torch.tensor([0, 0, 1, 2])}
+    with pytest.raises(ValueError, match="slot 'a' is not a permutation"):
+        torch.func.vmap(lambda t: permute({"v": t}, bad, PACKING))(base["v"][None])
+    with pytest.raises(ValueError, match="slot 'b' is missing"):
+        torch.func.grad(lambda t: permute({"w": t}, {"a": bad["a"]}, PACKING)["w"].sum())(base["w"])
+    out = {"v": torch.empty(4, dtype=torch.float64)}
+    with pytest.raises(ValueError, match="out cannot be given"), forward_ad.dual_level():
+        permute({"v": base["v"]}, inputs[3], PACKING, out=out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformations_map_over_indices_and_copy_integers(dtype, generator):
+    base = {"w": torch.randn(4, 3, 2, generator=generator).to(dtype), "n": torch.tensor(5)}
+    indices = vectors(generator, 3)
+    found = torch.func.vmap(
+        lambda v: graft(base, base, {"w": 2 * base["w"], "n": base["n"]}, [0.5, 1.0], v, PACKING)
+    )(indices)
     for number in range(3):
-        expected = everything({n: t[number] for n, t in base.items()}, start, end, indices)
+        one = {slot: vector[number] for slot, vector in indices.items()}
+        expected = graft(base, base, {"w": 2 * base["w"], "n": base["n"]}, [0.5, 1.0], one, PACKING)
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name][number], tensor)
+            assert torch.equal(found[name][number], tensor)
+
+
+def test_a_named_batch_dimension_is_exported(generator):
+    base, indices = draw(generator, 5), vectors(generator)
+
+    class Model(torch.nn.Module):
+        def forward(self, base):
+            return permute(base, indices, PACKING)
+
+    dims = {"base": {name: {0: torch.export.Dim("batch")} for name in base}}
+    program = torch.export.export(Model(), (base,), dynamic_shapes=dims)
+    more = draw(generator, 4)
+    for name, tensor in permute(more, indices, PACKING).items():
+        assert torch.equal(program.module()(more)[name], tensor)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_scales_are_one_number_or_a_vector(gradients, inputs):
+    base, start, end, indices = inputs
+    base = {name: tensor.requires_grad_(gradients) for name, tensor in base.items()}
+    expected = graft(base, start, end, [0.5], indices, PACKING)["w"]
+    for scales in (0.5, torch.tensor(0.5)):
+        assert torch.equal(graft(base, start, end, scales, indices, PACKING)["w"], expected)
+    with pytest.raises(ValueError, match=r"scales have shape \(1, 2\), expected \(K,\)"):
+        graft(base, start, end, torch.ones(1, 2), indices, PACKING)
 
 
 def test_what_traces_sees_the_operators(inputs):
@@ -177,6 +287,35 @@ def test_what_has_no_memory_is_refused_by_name(backend, generator):
     ):
         with pytest.raises(ValueError, match="'w' is a Wrapper, which has no memory of its own"):
             call()
+
+
+def strange_layouts(tensor):
+    yield "torch.sparse_coo", tensor.to_sparse()
+    yield "torch.sparse_csr", tensor.to_sparse_csr()
+    yield "nested", torch.nested.nested_tensor([tensor, tensor])
+    yield "nested", torch.nested.nested_tensor([tensor, tensor], layout=torch.jagged)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_not_dense_is_refused_by_name(backend, generator):
+    packing, index = Packing.build({"w": (4, 3)}, {"w": ("a", None)}), {"a": torch.arange(4)}
+    dense = {"w": torch.randn(4, 3, generator=generator)}
+    for kind, tensor in strange_layouts(dense["w"]):
+        strange = {"w": tensor}
+        for call in (
+            lambda w: permute(w, index, packing, backend=backend),
+            lambda w: graft(w, dense, dense, [1.0], index, packing, backend=backend),
+            lambda w: graft(dense, dense, w, [1.0], index, packing, backend=backend),
+            lambda w: combine([w, w], [[1.0, 2.0]], backend=backend),
+        ):
+            with pytest.raises(ValueError, match=f"'w' is {kind}; give dense tensors"):
+                call(strange)
+        with pytest.raises(ValueError, match=f"'target of term 0' is {kind}; give dense tensors"):
+            similarity_many([[Term(tensor, tensor, 0)]], backend=backend)
+        with pytest.raises(ValueError, match="similarity must be a dense tensor"):
+            assign(tensor)
+    with pytest.raises(ValueError, match=r"int64 tensor, not .*sparse_coo"):
+        permute(dense, {"a": index["a"].to_sparse()}, packing, backend=backend)
 
 
 def test_float8_moves_and_is_not_added(backend, generator):

@@ -304,12 +304,25 @@ def test_compiles_exports_and_runs_without_data(generator):
     assert fake.dtype == meta.dtype == torch.float32
 
 
-def test_vmap_is_one_call_for_each(generator):
-    stacks = torch.randn(4, 2, 3, 5, generator=generator)
-    other = torch.randn(2, 3, 5, generator=generator)
-    found = torch.func.vmap(lambda stack: similarity([Term(stack, other, 1)]))(stacks)
-    expected = [similarity([Term(stack, other, 1)]) for stack in stacks]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=0)
+def test_the_update_is_refused_where_it_would_be_wrong(generator):
+    """It changes S in place: a derivative would be lost in silence. A compiler leaves it alone."""
+    term, S = Term(*torch.randn(2, 2, 4, 3, generator=generator), 0), torch.zeros(4, 4)
+    old, new = torch.arange(3), torch.tensor([1, 0, 2])
+
+    def update(S):
+        return similarity_update_(S, term, 1, old, new)
+
+    with pytest.raises(ValueError, match="no derivative"):
+        torch.func.jvp(
+            lambda w: similarity_update_(S, replace(term, target=w), 1, old, new), *[(term.target,)] * 2
+        )
+    with pytest.raises(ValueError, match="no derivative"):
+        torch.func.vmap(update)(S[None])
+    expected = update(S.clone())
+    assert torch.equal(torch.compile(update, backend="aot_eager")(S.clone()), expected)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="similarity_update_ works in place"):
+        torch.compile(update, fullgraph=True, backend="aot_eager")(S.clone())
 
 
 def test_negated_views_count_as_what_they_show(backend, generator):
