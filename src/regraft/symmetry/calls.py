@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import linecache
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from regraft.core.forward import arguments, part
 from regraft.core.guard import evaluating
+from regraft.symmetry.copies import to_double
 
 Forward = str | Callable[..., Any] | None
 """A method of the model by name, or a function ``forward(model, *args, **kwargs)``; None: the model itself."""
@@ -48,7 +47,7 @@ class Call:
     def double(self) -> Call:
         """With floating inputs in float64."""
         args, kwargs = pytree.tree_map(
-            lambda x: _double(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs)
+            lambda x: to_double(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs)
         )
         return replace(self, args=args, kwargs=kwargs)
 
@@ -154,41 +153,6 @@ def _tensors(result: Any) -> list[Tensor]:
     return list(
         {id(t): t for part in parts if "Cache" not in type(part).__name__ for t in _tensors(part)}.values()
     )
-
-
-# ---- copies
-
-
-def double(model: nn.Module) -> nn.Module:
-    """A deep copy in float64: also of buffers that are not saved, and of tensors that are plain attributes."""
-    copied = _copy(model, lambda tensor: _double(tensor.detach()).clone()).double()
-    for module in copied.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = _double(buffer)
-    return copied.requires_grad_(False)
-
-
-def shadow(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares the model's tensors: what the copy caches does not reach the model."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return _copy(model, lambda tensor: tensor, {id(tensor): tensor for tensor in tensors})
-
-
-def _copy(
-    model: nn.Module, copy_tensor: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None
-) -> nn.Module:
-    """A deep copy; plain attributes that are tensors (torch copies none with a history) go through ``copy_tensor``."""
-    memo = memo or {}
-    for module in model.modules():
-        memo |= {id(x): copy_tensor(x) for x in vars(module).values() if isinstance(x, Tensor)}
-    return copy.deepcopy(model, memo)
-
-
-def _double(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        return tensor.to(torch.complex128)
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 # ---- errors

@@ -244,6 +244,7 @@ class Flow:
         self.made: list[tuple[Leaf, Tensor]] = []  # labels in the order in which parameters produce them
         self.related: dict[Relation, list[tuple[Tensor, Tensor]]] = {"within": [], "twin": []}
         self.derived: list[Leaf] = []  # functions of parameters that have axes as these have
+        self.notes: list[str] = []  # what the user must know besides
         self.frozen: dict[str, str] = {}  # operator -> why it froze what it touches, and where first
         self.operator = self.module = ""  # what is being passed through
         self.wanted: set[Any] = set()  # which of its several results are used

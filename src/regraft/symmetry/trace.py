@@ -11,7 +11,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ from torch.utils import _pytree as pytree
 from regraft.core.tensors import live_state
 from regraft.symmetry import products  # noqa: F401 (registers its rules)
 from regraft.symmetry.axes import Segment
-from regraft.symmetry.calls import Call, Caller, Forward, Output, cause, check_placed, ready, shadow
+from regraft.symmetry.calls import Call, Caller, Forward, Output, cause, check_placed, ready
+from regraft.symmetry.copies import all_tensors, memory_key, overlapping, shadow
 from regraft.symmetry.groups import specify
 from regraft.symmetry.labels import Choice, Flow, Leaf, Value
 from regraft.symmetry.pointwise import UNARY, pointwise
@@ -73,6 +74,8 @@ def trace(
             [p._replace(program=p.program.run_decompositions({})) for p in programs], shadowed
         )
     spec = _name_everything(specify(flow, list(leaves.values())), model, leaves)
+    for note in flow.notes:
+        _warn(note)
     for name, why in flow.frozen.items():
         _warn(f"operator {name}{why}: what it touches stays fixed")
     if idle := _unused_parameters(programs, shadowed):
@@ -88,13 +91,15 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _name_everything(spec: PermutationSpec, model: nn.Module, leaves: Mapping[int, Leaf]) -> PermutationSpec:
+def _name_everything(
+    spec: PermutationSpec, model: nn.Module, leaves: Mapping[Hashable, Leaf]
+) -> PermutationSpec:
     """Adds the rest of the state dictionary: other names of shared tensors, and tensors that the graph lacks."""
     axes = dict(spec.axes)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or name in axes:
             continue
-        leaf = leaves.get(id(tensor))
+        leaf = leaves.get(memory_key(tensor))
         fixed = tuple((Segment(None, 0, length),) for length in tensor.shape)
         axes[name] = fixed if leaf is None else spec.axes[leaf.name]
     own = {name for name, _ in model.named_parameters()}
@@ -187,22 +192,43 @@ def _inputs(program: ExportedProgram) -> Iterable[tuple[Any, Node]]:
 # ---- the walk
 
 
-def propagate_labels(programs: Sequence[Exported], model: nn.Module) -> tuple[Flow, dict[int, Leaf]]:
-    """One pass of labels; every parameter and buffer that is saved is a leaf (by id), which the graphs share."""
+def propagate_labels(programs: Sequence[Exported], model: nn.Module) -> tuple[Flow, dict[Hashable, Leaf]]:
+    """One pass of labels; every parameter and buffer that is saved is a leaf (by memory), which the graphs share."""
     flow = Flow()
-    learned = {id(parameter) for parameter in model.parameters()}
+    learned = set(map(memory_key, model.parameters()))
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
-    leaves = {
-        id(tensor): Leaf(name, tuple(tensor.shape), learned=id(tensor) in learned)
-        for name, tensor in live_state(model).items()
-        if id(tensor) in saved
-    }
+    leaves: dict[Hashable, Leaf] = {}
+    for name, tensor in live_state(model).items():
+        key = memory_key(tensor)
+        if id(tensor) in saved:
+            leaves.setdefault(key, Leaf(name, tuple(tensor.shape), learned=key in learned))
+    _freeze_shared(flow, model, leaves)
     for exported in programs:
         program = exported.program
         tensors = {**program.constants, **_graph_tensors(model)}
         results = walk(flow, program.graph_module, _placeholder_values(flow, program, leaves, tensors))
-        _finish(flow, exported, results, lambda name: leaves.get(id(tensors.get(name))))  # noqa: B023
+        _finish(flow, exported, results, lambda name: _leaf_of(leaves, tensors.get(name)))  # noqa: B023
     return flow, leaves
+
+
+def _leaf_of(leaves: Mapping[Hashable, Leaf], tensor: Any) -> Leaf | None:
+    return leaves.get(memory_key(tensor)) if isinstance(tensor, Tensor) else None
+
+
+def _freeze_shared(flow: Flow, model: nn.Module, leaves: Mapping[Hashable, Leaf]) -> None:
+    """Of memory that is seen in several ways nothing moves: loading one tensor would write into the others."""
+    names = {id(x): name for name, x in live_state(model).items()}
+    tensors = list(all_tensors(model))
+    for places in overlapping(tensors):
+        cluster = [tensors[i] for i in places]
+        keys = dict.fromkeys(map(memory_key, cluster))
+        shared = [leaves[key] for key in keys if key in leaves]
+        if len(keys) == 1 or not shared:
+            continue
+        for leaf in shared:
+            flow.freeze(Value(leaf, leaf.shape))
+        named = sorted({repr(names[id(x)]) for x in cluster if id(x) in names})
+        flow.notes.append(f"{', '.join(named)} show the same memory in different layouts: they stay fixed")
 
 
 def walk(flow: Flow, module: GraphModule, values: dict[Node, Any]) -> Any:
@@ -226,14 +252,15 @@ def _module(node: Node) -> str:
 
 
 def _placeholder_values(
-    flow: Flow, program: ExportedProgram, leaves: Mapping[int, Leaf], tensors: Mapping[str, Any]
+    flow: Flow, program: ExportedProgram, leaves: Mapping[Hashable, Leaf], tensors: Mapping[str, Any]
 ) -> dict[Node, Any]:
     """The value of every placeholder: a leaf, a constant, or an input of the model, which is fixed."""
     values: dict[Node, Any] = {}
     for spec, node in _inputs(program):
         tensor = tensors.get(spec.target)
-        if isinstance(tensor, Tensor) and id(tensor) in leaves and tensor.is_floating_point():
-            values[node] = Value(leaves[id(tensor)], tuple(tensor.shape))
+        leaf = _leaf_of(leaves, tensor)
+        if leaf is not None and isinstance(tensor, Tensor) and tensor.is_floating_point():
+            values[node] = Value(leaf, leaf.shape)
         elif isinstance(tensor, Tensor):
             values[node] = tensor.detach().cpu().clone()  # operators may write into it
         else:

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.core.tensors import Perm, check_finite, live_state, use_generator
 from regraft.symmetry.axes import Segment, groups_of
-from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, double, ready
+from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, ready
+from regraft.symmetry.copies import double
 from regraft.symmetry.spec import PermutationSpec, apply, like_state
 from regraft_kernels import permute
 
