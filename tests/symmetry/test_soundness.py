@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from nets import proved
-from torch import nn
+from nets import Net, parameter, proved
+from torch import Tensor, nn
 
 from regraft.symmetry import trace, verify
 
@@ -78,3 +78,85 @@ def test_a_buffer_of_two_modules_is_one():
         separate = copy.deepcopy(model)
         separate[3].running_mean = torch.zeros(6)
         verify(trace(separate, torch.rand(3, 4)), model, torch.rand(3, 4))
+
+
+# ---- single scalars, parts of axes, and changed parts
+
+
+def soup(m: Net, x: Tensor) -> Tensor:
+    share = m.alpha.softmax(0)
+    return m.out((x @ (share[0] * m.u + share[1] * m.v)).tanh())
+
+
+def scaled_by_a_norm(m: Net, x: Tensor) -> Tensor:
+    return m.out(x @ (m.u * m.norm.weight[3]) + m.norm(x @ m.v))
+
+
+def scaled_by_an_activation(m: Net, x: Tensor) -> Tensor:
+    h = (x @ m.u).tanh()
+    return m.out((h + x @ (m.v * h[0, 2])).sin())
+
+
+def parametric_slope(m: Net, x: Tensor) -> Tensor:
+    return m.out(nn.functional.prelu(x @ m.u, m.norm.weight[2:3]) + m.norm(x @ m.v))
+
+
+def sum_of_scalars(m: Net, x: Tensor) -> Tensor:
+    return m.out((m.alpha[0] * (x @ m.u) + m.alpha[1] * (x @ m.v)).tanh())
+
+
+SCALARS = {
+    "alpha": parameter(2),
+    "u": parameter(4, 6),
+    "v": parameter(4, 6),
+    "norm": nn.LayerNorm(6),
+    "out": (6, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes", "rows"),
+    [
+        (soup, [6], 3), (scaled_by_a_norm, [5], 3), (scaled_by_an_activation, [5], 1), (parametric_slope, [5], 3),
+        (sum_of_scalars, [6], 3),
+    ],
+)  # fmt: skip
+def test_a_scalar_that_is_selected_stays_and_what_it_meets_moves(function, sizes, rows):
+    used = {
+        name: copy.deepcopy(member) for name, member in SCALARS.items() if name in function.__code__.co_names
+    }
+    spec = proved(Net(function, **used), rows, 4, draws=4)
+    assert sorted(spec.groups.values()) == sizes
+
+
+def rows_in_another_order(m: Net, x: Tensor) -> Tensor:
+    return m.out((x @ m.w[[0, 3]].T).tanh() + (x @ m.w[[1, 2]].T).sin())
+
+
+def columns_after_a_shuffle(m: Net, x: Tensor) -> Tensor:
+    h = (x @ m.w.T).tanh()
+    both = h[:, [0, 3]] @ m.back[:, :2].T + h[:, [2, 1]].sin() @ m.back[:, 2:].T
+    return both + (h[:, [0, 3]] + h[:, [1, 2]]) @ m.back[:, :2].T
+
+
+def halves_in_order(m: Net, x: Tensor) -> Tensor:
+    return m.out((x @ m.w[:2].T).tanh() + (x @ m.w[2:].T).sin())
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [(rows_in_another_order, []), (columns_after_a_shuffle, []), (halves_in_order, [2])],
+)
+def test_parts_of_an_axis_keep_the_order_of_the_axis(function, sizes):
+    members = {"w": parameter(4, 4), "back": parameter(2, 4), "out": (2, 3)}
+    used = {name: member for name, member in members.items() if name in function.__code__.co_names}
+    assert sorted(proved(Net(function, **used), 3, 4, draws=4).groups.values()) == sizes
+
+
+@pytest.mark.parametrize("split", [lambda t: t.view(2, 2), lambda t: t.chunk(2), lambda t: (t[:2], t[2:])])
+def test_a_part_of_something_changed_is_told_from_the_same_part_changed_otherwise(split):
+    def forward(m: Net, x: Tensor) -> Tensor:
+        first, second = split(m.p.exp())
+        return m.out(torch.cat([first, m.p.sin(), second]) * x)
+
+    assert sorted(proved(Net(forward, p=parameter(4), out=(8, 2)), 3, 1, draws=4).groups.values()) == [2, 2]

@@ -98,7 +98,7 @@ def _add(total: Tensor, roots: Tensor, keys: Tensor) -> None:
 
 def _mix(x: Tensor) -> Tensor:
     """`mix` on int64 with wrap-around."""
-    return torch.from_numpy(mix(x.numpy().view(np.uint64)).view(np.int64))
+    return torch.from_numpy(mix(x.numpy().view(np.uint64)).view(np.int64)).view(x.shape)
 
 
 def occurrences(roots: Tensor) -> Tensor:

@@ -162,11 +162,12 @@ class Value:
             repeats = _lines(self.base), _turns(self.base)
         if repeats is None:
             made = function(self.places())
-            return tree_map(lambda p: Value(self.base, tuple(p.shape), p, self.fill), made)
+            return tree_map(lambda p: self._view(p), made)
         made = map(function, (self.places(), *repeats))
-        return tree_map(
-            lambda p, line, turn: Value(self.base, tuple(p.shape), p, self.fill, repeats=(line, turn)), *made
-        )
+        return tree_map(lambda p, line, turn: self._view(p, (line, turn)), *made)
+
+    def _view(self, positions: Tensor, repeats: tuple[Tensor, Tensor] | None = None) -> Value:
+        return Value(self.base, tuple(positions.shape), positions, self.fill, self.changed, repeats=repeats)
 
 
 def places(shape: Sequence[int], start: int = 0) -> Tensor:
@@ -429,7 +430,9 @@ class Flow:
         if not along[dim]:
             return self.units.fresh(1) if value.shape[dim] == 1 else None
         first_axis, *others = along[dim]
-        labels = self.axis(leaf, first_axis)[line(coordinates[first_axis], dim)]
+        along_axis, whole = line(coordinates[first_axis], dim).int(), self.axis(leaf, first_axis)
+        in_order = torch.equal(along_axis, places(whole.shape))
+        labels = whole if in_order else self.gather(along_axis, whole)  # a part is in the order of the whole
         for a in (
             others
         ):  # several axes flattened, as a kernel's are: the units of the first, at several places each

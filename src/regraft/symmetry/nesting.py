@@ -90,6 +90,7 @@ def _refine(signature: np.ndarray, block: np.ndarray, twin: np.ndarray) -> np.nd
 
 def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64, on uint64."""
+    x = np.atleast_1d(x)  # numpy warns where a single number wraps around
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(x ^ (x >> np.uint64(31)))

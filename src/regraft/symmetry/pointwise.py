@@ -75,7 +75,8 @@ def join_operands(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor
         return mark_changed(flow, values[0])
     if scaled := _scale_weight(flow, out, operands):
         return scaled
-    fixed = [v for v in values if flow.is_fixed(flow.base(v))]
+    _freeze_scalars(flow, out, values)
+    fixed = [v for v in values if flow.is_fixed(_read_labels(flow, v))]
     moving = [v for v in values if not any(v is f for f in fixed)]
     if not moving:
         return flow.fixed_value(out)
@@ -92,6 +93,19 @@ def join_operands(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor
     return flow.new(result)
 
 
+def _freeze_scalars(flow: Flow, out: torch.Size, values: Sequence[Value]) -> None:
+    """A single scalar that meets different units: nothing may take its place, and it tells no units apart."""
+    single = [v for v in values if math.prod(v.shape) == 1]
+    if math.prod(out) > 1 and any(varying(flow.units.roots(flow.labels(v))) for v in values):
+        for v in single:
+            flow.freeze(flow.labels(v))
+
+
+def _read_labels(flow: Flow, value: Value) -> Tensor:
+    """Those of a scalar, or all that a value is a view of."""
+    return flow.labels(value) if math.prod(value.shape) == 1 else flow.base(value)
+
+
 def _scale_weight(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> Value | None:
     """A weight, less or times something for each place along one of its axes; None for anything else."""
     whole = [x for x in operands if isinstance(x, Value) and _whole_weight(flow, x) and x.shape == tuple(out)]
@@ -102,8 +116,12 @@ def _scale_weight(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor
     if any(sum(n > 1 for n in x.shape) > (0 if isinstance(x, Tensor) else 1) for x in others):
         return None
     for x in others:
+        if not isinstance(x, Value):
+            continue
+        if math.prod(x.shape) == 1:  # one scalar for all: nothing may take its place
+            flow.freeze(flow.labels(x))
         for d, n in enumerate(x.shape):
-            if n > 1 and isinstance(x, Value):
+            if n > 1:
                 flow.join(flow.axis(weight, d), flow.labels(x).flatten())
     return mark_changed(flow, whole[0])
 
@@ -168,6 +186,8 @@ def _are_distinct(seen: Tensor) -> bool:
 def _prelu(flow: Flow, op: Operation, x: Any, slope: Any) -> Value:
     if isinstance(slope, Value) and math.prod(slope.shape) > 1:
         flow.join(flow.labels(slope), channel_units(flow, x, len(x.shape) - 2))
+    elif isinstance(slope, Value):
+        flow.freeze(flow.labels(slope))
     return flow.new(flow.labels(x))
 
 
