@@ -160,3 +160,62 @@ def test_a_part_of_something_changed_is_told_from_the_same_part_changed_otherwis
         return m.out(torch.cat([first, m.p.sin(), second]) * x)
 
     assert sorted(proved(Net(forward, p=parameter(4), out=(8, 2)), 3, 1, draws=4).groups.values()) == [2, 2]
+
+
+# ---- constants that a dimension of length 1 makes
+
+
+def angles(length: int) -> Tensor:
+    return torch.arange(length)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+
+
+def rotary(m: Net, x: Tensor) -> Tensor:
+    h = m.stem(x)
+    return m.out(h * angles(x.shape[1]).cos())
+
+
+def linear_bias(m: Net, x: Tensor) -> Tensor:
+    q, k, v = (layer(x).unflatten(-1, (4, 3)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+    distance = (torch.ones(x.shape[:2]).cumsum(-1) - 1)[:, None, None]
+    return m.mix((q @ k.mT + distance * m.slopes).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+
+
+def table(m: Net, x: Tensor) -> Tensor:
+    return m.out(m.stem(x) + m.sines[: x.shape[1]])
+
+
+LENGTHS = {
+    rotary: ({"stem": (3, 4), "out": (4, 2)}, [2, 2]),
+    table: ({"stem": (3, 4), "out": (4, 2), "sines": None}, [2, 2]),
+    linear_bias: (
+        {"q": (3, 12), "k": (3, 12), "v": (3, 12), "mix": (12, 2), "slopes": None}, [2, 2, 6, 6, 6, 6]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", LENGTHS)
+def test_one_token_does_not_hide_what_longer_inputs_tell_apart(function):
+    members, sizes = LENGTHS[function]
+    net = Net(function, **{name: member for name, member in members.items() if member})
+    net.register_buffer("sines", angles(8).sin(), persistent=False)
+    net.register_buffer("slopes", torch.tensor([0.5, 0.5, 0.1, 0.1]).view(1, 4, 1, 1), persistent=False)
+    one, five = torch.rand(2, 1, 3), torch.rand(2, 5, 3)
+    with pytest.warns(UserWarning, match="dimension of length 1"):
+        short = trace(net, one)
+    assert verify(short, net, five) < 1e-10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both = trace(net, one, other_inputs=five)
+        assert trace(net, five) == both
+    assert sorted(both.groups.values()) == sizes
+    assert verify(both, net, one, other_inputs=five) < 1e-10
+    assert sum(short.groups.values()) < sum(both.groups.values())
+
+
+def test_a_proof_with_one_token_looks_at_two():
+    net = Net(table, stem=(3, 4), out=(4, 2))
+    net.register_buffer("sines", angles(8).sin(), persistent=False)
+    free = trace(Net(lambda m, x: m.out(m.stem(x)), stem=(3, 4), out=(4, 2)), torch.rand(2, 1, 3))
+    for inputs in ({}, {"other_inputs": torch.rand(2, 2, 3)}):
+        with pytest.raises(ValueError, match="changes the function"):
+            verify(free, net, torch.rand(2, 1, 3), **inputs)

@@ -44,6 +44,35 @@ class Call:
         args, keywords = arguments(inputs)
         return cls(args, {**keywords, **(kwargs or {})}, forward, output)
 
+    @classmethod
+    def examples(cls, inputs: Any, other: Any, kwargs: Mapping[str, Any] | None, *options: Any) -> list[Call]:
+        """One call, or two where there is a second example: it has the first one's ``kwargs``, but for its own."""
+        if other is None:
+            return [cls.of(inputs, kwargs, *options)]
+        args, own = arguments(other)
+        return [cls.of(inputs, kwargs, *options), cls.of(args, {**(kwargs or {}), **own}, *options)]
+
+    @property
+    def has_length_one(self) -> bool:
+        """Whether a tensor that goes in has a dimension of length 1."""
+        return any(
+            1 in x.shape for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)
+        )
+
+    def lengthen(self) -> Call | None:
+        """With the dimensions of length 1, but for the first, of length 2; None where there are none."""
+
+        def is_short(x: Any) -> bool:
+            return isinstance(x, Tensor) and 1 in x.shape[1:]
+
+        def twice(x: Any) -> Any:
+            return x.repeat([2 if d and n == 1 else 1 for d, n in enumerate(x.shape)]) if is_short(x) else x
+
+        if not any(map(is_short, pytree.tree_leaves((self.args, self.kwargs)))):
+            return None
+        args, kwargs = pytree.tree_map(twice, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
     def double(self) -> Call:
         """With floating inputs in float64."""
         args, kwargs = pytree.tree_map(

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from regraft.symmetry.lengths import Lengths
+
 # ---- units: disjoint sets of labels
 
 
@@ -102,11 +104,6 @@ def _expanded_dims(tensor: Tensor) -> list[int]:
 def is_repeating(labels: Tensor) -> bool:
     """Whether some label stands at several places."""
     return len(labels.unique()) < labels.numel()
-
-
-def constant_keys(tensor: Tensor) -> Tensor:
-    """int64 of the same shape: equal where a constant's values are."""
-    return torch.unique(tensor.detach(), return_inverse=True)[1]  # type: ignore[no-any-return]
 
 
 # ---- values that flow
@@ -249,6 +246,7 @@ class Flow:
         self.frozen: dict[str, str] = {}  # operator -> why it froze what it touches, and where first
         self.operator = self.module = ""  # what is being passed through
         self.wanted: set[Any] = set()  # which of its several results are used
+        self.lengths = Lengths()
 
     # -- labels of values
 
@@ -334,8 +332,16 @@ class Flow:
     def constant(self, tensor: Tensor) -> Tensor:
         """Labels of a constant: it takes the part of any units, but only of such as see the same values."""
         labels = self.units.fresh(*tensor.shape)
-        self.tie(labels, constant_keys(tensor))
+        self.tie_constant(labels, tensor)
         return labels
+
+    def tie_constant(self, labels: Tensor, tensor: Tensor) -> None:
+        """Units may only trade places that see equal values of a constant."""
+        if self.lengths.trusts(tensor):
+            self.tie(labels, torch.unique(tensor.detach(), return_inverse=True)[1])
+        elif not self.is_fixed(labels):
+            self.lengths.distrusted.setdefault(self.operator, self.module)
+            self.tie(labels, places(unexpand(tensor).shape).expand(tensor.shape))
 
     def as_value(self, x: Value | Tensor) -> Value:
         """A value, or a constant with labels."""

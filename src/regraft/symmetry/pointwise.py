@@ -16,7 +16,6 @@ from regraft.symmetry.labels import (
     Leaf,
     Relation,
     Value,
-    constant_keys,
     first,
     is_repeating,
     line,
@@ -80,10 +79,10 @@ def join_operands(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor
     moving = [v for v in values if not any(v is f for f in fixed)]
     if not moving:
         return flow.fixed_value(out)
-    constants = [x for x in operands if isinstance(x, Tensor) and bool((x != x.reshape(-1)[:1]).any())]
+    constants = [x for x in operands if isinstance(x, Tensor) and not _is_uniform_constant(flow, x)]
     result = _join_where_met(flow, [(value, _broadcast(flow, value, out)) for value in moving])
     for x in constants:
-        flow.tie(result, constant_keys(x).expand(out))
+        flow.tie_constant(result, x.expand(out) if flow.lengths.trusts(x) else x)
     for v in fixed:
         seen = v.places().expand(out)
         if _are_distinct(seen):
@@ -91,6 +90,10 @@ def join_operands(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor
         else:
             flow.tie(result, seen)
     return flow.new(result)
+
+
+def _is_uniform_constant(flow: Flow, x: Tensor) -> bool:
+    return flow.lengths.trusts(x) and not bool((x != x.reshape(-1)[:1]).any())
 
 
 def _freeze_scalars(flow: Flow, out: torch.Size, values: Sequence[Value]) -> None:

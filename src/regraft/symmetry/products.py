@@ -238,7 +238,7 @@ def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
     batch = left.shape[:-2]
     if batch != right.shape[:-2]:
         return freeze(flow, out, [a, b])
-    if _is_one_block(flow, left) and is_uniform(flow, right, -2):
+    if _is_one_block(flow, left) and (left.shape[-2:] == (1, 1) or is_uniform(flow, right, -2)):
         return _mix_places(flow, out, _give_copies_own_units(flow, b, right, -1), by=left, dim=-2)
     if _is_one_block(flow, right) and is_uniform(flow, left, -1):
         return _mix_places(flow, out, _give_copies_own_units(flow, a, left, -2), by=right, dim=-1)

@@ -45,6 +45,7 @@ def trace(
     *,
     forward: Forward = None,
     output: Output = None,
+    other_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     verify: bool = False,
 ) -> PermutationSpec:
     """Finds which axes of a model's parameters and buffers share a permutation.
@@ -54,7 +55,10 @@ def trace(
     a small batch make it fast. ``forward``: what is called instead of the model, one of its methods by name or a
     function ``forward(model, *args, **kwargs)``. ``output``: the key or place of the output that must not change
     (or several); ``logits`` if not given, else the first tensor. By-products may be permuted. Caches are switched
-    off. Operators that the tracer does not know freeze what they touch, with one warning for each kind of operator.
+    off. ``other_inputs``: a second example in which dimensions that may vary have another length, for the symmetry
+    of both. It is needed where an input has a dimension of length 1 (one token): constants such as rotary angles
+    agree there, and without it what meets them stays fixed, with a warning. Operators that the tracer does not know
+    freeze what they touch, with one warning for each kind of operator.
 
     The specification names everything in the model's state dictionary, shared tensors under all of their names;
     what ``load_state_dict`` does not restore is a constant. ``verify``: also prove it
@@ -63,26 +67,32 @@ def trace(
     Raises ValueError, naming the model's class, the module and the cause, where ``torch.export`` cannot trace the
     model, or where its tensors are without values or on several devices.
     """
-    call = Call.of(example_inputs, kwargs, forward, output)
-    check_placed(model, call)
+    calls = Call.examples(example_inputs, other_inputs, kwargs, forward, output)
+    check_placed(model, calls[0])
     shadowed = shadow(model)
-    programs = export(shadowed, call)
+    programs = [program for call in calls for program in export(shadowed, call)]
+    alone = len(calls) == 1 and calls[0].has_length_one
     try:
-        flow, leaves = propagate_labels(programs, shadowed)
+        flow, leaves = propagate_labels(programs, shadowed, length_one=alone)
     except Entangled:  # the functional form is slower to make: only where writing in place matters
-        flow, leaves = propagate_labels(
-            [p._replace(program=p.program.run_decompositions({})) for p in programs], shadowed
-        )
+        functional = [p._replace(program=p.program.run_decompositions({})) for p in programs]
+        flow, leaves = propagate_labels(functional, shadowed, length_one=alone)
     spec = _name_everything(specify(flow, list(leaves.values())), model, leaves)
     for note in flow.notes:
         _warn(note)
+    for name, module in flow.lengths.distrusted.items():
+        where = f" (in {module})" if module else ""
+        _warn(
+            f"operator {name}{where} meets constants that depend on a dimension of length 1 of the inputs: what it "
+            "touches stays fixed; give a second example with another length (other_inputs) to see what may move"
+        )
     for name, why in flow.frozen.items():
         _warn(f"operator {name}{why}: what it touches stays fixed")
     if idle := _unused_parameters(programs, shadowed):
         name = type(model).__name__
         _warn(f"{len(idle)} parameters of {name} are not used and stay fixed, such as {idle[0]!r}")
     if verify:
-        prove(spec, model, example_inputs, kwargs, forward=forward, output=output)
+        prove(spec, model, example_inputs, kwargs, forward=forward, output=output, other_inputs=other_inputs)
     return spec
 
 
@@ -192,9 +202,12 @@ def _inputs(program: ExportedProgram) -> Iterable[tuple[Any, Node]]:
 # ---- the walk
 
 
-def propagate_labels(programs: Sequence[Exported], model: nn.Module) -> tuple[Flow, dict[Hashable, Leaf]]:
+def propagate_labels(
+    programs: Sequence[Exported], model: nn.Module, *, length_one: bool = False
+) -> tuple[Flow, dict[Hashable, Leaf]]:
     """One pass of labels; every parameter and buffer that is saved is a leaf (by memory), which the graphs share."""
     flow = Flow()
+    flow.lengths.one = length_one
     learned = set(map(memory_key, model.parameters()))
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     leaves: dict[Hashable, Leaf] = {}
@@ -316,7 +329,9 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
         args, kwargs = pytree.tree_map(lambda x: resolve(flow, x), (args, kwargs))
         leaves = pytree.tree_leaves((args, kwargs))
     if not any(isinstance(x, Value) for x in leaves) and torch.Tag.nondeterministic_seeded not in target.tags:
-        return target(*args, **kwargs)
+        result = target(*args, **kwargs)
+        flow.lengths.record(operator_name(target), leaves, result)
+        return result
     if not target._schema.returns:  # an assertion
         return None
     operation = Operation.bind(target, args, kwargs, out)

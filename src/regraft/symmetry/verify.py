@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,13 +33,16 @@ def verify(
     *,
     forward: Forward = None,
     output: Output = None,
+    other_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
     draws: int = 2,
     tolerance: float = 1e-9,
 ) -> float:
     """Proves by computing that f(x; pi theta) = f(x; theta): the largest relative error of all draws, in float64.
 
-    Inputs, ``forward`` and ``output`` are those of :func:`regraft.symmetry.trace`. Each of ``draws`` (more where
+    Inputs, ``forward`` and ``output`` are those of :func:`regraft.symmetry.trace`. ``other_inputs`` are a second
+    example, proved as well; without it, where inputs have a dimension of length 1 (one token), and the model runs
+    with that made 2, this is proved. Each of ``draws`` (more where
     groups of two or three units need it to be told apart) takes a random permutation of every group, and random
     parameters and buffers near the model's own: zero-initialised heads and constant norms are given random values,
     or the comparison would say nothing, and BatchNorm statistics are near what the layer sees. What is compared is
@@ -52,14 +55,24 @@ def verify(
     Raises ValueError naming the tensor where the specification does not fit the model or an error is not below
     ``tolerance``.
     """
-    call = Call.of(example_inputs, kwargs, forward, output)
-    check_placed(model, call)
-    own = live_state(model)
-    spec.validate(own)
+    calls = Call.examples(example_inputs, other_inputs, kwargs, forward, output)
+    check_placed(model, calls[0])
+    spec.validate(live_state(model))
     check_finite(dict(model.named_parameters()), "the model")
     spec.mark(proven=False)
-    proof = _Proof(spec, model, call.double(), generator or torch.Generator().manual_seed(0))
-    unread = {name for name in own if any(map(groups_of, spec.axes[name]))}
+    generator = generator or torch.Generator().manual_seed(0)
+    proofs = [_Proof(spec, model, call.double(), generator) for call in calls]
+    worst = max(_prove(proof, draws, tolerance) for proof in proofs)
+    if other_inputs is None and (longer := proofs[0].lengthen()):
+        worst = max(worst, _prove(longer, 1, tolerance))
+    spec.mark(proven=True)
+    return worst
+
+
+def _prove(proof: _Proof, draws: int, tolerance: float) -> float:
+    """The largest error; ValueError where one is too large."""
+    spec = proof.spec
+    unread = {name for name in live_state(proof.model) if any(map(groups_of, spec.axes[name]))}
     worst = 0.0
     for heads in (False, True):
         if heads and not proof.repeats(heads):  # as in training: they drop out, and nothing can be compared
@@ -72,7 +85,6 @@ def verify(
             worst = max(worst, error)
         if not unread:  # else auxiliary heads are still to be proved
             break
-    spec.mark(proven=True)
     return worst
 
 
@@ -84,6 +96,15 @@ class _Proof:
     model: nn.Module
     call: Call
     generator: torch.Generator
+
+    def lengthen(self) -> _Proof | None:
+        """The same where dimensions of length 1 are longer; None where there are none, or the model does not run so."""
+        call = self.call.lengthen()
+        longer = call and replace(self, call=call)
+        with contextlib.suppress(Exception):
+            if longer and longer.repeats(heads=False):
+                return longer
+        return None
 
     def compare(self, perm: Perm, heads: bool) -> tuple[float, set[str]]:
         """The error of one draw, and the names of the tensors that the model reads."""
