@@ -113,11 +113,14 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def sum_networks(networks: Sequence[Mapping[str, Tensor]], weights: Sequence[float], name: str) -> Tensor:
-    """The tensor ``name`` of a weighted sum of networks: integers are the first's, a variance stays at least 0."""
+    """The tensor ``name`` of a weighted sum of networks: integers and infinities are the first's, a variance stays at
+    least 0."""
     first = networks[0][name]
     if not first.is_floating_point():
         return first
     total = weighted_sum([first, *(network[name] for network in networks[1:])], weights)
+    if not is_finite(total):  # a mask of infinities, which all have, is no number to be weighted
+        total = torch.where(first.isinf(), first, total)
     return total.clamp_(min=0) if name.endswith("running_var") else total
 
 
@@ -152,11 +155,12 @@ def check_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_is: str, b_i
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise a ValueError that names the first tensor with a NaN or an infinity."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise ValueError(f"tensor {name!r} of {where} holds a value that is not finite")
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is a NaN or an infinity."""
     # The sum takes one pass and is not finite if an entry is not; only a sum that overflows needs the exact check.
     return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +15,13 @@ from torch import Tensor
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.files import BadFile
 from regraft.core.tensors import Perm, sum_networks
-from regraft.porting.checkpoint_files import CheckpointFile, Lazy, check_free, check_values, keep_tensors
+from regraft.porting.checkpoint_files import CheckpointFile, Lazy, check_free, keep_tensors
 from regraft.porting.fitting import Distance
 from regraft.porting.job import Job, open_job, read_checkpoints
 from regraft.porting.methods import Weights, match_weights
 from regraft.porting.model_spec import Settings
 from regraft.porting.result import Made, Result, run_job
+from regraft.porting.spectral import with_singular_vectors
 from regraft.symmetry import PermutationSpec
 from regraft.training.evaluation import accuracy
 from regraft.training.landscape import interpolate
@@ -54,7 +56,9 @@ def _match(job: Job, part: Path, clock: Clock) -> Made:
     aligned = permute_lazily(job.spec, perm, networks["b"])
     pairs = {"before": networks["b"], "after": aligned}
     measured: dict[str, Any] = {
-        "distance": {when: _distance(networks["a"], other) for when, other in pairs.items()}
+        "distance": {
+            when: _distance(networks["a"], other, job.layout.infinite) for when, other in pairs.items()
+        }
     }
     if job.model_spec.model is not None:
         measured["function_error"] = job.model_spec.check_function(dict(networks["b"].items()), perm)
@@ -98,7 +102,7 @@ def _fuse(job: Job, part: Path, clock: Clock) -> Made:
         perms.append(_align(job.spec, networks, role, part, clock))
         networks[role] = permute_lazily(job.spec, perms[-1], networks[role])
     parts, weights = list(networks.values()), job.config["weights"]
-    total = Lazy(tuple(parts[0]), partial(sum_networks, parts, weights))
+    total = with_singular_vectors(Lazy(tuple(parts[0]), partial(sum_networks, parts, weights)))
     measured: dict[str, Any] = {"weights": weights, "align": job.config["align"]}
     if job.data is not None:
         with clock.phase(EVALUATION):
@@ -137,13 +141,15 @@ def _open(
     check_free(Path(out))
     matches = method == "match" or config["align"]
     checkpoints = read_checkpoints(paths, paths[0][0], settings, needs_spec=matches)
-    _check_alike(list(checkpoints[1].values()))
-    job = open_job(method, checkpoints, like, like, settings, config)
+    names = {name: None for checkpoint in checkpoints[1].values() for name in checkpoint}
+    by_role = {role: checkpoint.with_counters(names) for role, checkpoint in checkpoints[1].items()}
+    _check_alike(list(by_role.values()))
+    job = open_job(method, (checkpoints[0], by_role), like, like, settings, config)
     job = job.check_room(out, settings.get("max_memory"), copies=IN_MEMORY_COPIES, matches=matches)
-    for checkpoint in job.checkpoints.values():
-        for name in checkpoint:
-            check_values(name, checkpoint[name], str(checkpoint.path))
-    return job
+    check = job.value_check(summed=0 if method == "match" else len(paths))
+    for name in job.checkpoints[job.like]:
+        check(name, [checkpoint[name] for checkpoint in job.checkpoints.values()])
+    return replace(job, layout=replace(job.layout, infinite=frozenset(check.infinite)))
 
 
 def _check_alike(checkpoints: Sequence[CheckpointFile]) -> None:
@@ -170,12 +176,12 @@ def _align(
     return keep_tensors(part, name, lambda: match_weights(spec, first, networks[role], clock))
 
 
-def _distance(a: Weights, b: Weights) -> float:
-    """Relative, of all floating tensors."""
+def _distance(a: Weights, b: Weights, infinite: Collection[str]) -> float:
+    """Relative, of all floating tensors that are finite."""
     distance = Distance()
     for name in a:
         x: Tensor = a[name]
-        if x.is_floating_point():
+        if x.is_floating_point() and name not in infinite:
             distance.add(x, b[name])
     return distance.value
 

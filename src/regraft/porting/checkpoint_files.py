@@ -41,6 +41,8 @@ from regraft.porting.stored_tensors import (
 from regraft.porting.tensor_names import PREFIXES, count_wanted, rename_forms, strip_wrappers
 from regraft.porting.torch_files import describe_choice, describe_several, list_first
 
+COUNTER = "num_batches_tracked"
+
 INDEX_FILE = "model.safetensors.index.json"
 PART = "regraft-part-1"
 
@@ -180,6 +182,22 @@ class CheckpointFile(Mapping[str, Tensor]):
             self, entries={names[n]: e for n, e in self.entries.items()}, notes=(*self.notes, note)
         )
 
+    def with_counters(self, names: Collection[str]) -> CheckpointFile:
+        """With the counters of BatchNorm among ``names`` that it lacks, at 0, as torch reads such a file."""
+        lacking = [
+            name
+            for name in names
+            if name not in self.entries
+            and name.endswith(COUNTER)
+            and name.removesuffix(COUNTER) + "running_mean" in self.entries
+        ]
+        if not lacking:
+            return self
+        zero = torch.tensor(0)
+        added = {name: Entry(self.path, name, zero.dtype, (), held=zero) for name in lacking}
+        note = f"set {COUNTER} to 0 ({len(lacking)}), as torch does where it is absent"
+        return replace(self, entries={**self.entries, **added}, notes=(*self.notes, note))
+
     def without(self, names: Collection[str], why: str) -> CheckpointFile:
         """Lacking some tensors; the note says so."""
         if not names:
@@ -194,10 +212,11 @@ class CheckpointFile(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Layout:
-    """What is written: dtype and shape of every tensor, and which stand in one file together."""
+    """What is written: dtype and shape of every tensor, which stand in one file together, and which have infinities."""
 
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     shards: tuple[tuple[str, ...], ...]
+    infinite: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> Layout:
@@ -302,7 +321,9 @@ def _as_written(name: str, layout: Layout, tensor: Tensor) -> Tensor:
     if tuple(tensor.shape) != shape:
         raise BadFile(f"tensor {name!r} of the result has shape {tuple(tensor.shape)} instead of {shape}")
     written = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-    check_values(name, written, f"the result (in {str(dtype).removeprefix('torch.')})")
+    kept = name in layout.infinite and torch.equal(written.isfinite(), tensor.cpu().isfinite())
+    if not kept or bool(written.isnan().any()):
+        check_values(name, written, f"the result (in {str(dtype).removeprefix('torch.')})")
     return written
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from regraft.core.files import BadFile
@@ -35,11 +37,11 @@ class Data:
     test: Iterable[Batch] | None = None
     classes: int | None = None
 
-    def to(self, device: str) -> Data:
-        """With batches that move there as they come."""
+    def to(self, device: str, dtype: torch.dtype) -> Data:
+        """With batches that move there, and to float64 where that is the dtype, as they come."""
         parts = (self.validation, self.test)
-        validation, test = (None if part is None else _OnDevice(part, device) for part in parts)
-        return Data(_OnDevice(self.train, device), validation, test, self.classes)
+        validation, test = (None if part is None else _OnDevice(part, device, dtype) for part in parts)
+        return Data(_OnDevice(self.train, device, dtype), validation, test, self.classes)
 
     @property
     def measured_on(self) -> tuple[str, Iterable[Batch]]:
@@ -54,9 +56,16 @@ class _OnDevice(Iterable[Batch]):
 
     batches: Iterable[Batch]
     device: str
+    dtype: torch.dtype
 
     def __iter__(self) -> Iterator[Batch]:
-        return (tree_map(lambda x: x.to(self.device), batch) for batch in self.batches)
+        move = partial(to_place, device=self.device, dtype=self.dtype)
+        return (tree_map(move, batch) for batch in self.batches)
+
+
+def to_place(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    """The tensor on a device; floating ones in float64 where that is the dtype."""
+    return tensor.to(device, dtype if dtype == torch.float64 and tensor.is_floating_point() else tensor.dtype)
 
 
 def data_by_name(name: str, named: NamedModel) -> Data:

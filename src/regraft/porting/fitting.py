@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from regraft.core.files import BadFile
-from regraft.core.tensors import live_state, norm
-from regraft.porting.checkpoint_files import CheckpointFile, check_values
+from regraft.core.tensors import is_finite, live_state, norm
+from regraft.porting.checkpoint_files import CheckpointFile
 from regraft.porting.stored_tensors import Entry
 from regraft.symmetry import PermutationSpec, Segment
 from regraft.symmetry.axes import groups_of
@@ -87,6 +87,7 @@ def fit_names(checkpoint: CheckpointFile, layout: StateLayout, *, is_base: bool)
             entries.setdefault(name, entry)
     fitted = replace(fitted, entries=entries)
     fitted = fitted.without(fitted.entries.keys() & layout.ignored, "the model does not save them")
+    fitted = fitted.with_counters(layout.shapes)
     extra = {name for name in fitted.entries if name not in layout.shapes}
     parts = {name.partition(".")[0] for name in layout.shapes}
     other = {name for name in extra if name.partition(".")[0] not in parts}
@@ -141,13 +142,18 @@ def find_other_head(checkpoint: CheckpointFile, layout: StateLayout, names: list
         of_module = [name for name in layout.shapes if name.rpartition(".")[0] == module]
         if module and len(names) == len(of_module) and all(layout.shapes[name] for name in names):
             return module
+    raise BadFile(describe_unfit(checkpoint, layout, names))
+
+
+def describe_unfit(checkpoint: CheckpointFile, layout: StateLayout, names: list[str]) -> str:
+    """Why a checkpoint is not the model's: the first of the tensors ``names``."""
     name = names[0]
     if name not in checkpoint.entries:
-        raise BadFile(
+        return (
             f"{checkpoint.path} has no tensor {name!r}, which the model has "
             f"({len(names)} do not fit): is it of another architecture?"
         )
-    raise BadFile(
+    return (
         f"{checkpoint.path}: tensor {name!r} has shape {checkpoint.entries[name].shape}, the model's is "
         f"{layout.shapes[name]} ({len(names)} do not fit): is it of another architecture?"
     )
@@ -210,19 +216,56 @@ class Distances:
         return sorted(self.tensors.items(), key=lambda pair: -pair[1])[:count]
 
 
-def measure_distances(networks: Sequence[Mapping[str, Tensor]], paths: Sequence[str]) -> Distances:
-    """The distances of (base, fine-tune, new base), of which everything is read once. paths: what to call the three.
+@dataclass
+class ValueCheck:
+    """Looks at a tensor of all networks of a job as it is read.
 
-    Raises BadFile, naming file and tensor, for a value that is not finite, where the fine-tune has nothing to do with
-    its base, or where nothing was learned.
+    Attributes:
+        paths: what to call the networks.
+        parameters: the names that are known to be parameters'.
+        summed: how many of the networks, from the first on, are added or subtracted.
+        infinite: the buffers that were seen to have infinities, the same ones everywhere.
+    """
+
+    paths: Sequence[str]
+    parameters: Collection[str]
+    summed: int
+    infinite: set[str] = field(default_factory=set)
+
+    def __call__(self, name: str, values: Sequence[Tensor]) -> None:
+        """Raises BadFile, naming tensor and file, for a NaN; an infinity in a parameter, or not in all networks; and
+        integers of several entries, such as packed weights, that differ where they are to be summed."""
+        if not values[0].is_floating_point():
+            for other, path in zip(values[1 : self.summed], self.paths[1:], strict=False):
+                if other.numel() > 1 and not torch.equal(other, values[0]):
+                    raise BadFile(
+                        f"tensor {name!r}: integers of {self.paths[0]} and {path} differ, which have no sum (packed or "
+                        "quantised weights?)"
+                    )
+            return
+        odd = [path for value, path in zip(values, self.paths, strict=True) if not is_finite(value)]
+        if not odd:
+            return
+        infinities = [value.masked_fill(value.isfinite(), 0) for value in values]
+        same = all(torch.equal(value, infinities[0]) for value in infinities)  # a NaN does not equal itself
+        if name in self.parameters or not same:
+            where = "" if same else f" (nor as in {self.paths[0]})"
+            raise BadFile(f"tensor {name!r} of {odd[-1]} holds a value that is not finite{where}")
+        self.infinite.add(name)
+
+
+def measure_distances(networks: Sequence[Mapping[str, Tensor]], check: ValueCheck) -> Distances:
+    """The distances of (base, fine-tune, new base), of which everything is read once, and checked.
+
+    Raises BadFile, naming file and tensor, as the check does, where the fine-tune has nothing to do with its base, or
+    where nothing was learned.
     """
     tensors: dict[str, float] = {}
     from_base, from_new_base = Distance(), Distance()
     for name in networks[1]:
         base, tuned, new_base = values = [network[name] for network in networks]
-        for tensor, path in zip(values, paths, strict=True):
-            check_values(name, tensor, path)
-        if tuned.ndim < 2 or not tuned.is_floating_point() or not bool(base.any()):
+        check(name, values)
+        if tuned.ndim < 2 or not tuned.is_floating_point() or not bool(base.any()) or name in check.infinite:
             continue
         own = Distance()
         own.add(tuned, base)
@@ -231,7 +274,7 @@ def measure_distances(networks: Sequence[Mapping[str, Tensor]], paths: Sequence[
         from_base.norms += own.norms
         from_new_base.add(tuned, new_base)
     distances = Distances(tensors, from_base.value, from_new_base.value)
-    _check_origin(distances, paths[0], paths[2])
+    _check_origin(distances, check.paths[0], check.paths[2])
     return distances
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from regraft.core.files import BadFile
 from regraft.porting.checkpoint_files import CheckpointFile, Layout, Lazy, check_free
 from regraft.porting.data import Data
-from regraft.porting.fitting import Distances
+from regraft.porting.fitting import Distances, ValueCheck
 from regraft.porting.model_spec import ModelSpec, Settings, find_model_spec
 from regraft.porting.sizes import check_memory, format_size
 from regraft.porting.stored_tensors import Entry
@@ -84,15 +84,28 @@ class Job:
         """What was done to names and left out."""
         return [f"{role}: {note}" for role, c in self.checkpoints.items() for note in c.notes]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which floating tensors are computed: float64 where any of them is that, else float32."""
+        entries = [entry for checkpoint in self.checkpoints.values() for entry in checkpoint.entries.values()]
+        return torch.float64 if any(entry.dtype == torch.float64 for entry in entries) else torch.float32
+
+    def value_check(self, summed: int) -> ValueCheck:
+        """A check of the values of all checkpoints. summed: how many of them are added or subtracted."""
+        parameters = () if self.model_spec is None else self.model_spec.parameters
+        return ValueCheck([str(c.path) for c in self.checkpoints.values()], parameters, summed)
+
     def networks(self, device: str = "cpu") -> dict[str, Lazy]:
-        """By role, each tensor read when it is asked for, floating in float32 on a device; zero where it is absent."""
-        like = self.checkpoints[self.like]
+        """By role, each tensor read when it is asked for, floating in `dtype` on a device; zero where it is absent."""
+        dtype, like = self.dtype, self.checkpoints[self.like]
 
         def read(checkpoint: CheckpointFile, name: str) -> Tensor:
             if name not in checkpoint:
                 return torch.zeros(like.entries[name].shape, device=device)
             tensor = checkpoint[name].to(device)
-            return tensor.float() if tensor.is_floating_point() else tensor
+            if tensor.shape != (wanted := like.entries[name].shape):  # a table with more or fewer rows
+                tensor = torch.cat([tensor, tensor.new_zeros(wanted)])[: wanted[0]]
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
         return {role: Lazy(tuple(like), partial(read, c)) for role, c in self.checkpoints.items()}
 
@@ -104,7 +117,7 @@ class Job:
         if self.in_memory:
             how, needed = (
                 "with data, and so the networks in memory",
-                copies * FLOAT * self.checkpoints[self.like].numel,
+                copies * self.dtype.itemsize * self.checkpoints[self.like].numel,
             )
         else:
             how, needed = "tensor by tensor", self._streaming_bytes(matches)
@@ -119,7 +132,9 @@ class Job:
         sizes = {
             name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in self.layout.tensors.items()
         }
-        largest = FLOAT * max((math.prod(shape) for _, shape in self.layout.tensors.values()), default=0)
+        largest = self.dtype.itemsize * max(
+            (math.prod(shape) for _, shape in self.layout.tensors.values()), default=0
+        )
         spec = None if self.model_spec is None or not matches else self.model_spec.spec
         families = (
             () if spec is None else [[spec.groups[group] for group in family] for family in spec.families]
@@ -190,7 +205,9 @@ def read_checkpoints(
         return None, checkpoints
     if settings.get("spec") is None:
         check_memory(PROOF * FLOAT * checkpoints[lead].numel, PROVING, settings.get("max_memory"))
-    model_spec, leader = find_model_spec(checkpoints[lead], settings)
+    floats = [e.dtype for c in checkpoints.values() for e in c.entries.values() if e.dtype.is_floating_point]
+    dtype = torch.float64 if torch.float64 in floats else torch.float32
+    model_spec, leader = find_model_spec(checkpoints[lead], settings, dtype)
     return model_spec, {r: leader if r == lead else model_spec.fit_base(c) for r, c in checkpoints.items()}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from regraft.core.clock import Clock
 from regraft.core.forward import split
-from regraft.core.tensors import Batch, Perm, Tensors
+from regraft.core.tensors import Batch, Perm, Tensors, is_finite
 from regraft.learning_transfer.driver import transfer
 from regraft.learning_transfer.methods import TRANSFER_METHODS
 from regraft.learning_transfer.trajectory import Trajectory
@@ -35,7 +35,7 @@ VOTING_BATCHES = 4
 
 @dataclass(frozen=True)
 class PortProblem:
-    """What is to be brought where: three networks of equal names and shapes, floating in float32, on one device.
+    """What is to be brought where: three networks of equal names and shapes, floating in one dtype, on one device.
 
     They may read a tensor each time one is asked for. A head that the fine-tune has and the bases have not is zero in
     these, so that it is carried over as a change from zero.
@@ -151,10 +151,14 @@ def follow_path(method: str, problem: PortProblem, work: PortWork) -> Ported:
     method: of learning transfer. Gradients need the model in memory.
     """
     model, train = work.model_and_batches(f"method {method!r}")
+    own = dict(model.named_parameters())
 
     def find() -> Tensors:
-        path = Trajectory.linear(dict(problem.base.items()), dict(problem.tuned.items()), steps=work.steps)
-        start = dict(problem.new_base.items())
+        base, tuned, start = (
+            {name: tensor for name, tensor in network.items() if name in own or is_finite(tensor)}
+            for network in (problem.base, problem.tuned, problem.new_base)
+        )
+        path = Trajectory.linear(base, tuned, steps=work.steps)
         result = transfer(model, path, start, train, method, spec=problem.spec, validation=work.validation)
         work.clock.add(result.seconds)
         scale = torch.tensor(path.leg(result.best_step)[1], dtype=torch.float64)
@@ -193,6 +197,8 @@ def add_permuted_change(problem: PortProblem, perm: Perm, scale: float = 1.0) ->
         if not own.is_floating_point():
             return own
         start, end = {name: problem.base[name]}, {name: problem.tuned[name]}
+        if not is_finite(own):  # a mask of infinities, which all three have, does not change
+            start, end = ({name: torch.where(t[name].isinf(), 0, t[name])} for t in (start, end))
         result = graft({name: own}, start, end, [scale], indices, spec.packing())[name][0]
         return result.clamp_(min=0) if name.endswith("running_var") else result
 

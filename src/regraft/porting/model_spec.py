@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -16,9 +17,10 @@ from regraft.core.forward import map_inputs
 from regraft.core.tensors import Perm, Tensors
 from regraft.networks.heads import adopt
 from regraft.porting.checkpoint_files import CheckpointFile
-from regraft.porting.data import Data, data_by_name, data_of
+from regraft.porting.data import Data, data_by_name, data_of, to_place
 from regraft.porting.fitting import (
     StateLayout,
+    describe_unfit,
     find_other_head,
     fit_names,
     fit_outputs,
@@ -79,6 +81,13 @@ class ModelSpec:
     def device(self) -> str:
         return "cpu" if self.model is None else str(next(self.model.parameters()).device)
 
+    @property
+    def parameters(self) -> set[str]:
+        """The names of the parameters; without a model, of all that no buffer is known to be."""
+        if self.model is None:
+            return set(self.spec.axes.keys() - self.spec.optional)
+        return {name for name, _ in self.model.named_parameters()}
+
     def fit_base(self, checkpoint: CheckpointFile) -> CheckpointFile:
         """A base under the model's names, without the tensors of another head.
 
@@ -86,11 +95,38 @@ class ModelSpec:
         """
         base = fit_names(checkpoint, self.layout, is_base=True)
         new = set(list_new_parts(base, self.layout))
-        odd = [name for name in list_unfit(base, self.layout) if name not in new]
+        tables = self._list_tables(base)
+        odd = [name for name in list_unfit(base, self.layout) if name not in new and name not in tables]
         if odd:
-            find_other_head(base, self.layout, odd)
+            head = find_other_head(base, self.layout, odd)
+            if not self._makes_output(head):
+                raise BadFile(f"{describe_unfit(base, self.layout, odd)} It is no classifier's.")
             fit_outputs(self.spec, base.entries, odd)
+        base = replace(base, notes=(*base.notes, *tables.values()))
         return base.without(base.entries.keys() & set(odd), "its head is of other classes")
+
+    def _list_tables(self, base: CheckpointFile) -> dict[str, str]:
+        """The embeddings of which a base has more or fewer rows -> a note that says so."""
+        if self.model is None:
+            return {}
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        notes = {}
+        for name in (name for name, tensor in self.model.named_parameters() if id(tensor) in tables):
+            shape = self.layout.shapes[name]
+            own = base.entries[name].shape if name in base else shape
+            if own != shape and own[1:] == shape[1:]:
+                what = "the fine-tune's own" if own[0] < shape[0] else "left out"
+                notes[name] = (
+                    f"{name} has {own[0]} rows, the fine-tune's {shape[0]}: those that both have are moved, the others "
+                    f"are {what}"
+                )
+        return notes
+
+    def _makes_output(self, head: str) -> bool:
+        """Whether a module makes the model's output; without a model, whether it has a bias, as no table has."""
+        if self.model is None:
+            return f"{head}.bias" in self.layout.shapes
+        return makes_output(self.require_model(), head)
 
     def require_model(self) -> NamedModel:
         """The model, to run on data. Raises ValueError where there is none."""
@@ -108,7 +144,8 @@ class ModelSpec:
         outputs = self.outputs(dict(named.model.named_parameters())).shape[-1]
         if loaded.classes is not None and loaded.classes != outputs:
             raise BadFile(f"{data} has images of {loaded.classes} classes, and the head {outputs} outputs")
-        return loaded if device == "cpu" else loaded.to(device)
+        dtype = next(p.dtype for p in named.model.parameters() if p.is_floating_point())
+        return loaded if device == "cpu" and dtype != torch.float64 else loaded.to(device, dtype)
 
     def outputs(self, theta: Mapping[str, Tensor]) -> Tensor:
         """Of the model with these values, on its example inputs. Needs a model."""
@@ -135,9 +172,12 @@ class ModelSpec:
         return error
 
 
-def find_model_spec(checkpoint: CheckpointFile, settings: Settings) -> tuple[ModelSpec, CheckpointFile]:
+def find_model_spec(
+    checkpoint: CheckpointFile, settings: Settings, dtype: torch.dtype = torch.float32
+) -> tuple[ModelSpec, CheckpointFile]:
     """The network of a checkpoint, with a head of its classes, and the checkpoint under its names.
 
+    dtype: float64 where that is computed in, too.
     Raises ValueError for a model that is not found, traced or proven, BadFile where the checkpoint is not the model's.
     """
     model, spec = settings.get("model"), settings.get("spec")
@@ -154,6 +194,8 @@ def find_model_spec(checkpoint: CheckpointFile, settings: Settings) -> tuple[Mod
     checkpoint = fit_names(checkpoint, layout, is_base=False)
     if odd := list_unfit(checkpoint, layout):
         head = find_other_head(checkpoint, layout, odd)
+        if not makes_output(named, head):
+            raise BadFile(f"{describe_unfit(checkpoint, layout, odd)} It is no classifier's.")
         outputs = {checkpoint.entries[name].shape[0] for name in odd}
         if len(outputs) != 1:
             raise BadFile(f"{checkpoint.path}: the tensors of {head} have {sorted(outputs)} outputs")
@@ -161,12 +203,24 @@ def find_model_spec(checkpoint: CheckpointFile, settings: Settings) -> tuple[Mod
         layout = StateLayout.of_model(named.model)
     device = settings.get("device", "cpu")
     named.model.to(device).requires_grad_(False)
-    example = map_inputs(lambda x: x.to(device), named.inputs)
+    if dtype == torch.float64:
+        named.model.double()
+    example = map_inputs(partial(to_place, device=device, dtype=dtype), named.inputs)
+    named = replace(named, inputs=example)
     if spec is None:
         spec = trace(named.model, example)
     if not spec.proven:
         verify(spec, named.model, example)
     return ModelSpec(spec, layout, named), checkpoint
+
+
+def makes_output(named: NamedModel, module: str) -> bool:
+    """Whether a module is linear and as wide as the model's output: a head."""
+    head = named.model.get_submodule(module)
+    if not isinstance(head, nn.Linear):
+        return False
+    model_spec = ModelSpec(PermutationSpec({}, {}), StateLayout({}), named)
+    return model_spec.outputs(dict(named.model.named_parameters())).shape[-1] == head.out_features
 
 
 def _fit_spec(checkpoint: CheckpointFile, spec: PermutationSpec) -> tuple[ModelSpec, CheckpointFile]:
@@ -177,7 +231,10 @@ def _fit_spec(checkpoint: CheckpointFile, spec: PermutationSpec) -> tuple[ModelS
     layout = StateLayout.of_spec(spec)
     checkpoint = fit_names(checkpoint, layout, is_base=False)
     if odd := list_unfit(checkpoint, layout):
-        find_other_head(checkpoint, layout, odd)
+        if not ModelSpec(spec, layout)._makes_output(find_other_head(checkpoint, layout, odd)):
+            raise BadFile(
+                f"{describe_unfit(checkpoint, layout, odd)} Whether it is a head only a model tells."
+            )
         spec = fit_outputs(spec, checkpoint.entries, odd)
     return ModelSpec(spec, StateLayout.of_spec(spec)), checkpoint
 

@@ -20,6 +20,7 @@ from regraft.porting.job import Job, open_job, read_checkpoints
 from regraft.porting.methods import PORT_METHODS, STREAMED, Ported, PortProblem, PortWork, Weights
 from regraft.porting.model_spec import Settings
 from regraft.porting.result import Made, Result, run_job
+from regraft.porting.spectral import with_singular_vectors
 from regraft.training.statistics import batch_norms, reset_batchnorm
 
 BASE, TUNED, NEW_BASE = ROLES = "base", "fine-tune", "new base"
@@ -91,8 +92,9 @@ def plan(
     # FGMT stacks a pair of gradients a step.
     copies = IN_MEMORY_COPIES + 2 * steps * ("gmt" in method)
     job = job.check_room(out, settings.get("max_memory"), copies=copies, matches=method != "naive")
-    networks, names = job.networks(), [str(job.checkpoints[role].path) for role in ROLES]
-    return replace(job, distances=measure_distances([networks[role] for role in ROLES], names))
+    networks, check = job.networks(), job.value_check(summed=2)
+    distances = measure_distances([networks[role] for role in ROLES], check)
+    return replace(job, distances=distances, layout=replace(job.layout, infinite=frozenset(check.infinite)))
 
 
 def _check_settings(method: str, steps: int, settings: PortSettings) -> None:
@@ -128,6 +130,7 @@ def _make(job: Job, part: Path, clock: Clock) -> Made:
         work = replace(work, model=model, train=job.data.train, validation=job.data.validation)
     problem = PortProblem(job.spec, *(networks[role] for role in ROLES))
     ported = PORT_METHODS[job.method](problem, work)
+    ported = replace(ported, tensors=with_singular_vectors(ported.tensors))
     measured: dict[str, Any] = {}
     if job.model_spec.model is not None:
         with clock.phase("checks"):
