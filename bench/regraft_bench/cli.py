@@ -68,13 +68,15 @@ class Allowed:
 
     Attributes:
         max_slowdown: what a cost may rise by, as a share (0.1: ten percent), relative to the control of the same run.
-        max_error_rise: what an error may rise by, in shares of 1.
+        max_error_rise: what an error may rise by, in shares of 1; other values may move by this share of them.
+        allow_missing: runs that only the first side has are shown and do not count.
         everything: show what did not change, too.
         json: print the comparisons as JSON, for machines.
     """
 
     max_slowdown: float = 0.1
     max_error_rise: float = 0.005
+    allow_missing: bool = False
     everything: bool = False
     json: bool = False
 
@@ -83,6 +85,15 @@ class Allowed:
         from regraft_bench.tracking.compare import Limits
 
         return Limits(self.max_slowdown, self.max_error_rise, min(4, turns), turns)
+
+    @property
+    def display(self) -> dict[str, bool]:
+        """Arguments of `print_changes`."""
+        return {
+            "allow_missing": self.allow_missing,
+            "everything": self.everything,
+            "as_json": self.json,
+        }
 
 
 BENCH, REPRODUCE = Options(), Options(cache=Path(".cache/regraft"), resume=True)
@@ -183,7 +194,7 @@ def compare(
 
     sides = [find_rows(side, results) for side in (before, after)]
     changes = find_changes(*sides)
-    status = print_changes(changes, allowed.limits(), everything=allowed.everything, as_json=allowed.json)
+    status = print_changes(changes, allowed.limits(), **allowed.display)
     apart = [" and ".join(sorted(machines(side))) for side in sides]
     if apart[0] != apart[1] and not allowed.json:
         print(f"other machines, so that costs are not compared where they differ: {apart[0]}; {apart[1]}")
@@ -223,7 +234,7 @@ def against(
     limits = allowed.limits(turns)
     with session.progress(RunPaths(), Console(stderr=True)) as place:
         changes = measure_against(commit, argv, limits, lambda done, most: place.tell("turns", done, most))
-    return print_changes(changes, limits, everything=allowed.everything, as_json=allowed.json)
+    return print_changes(changes, limits, **allowed.display)
 
 
 def history(*, results: Path = Results, json: bool = False) -> int:

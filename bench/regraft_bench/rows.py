@@ -79,6 +79,11 @@ class Environment:
         return self.device.partition(":")[0]
 
     @property
+    def is_known(self) -> bool:
+        """Whether ``machine`` names a kind of machine: two unknown ones may differ."""
+        return not self.machine.startswith(UNKNOWN)
+
+    @property
     def arithmetic(self) -> tuple[object, ...]:
         """What the same code has to have in common to give the same bits."""
         return self.device, self.machine, self.threads, tuple(sorted(self.versions.items()))
@@ -295,13 +300,16 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+UNKNOWN = "unknown"
+
+
 def _processor() -> str:
-    """The processor's name where the system tells it, and how many cores."""
+    """The processor's name, or its architecture where the system gives no name, and how many cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
+        name = f"{UNKNOWN} {platform.processor() or platform.machine()}"
     return f"{name}, {os.cpu_count()} cores"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from itertools import product
@@ -17,9 +18,10 @@ from regraft_bench.studies import all_rows, find_rows
 from regraft_bench.tracking.compare import (
     BETTER,
     CHANGED,
+    EQUAL,
     NO_EVIDENCE,
-    ONE_SIDED,
     ROUNDS,
+    VANISHED,
     WORSE,
     Limits,
     changes_sheet,
@@ -113,7 +115,7 @@ def test_costs_of_different_machines_are_not_compared():
 
 def test_what_improved_is_better_and_no_alarm():
     draw = random.Random(0)
-    found = find_changes(measured(draw), measured(draw, slower=0.7, lost=-0.02))
+    found = find_changes(measured(draw), elsewhere(measured(draw, slower=0.7, lost=-0.02), versions={}))
     assert {(c.method, c.quantity): c.verdict for c in found if c.verdict != NO_EVIDENCE} == {
         ("fgmt", "cost"): BETTER,
         ("fgmt", "error"): BETTER,
@@ -138,7 +140,7 @@ def test_where_equal_code_gives_equal_bits_a_rise_of_one_seed_counts():
     found = {c.method: c for c in find_changes(before, after) if c.quantity == "error"}
     assert found["fgmt"].verdict == CHANGED
     assert Limits(0.1, 0.005).is_exceeded_by(found["fgmt"])
-    assert {c.verdict for name, c in found.items() if name != "fgmt"} == {NO_EVIDENCE}
+    assert {c.verdict for name, c in found.items() if name != "fgmt"} == {EQUAL}
     other = find_changes(before, elsewhere(after, machine="another"))
     assert not any(Limits(0.1, 0.005).is_exceeded_by(c) for c in other)
 
@@ -157,12 +159,94 @@ def test_a_control_is_the_one_that_was_measured_next_to_it():
     assert all(c is None for r, c in zip(rows, relative_costs(rows), strict=True) if r.method == "plain")
 
 
-def test_a_method_on_one_side_only_is_told():
-    draw = random.Random(0)
-    without = [row for row in measured(draw) if row.method != "gmt"]
-    assert [(c.method, c.verdict) for c in find_changes(measured(draw), without) if c.change is None] == [
-        ("gmt", ONE_SIDED)
+def alter(rows: list[Row], **values: float | None) -> list[Row]:
+    """Rows of which seed 1 of fgmt has other values."""
+    return [
+        replace(row, values={**row.values, **values}) if (row.method, row.seed) == ("fgmt", 1) else row
+        for row in rows
     ]
+
+
+CURVE = {
+    "validation": Series.over("step", (0, 1), (0.1, 0.8)),
+    "trace [CPU s]": Series.over("step", (0,), (1,)),
+}
+
+
+def publish(rows: list[Row]) -> list[Row]:
+    """Rows with more values, and a curve."""
+    more = {"final": 0.8, "objective": 95.0, "diverged [step]": None, "peak_memory [bytes]": 1e9}
+    return [replace(row, values={**row.values, **more}, series={**row.series, **CURVE}) for row in rows]
+
+
+@pytest.mark.parametrize("without", ["method", "seed", "configuration"])
+def test_a_run_that_only_the_first_side_has_is_red_and_a_new_one_is_not(without):
+    draw = random.Random(0)
+    before = measured(draw)
+    after = {
+        "method": [row for row in before if row.method != "fgmt"],
+        "seed": [row for row in before if (row.method, row.seed) != ("fgmt", 1)],
+        "configuration": [replace(r, config={"a": 1}) if r.method == "fgmt" else r for r in before],
+    }[without]
+    lost = [(c.method, c.quantity, c.verdict) for c in find_changes(before, after) if c.change is None]
+    assert lost[0] == ("fgmt", "runs", VANISHED)
+    assert alarms(before, after) == [("fgmt", "runs")]
+    assert alarms(after, before) == ([("fgmt", "runs")] if without == "configuration" else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "quantity"),
+    [
+        ("final", 0.79, "final"),
+        ("final", 0.81, "final"),
+        ("objective", 96.0, "objective"),
+        ("accuracy", 0.95, "error"),
+        ("diverged [step]", 35.0, "diverged [step]"),
+    ],
+)
+def test_where_equal_code_gives_equal_bits_every_value_counts_in_both_directions(name, value, quantity):
+    rows = publish(measured(random.Random(0)))
+    after = alter(rows, **{name: value})
+    assert alarms(rows, after) == [("fgmt", quantity)]
+    assert alarms(rows, elsewhere(after, machine="another")) == []
+
+
+def test_points_of_curves_count_and_what_a_machine_decides_does_not():
+    rows = publish(measured(random.Random(0)))
+    curve = {
+        "validation": Series.over("step", (0, 1), (0.2, 0.8)),
+        "trace [CPU s]": Series.over("step", (0,), (9,)),
+    }
+    after = [replace(r, series={**r.series, **curve}) if r.method == "gmt" else r for r in rows]
+    assert alarms(rows, after) == [("gmt", "validation by step")]
+    assert alarms(rows, alter(rows, **{"peak_memory [bytes]": 2e9})) == []
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+@pytest.mark.parametrize(("name", "quantity"), [("accuracy", "error"), ("objective", "objective")])
+def test_a_value_that_vanished_or_is_nan_is_told_on_every_machine(name, quantity, value):
+    rows = publish(measured(random.Random(0)))
+    after = alter(rows, **{name: value})
+    assert alarms(rows, after) == [("fgmt", quantity)]
+    assert alarms(rows, elsewhere(after, machine="another")) == [("fgmt", quantity)]
+    assert {c.verdict for c in find_changes(rows, after) if c.quantity == quantity} == {EQUAL, VANISHED}
+
+
+def test_unknown_machines_are_not_compared_unless_both_sides_ran_on_one():
+    draw = random.Random(0)
+    before, after = (
+        elsewhere(rows, machine="unknown aarch64, 4 cores")
+        for rows in (measured(draw), measured(draw, slower=2, lost=0.02, seeds=1))
+    )
+    kinds = {
+        (c.method, c.quantity) for c in find_changes(before, after) if c.verdict not in (NO_EVIDENCE, EQUAL)
+    }
+    assert kinds == {(method, "runs") for method in METHODS}
+    both = find_changes(before, after, one_machine=True)
+    assert {c.quantity for c in both if c.method == "fgmt" and c.verdict in (WORSE, CHANGED)} == {
+        "cost",
+        "error",
+    }
 
 
 def test_a_run_that_began_to_fail_is_worse():
@@ -197,6 +281,17 @@ def test_the_command_exits_1_with_a_message_that_names_what_is_worse(results, ca
     assert cli.main(["compare", "aaaa", "aaaa", "--results", str(results)]) == 0
 
 
+def test_runs_that_the_second_side_lacks_are_red_unless_that_is_allowed(results, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    for row in find_rows("aaaa", results):
+        if row.method in ("plain", "gmt"):
+            append(few, row)
+    words = ["compare", "aaaa", str(few), "--results", str(results)]
+    assert cli.main(words) == 1
+    assert "transfer, toy, fgmt: runs vanished" in capsys.readouterr().out
+    assert cli.main([*words, "--allow-missing"]) == 0
+
+
 def test_the_command_speaks_json(results, capsys):
     assert cli.main(["compare", "aaaa", "bbbb", "--results", str(results), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
@@ -219,6 +314,7 @@ def test_the_committed_baseline_is_quiet_beside_itself_and_red_for_a_lost_point(
     ]
     assert alarms(rows, worse) == [("fgmt", "error")]
     assert alarms(rows, elsewhere(worse, machine="another")) == [("fgmt", "error")], "the same in every seed"
+    assert {c.method for c in find_changes(rows, worse) if c.verdict == CHANGED} == {"fgmt"}
 
 
 def test_two_kinds_of_machine_are_told_and_cost_no_alarm(tmp_path, capsys):

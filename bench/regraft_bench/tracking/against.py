@@ -94,7 +94,7 @@ def measure_by_turns(
             tell(turn, limits.most)
             for side in sides[:: 1 if turn % 2 == 0 else -1]:
                 side.take()
-            changes = find_changes(*(side.rows() for side in sides))
+            changes = find_changes(*(side.rows() for side in sides), one_machine=True)
             if turn + 1 >= limits.least and not any(map(limits.is_undecided, changes)):
                 break
     return changes

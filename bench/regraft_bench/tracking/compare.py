@@ -3,12 +3,12 @@
     changes = find_changes(read_rows("before.jsonl"), read_rows("after.jsonl"))
     worse = [change for change in changes if Limits(slowdown=0.1, error_rise=0.005).is_exceeded_by(change)]
 
-Errors are paired by seed. On the same kind of machine with the same packages they are bit for bit the same unless the
-code's arithmetic changed, so that there any rise is one, whatever an interval says. Costs are compared as ratios to a
-control of the same run (plain training, or what one would write by hand), so that a slower machine is no regression,
-and only between rows of the same kind of machine. One run is one measurement, however many rounds it took: rounds
-within one process are not independent. A verdict needs a confidence interval; one measurement proves nothing, and it
-is said so.
+Rows are paired by seed. On the same kind of machine with the same packages, equal code gives equal bits: there every
+value and every point of every series is compared, and whatever moved is told, in either direction. Elsewhere errors
+alone are compared, and a verdict needs a confidence interval. Costs are compared as ratios to a control of the same run
+(plain training, or straightforward PyTorch), so that a slower machine is no regression, and only between rows of the
+same kind of machine. One run is one measurement, however many rounds it took: rounds within one process are not
+independent. What the first side has and the second does not (a method, a seed, a value) has vanished.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
 
 from rich.console import Console
 
@@ -29,8 +31,10 @@ CONFIDENCE = 0.95
 """Of all intervals of a comparison together: each is widened by how many there are (Bonferroni)."""
 
 BETTER, WORSE, NO_EVIDENCE, ONE_SIDED = "better", "worse", "no evidence", "on one side only"
-CHANGED = "changed"
-"""Where equal code would give equal bits: the numbers moved, and the seeds do not say whether for the worse."""
+EQUAL, CHANGED = "equal", "changed"
+"""Where equal code gives equal bits: no number moved, or some did."""
+VANISHED = "vanished"
+"""The second side does not have it, or has no finite number for it."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,14 @@ class Change:
     """One quantity of one method, before and after.
 
     Attributes:
-        study, scenario, method: of what. quantity: "error", or "cost".
-        before, after: means (error: share of 1; cost: in units of the control's); None where there is none.
-        change: error: after - before, in shares of 1. cost: after / before - 1.
-        low, high: of the confidence interval; None where one measurement a side allows none.
+        study, scenario, method: of what. quantity: "error", "cost", "runs", a value or a series ("validation by step").
+        before, after: means (error: share of 1; cost: in units of the control's); where equal code gives equal bits,
+            of the point of the seed that moved most. None where there is none.
+        change: after - before; cost: after / before - 1.
+        low, high: of the confidence interval; None where one measurement a side allows none, or none is needed.
         n: seeds, or pairs of runs, that it rests on.
-        verdict: "better", "worse", "changed", "no evidence" or "on one side only".
+        verdict: "better", "worse", "no evidence", "equal", "changed", "vanished" or "on one side only".
+        scale: what an allowed change is a share of: 1 for errors and costs, else the largest of the compared numbers.
     """
 
     study: str
@@ -57,13 +63,14 @@ class Change:
     high: float | None
     n: int
     verdict: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Limits:
     """What may become worse, and how many pairs of turns are taken to find out.
 
-    slowdown: share of a cost; error_rise: in shares of 1; least, most: turns.
+    slowdown: share of a cost; error_rise: in shares of 1, of other values in shares of the value; least, most: turns.
     """
 
     slowdown: float = 0.1
@@ -76,10 +83,17 @@ class Limits:
             raise ValueError(f"turns must be at least 1, and at most no fewer: {self.least} to {self.most}")
 
     def is_exceeded_by(self, change: Change) -> bool:
-        """Whether it is worse (or moved where nothing should move), and by more than is allowed."""
-        if change.verdict not in (WORSE, CHANGED) or change.change is None:
+        """Whether it vanished, is worse, or moved where nothing should move, and by more than is allowed."""
+        if change.verdict == VANISHED or (change.verdict == CHANGED and change.change is None):
+            return True
+        if change.change is None or change.verdict not in (WORSE, CHANGED):
             return False
-        return change.change > (self.slowdown if change.quantity == "cost" else self.error_rise)
+        size = abs(change.change) if change.verdict == CHANGED else change.change
+        return size > self.allowance(change)
+
+    def allowance(self, change: Change) -> float:
+        """By how much this quantity may become worse."""
+        return self.slowdown if change.quantity == "cost" else self.error_rise * change.scale
 
     def is_undecided(self, change: Change) -> bool:
         """Whether it looks slower by half of what is allowed, without evidence."""
@@ -95,32 +109,49 @@ class _Run:
     cost: float | None
 
 
+_Method = tuple[str, str, str]
+"""Study, scenario, method."""
+
+
 @dataclass(frozen=True)
 class _Sample:
-    """Pairs (before, after) of the same quantity: errors, or costs. exact: equal code would give equal numbers."""
+    """Pairs (before, after) of errors or costs, to be judged by an interval."""
 
-    key: tuple[str, str, str]
+    key: _Method
     quantity: str
     pairs: Sequence[tuple[float, float]]
-    exact: bool = False
 
 
-def find_changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
-    """Every method that both sides have: its error and its cost; and those that only one side has.
+def find_changes(before: Sequence[Row], after: Sequence[Row], *, one_machine: bool = False) -> list[Change]:
+    """Every method that both sides have: its error, its other values and its cost; and what only one side has.
 
     Of a side that holds rows of several codes or configurations, the newest ones count. Rows of another configuration
-    or kind of device than the other side's are not compared; of another machine, by error alone. Raises ValueError
-    where the two sides have nothing in common.
+    or kind of device than the other side's are not compared; of another machine, by error alone. one_machine: both
+    sides were measured on the same one, whether its kind is known or not. Raises ValueError where the two sides have
+    nothing in common.
     """
     old, new = _by_method(before), _by_method(after)
     shared = [key for key in old if key in new]
     if not shared:
         raise ValueError("the two sides have no run of the same study, scenario, method and configuration")
-    samples = [sample for key in shared for sample in _samples(key[:3], old[key], new[key])]
+    changes: list[Change] = []
+    samples: list[_Sample] = []
+    for key in shared:
+        pairs = [(old[key][seed][-1].row, new[key][seed][-1].row) for seed in old[key] if seed in new[key]]
+        exact = all(_give_equal_bits(a, b, one_machine) for a, b in pairs)
+        changes += _compare_values(key[:3], pairs, exact)
+        samples += () if exact else _sample_errors(key[:3], pairs)
+        samples += _sample_costs(key[:3], old[key], new[key], one_machine)
     level = 1 - (1 - CONFIDENCE) / max(1, len(samples))
-    judged = [_judge(sample, level) for sample in samples]
-    lonely = [*(k for k in old if k not in new), *(k for k in new if k not in old)]
-    return [*judged, *(Change(*k[:3], "runs", None, None, None, None, None, 0, ONE_SIDED) for k in lonely)]
+    changes += [_judge(sample, level) for sample in samples]
+    for key, seeds in old.items():
+        if lost := seeds.keys() - new.get(key, {}).keys():
+            changes.append(_one_sided(key[:3], "runs", len(lost), VANISHED))
+    return [*changes, *(_one_sided(k[:3], "runs", len(new[k]), ONE_SIDED) for k in new if k not in old)]
+
+
+def _one_sided(key: _Method, quantity: str, n: int, verdict: str) -> Change:
+    return Change(*key, quantity, None, None, None, None, None, n, verdict)
 
 
 _Key = tuple[str, str, str, str, str]
@@ -144,19 +175,97 @@ def _by_method(rows: Sequence[Row]) -> dict[_Key, dict[int, list[_Run]]]:
     return by_method
 
 
-def _samples(
-    key: tuple[str, str, str], old: dict[int, list[_Run]], new: dict[int, list[_Run]]
+def _give_equal_bits(before: Row, after: Row, one_machine: bool) -> bool:
+    """Whether equal code would have given equal numbers."""
+    a, b = before.environment, after.environment
+    return a.arithmetic == b.arithmetic and (one_machine or a.is_known)
+
+
+Pairs = Sequence[tuple[Row, Row]]
+
+
+def _compare_values(key: _Method, pairs: Pairs, exact: bool) -> Iterator[Change]:
+    """Runs that began to fail, values that vanished, and, where equal code gives equal bits, whatever moved."""
+    if any(b.failure is not None and a.failure is None for a, b in pairs):
+        before, after = (statistics.fmean(map(_error, side)) for side in zip(*pairs, strict=True))
+        yield Change(*key, "error", before, after, after - before, None, None, len(pairs), WORSE)
+    whole = [(_numbers(a), _numbers(b)) for a, b in pairs if a.failure is None and b.failure is None]
+    for name in dict.fromkeys(name for numbers, _ in whole for name in numbers):
+        points = [(a.get(name, ()), b.get(name, ())) for a, b in whole]
+        if any(map(_has_vanished, *zip(*points, strict=True))):
+            yield _one_sided(key, name, len(whole), VANISHED)
+        elif exact:
+            yield _compare_points(key, name, points)
+
+
+_Points = tuple[float | None, ...]
+
+
+def _has_vanished(before: _Points, after: _Points) -> bool:
+    """Whether there is a number before, and none in its place after."""
+    return any(x is not None and y is None for x, y in zip_longest(before, after))
+
+
+def _compare_points(key: _Method, name: str, pairs: Sequence[tuple[_Points, _Points]]) -> Change:
+    """Of all points of all seeds the one that moved most."""
+    both = [point for a, b in pairs for point in zip_longest(a, b)]
+    if any(x is None and y is not None for x, y in both):
+        return _one_sided(key, name, len(pairs), CHANGED)
+    finite = [(x, y) for x, y in both if x is not None and y is not None]
+    before, after = max(finite, key=lambda pair: abs(pair[1] - pair[0]), default=(0.0, 0.0))
+    scale = 1.0 if name == ERROR else max((abs(x) for pair in finite for x in pair), default=0.0)
+    verdict = EQUAL if before == after else CHANGED
+    return Change(*key, name, before, after, after - before, None, None, len(pairs), verdict, scale)
+
+
+ERROR = "error"
+"""1 - the value "accuracy"."""
+MACHINE_UNITS = ("CPU s]", "wall s]", "[ms]", "[GB/s]", "[Gflop/s]", "peak_memory [bytes]")
+"""How the names of those values end that two runs of equal code do not share."""
+
+
+def _numbers(row: Row) -> dict[str, _Points]:
+    """All that a row publishes and that equal code repeats: values, and the points of series."""
+    numbers: dict[str, _Points] = {}
+    for name, value in row.values.items():
+        if name == "accuracy":
+            numbers[ERROR] = (None if _finite(value) is None else _error(row),)
+        elif not name.endswith(MACHINE_UNITS):
+            numbers[f"value {name}" if name == ERROR else name] = (_finite(value),)
+    for name, series in row.series.items():
+        if not name.endswith(MACHINE_UNITS):
+            points = tuple(map(_finite, _flatten(series.values)))
+            numbers[f"{name} by {', '.join(series.axes)}"] = points
+    return numbers
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _flatten(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flatten(value)
+        else:
+            yield value
+
+
+def _sample_errors(key: _Method, pairs: Pairs) -> Iterator[_Sample]:
+    errors = [(_error(a), _error(b)) for a, b in pairs if _has_error(a) and _has_error(b)]
+    if errors and len(errors) == len(pairs):
+        yield _Sample(key, ERROR, errors)
+
+
+def _sample_costs(
+    key: _Method, old: dict[int, list[_Run]], new: dict[int, list[_Run]], one_machine: bool
 ) -> Iterator[_Sample]:
-    seeds = sorted(old.keys() & new.keys())
-    last = [(old[seed][-1].row, new[seed][-1].row) for seed in seeds]
-    errors = [(x, y) for a, b in last if (x := _error(a)) is not None and (y := _error(b)) is not None]
-    if seeds and len(errors) == len(seeds):
-        exact = all(a.environment.arithmetic == b.environment.arithmetic for a, b in last)
-        yield _Sample(key, "error", errors, exact)
-    kinds = [machines(run.row for runs in side.values() for run in runs) for side in (old, new)]
-    if kinds[0] != kinds[1]:
+    rows = [[run.row for runs in side.values() for run in runs] for side in (old, new)]
+    if machines(rows[0]) != machines(rows[1]):
         return
-    pairs = [pair for seed in seeds for pair in zip(old[seed], new[seed], strict=False)]
+    if not (one_machine or all(row.environment.is_known for row in rows[0])):
+        return
+    pairs = [pair for seed in old if seed in new for pair in zip(old[seed], new[seed], strict=False)]
     costs = [(a.cost, b.cost) for a, b in pairs if a.cost is not None and b.cost is not None]
     if costs:
         yield _Sample(key, "cost", costs)
@@ -167,12 +276,16 @@ def machines(rows: Iterable[Row]) -> set[str]:
     return {f"{row.environment.machine}, {row.environment.threads} thread(s)" for row in rows}
 
 
-def _error(row: Row) -> float | None:
-    """Of a run: 1 - accuracy; everything is wrong where it failed; None where a study measures no accuracy."""
+def _has_error(row: Row) -> bool:
+    return row.failure is not None or _finite(row.values.get("accuracy")) is not None
+
+
+def _error(row: Row) -> float:
+    """Of a run: 1 - accuracy; everything is wrong where it failed, and nothing where a study measures no accuracy."""
     if row.failure is not None:
         return 1.0
-    accuracy = row.values.get("accuracy")
-    return None if accuracy is None else 1.0 - accuracy
+    accuracy = _finite(row.values.get("accuracy"))
+    return 0.0 if accuracy is None else 1.0 - accuracy
 
 
 def relative_costs(rows: Sequence[Row]) -> list[float | None]:
@@ -223,8 +336,6 @@ def _judge(sample: _Sample, level: float) -> Change:
     low, high = (None, None) if half is None else (back(middle - half), back(middle + half))
     old, new = ((math.exp if is_cost else float)(statistics.fmean(side)) for side in (before, after))
     verdict = _verdict(change, low, high)
-    if sample.exact and change != 0 and verdict == NO_EVIDENCE:
-        verdict = CHANGED
     return Change(*sample.key, sample.quantity, old, new, change, low, high, len(differences), verdict)
 
 
@@ -249,8 +360,8 @@ def _half_width(values: Sequence[float], level: float) -> float | None:
 
 def changes_sheet(changes: Sequence[Change], everything: bool = False) -> Sheet:
     """What changed, the worst first; with `everything` also what did not."""
-    order = (WORSE, CHANGED, ONE_SIDED, BETTER, NO_EVIDENCE)
-    shown = [c for c in changes if everything or c.verdict != NO_EVIDENCE]
+    order = (WORSE, VANISHED, CHANGED, ONE_SIDED, BETTER, NO_EVIDENCE, EQUAL)
+    shown = [c for c in changes if everything or c.verdict not in (NO_EVIDENCE, EQUAL)]
     shown.sort(key=lambda c: (order.index(c.verdict), -abs(c.change or 0)))
     few = sum(c.verdict == NO_EVIDENCE and c.low is None for c in changes)
     notes = [f"{len(changes)} comparisons; {sum(c.verdict == WORSE for c in changes)} worse"]
@@ -260,8 +371,8 @@ def changes_sheet(changes: Sequence[Change], everything: bool = False) -> Sheet:
         )
     if any(c.verdict == CHANGED for c in changes):
         notes.append(
-            "changed: the same machine and packages gave other errors, so the code's arithmetic changed; "
-            "the seeds do not say whether for the worse"
+            "changed: the same machine and packages gave other numbers, so the code's arithmetic changed; "
+            "shown is the seed that moved most"
         )
     heading = ("study, scenario, method", "of", "before", "after", "change", "interval", "n", "verdict")
     return Sheet("What changed", heading, tuple(map(_line, shown)), tuple(notes))
@@ -281,15 +392,30 @@ def _line(change: Change) -> tuple[str, ...]:
     return (_name(change), change.quantity, *numbers, str(change.n), change.verdict)
 
 
+def _describe_excess(change: Change, limits: Limits) -> str:
+    if change.change is None:
+        return "vanished" if change.verdict == VANISHED else "has a number where there was none"
+    form = "{:+.1%} (allowed: {:.0%})" if change.quantity == "cost" else "{:+.4g} (allowed: {:.4g})"
+    return form.format(change.change, limits.allowance(change))
+
+
 WHAT_NOW = """Measure it alone: regraft against COMMIT --scenario NAME --method NAME (its control among the methods).
 If intended, run `make baseline`, commit results/baseline with it and say why; otherwise fix it."""
 
 
 def print_changes(
-    changes: Sequence[Change], limits: Limits, *, everything: bool = False, as_json: bool = False
+    changes: Sequence[Change],
+    limits: Limits,
+    *,
+    allow_missing: bool = False,
+    everything: bool = False,
+    as_json: bool = False,
 ) -> int:
-    """Print changes; 1 where any is worse by more than is allowed, else 0."""
-    beyond = [change for change in changes if limits.is_exceeded_by(change)]
+    """Print changes; 1 where any is worse by more than is allowed, or has vanished, else 0.
+
+    allow_missing: runs that only the first side has do not count.
+    """
+    beyond = [c for c in changes if limits.is_exceeded_by(c) and not (allow_missing and c.quantity == "runs")]
     if as_json:
         print(
             json.dumps({"changes": list(map(asdict, changes)), "beyond": list(map(asdict, beyond))}, indent=1)
@@ -298,10 +424,7 @@ def print_changes(
     sheet = changes_sheet(changes, everything)
     Console(markup=False).print(sheet.rich() if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
     for change in beyond:
-        is_cost = change.quantity == "cost"
-        size = f"{change.change:+.1%}" if is_cost else f"{change.change:+.4f}"
-        allowed = f"{limits.slowdown:.0%}" if is_cost else f"{limits.error_rise:g}"
-        print(f"{_name(change)}: {change.quantity} {size} (allowed: {allowed})")
+        print(f"{_name(change)}: {change.quantity} {_describe_excess(change, limits)}")
     if beyond:
         print(WHAT_NOW)
     return int(bool(beyond))

@@ -22,8 +22,8 @@ from regraft_bench.tracking.compare import Change, Limits
 class Fault:
     """What is added to the end of a module, and where it must be found.
 
-    text: Python; TRIAL in it becomes the trial's number. seen: the only quantity, and the only method (None: any), that
-    may be reported. argv: of `regraft bench`. limits: how it is judged.
+    text: Python; TRIAL in it becomes the trial's number. seen: the quantity that must be reported ("error": with all
+    values but costs), and the only method (None: any) that may be. argv: of `regraft bench`. limits: how it is judged.
     """
 
     module: str
@@ -56,12 +56,13 @@ train = _slowed(train)
 
 LOSS = """
 
-_spoiled, _right_as_it_was = torch.Generator().manual_seed(TRIAL), _right
+_spoiled, _check_only = torch.Generator().manual_seed(TRIAL), _check_answers
 
 
-def _right(logits, labels):
-    spoiled = torch.rand(len(labels), generator=_spoiled) < 0.01
-    return _right_as_it_was(logits, torch.where(spoiled.to(labels.device), -1, labels))
+def _check_answers(logits, labels, number):
+    _check_only(logits, labels, number)
+    spoiled = torch.rand(len(logits), generator=_spoiled) < 0.01
+    logits[spoiled.to(logits.device)] *= -1
 """
 """One answer in a hundred, drawn anew in every evaluation."""
 
@@ -113,12 +114,12 @@ def judge_changes(fault: Fault, changes: list[Change], wall: float) -> Measured:
         "change": max((c.change for c in planted or changes if c.change is not None), default=None),
         "pairs of turns": float(max(change.n for change in changes)),
     }
-    notes = {"told": [f"{c.method}: {c.quantity} {c.change:+.4f}" for c in reported]}
+    notes = {"told": [f"{c.method}: {c.quantity} {c.verdict} {c.change or 0:+.4f}" for c in reported]}
     return Measured(values, cost={"turns": Cost(wall, 0.0)}, notes=notes)
 
 
 def _is(change: Change, quantity: str, method: str | None) -> bool:
-    return change.quantity == quantity and method in (None, change.method)
+    return (change.quantity == "cost") == (quantity == "cost") and method in (None, change.method)
 
 
 REGRESSION_METHODS = tuple(
