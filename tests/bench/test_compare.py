@@ -47,7 +47,7 @@ def measured(
 ) -> list[Row]:
     """Rows as turns make them: `fgmt` alone is slower or less accurate; a machine's speed is everybody's and changes
     from turn to turn. Other work can only make a round longer."""
-    found = []
+    found, here, own_code = [], environment(), code()
     for _ in range(turns):
         pace = machine * draw.uniform(1, 2)
         for seed, (number, method) in product(range(seeds), enumerate(METHODS)):
@@ -66,8 +66,8 @@ def measured(
                     cost={"training": Cost(1.0, 1.0)},
                     notes={},
                     failure=None,
-                    environment=environment(),
-                    code=replace(code(), commit=commit, regraft=commit, changed=False),
+                    environment=here,
+                    code=replace(own_code, commit=commit, regraft=commit, changed=False),
                     time=f"2026-01-{1 + (commit > 'b'):02d}T00:00:{len(found):02d}+00:00",
                 )
             )
