@@ -197,7 +197,7 @@ NUMBERS: list[tuple[str, Callable[[], object], str]] = [
     *at_values("hold", (0, -1), recorder),
     *at_values("checkpoints", ([], [0, 1], [2, 1], [1, 1]), recorder),
     *at_values("head", ("0", "nothing", ""), recorder, "linear"),
-    *at_values("lr", (math.nan, math.inf, -1.0), make_recipe, "learning rate"),
+    *at_values("lr", (math.nan, math.inf, -1.0), make_recipe, "lr"),
     *at_values("epochs", (-1,), make_recipe),
     *at_values("batch_size", (0, -5), make_recipe),
     *at_values("warmup_epochs", (-1, 2), make_recipe),

@@ -8,6 +8,7 @@ from regraft.core.tensors import state
 from regraft.finetuning import phases
 from regraft.finetuning.fast import NoGain
 from regraft.finetuning.phases import Outcome, Phase, fine_tune
+from regraft.finetuning.recorder import Recorder
 
 
 def network() -> nn.Module:
@@ -57,7 +58,10 @@ def test_a_phase_moves_what_it_says(phase, moved):
 def test_what_is_not_trained_costs_no_gradient():
     seen = []
 
-    class Spy:
+    class Spy(Recorder):
+        def __init__(self):
+            pass
+
         def after_step(self):
             seen.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
 

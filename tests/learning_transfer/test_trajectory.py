@@ -149,6 +149,18 @@ def test_an_index_of_no_step_or_of_other_anchors_is_refused(tmp_path, legs):
         Trajectory.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "legs",
+    [(), ((0, 1.0),), ((0, 1.0), (-1, 1.0)), ((0, 1.0), (2, 1.0)), ((0, 1.0), (0.5, 1.0)),
+     ((0, 0.0), (1, float("nan")), (1, 1.0)), ((0, 1.0), (1, float("inf")))],
+)  # fmt: skip
+def test_a_path_by_hand_that_leads_nowhere_is_refused(legs):
+    with pytest.raises(ValueError, match=r"points|step \d of the path|legs\[1\]"):
+        Trajectory((tensors(0), tensors(1)), legs, {})
+    with pytest.raises(ValueError, match="needs an anchor"):
+        Trajectory((), ((0, 1.0), (0, 1.0)), {})
+
+
 def test_an_index_of_another_format_is_refused(tmp_path):
     write_sealed(tmp_path / TRAJECTORY_INDEX, "another", {})
     with pytest.raises(ValueError, match="its format is 'another', not 'regraft-trajectory-1'"):
@@ -178,7 +190,7 @@ def test_mismatched_ends_are_named(change, message):
 
 
 def test_paths_that_are_none():
-    with pytest.raises(ValueError, match="at least one step"):
+    with pytest.raises(ValueError, match="steps must be a whole number from 1"):
         Trajectory.linear(tensors(0), tensors(1), 0)
     with pytest.raises(ValueError, match="unknown schedule"):
         Trajectory.linear(tensors(0), tensors(1), 3, "square")

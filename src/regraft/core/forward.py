@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from regraft.core.arguments import check_arguments
 from regraft.core.tensors import Batch, Inputs, Loss, Tensors
 
 # ---------------------------------------------------------------------------------------------------
@@ -145,6 +146,7 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
     )
 
 
+@check_arguments
 def with_output(model: nn.Module, output: str | int | Callable[[Any], Tensor]) -> nn.Module:
     """A view of the model (the same tensors and submodules, under the same names) that returns only the logits.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from regraft.core.arguments import Count, CountOrNone, check_arguments
 from regraft.data.sets import READERS, ROOT_VARIABLE, DataSource, Raw
 from regraft.data.splits import ImageFiles, Split, normalise, stratified_split
 
@@ -52,6 +53,7 @@ def default_root() -> Path:
     return Path(os.environ.get(ROOT_VARIABLE) or "data")
 
 
+@check_arguments
 def load(
     name: str,
     *,
@@ -60,9 +62,9 @@ def load(
     seed: int = 0,
     validation: float = 0.1,
     download: bool = False,
-    image_size: int | None = None,
-    channels: int | None = None,
-    workers: int | None = None,
+    image_size: Count | None = None,
+    channels: Count | None = None,
+    workers: CountOrNone | None = None,
 ) -> Dataset:
     """Load a data set and split it.
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.core.arguments import Count, NotNegative, check_arguments, check_fields
 from regraft.core.forward import name_inputs, run
 from regraft.core.guard import preserve_state, same_streams
 from regraft.core.registry import register
@@ -51,6 +52,7 @@ __all__ = [
 HEAD_LR, BODY_LR = 0.3, 0.01
 
 
+@check_arguments
 def param_groups(
     model: nn.Module,
     head_lr: float | None = HEAD_LR,
@@ -148,11 +150,10 @@ def xavier(weight: Tensor, generator: torch.Generator | None = None) -> None:
 class Normal:
     """N(0, std^2): the paper draws it with std from 1 down to 1e-8."""
 
-    std: float
+    std: NotNegative
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.std) and self.std >= 0):
-            raise ValueError(f"the standard deviation must be finite and not negative, not {self.std}")
+        check_fields(self)
 
     def __call__(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
         nn.init.normal_(weight, std=self.std, generator=generator)
@@ -173,7 +174,8 @@ class ClassMeans:
         weight.copy_(nn.functional.normalize(self.means, dim=1))
 
 
-def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+@check_arguments
+def class_means(features: Tensor, labels: Tensor, num_classes: Count) -> Tensor:
     """The mean feature vector of each class, [classes, features]; features: [M, D], labels: int64 [M].
 
     Raises ValueError where a class has no example or a label is out of range.
@@ -186,6 +188,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return total / counts[:, None]
 
 
+@check_arguments
 def features_of(model: nn.Module, head: nn.Linear, inputs: Inputs) -> Tensor:
     """What flows into the head, [M, D], in the mode in which the model is, without gradient.
 
@@ -220,13 +223,14 @@ class Stratified:
 
     split: Split
     size: int
-    num_classes: int
+    num_classes: Count
     generator: torch.Generator
     flip: bool = False
     device: torch.device | str = "cpu"
     _members: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_labels(self.split.labels, self.num_classes)
         if self.size < 1 or self.size % self.num_classes:
             raise ValueError(

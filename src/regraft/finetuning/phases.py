@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.core.arguments import CountOrNone, check_arguments
 from regraft.core.forward import name_inputs, split
 from regraft.core.registry import register
 from regraft.core.tensors import Batch, check_finite, live_state
@@ -85,12 +86,13 @@ class Outcome:
     phase_ends: tuple[int, ...]
 
 
+@check_arguments
 def fine_tune(
     model: nn.Module,
     head: nn.Linear,
     phases: Sequence[Phase],
     batches: Iterable[Batch],
-    steps: int,
+    steps: CountOrNone,
     *,
     optimiser: Optimiser = sgd,
     recorder: Recorder | None = None,

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regraft.core.arguments import check_arguments
 from regraft.core.clock import EVALUATION, Clock, Cost, synchronise, total_charge
 from regraft.core.forward import call, split
 from regraft.core.guard import evaluating, same_streams
@@ -182,6 +183,7 @@ def _check_classes(validation: Iterable[Batch], num_classes: int) -> None:
         )
 
 
+@check_arguments
 def scores(
     model: nn.Module, states: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch]
 ) -> list[Scores]:

@@ -22,6 +22,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor, nn
 
+from regraft.core.arguments import Count, check_arguments
 from regraft.core.files import clean, read_sealed, write_sealed
 from regraft.core.forward import call, examples, map_inputs, name_inputs, portion, run
 from regraft.core.guard import same_settings, same_streams
@@ -61,6 +62,7 @@ class Grid:
         return int(self.correct.argmax())
 
 
+@check_arguments
 def lattice(
     rows: Sequence[float], columns: Sequence[float], point: Callable[[float, float], Sequence[float]]
 ) -> Tensor:
@@ -75,6 +77,7 @@ def harmonic_mean(first: Tensor, second: Tensor) -> Tensor:
 
 
 @same_settings()
+@check_arguments
 def evaluate(
     model: nn.Module,
     sources: Sequence[Tensors],
@@ -84,7 +87,7 @@ def evaluate(
     *,
     finish: Finish | None = None,
     memory: int = MEMORY,
-    batch_size: int = 250,
+    batch_size: Count = 250,
     resume: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Grid:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regraft.core.arguments import check_arguments
 from regraft.core.forward import portion, run
 from regraft.core.guard import evaluating
 from regraft.core.tensors import Batch, Inputs, Tensors, copies, weighted_sum
@@ -62,6 +63,7 @@ class OwnStatistics(_BatchNorm):
         return nn.functional.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
 
+@check_arguments
 def batch_statistics(model: nn.Module) -> nn.Module:
     """A copy of `model`, in evaluation mode, whose BatchNorms are :class:`OwnStatistics`.
 
@@ -80,11 +82,13 @@ def reads_batches(model: nn.Module) -> bool:
     return any(isinstance(module, OwnStatistics) or module.running_mean is None for module in norms)
 
 
+@check_arguments
 def reset_on(model: nn.Module, batches: Iterable[Batch]) -> Finish:
     """Re-estimate the running statistics of every BatchNorm over `batches` (cumulative average)."""
     return lambda tensors, _coefficients: reset_batchnorm(model, tensors, batches)
 
 
+@check_arguments
 def repair_on(model: nn.Module, sources: Sequence[Tensors], batches: Iterable[Batch]) -> Finish:
     """REPAIR: give every channel the weighted mean of the sources' means and deviations on `batches`.
 

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from regraft.core.arguments import check_arguments
 from regraft.core.tensors import Tensors, check_alike, check_finite
 from regraft.fusion.repair import Finish
 from regraft_kernels import combine
 
 
+@check_arguments
 def fuse(
     models: Sequence[Tensors], coefficients: Sequence[float], *, finish: Finish | None = None
 ) -> Tensors:
@@ -43,6 +45,7 @@ def fuse(
 
 
 @torch.no_grad()
+@check_arguments
 def fuse_many(models: Sequence[Tensors], coefficients: Tensor | Sequence[Sequence[float]]) -> Tensors:
     """K sums at once: coefficients [K, m] -> tensors [K, *shape]; sums may overflow.
 
@@ -53,11 +56,13 @@ def fuse_many(models: Sequence[Tensors], coefficients: Tensor | Sequence[Sequenc
     return combine(models, rows)
 
 
+@check_arguments
 def gradient(start: Tensors, end: Tensors) -> Tensors:
     """The cumulative gradient g = end - start (equation 5), of parameters and BatchNorm statistics alike."""
     return fuse([end, start], [1.0, -1.0])
 
 
+@check_arguments
 def assign_gradient(
     target: Tensors, gradient: Tensors, alpha: float, *, finish: Finish | None = None
 ) -> Tensors:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from regraft.core.arguments import Count, CountOrNone, check_arguments
 from regraft.core.clock import EVALUATION, Cost, total_charge
 from regraft.core.tensors import Batch, Loss, Perm, Tensors, check_alike, check_finite
 from regraft.learning_transfer.methods import TRANSFER_METHODS, TransferMethod
@@ -89,6 +89,7 @@ class Transfers:
         return {name: tensor[number] for name, tensor in self.params.items()}
 
 
+@check_arguments
 def transfer(
     model: nn.Module,
     path: Trajectory,
@@ -99,8 +100,8 @@ def transfer(
     spec: PermutationSpec | None = None,
     target_end: Tensors | None = None,
     validation: Iterable[Batch] | None = None,
-    gradient_batches: int = 1,
-    bn_batches: int = 20,
+    gradient_batches: Count = 1,
+    bn_batches: CountOrNone = 20,
     loss: Loss = cross_entropy,
     from_identity: bool = False,
     generator: torch.Generator | None = None,
@@ -158,6 +159,7 @@ def transfer(
     )
 
 
+@check_arguments
 def transfer_to_many(
     model: nn.Module,
     path: Trajectory,
@@ -165,8 +167,8 @@ def transfer_to_many(
     batches: Iterable[Batch],
     *,
     spec: PermutationSpec | None = None,
-    gradient_batches: int = 1,
-    bn_batches: int = 20,
+    gradient_batches: Count = 1,
+    bn_batches: CountOrNone = 20,
     loss: Loss = cross_entropy,
     generator: torch.Generator | None = None,
     backend: str = "auto",
@@ -271,9 +273,6 @@ def check_tensors(
 
 def _anchors(path: Trajectory) -> Iterator[tuple[str, Tensors]]:
     """Every anchor of the path once, with the last step that uses it."""
-    for t, (_, scale) in enumerate(path.legs):
-        if not math.isfinite(scale):
-            raise ValueError(f"step {t} of the path has scale {scale}")
     steps = {0: 0} | {anchor: t for t, (anchor, _) in enumerate(path.legs)}
     for anchor, t in steps.items():
         yield f"step {t} of the path", path.start if anchor == 0 else path.anchors[anchor]

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from regraft.core.arguments import Count, check_arguments, check_fields
 from regraft.core.files import only_writer, read_sealed, write_sealed, write_tensors
 from regraft.core.tensors import Tensors, check_alike, check_finite, tensor_digest
 
@@ -63,9 +64,21 @@ class Trajectory:
     legs: tuple[tuple[int, float], ...]
     metadata: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        count = len(self.anchors)
+        if count == 0 or len(self.legs) < 2:
+            raise ValueError(
+                f"a path needs an anchor and two points, got {count} anchors and {len(self.legs)} points"
+            )
+        for t, (anchor, scale) in enumerate(self.legs):
+            if not (0 <= anchor < count and math.isfinite(scale)):
+                raise ValueError(f"step {t} of the path has anchor {anchor} of {count} and scale {scale}")
+
     @classmethod
+    @check_arguments
     def linear(
-        cls, start: Tensors, end: Tensors, steps: int = 30, schedule: str = "uniform", **metadata: Any
+        cls, start: Tensors, end: Tensors, steps: Count = 30, schedule: str = "uniform", **metadata: Any
     ) -> Trajectory:
         """The straight line from `start` to `end` in `steps` steps.
 
@@ -78,8 +91,6 @@ class Trajectory:
             ValueError: no step, an unknown schedule, tensors that differ in name, shape or dtype, or a
                 value that is not finite; the tensor is named.
         """
-        if steps < 1:
-            raise ValueError(f"a trajectory needs at least one step, got steps={steps}")
         if schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
         check_alike(start, end, "the start", "the end")
@@ -89,6 +100,7 @@ class Trajectory:
         return cls((start, end), legs, {"schedule": schedule, **metadata})
 
     @classmethod
+    @check_arguments
     def recorded(cls, checkpoints: Sequence[Tensors], **metadata: Any) -> Trajectory:
         """The path through `checkpoints` = theta^0 .. theta^T (at least two, alike and finite, else ValueError)."""
         if len(checkpoints) < 2:
@@ -187,11 +199,10 @@ class Trajectory:
         index = read_sealed(path, TRAJECTORY_FORMAT, _Index)
         for anchor in index.anchors:
             anchor.check_size(folder)
-        count = len(index.anchors)
-        fits = all(0 <= anchor < count and math.isfinite(scale) for anchor, scale in index.legs)
-        if len(index.legs) < 2 or not fits:
-            raise ValueError(f"{path}: the steps do not fit the {count} stored anchors")
-        return cls(_Stored(folder, index.anchors), index.legs, index.metadata)
+        try:
+            return cls(_Stored(folder, index.anchors), index.legs, index.metadata)
+        except ValueError as problem:
+            raise ValueError(f"{path}: {problem}") from None
 
 
 def _clean(folder: Path) -> None:

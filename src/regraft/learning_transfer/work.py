@@ -112,12 +112,8 @@ def open_sample(
 ) -> tuple[Sample, list[Batch]]:
     """The sample for gradients, and the batches for BatchNorm statistics (none without BatchNorm).
 
-    Raises ValueError where there is no batch, for gradient_batches < 1 and for bn_batches < 0.
+    Raises ValueError where there is no batch.
     """
-    if gradient_batches < 1:
-        raise ValueError(f"gradient_batches must be at least 1, got {gradient_batches}")
-    if bn_batches < 0:
-        raise ValueError(f"bn_batches must not be negative, got {bn_batches}")
     endless = _cycle(batches)
     first = next(endless)
     statistics = list(islice(_cycle(batches), bn_batches)) if bn_batches and batch_norms(model) else []

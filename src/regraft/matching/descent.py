@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.core.arguments import CountOrNone, check_arguments
 from regraft.core.clock import Clock, Cost, total_charge
 from regraft.core.tensors import Perm
 from regraft.matching.nested import BlockAssignment, nested_families
@@ -77,6 +78,7 @@ class Match:
         return total_charge(self.seconds)
 
 
+@check_arguments
 def match(
     spec: PermutationSpec,
     target: Mapping[str, Tensor],
@@ -84,7 +86,7 @@ def match(
     *,
     start: Perm | None = None,
     generator: torch.Generator | None = None,
-    max_sweeps: int = 100,
+    max_sweeps: CountOrNone = 100,
     backend: str = "auto",
     assignment: str = "auto",
 ) -> Match:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from regraft.core.arguments import Count, check_arguments
 from regraft.core.guard import same_settings, same_streams
 from regraft.core.registry import register
 
@@ -18,6 +19,7 @@ from regraft.core.registry import register
 # Finding it
 
 
+@check_arguments
 def find_head(model: nn.Module) -> str:
     """The name of the model's classifier: the linear layer that makes its output.
 
@@ -134,9 +136,10 @@ class Adoption:
     source_head: nn.Linear
 
 
+@check_arguments
 def adopt(
     model: nn.Module,
-    num_classes: int,
+    num_classes: Count,
     *,
     head: str | None = None,
     initialise: Initialiser = zero,
@@ -155,8 +158,6 @@ def adopt(
     Raises ValueError if there is no linear last layer, or several candidates (which the message names), if `head` is
     not a linear layer, or if the layer's weight is shared with another one.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     name = find_head(model) if head is None else check_head(model, head)
     old = linear_of(model, name)
     for other, parameter in model.named_parameters(remove_duplicate=False):

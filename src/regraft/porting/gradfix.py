@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regraft.core.arguments import Finite, check_arguments
 from regraft.core.forward import portion
 from regraft.core.guard import evaluating
 from regraft.core.tensors import Batch, Loss, Tensors, check_finite, copies
@@ -27,6 +28,7 @@ Direction = Callable[[nn.Module, Mapping[str, Tensor], Iterable[Batch], Loss], T
 """(model, theta, batches, loss) -> for each parameter where the loss rises; only signs count."""
 
 
+@check_arguments
 def majority(
     model: nn.Module, theta: Mapping[str, Tensor], batches: Iterable[Batch], loss: Loss = F.cross_entropy
 ) -> Tensors:
@@ -56,6 +58,7 @@ def majority(
     return {name: vote.contiguous() for name, vote in votes.items()}
 
 
+@check_arguments
 def mask(task_vector: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Tensors:
     """``m tau``: the entries whose product with the direction is negative, and 0 elsewhere (so where it is 0).
 
@@ -82,13 +85,14 @@ def mask(task_vector: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> 
     }
 
 
+@check_arguments
 def transport(
     model: nn.Module,
     new_base: Mapping[str, Tensor],
     task_vector: Mapping[str, Tensor],
     batches: Iterable[Batch],
     *,
-    alpha: float = 1.0,
+    alpha: Finite = 1.0,
     direction: Direction = majority,
     loss: Loss = F.cross_entropy,
 ) -> Tensors:

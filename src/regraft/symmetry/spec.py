@@ -51,6 +51,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor, nn
 
+from regraft.core.arguments import check_arguments
 from regraft.core.files import parse_json, read_json, write_text
 from regraft.core.tensors import Perm, Tensors
 from regraft.symmetry.axes import (
@@ -408,7 +409,8 @@ class PermutationSpec:
 
 
 @torch.no_grad()
-def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Tensor]) -> Tensors:
+@check_arguments
+def apply(spec: PermutationSpec, perm: Perm, tensors: Mapping[str, Any]) -> Tensors:
     """pi(theta): every tensor gathered along the axes that the specification ties to a group.
 
     ``tensors``: parameters and buffers by name, such as a model's state dictionary or its parameters alone; any
@@ -438,6 +440,7 @@ def like_state(tensors: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str
     return ordered
 
 
+@check_arguments
 def inverse(perm: Perm) -> Perm:
     """The permutation that undoes ``perm``: the argsort of every index vector."""
     return {group: index.argsort() for group, index in perm.items()}

@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from regraft.core.arguments import check_arguments
 from regraft.core.tensors import live_state
 from regraft.symmetry import products  # noqa: F401 (registers its rules)
 from regraft.symmetry.axes import Segment
@@ -38,6 +39,7 @@ from regraft.symmetry.verify import verify as prove
 from regraft.symmetry.views import ALIASES, VIEWS, apply_choice
 
 
+@check_arguments
 def trace(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] = (),
@@ -98,7 +100,7 @@ def trace(
 
 def _warn(message: str) -> None:
     """A warning that points at the caller of :func:`trace`."""
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)
 
 
 def _name_everything(

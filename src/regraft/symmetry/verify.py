@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from regraft.core.arguments import Count, check_arguments
 from regraft.core.tensors import Perm, check_finite, live_state, use_generator
 from regraft.symmetry.axes import Segment, groups_of
 from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, ready
@@ -25,6 +26,7 @@ MAX_CANDIDATES = 256
 """How many axes are tried, at one evaluation each, before a failed proof names only the group."""
 
 
+@check_arguments
 def verify(
     spec: PermutationSpec,
     model: nn.Module,
@@ -35,7 +37,7 @@ def verify(
     output: Output = None,
     other_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
-    draws: int = 2,
+    draws: Count = 2,
     tolerance: float = 1e-9,
 ) -> float:
     """Proves by computing that f(x; pi theta) = f(x; theta): the largest relative error of all draws, in float64.

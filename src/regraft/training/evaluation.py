@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regraft.core.arguments import check_arguments
 from regraft.core.forward import call, loss_of, name_inputs, split
 from regraft.core.guard import evaluating
 from regraft.core.tensors import Batch, Inputs, Loss, check_finite, copies
@@ -39,6 +40,7 @@ def check_batches(batches: Iterable[Batch]) -> Iterator[tuple[Inputs, Tensor]]:
         yield inputs, labels
 
 
+@check_arguments
 def loss_and_accuracy(
     model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[Batch], loss: Loss = F.cross_entropy
 ) -> tuple[float, float]:
@@ -50,6 +52,7 @@ def loss_and_accuracy(
     return _evaluate(model, [tensors], batches, loss)
 
 
+@check_arguments
 def accuracy(model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[Batch]) -> float:
     """Share of right answers (0 to 1) over all images of ``batches``, in evaluation mode.
 
@@ -58,6 +61,7 @@ def accuracy(model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[
     return ensemble_accuracy(model, [tensors], batches)
 
 
+@check_arguments
 def ensemble_accuracy(
     model: nn.Module, networks: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch]
 ) -> float:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regraft.core.arguments import check_arguments
 from regraft.core.forward import call, loss_of
 from regraft.core.guard import mode, same_streams
 from regraft.core.tensors import Batch, Inputs, Loss, Tensors, copies, device_of, use_generator
@@ -16,6 +17,7 @@ from regraft.networks.heads import check_labels
 from regraft.training.evaluation import NotFinite, check_batches
 
 
+@check_arguments
 def gradients(
     model: nn.Module,
     tensors: Mapping[str, Tensor],

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regraft.core.arguments import MANY, Between, Count, Finite, check_arguments
 from regraft.core.tensors import Batch, Loss, Tensors, complete, sum_networks
 from regraft.training.evaluation import loss_and_accuracy
 from regraft.training.statistics import reset_batchnorm
@@ -35,12 +37,13 @@ class Line:
         return float((self.loss - straight).max())
 
 
+@check_arguments
 def interpolate(
     model: nn.Module,
     a: Mapping[str, Tensor],
     b: Mapping[str, Tensor],
     batches: Iterable[Batch],
-    points: int | Sequence[float] = 11,
+    points: Annotated[int, Between(2, MANY)] | Sequence[float] = 11,
     *,
     statistics: Iterable[Batch] | None = None,
     loss: Loss = F.cross_entropy,
@@ -51,8 +54,6 @@ def interpolate(
     them, buffers are interpolated as the parameters are.
     """
     if isinstance(points, int):
-        if points < 2:
-            raise ValueError(f"a line needs two points at least, not {points}")
         points = torch.linspace(0, 1, points, dtype=torch.float64).tolist()
     a, b = complete(model, a), complete(model, b)
     measure = partial(_measure_sum, model, batches, statistics, loss, [a, b])
@@ -75,15 +76,16 @@ class Plane:
     corners: Tensor
 
 
+@check_arguments
 def plane(
     model: nn.Module,
     a: Mapping[str, Tensor],
     b: Mapping[str, Tensor],
     c: Mapping[str, Tensor],
     batches: Iterable[Batch],
-    points: int = 11,
+    points: Count = 11,
     *,
-    margin: float = 0.2,
+    margin: Finite = 0.2,
     statistics: Iterable[Batch] | None = None,
     loss: Loss = F.cross_entropy,
 ) -> Plane:

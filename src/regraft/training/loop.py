@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regraft.core.arguments import Count, CountOrNone, NotNegative, check_arguments, check_fields
 from regraft.core.clock import Clock, Cost
 from regraft.core.files import parse_json
 from regraft.core.forward import answer, loss_of
@@ -55,29 +56,23 @@ class Recipe:
     rises linearly, step by step. augment: flips and crops (`regraft.data.flip_and_crop`).
     """
 
-    epochs: int
-    lr: float
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    batch_size: int = 128
+    epochs: CountOrNone
+    lr: NotNegative
+    momentum: NotNegative = 0.9
+    weight_decay: NotNegative = 0.0
+    batch_size: Count = 128
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_epochs: float = 0
+    warmup_epochs: NotNegative = 0
     augment: bool = False
     nesterov: bool = False
     optimizer: Literal["sgd", "adam"] = "sgd"
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch_size < 1 or not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(f"epochs, batch_size and warmup_epochs do not make sense together: {self}")
-        if not (math.isfinite(self.lr) and self.lr >= 0):
-            raise ValueError(f"the learning rate must be finite and not negative, not {self.lr}")
-        for name in ("momentum", "weight_decay"):
-            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
-                raise ValueError(f"{name} must be finite and not negative, not {value}")
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"schedule is 'cosine' or 'constant', not {self.schedule!r}")
-        if self.optimizer not in ("sgd", "adam"):
-            raise ValueError(f"optimizer is 'sgd' or 'adam', not {self.optimizer!r}")
+        check_fields(self)
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the recipe"
+            )
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of step 0, 1, ..., steps_per_epoch * epochs - 1."""
@@ -157,6 +152,7 @@ class Penalty(Protocol):
 
 @same_settings()
 @same_streams()
+@check_arguments
 def train(
     model: nn.Module,
     start: Mapping[str, Tensor],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regraft.core.arguments import Count, check_arguments
 from regraft.core.forward import run
 from regraft.core.guard import mode, same_streams
 from regraft.core.tensors import Batch, Tensors, complete, copies, device_of
@@ -24,8 +25,9 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+@check_arguments
 def reset_batchnorm(
-    model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[Batch], limit: int | None = None
+    model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[Batch], limit: Count | None = None
 ) -> Tensors:
     """``tensors`` with BatchNorm statistics estimated anew: the plain average over the batches' own.
 
@@ -38,8 +40,6 @@ def reset_batchnorm(
     norms = batch_norms(model)
     if not norms:
         return dict(tensors)
-    if limit is not None and limit < 1:
-        raise ValueError(f"at least one batch is needed, not {limit}")
     values = copies(model, tensors)
     statistics = {name: values[name] for norm in norms for name in _statistics(norm)}
     for name, value in statistics.items():
