@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from regraft.core.clock import Cost, total_charge
-from regraft.core.files import lock_file
+from regraft.core.files import lock_file, tree_hash
 from regraft.core.registry import registered_name
 
 SCHEMA = 1
@@ -328,30 +328,6 @@ def code() -> Code:
     committed = [_git(folder, "rev-parse", "HEAD:./") for folder in packages]
     changed = None if commit is None else committed != trees
     return Code(regraft.__version__, library, kernels, commit, changed, bench)
-
-
-def tree_hash(folder: Path) -> str:
-    """Git's hash of the folder as a tree, from the files that lie there (compiled ones and hidden ones apart)."""
-    entries = []
-    for path in folder.iterdir():
-        if path.name.startswith((".", "__pycache__")) or path.suffix == ".pyc":
-            continue
-        if path.is_dir():
-            inner = tree_hash(path)
-            if inner != _EMPTY_TREE:
-                entries.append((path.name + "/", b"40000 " + path.name.encode(), inner))
-        else:
-            mode = b"100755 " if os.access(path, os.X_OK) else b"100644 "
-            entries.append((path.name, mode + path.name.encode(), _git_hash(b"blob", path.read_bytes())))
-    tree = b"".join(head + b"\0" + bytes.fromhex(name) for _, head, name in sorted(entries))
-    return _git_hash(b"tree", tree)
-
-
-def _git_hash(kind: bytes, data: bytes) -> str:
-    return hashlib.sha1(kind + b" %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-_EMPTY_TREE = _git_hash(b"tree", b"")
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

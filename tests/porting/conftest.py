@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,18 @@ def run(capsys) -> Callable[..., Ended]:
         return Ended(status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def python() -> Callable[..., Ended]:
+    """Run Python code in a process of its own."""
+
+    def python(code: str, *words: object, cwd: Path | None = None) -> Ended:
+        argv = [sys.executable, "-c", code, *map(str, words)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=cwd, check=False)
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return python
 
 
 _number = itertools.count()

@@ -369,7 +369,7 @@ def test_an_interrupted_port_goes_on_where_it_was(three, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
         patch.setattr(porting.methods, "match_streamed", interrupted)
-        patch.setattr("regraft.porting.checkpoint_files.write_tensors", interrupted)
+        patch.setattr("regraft.porting.output_folder.write_tensors", interrupted)
         regraft.port(*three, tmp_path / "out", resume=True, **asked)
     regraft.port(*three, tmp_path / "whole", **asked)
     close(result(tmp_path / "out"), result(tmp_path / "whole"), rtol=0, atol=0)

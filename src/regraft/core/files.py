@@ -65,7 +65,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, st
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end, ordered = 0, sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # each is aligned
     for name in ordered:
-        tensor, start = tensors[name], end
+        tensor, begin = tensors[name], end
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in SAFETENSORS_TYPES or name == "__metadata__" or str(tensor.layout) != "torch.strided":
             raise ValueError(f"{path}: tensor {name!r} of dtype {dtype} has no form in safetensors")
@@ -73,7 +73,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, st
         header[name] = {
             "dtype": SAFETENSORS_TYPES[dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [start, end],
+            "data_offsets": [begin, end],
         }
     try:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -81,8 +81,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, st
         raise ValueError(f"{path}: a tensor's name is no text ({problem})") from problem
     text += b" " * (-len(text) % 8)
     data = (tensor_bytes(tensors[name]) for name in ordered)
-    chunks = chain([len(text).to_bytes(8, "little"), text], data)
-    _write_beside(path, chunks, 8 + len(text) + end)
+    start: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+    _write_beside(path, chain(start, data), 8 + len(text) + end)
 
 
 def tensor_bytes(tensor: Any) -> memoryview:
@@ -143,19 +143,27 @@ def only_writer(folder: Path, lock: Path | None = None) -> Iterator[None]:
     OSError, naming it too, where the file system has no locks.
     """
     lock = lock or folder / ".lock"
+    handle = _open_locked(lock, folder)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _open_locked(lock: Path, folder: Path) -> int:
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             lock_file(handle, folder, wait=False)
-            # Another may have removed it, held until then, between the two calls.
-            if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
-                try:
-                    yield
-                finally:
-                    lock.unlink(missing_ok=True)
-                return
-        finally:
+            if os.path.samestat(os.fstat(handle), lock.stat()):
+                return handle
+        except FileNotFoundError:  # its holder has removed it between the two calls
+            pass
+        except BaseException:
             os.close(handle)
+            raise
+        os.close(handle)
 
 
 @contextmanager
@@ -237,3 +245,30 @@ def read_sealed(path: Path, name: str, kind: type[_T]) -> _T:
     if hashlib.sha256(bytes(sealed.content)).hexdigest() != sealed.sha256:
         raise ValueError(f"{path}: its content does not have the hash that was written with it")
     return parse_json(bytes(sealed.content), kind, f"{path}: not {what}")
+
+
+# ---------------------------------------------------------------- code
+
+
+def tree_hash(folder: Path) -> str:
+    """Git's hash of the folder as a tree, from the files that lie there (compiled ones and hidden ones apart)."""
+    entries = []
+    for path in folder.iterdir():
+        if path.name.startswith((".", "__pycache__")) or path.suffix == ".pyc":
+            continue
+        if path.is_dir():
+            inner = tree_hash(path)
+            if inner != _EMPTY_TREE:
+                entries.append((path.name + "/", b"40000 " + path.name.encode(), inner))
+        else:
+            mode = b"100755 " if os.access(path, os.X_OK) else b"100644 "
+            entries.append((path.name, mode + path.name.encode(), _git_hash(b"blob", path.read_bytes())))
+    tree = b"".join(head + b"\0" + bytes.fromhex(name) for _, head, name in sorted(entries))
+    return _git_hash(b"tree", tree)
+
+
+def _git_hash(kind: bytes, data: bytes) -> str:
+    return hashlib.sha1(kind + b" %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+_EMPTY_TREE = _git_hash(b"tree", b"")

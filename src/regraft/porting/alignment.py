@@ -15,11 +15,12 @@ from torch import Tensor
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.files import BadFile
 from regraft.core.tensors import Perm, sum_networks
-from regraft.porting.checkpoint_files import CheckpointFile, Lazy, check_free, keep_tensors
+from regraft.porting.checkpoint_files import CheckpointFile, Lazy
 from regraft.porting.fitting import Distance
 from regraft.porting.job import Job, open_job, read_checkpoints
 from regraft.porting.methods import Weights, match_weights
 from regraft.porting.model_spec import Settings
+from regraft.porting.output_folder import check_output, keep_tensors
 from regraft.porting.result import Made, Result, run_job
 from regraft.porting.spectral import with_singular_vectors
 from regraft.symmetry import PermutationSpec
@@ -45,7 +46,7 @@ def match_checkpoints(
     """
     clock = Clock()
     with clock.phase("checks"):
-        job = _open("match", [("a", a), ("b", b)], "b", out, settings, {})
+        job = _open("match", [("a", a), ("b", b)], "b", out, settings, {}, resume)
     return run_job(job, out, partial(_match, job), clock, resume=resume)
 
 
@@ -91,7 +92,7 @@ def fuse_checkpoints(
     paths = [(f"network {number}", path) for number, path in enumerate(networks)]
     with clock.phase("checks"):
         config = {"weights": [float(w) for w in weights], "align": align}
-        job = _open("fuse", paths, paths[0][0], out, settings, config)
+        job = _open("fuse", paths, paths[0][0], out, settings, config, resume)
     return run_job(job, out, partial(_fuse, job), clock, resume=resume)
 
 
@@ -136,16 +137,19 @@ def _open(
     out: Path | str,
     settings: Settings,
     config: Mapping[str, Any],
+    resume: bool,
 ) -> Job:
     """Checked: the checkpoints are alike and finite, and there is room."""
-    check_free(Path(out))
+    check_output(Path(out))
     matches = method == "match" or config["align"]
     checkpoints = read_checkpoints(paths, paths[0][0], settings, needs_spec=matches)
     names = {name: None for checkpoint in checkpoints[1].values() for name in checkpoint}
     by_role = {role: checkpoint.with_counters(names) for role, checkpoint in checkpoints[1].items()}
     _check_alike(list(by_role.values()))
     job = open_job(method, (checkpoints[0], by_role), like, like, settings, config)
-    job = job.check_room(out, settings.get("max_memory"), copies=IN_MEMORY_COPIES, matches=matches)
+    job = job.check_room(
+        out, settings.get("max_memory"), copies=IN_MEMORY_COPIES, matches=matches, resume=resume
+    )
     check = job.value_check(summed=0 if method == "match" else len(paths))
     for name in job.checkpoints[job.like]:
         check(name, [checkpoint[name] for checkpoint in job.checkpoints.values()])

@@ -7,29 +7,21 @@ filled beside its place and renamed when it is complete.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from regraft.core.files import (
     BadFile,
-    only_writer,
-    read_sealed,
-    write_sealed,
-    write_tensors,
     write_text,
 )
 from regraft.core.tensors import Tensors, check_finite
+from regraft.porting.output_folder import write_once
 from regraft.porting.stored_tensors import (
     ADAPTER,
     MERGE_FIRST,
@@ -44,7 +36,6 @@ from regraft.porting.torch_files import describe_choice, describe_several, list_
 COUNTER = "num_batches_tracked"
 
 INDEX_FILE = "model.safetensors.index.json"
-PART = "regraft-part-1"
 
 
 # ---------------------------------------------------------------- lazy tensors
@@ -240,66 +231,18 @@ class Layout:
         return f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
 
-@contextmanager
-def beside(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[Path]:
-    """A folder beside ``out`` to fill, which takes its place when the body is done.
-
-    What fails leaves nothing; a kill or an interruption leaves the folder, hidden, for ``resume``, which goes on where
-    it was made for an equal ``identity`` (JSON data), or else for the next run to clear away.
-
-    Raises FileExistsError where something is at ``out`` already, BlockingIOError where somebody else writes it, and
-    ValueError, saying what differs, where what is to be resumed was made for something else.
-    """
-    check_free(out)
-    part = out.parent / f".{out.name}.part"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part.mkdir(exist_ok=True)
-    with only_writer(part):
-        mark = part / "identity.json"
-        if resume and mark.exists():
-            begun = read_sealed(mark, PART, dict[str, Any])
-            if differing := sorted(key for key in identity if begun.get(key) != identity[key]):
-                raise ValueError(
-                    f"{part} was begun with another {' and '.join(differing)}: run without --resume"
-                )
-        else:
-            _clear(part)
-        write_sealed(mark, PART, dict(identity))
-        try:
-            yield part
-            for kept in (*part.glob("*.kept"), mark):
-                kept.unlink()
-            if out.exists():
-                out.rmdir()
-            part.rename(out)
-        except Exception:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-
-
-def check_free(out: Path) -> None:
-    """Raises FileExistsError unless there is nothing, or an empty folder, at ``out``."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(errno.EEXIST, "there is something already", str(out))
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def write_shards(folder: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
     """Write the tensors, in the layout's dtypes, one file after the other, and the index last.
 
-    Files that are there already stay: they were written whole, by a run that was interrupted. Raises BadFile, naming
-    the tensor, for a value that is not finite or another shape.
+    Files that an interrupted run has finished stay. Raises BadFile, naming the tensor, for a value that is not finite
+    or another shape.
     """
     for number, names in enumerate(layout.shards):
-        path = folder / layout.file(number)
-        if not path.exists():
-            write_tensors(
-                path, {name: _as_written(name, layout, tensors[name]) for name in names}, {"format": "pt"}
-            )
+
+        def make(names: Sequence[str] = names) -> Tensors:
+            return {name: _as_written(name, layout, tensors[name]) for name in names}
+
+        write_once(folder / layout.file(number), make, {"format": "pt"})
     where = {name: layout.file(number) for number, names in enumerate(layout.shards) for name in names}
     write_text(
         folder / INDEX_FILE,
@@ -336,13 +279,3 @@ def _check_written(index: Path, layout: Layout) -> None:
         if written.get(name) != layout.tensors.get(name)
     ):
         raise BadFile(f"{index}: tensor {odd[0]!r} was not written as it should be")
-
-
-def keep_tensors(folder: Path, name: str, make: Callable[[], Tensors]) -> Tensors:
-    """What ``make`` gives, or, where it was kept in a folder of `beside` before, that."""
-    path = folder / f"{name}.kept"
-    if path.exists():
-        return load_file(path)
-    made = make()
-    write_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in made.items()})
-    return made

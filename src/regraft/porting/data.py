@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,11 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from regraft.core.files import BadFile
 from regraft.core.forward import split
-from regraft.core.tensors import Batch
+from regraft.core.guard import same_streams
+from regraft.core.tensors import Batch, tensor_digest
 from regraft.data import load
 from regraft.porting.models import NamedModel, from_module
 
@@ -30,18 +33,36 @@ class Data:
         validation: by which a step is chosen; None: the last one is taken.
         test: on which accuracies are measured, and what it is called.
         classes: how many there are, where that is known.
+        folder: of the images, where they lie in one.
     """
 
     train: Iterable[Batch]
     validation: Iterable[Batch] | None = None
     test: Iterable[Batch] | None = None
     classes: int | None = None
+    folder: Path | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of the contents: of a folder's files, else of the batches in the order in which they come now."""
+        whole = hashlib.sha256()
+        if self.folder is not None:
+            for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+                with path.open("rb") as file:
+                    contents = hashlib.file_digest(file, "sha256").hexdigest()
+                whole.update(os.fsencode(path.relative_to(self.folder)) + b"\0" + contents.encode())
+            return whole.hexdigest()
+        for part in PARTS:
+            for leaf in _leaves(getattr(self, part)):
+                whole.update(
+                    f"{part} {tensor_digest(leaf) if isinstance(leaf, Tensor) else leaf!r}\n".encode()
+                )
+        return whole.hexdigest()
 
     def to(self, device: str, dtype: torch.dtype) -> Data:
         """With batches that move there, and to float64 where that is the dtype, as they come."""
         parts = (self.validation, self.test)
         validation, test = (None if part is None else _OnDevice(part, device, dtype) for part in parts)
-        return Data(_OnDevice(self.train, device, dtype), validation, test, self.classes)
+        return replace(self, train=_OnDevice(self.train, device, dtype), validation=validation, test=test)
 
     @property
     def measured_on(self) -> tuple[str, Iterable[Batch]]:
@@ -66,6 +87,20 @@ class _OnDevice(Iterable[Batch]):
 def to_place(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
     """The tensor on a device; floating ones in float64 where that is the dtype."""
     return tensor.to(device, dtype if dtype == torch.float64 and tensor.is_floating_point() else tensor.dtype)
+
+
+def _leaves(batches: Iterable[Batch] | None) -> Iterator[object]:
+    """What is in the batches; random states stay as they were."""
+    if batches is None:
+        return
+    batches = batches.batches if isinstance(batches, _OnDevice) else batches
+    generator = getattr(batches, "generator", None)
+    before = generator.get_state() if isinstance(generator, torch.Generator) else torch.get_rng_state()
+    with same_streams():
+        for batch in batches:
+            yield from tree_leaves(batch)
+    if isinstance(generator, torch.Generator):
+        generator.set_state(before)
 
 
 def data_by_name(name: str, named: NamedModel) -> Data:
@@ -98,6 +133,7 @@ def data_by_name(name: str, named: NamedModel) -> Data:
         validation.batches(BATCH),
         test.batches(BATCH),
         dataset.num_classes,
+        Path(name),
     )
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from regraft.core.files import BadFile
-from regraft.porting.checkpoint_files import CheckpointFile, Layout, Lazy, check_free
+from regraft.porting.checkpoint_files import CheckpointFile, Layout, Lazy
 from regraft.porting.data import Data
 from regraft.porting.fitting import Distances, ValueCheck
 from regraft.porting.model_spec import ModelSpec, Settings, find_model_spec
+from regraft.porting.output_folder import part_of, unfinished_bytes
 from regraft.porting.sizes import check_memory, format_size
 from regraft.porting.stored_tensors import Entry
 from regraft.porting.torch_files import describe_choice
@@ -109,10 +110,13 @@ class Job:
 
         return {role: Lazy(tuple(like), partial(read, c)) for role, c in self.checkpoints.items()}
 
-    def check_room(self, out: Path | str | None, allowed: int | None, *, copies: int, matches: bool) -> Job:
+    def check_room(
+        self, out: Path | str | None, allowed: int | None, *, copies: int, matches: bool, resume: bool
+    ) -> Job:
         """The same, with `memory`. Raises OSError where that, or the disk, is not there.
 
         copies: of the model in float32, at the peak of a job that holds networks in memory. matches: whether units are.
+        resume: what an interrupted run has written is kept.
         """
         if self.in_memory:
             how, needed = (
@@ -122,7 +126,7 @@ class Job:
         else:
             how, needed = "tensor by tensor", self._streaming_bytes(matches)
         if out is not None:
-            check_disk(Path(out), self.layout.bytes)
+            check_disk(Path(out), self.layout.bytes, resume)
         return replace(self, memory=check_memory(needed, f"method {self.method!r} ({how})", allowed))
 
     def _streaming_bytes(self, matches: bool) -> int:
@@ -244,12 +248,14 @@ def _layout_like(result: CheckpointFile, dtypes_of: CheckpointFile, max_memory: 
     return Layout.of({name: (dtype(name, e), e.shape) for name, e in result.entries.items()}, limit)
 
 
-def check_disk(out: Path, needed: int) -> None:
-    """Raises OSError: FileExistsError where something is at ``out``, ENOSPC where its disk has not so many bytes."""
-    check_free(out)
+def check_disk(out: Path, needed: int, resume: bool) -> None:
+    """Raises OSError (ENOSPC) where the disk of ``out`` has not so many bytes besides what is to be resumed."""
+    left = unfinished_bytes(out)
     place = out.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{out} takes {format_size(needed)}, and {place} has {format_size(free)}")
+    if free < needed - left * resume:
+        holds = f"; {part_of(out)} of an interrupted run holds {format_size(left)}: resume or delete it"
+        said = f"{out} takes {format_size(needed)}, and {place} has {format_size(free)}"
+        raise OSError(errno.ENOSPC, said + holds * bool(left))

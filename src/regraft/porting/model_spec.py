@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from regraft.core.files import BadFile
 from regraft.core.forward import map_inputs
-from regraft.core.tensors import Perm, Tensors
+from regraft.core.tensors import Perm, Tensors, digest_tensors
 from regraft.networks.heads import adopt
 from regraft.porting.checkpoint_files import CheckpointFile
 from regraft.porting.data import Data, data_by_name, data_of, to_place
@@ -127,6 +130,26 @@ class ModelSpec:
         if self.model is None:
             return f"{head}.bias" in self.layout.shapes
         return makes_output(self.require_model(), head)
+
+    def identity(self) -> dict[str, str]:
+        """Digests of all that decides results besides the checkpoints, by what it is called."""
+        identity = {
+            "specification": hashlib.sha256(self.spec.to_json().encode()).hexdigest(),
+            "device": self.device,
+        }
+        if self.named is None:
+            return identity
+        inputs = self.named.inputs
+        shown = repr(self.named.model)
+        for kind in dict.fromkeys(type(module) for module in self.named.model.modules()):
+            with suppress(OSError, TypeError):  # of a class that was typed in, there is no source
+                shown += inspect.getsource(kind)
+        return identity | {
+            "code of the model": hashlib.sha256(shown.encode()).hexdigest(),
+            "shape or values of the example inputs": digest_tensors(
+                inputs if isinstance(inputs, Mapping) else {"": inputs}
+            ),
+        }
 
     def require_model(self) -> NamedModel:
         """The model, to run on data. Raises ValueError where there is none."""

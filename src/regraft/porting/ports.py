@@ -14,11 +14,12 @@ from torch import Tensor
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.tensors import Tensors
 from regraft.porting.alignment import IN_MEMORY_COPIES, measure_accuracies
-from regraft.porting.checkpoint_files import CheckpointFile, Lazy, check_free, keep_tensors
+from regraft.porting.checkpoint_files import CheckpointFile, Lazy
 from regraft.porting.fitting import measure_distances
 from regraft.porting.job import Job, open_job, read_checkpoints
 from regraft.porting.methods import PORT_METHODS, STREAMED, Ported, PortProblem, PortWork, Weights
 from regraft.porting.model_spec import Settings
+from regraft.porting.output_folder import check_output, keep_tensors
 from regraft.porting.result import Made, Result, run_job
 from regraft.porting.spectral import with_singular_vectors
 from regraft.training.statistics import batch_norms, reset_batchnorm
@@ -69,7 +70,7 @@ def port(
     """
     clock = Clock()
     with clock.phase("checks"):
-        job = plan(base, tuned, new_base, out, **settings)
+        job = plan(base, tuned, new_base, out, resume=resume, **settings)
     return run_job(job, out, partial(_make, job), clock, resume=resume)
 
 
@@ -78,20 +79,24 @@ def plan(
     tuned: Path | str,
     new_base: Path | str,
     out: Path | str | None = None,
+    *,
+    resume: bool = False,
     **settings: Unpack[PortSettings],
 ) -> Job:
     """Everything that is checked before a port, and what it would do. Raises as `port` does."""
     method, steps = settings.get("method", "fgmt"), settings.get("steps", 30)
     _check_settings(method, steps, settings)
     if out is not None:
-        check_free(Path(out))
+        check_output(Path(out))
     paths = list(zip(ROLES, (base, tuned, new_base), strict=True))
     model_spec, checkpoints = read_checkpoints(paths, TUNED, settings)
     config = {} if method in STREAMED else {"steps": steps}
     job = open_job(method, (model_spec, _drop_uncommon(checkpoints)), TUNED, NEW_BASE, settings, config)
     # FGMT stacks a pair of gradients a step.
     copies = IN_MEMORY_COPIES + 2 * steps * ("gmt" in method)
-    job = job.check_room(out, settings.get("max_memory"), copies=copies, matches=method != "naive")
+    job = job.check_room(
+        out, settings.get("max_memory"), copies=copies, matches=method != "naive", resume=resume
+    )
     networks, check = job.networks(), job.value_check(summed=2)
     distances = measure_distances([networks[role] for role in ROLES], check)
     return replace(job, distances=distances, layout=replace(job.layout, infinite=frozenset(check.infinite)))

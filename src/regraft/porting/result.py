@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+import regraft
+import regraft_kernels
 from regraft import __version__
 from regraft.core.clock import Clock, Cost
-from regraft.core.files import write_text
+from regraft.core.files import tree_hash, write_text
 from regraft.core.tensors import Perm
-from regraft.porting.checkpoint_files import beside, write_shards
+from regraft.porting.checkpoint_files import write_shards
 from regraft.porting.job import Job
+from regraft.porting.output_folder import beside
 
 CARD = "README.md"
 
@@ -80,13 +84,24 @@ def run_job(
     out = Path(out)
     with clock.phase("checks"):
         hashes = {role: checkpoint.sha256() for role, checkpoint in job.checkpoints.items()}
-    identity = {"method": job.method, "inputs": hashes, "files": len(job.layout.shards), **job.config}
-    with beside(out, identity, resume=resume) as part:
+    with beside(out, _identity(job, hashes), resume=resume) as part:
         made = make(part, clock)
         with clock.phase("writing"):
             write_shards(part, job.layout, made.tensors)
         write_card(part, job, hashes, made.measured, clock.seconds)
     return Result(out, job, made.perms, made.measured, clock.seconds)
+
+
+def _identity(job: Job, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """All that decides the bytes of a result: what is begun with one identity is not resumed with another."""
+    code = [tree_hash(Path(str(package.__file__)).parent) for package in (regraft, regraft_kernels)]
+    identity = {"method": job.method, "inputs": hashes, "files": len(job.layout.shards), **job.config}
+    identity["code"] = [*code, torch.__version__]
+    if job.model_spec is not None:
+        identity |= job.model_spec.identity()
+    if job.data is not None:
+        identity["contents of the data"] = job.data.digest()
+    return identity
 
 
 def write_card(

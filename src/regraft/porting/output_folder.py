@@ -1,0 +1,172 @@
+"""The folder of a result: filled beside its place, resumed after a kill, and renamed when it is complete.
+
+Of a result OUT, all in the same folder: ``.OUT.part`` is filled, ``.OUT.lock`` is held meanwhile, and ``.OUT.mark``
+has the mark of the filled folder while that is renamed. The mark, ``identity.json`` in ``.OUT.part``, says that the
+folder is ours, and what it is made of; beside a finished file, ``.NAME.sha256`` has its digest.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from regraft.core.files import only_writer, read_sealed, write_sealed, write_tensors
+from regraft.core.tensors import Tensors
+
+PART_FORMAT, DIGEST_FORMAT = "regraft-part-1", "regraft-digest-1"
+MARK = "identity.json"
+
+
+@contextmanager
+def beside(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[Path]:
+    """A folder beside ``out`` to fill, which takes its place when the body is done.
+
+    What fails leaves nothing; a kill or an interruption leaves the folder, hidden, for ``resume``, which goes on where
+    it was made for an equal ``identity`` (JSON data), or else for the next run to clear away. A failure of the last
+    rename leaves the finished folder, and says where.
+
+    Raises as `check_output`, and ValueError, saying what differs, where what is to be resumed was made for something
+    else.
+    """
+    check_output(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part, moved = part_of(out), _beside(out, "mark")
+    with only_writer(out, _beside(out, "lock")):
+        if moved.exists():  # a run was killed between its last two steps
+            moved.replace(part / MARK) if part.is_dir() else moved.unlink()
+        part.mkdir(exist_ok=True)
+        _prepare(part, identity, resume)
+        try:
+            yield part
+            for kept in (*part.glob("*.kept"), *part.glob(".*")):
+                kept.unlink()
+        except Exception:
+            _clear(
+                part, {part / MARK}
+            )  # the mark goes last, so that a kill leaves a folder that is known as ours
+            (part / MARK).unlink(missing_ok=True)
+            part.rmdir()
+            raise
+        (part / MARK).replace(moved)
+        try:
+            if out.exists():
+                out.rmdir()
+            part.rename(out)
+        except OSError as problem:
+            moved.unlink()
+            said = f"{out}: cannot be put in its place ({problem.strerror}); the finished result is in {part}"
+            raise OSError(problem.errno, said) from problem
+        moved.unlink()
+
+
+def part_of(out: Path) -> Path:
+    """Where a result is filled."""
+    return _beside(out, "part")
+
+
+def unfinished_bytes(out: Path) -> int:
+    """What an interrupted run holds of the disk."""
+    return sum(file.stat().st_size for file in part_of(out).glob("*"))
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.parent / f".{out.name}.{what}"
+
+
+def _prepare(part: Path, identity: Mapping[str, Any], resume: bool) -> None:
+    """Leave in the folder what may be resumed: files that are as they were finished; all else goes."""
+    mark = part / MARK
+    begun = read_sealed(mark, PART_FORMAT, dict[str, Any]) if resume and mark.exists() else None
+    if begun is not None and (different := sorted(k for k in identity if begun.get(k) != identity[k])):
+        raise ValueError(f"{part} was begun with another {' and '.join(different)}: run without --resume")
+    finished = {mark, *([] if begun is None else _list_finished(part))}
+    _clear(part, finished)
+    if begun is None:
+        write_sealed(mark, PART_FORMAT, dict(identity))
+
+
+def _clear(folder: Path, kept: Collection[Path]) -> None:
+    for path in folder.iterdir():
+        if path not in kept:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _list_finished(part: Path) -> Iterator[Path]:
+    """The files with their digests."""
+    for digest in part.glob(".*.sha256"):
+        file = part / digest.name[1:].removesuffix(".sha256")
+        if file.is_file() and _has_digest(file, digest):
+            yield from (file, digest)
+
+
+def _has_digest(file: Path, digest: Path) -> bool:
+    try:
+        return read_sealed(digest, DIGEST_FORMAT, str) == _sha256(file)
+    except ValueError:
+        return False
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_output(out: Path) -> None:
+    """What can be known of a place for a result before any work.
+
+    Raises OSError, naming the path: FileExistsError unless there is nothing, or an empty folder, which can be renamed
+    onto; where the folder to be filled, which would be cleared, is not ours; BlockingIOError where somebody else writes
+    there; PermissionError, or another, where nothing can be written or locked.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(errno.EEXIST, "there is something already", str(out))
+    if out.is_symlink() or out.name in ("", "..") or out.is_mount():
+        raise OSError(errno.EINVAL, f"{out} is no place for a result: give the name of a new folder")
+    _check_ours(part_of(out), _beside(out, "mark"))
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    with only_writer(out, _beside(place / out.name, "lock")):
+        pass
+
+
+def _check_ours(part: Path, moved: Path) -> None:
+    """Raise OSError for a folder that we have not made, or of which that cannot be told."""
+    not_ours = (
+        f"{part} is not a folder that regraft made: move it away, or choose another place for the result"
+    )
+    if part.is_symlink() or (part.exists() and not part.is_dir()):
+        raise FileExistsError(errno.EEXIST, not_ours)
+    if not part.is_dir() or moved.exists() or all(f.name.startswith(f".{MARK}.") for f in part.iterdir()):
+        return
+    try:
+        read_sealed(part / MARK, PART_FORMAT, dict[str, Any])
+    except FileNotFoundError:
+        raise FileExistsError(errno.EEXIST, not_ours) from None
+    except ValueError as problem:
+        raise FileExistsError(errno.EEXIST, f"{not_ours} ({problem})") from problem
+
+
+def write_once(path: Path, make: Callable[[], Tensors], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a file of the folder of `beside`, and its digest, unless a run before has finished it."""
+    digest = path.with_name(f".{path.name}.sha256")
+    if not digest.exists():
+        write_tensors(path, make(), metadata)
+        write_sealed(digest, DIGEST_FORMAT, _sha256(path))
+
+
+def keep_tensors(folder: Path, name: str, make: Callable[[], Tensors]) -> Tensors:
+    """What ``make`` gives, or, where it was kept in a folder of `beside` before, that."""
+    path = folder / f"{name}.kept"
+    if path.exists():
+        return load_file(path)
+    made = make()
+    write_once(path, lambda: {key: tensor.cpu().contiguous() for key, tensor in made.items()})
+    return made
