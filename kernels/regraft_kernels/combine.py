@@ -87,7 +87,9 @@ def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float], out: T
     if len(parts) > 1 and coefficients[0] == 1:
         torch.add(parts[0], parts[1], alpha=coefficients[1], out=out)
     elif len(parts) > 1 and _one_pass(coefficients[:2]):
-        torch.lerp(parts[0], parts[1], coefficients[1], out=out)
+        # By the smaller coefficient: lerp computes the other in float32, where 1 - 1e-9 is 1 and leaves nothing.
+        small = int(coefficients[1] <= coefficients[0])
+        torch.lerp(parts[1 - small], parts[small], coefficients[small], out=out)
     elif len(parts) > 1 and coefficients[0] != 0 and out.ndim == 1 and out.numel() > SMALL_SUM:
         # a x + b y in one pass, where mul and add_ take two; but a = 0 would hide a NaN in x.
         one = parts[1].new_ones(1)
@@ -321,17 +323,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     """The transposed sums: of source i, sum_k c_ki g_k; of c_ki, <g_k, theta_i>."""
     coefficients, *sources = ctx.saved_tensors
+    wide = coefficients.dtype
     sums = [torch.tensordot(column.to(g), g, 1) for column in coefficients.unbind(1) for g in gradients]
     if not sources:
         return sums, None, None
     columns = []
     for source in _by_source(sources, coefficients):
         dots = [
-            g.flatten(1).to(coefficients) @ t.flatten().to(coefficients)
+            g.flatten(1).to(wide) @ t.flatten().to(wide)
             for g, t in zip(gradients, source.values(), strict=True)
         ]
         columns.append(torch.stack(dots).sum(0))
-    return sums, torch.stack(columns, dim=1), None
+    return sums, torch.stack(columns, dim=1).to(coefficients.device), None
 
 
 define(

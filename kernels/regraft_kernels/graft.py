@@ -361,7 +361,7 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
         for parts, g in zip(zip(*forth, strict=True), gradients, strict=True):
             moved = torch.stack(parts) if batched else parts[0]
             by_step = g.movedim(dim, 0).flatten(1).to(scales.dtype)
-            factors = factors + by_step @ moved.flatten().to(scales)
+            factors = factors + (by_step @ moved.flatten().to(scales.dtype)).to(scales.device)
     return base, [-e for e in end], end, factors, [None] * slots, None, None, None
 
 

@@ -1,12 +1,15 @@
 """graft and combine against their formulas."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import models, same_bits
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft_kernels import Packing, Term, combine, graft, permute, similarity
 from regraft_kernels.combine import combine_reference
@@ -153,6 +156,47 @@ def test_zero_times_nan_is_nan_everywhere(backend):
     for sources in ([bad, fine], [fine, bad]):
         result = combine(sources, [[0.0, 1.0], [1.0, 0.0]], backend=backend)["w"]
         assert result.isnan().tolist() == [[True, False], [True, False]]
+
+
+@pytest.mark.parametrize("count", [3, 1 << 15])
+def test_a_small_coefficient_is_not_lost(backend, count):
+    x, y = torch.full((count,), 1e9), torch.ones(count)
+    for sources, row in (([x, y], [1e-9, 1 - 1e-9]), ([y, x], [1 - 1e-9, 1e-9])):
+        found = combine([{"w": source} for source in sources], [row], backend=backend)["w"]
+        assert torch.equal(found[0], torch.full((count,), 2.0)), row
+
+
+def test_gradients_of_scales_on_the_cpu_come_back_there():
+    """Tensors on another device: without values, because there need not be one."""
+    graft_module, combine_module = (sys.modules[f"regraft_kernels.{name}"] for name in ("graft", "combine"))
+    with FakeTensorMode():
+        change = [torch.empty(4, 3, device="cuda") for _ in range(2)]
+        gradient, index = (
+            torch.empty(2, 4, 3, device="cuda"),
+            torch.empty(4, dtype=torch.int64, device="cuda"),
+        )
+        scales, table = torch.ones(2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+        rest = [0, -1], False, "torch"
+        ctx = SimpleNamespace(rest=rest, sizes=(1, 1), saved_tensors=[scales, index, *change])
+        found = graft_module._backward(ctx, [gradient])[3]
+        assert (found.device, found.shape) == (scales.device, scales.shape)
+        ctx = SimpleNamespace(saved_tensors=[table, *change])
+        with Devices() as seen:
+            found = combine_module._backward(ctx, [gradient])[1]
+        assert (found.device, found.shape) == (table.device, table.shape)
+        assert seen.large_copies == 0
+
+
+class Devices(TorchDispatchMode):
+    """Counts the copies to the CPU of more than the table's entries."""
+
+    large_copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "_to_copy" and result.device.type == "cpu" and result.numel() > 4:
+            self.large_copies += 1
+        return result
 
 
 def test_refuses_what_does_not_fit():
