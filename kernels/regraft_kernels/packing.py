@@ -209,6 +209,8 @@ FOLD = 1024
 
 INT32_LIMIT = 2**31
 """Offsets inside a row, and numbers of rows, are int32."""
+MOST_ROWS = INT32_LIMIT - 1024
+"""A tile counts rows beyond the last one, fewer than these."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,7 @@ def lay_out(
     """Sort tensors into launches and lay tiles over them, in Python integers, beyond 2^31 elements.
 
     `columns`: how many addresses each tensor has; `tile_shape`: rows and columns of a program's work, by kind. Raises
-    ValueError, naming the tensor, where a row that is gathered, or the number of rows, exceeds INT32_LIMIT.
+    ValueError, naming the tensor, where a row that is gathered exceeds INT32_LIMIT, or their number MOST_ROWS.
     """
     members: dict[MoveKind, list[int]] = {}
     for number, piece in enumerate(pieces):
@@ -336,7 +338,7 @@ def lay_out(
 def _segment_row(piece: Piece, starts: dict[tuple[Factors, int], int]) -> tuple[int, ...]:
     """A row of a segment table; `starts`, where each gather table begins, grows by those that are new."""
     segment, (rows, length) = piece.segment, piece.matrix
-    if rows >= INT32_LIMIT or (segment.column_factors and length >= INT32_LIMIT):
+    if rows > MOST_ROWS or (segment.column_factors and length >= INT32_LIMIT):
         raise ValueError(f"{segment.name!r} has {rows} rows of {length}, beyond what a kernel counts")
     row_key = (segment.row_factors or ((rows, None),), 1)
     column_key = (segment.column_factors, segment.tail * piece.width)

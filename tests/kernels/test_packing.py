@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from random_models import models
 
 from regraft_kernels import Packing
+from regraft_kernels import packing as packing_module
+from regraft_kernels.launch import FAMILIES, INTERPRETER
 from regraft_kernels.memory import LRUCache
 from regraft_kernels.packing import Piece, lay_out
 
@@ -64,6 +66,14 @@ def test_offsets_go_beyond_32_bits():
     huge = Packing.build({"w": (2, 2**31)}, {"w": ("a", "b")})
     with pytest.raises(ValueError, match="'w' has 2 rows of 2147483648"):
         lay_out(float_pieces(huge.segments.values()), 1, lambda kind: (1, 1), {}, CPU)
+
+
+def test_rows_that_a_tile_would_count_beyond_32_bits_are_refused():
+    packing = Packing.build({"w": (2**31 - 32, 4)}, {"w": (None, "a")})
+    with pytest.raises(ValueError, match="'w' has 2147483616 rows of 4, beyond what a kernel counts"):
+        packing_module._segment_row(Piece(packing.segments["w"], torch.int32), {})
+    tiles = [tile for family in (*FAMILIES.values(), INTERPRETER) for tile in (family.move, family.gather)]
+    assert max(tile.rows * tile.repeat for tile in tiles) <= 2**31 - packing_module.MOST_ROWS
 
 
 def test_kinds_follow_addresses_and_lengths():
