@@ -59,3 +59,14 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 def use_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current one: Triton launches on the current device, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def reports_assertions(device: torch.device) -> bool:
+    """Whether an assertion that fails on the device is reported: PyTorch's builds for AMD leave them out."""
+    return device.type == "cuda" and not torch.version.hip
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until what the current stream of a GPU was asked to do is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

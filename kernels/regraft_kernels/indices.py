@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import tl, triton, use_device
+from regraft_kernels.backend import reports_assertions, tl, triton, use_device, wait_for
 from regraft_kernels.memory import LRUCache
 
 Factors = tuple[tuple[int, str | None], ...]
@@ -101,13 +101,15 @@ class Indices:
     """Checked index vectors, ready to be used again and again; made by `Packing.prepare`.
 
     `joined`: [L] or [P, L], the vectors of all slots one after the other; `places`: slot -> where its vector
-    starts and ends. `inverse`: whether they were inverted.
+    starts and ends. `inverse`: whether they were inverted. `prepared`: calls on several streams may use them; what is
+    composed for the first is waited for, once.
     """
 
     joined: Tensor
     places: dict[str, tuple[int, int]]
     targets: int | None
     inverse: bool
+    prepared: bool = False
     _vectors: dict[Factors, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _tables: LRUCache[Tensor] = field(default_factory=lambda: LRUCache(8), repr=False, compare=False)
 
@@ -121,8 +123,8 @@ class Indices:
         backend: str,
         wait: bool = False,
     ) -> Indices:
-        """Check the vectors of the slots in `lengths`. On a GPU a vector that is no permutation is found by the
-        device, later, unless `wait`: as PyTorch reports an index out of range, by a device-side assertion.
+        """Check the vectors of the slots in `lengths`. On a GPU of NVIDIA's a vector that is no permutation is found
+        by the device, later, unless `wait`: as PyTorch reports an index out of range, by a device-side assertion.
 
         Raises ValueError, naming the slot, for a vector that is missing, of the wrong dtype, shape or device, or
         (where it is known) no permutation.
@@ -137,16 +139,16 @@ class Indices:
             end += length
         if not end or targets == 0:
             empty = torch.zeros((*lead, end), dtype=torch.int64, device=device)
-            return Indices(empty, places, targets, inverse)
+            return Indices(empty, places, targets, inverse, wait)
         joined = torch.cat([indices[slot] for slot in lengths], dim=-1)
         check = _check_triton if backend == "triton" else _check_torch
         inverted, fine = check(joined, tuple(places.values()))
-        if wait or device.type != "cuda":
+        if wait or not reports_assertions(device):
             if not fine.item():
                 raise ValueError(_describe_wrong(indices, lengths))
         else:
             torch._assert_async(fine, "regraft_kernels: an index vector is no permutation")
-        return Indices(inverted if inverse else joined, places, targets, inverse)
+        return Indices(inverted if inverse else joined, places, targets, inverse, wait)
 
     def refuse_inverse(self, inverse: bool) -> None:
         """Raise ValueError where a call says again whether they are inverted."""
@@ -176,7 +178,7 @@ class Indices:
         if not factors:
             return None
         if factors not in self._vectors:
-            self._vectors[factors] = self._compose_vector(factors)
+            self._vectors[factors] = self._wait(self._compose_vector(factors))
         vector = self._vectors[factors]
         return vector if target is None or vector.ndim == 1 else vector[target]
 
@@ -193,7 +195,12 @@ class Indices:
 
     def compose_tables(self, gather_table: Tensor, key: Hashable) -> Tensor:
         """int32 [P or 1, E], composed on the device by `_compose_kernel`; made once for each key."""
-        return self._tables.get(key, lambda: self._new_tables(gather_table))
+        return self._tables.get(key, lambda: self._wait(self._new_tables(gather_table)))
+
+    def _wait(self, composed: Tensor) -> Tensor:
+        if self.prepared:
+            wait_for(composed.device)
+        return composed
 
     def _new_tables(self, gather_table: Tensor) -> Tensor:
         programs, entries = self.targets if self.targets is not None else 1, gather_table.shape[1]

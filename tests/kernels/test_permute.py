@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from random_models import models, same_bits
 
 from regraft_kernels import Packing, graft, permute
+from regraft_kernels import backend as backend_module
+from regraft_kernels import indices as indices_module
 from regraft_kernels.permute import permute_reference
 
 
@@ -86,6 +88,37 @@ def test_prepared_indices_do_the_same_and_are_checked(backend, inverse, generato
     ):
         with pytest.raises(ValueError, match=text):
             call()
+
+
+def test_what_prepared_indices_compose_is_waited_for_once(backend, monkeypatch, generator):
+    """Another stream may read it next; a dictionary's tables serve one call alone, which waits for nothing."""
+    waits = []
+    monkeypatch.setattr(indices_module, "wait_for", waits.append)
+    packing = Packing.build({"w": (3, 200)}, {"w": ("a", "b")})
+    tensors = {"w": torch.randn(3, 200, generator=generator)}
+    vectors = {"a": torch.randperm(3), "b": torch.randperm(200)}
+    permute(tensors, vectors, packing, backend=backend)
+    assert waits == []
+    prepared = packing.prepare(vectors, backend=backend)
+    for _ in range(3):
+        permute(tensors, prepared, packing, backend=backend)
+    assert len(waits) == {"torch": 2, "triton": 1}[backend]
+
+
+def test_a_device_that_reports_no_assertion_is_waited_for(backend, monkeypatch):
+    """AMD's builds leave assertions out: a vector that is no permutation would be clamped in silence."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert backend_module.reports_assertions(cuda) and not backend_module.reports_assertions(
+        torch.device("cpu")
+    )
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not backend_module.reports_assertions(cuda)
+    packing, wrong = Packing.build({"v": (3,)}, {"v": ("a",)}), {"a": torch.tensor([0, 0, 2])}
+    for reports, error in ((False, ValueError), (True, RuntimeError)):
+        monkeypatch.setattr(indices_module, "reports_assertions", lambda device, reports=reports: reports)
+        with pytest.raises(error, match=r"no(t a)? permutation"):
+            permute({"v": torch.zeros(3)}, wrong, packing, backend=backend)
 
 
 @pytest.mark.parametrize("block_bytes", [1, 400])
