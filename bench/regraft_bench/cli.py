@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
@@ -87,7 +87,7 @@ class Allowed:
         return Limits(self.max_slowdown, self.max_error_rise, min(4, turns), turns)
 
     @property
-    def display(self) -> dict[str, bool]:
+    def display(self) -> dict[str, Any]:
         """Arguments of `print_changes`."""
         return {
             "allow_missing": self.allow_missing,
@@ -207,6 +207,7 @@ def against(
     *,
     selection: OmitArgPrefixes[Selection] = EVERYTHING,
     data: Folder = None,
+    baseline: Folder = None,
     turns: int = 12,
     allowed: OmitArgPrefixes[Allowed] = ALLOWED,
 ) -> int:
@@ -217,13 +218,14 @@ def against(
     Args:
         commit: what to compare with, such as main or HEAD~1.
         data: folder of the data sets (default: REGRAFT_DATA, else ./data).
+        baseline: folder of rows in this checkout; what its rows, renewed since the commit, say too is meant.
         turns: maximum number of A/B pairs; stops after four unless a slowdown is suspected.
     """
     from rich.console import Console
 
     from regraft_bench import session
     from regraft_bench.study import RunPaths
-    from regraft_bench.tracking.against import measure_against
+    from regraft_bench.tracking.against import find_meant, measure_against
     from regraft_bench.tracking.compare import print_changes
 
     scenarios = selection.scenario or (() if selection.study else ("systems",))
@@ -234,7 +236,8 @@ def against(
     limits = allowed.limits(turns)
     with session.progress(RunPaths(), Console(stderr=True)) as place:
         changes = measure_against(commit, argv, limits, lambda done, most: place.tell("turns", done, most))
-    return print_changes(changes, limits, **allowed.display)
+    meant = () if baseline is None else find_meant(commit, baseline, limits)
+    return print_changes(changes, limits, meant=meant, **allowed.display)
 
 
 def history(*, results: Path = Results, json: bool = False) -> int:

@@ -19,13 +19,13 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import PIPE
 from typing import IO
 
-from regraft_bench.rows import Row, read_rows, tree_hash
-from regraft_bench.tracking.compare import Change, Limits, find_changes
+from regraft_bench.rows import Row, environment, read_rows, tree_hash
+from regraft_bench.tracking.compare import Change, Limits, Quantity, find_changes
 
 SOURCES = ("src", "kernels", "bench")
 PACKAGE_FOLDERS = ("src/regraft", "kernels/regraft_kernels", "bench/regraft_bench")
@@ -50,14 +50,35 @@ def extract_packages(commit: str, folder: Path) -> Path:
     """
     import regraft
 
-    root = Path(regraft.__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "archive", "--format=tar", commit, "--", *PACKAGE_FOLDERS]
+    _extract(commit, Path(regraft.__file__).resolve().parents[2], PACKAGE_FOLDERS, folder)
+    return folder
+
+
+def _extract(commit: str, root: Path, paths: Sequence[str], folder: Path) -> None:
+    """Paths below ``root``, of the checkout that it lies in, as they are in a commit."""
+    command = ["git", "-C", str(root), "archive", "--format=tar", commit, "--", *paths]
     done = subprocess.run(command, capture_output=True)
     if done.returncode:
         raise ValueError(f"cannot extract commit {commit!r}: {done.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         archive.extractall(folder, filter="data")
-    return folder
+
+
+def find_meant(commit: str, baseline: Path, limits: Limits) -> set[Quantity]:
+    """What a folder of rows that is renewed since a commit says too: the quantities that its rows moved by more than
+    is allowed, and runs that came or went. Nothing where the commit has no such folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="regraft-baseline-") as place:
+        try:
+            _extract(commit, baseline, ["."], Path(place))
+        except ValueError:
+            return set()
+        old, new = _rows_below(Path(place)), _rows_below(baseline)
+    # measured at two times, perhaps on two machines: what is asked is only whether they say something else
+    here = environment()
+    changes = find_changes(*([replace(row, environment=here) for row in side] for side in (old, new)))
+    moved = [c for c in changes if c.change is None or abs(c.change) > limits.allowance(c)]
+    return {c.name for c in moved}
 
 
 def measure_against(
@@ -166,4 +187,8 @@ class _Side:
             raise ChildProcessError(f"the side {self.name!r} ran other code than that in {self.code}")
 
     def rows(self) -> list[Row]:
-        return [row for path in sorted(self.results.glob("*/rows.jsonl")) for row in read_rows(path)]
+        return _rows_below(self.results)
+
+
+def _rows_below(folder: Path) -> list[Row]:
+    return [row for path in sorted(folder.glob("*/rows.jsonl")) for row in read_rows(path)]

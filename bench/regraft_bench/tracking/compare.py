@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
@@ -35,6 +35,10 @@ EQUAL, CHANGED = "equal", "changed"
 """Where equal code gives equal bits: no number moved, or some did."""
 VANISHED = "vanished"
 """The second side does not have it, or has no finite number for it."""
+
+
+Quantity = tuple[str, str, str, str]
+"""Study, scenario, method, and what of it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ class Change:
     n: int
     verdict: str
     scale: float = 1.0
+
+    @property
+    def name(self) -> Quantity:
+        return self.study, self.scenario, self.method, self.quantity
 
 
 @dataclass(frozen=True)
@@ -407,15 +415,19 @@ def print_changes(
     changes: Sequence[Change],
     limits: Limits,
     *,
+    meant: Collection[Quantity] = (),
     allow_missing: bool = False,
     everything: bool = False,
     as_json: bool = False,
 ) -> int:
     """Print changes; 1 where any is worse by more than is allowed, or has vanished, else 0.
 
-    allow_missing: runs that only the first side has do not count.
+    meant: quantities that are told and do not count. allow_missing: nor do runs that only the first side has.
     """
-    beyond = [c for c in changes if limits.is_exceeded_by(c) and not (allow_missing and c.quantity == "runs")]
+    exceeded = [
+        c for c in changes if limits.is_exceeded_by(c) and not (allow_missing and c.quantity == "runs")
+    ]
+    beyond = [change for change in exceeded if change.name not in meant]
     if as_json:
         print(
             json.dumps({"changes": list(map(asdict, changes)), "beyond": list(map(asdict, beyond))}, indent=1)
@@ -423,8 +435,9 @@ def print_changes(
         return int(bool(beyond))
     sheet = changes_sheet(changes, everything)
     Console(markup=False).print(sheet.rich() if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
-    for change in beyond:
-        print(f"{_name(change)}: {change.quantity} {_describe_excess(change, limits)}")
+    for change in exceeded:
+        excuse = "" if change in beyond else "; the renewed baseline says so, too"
+        print(f"{_name(change)}: {change.quantity} {_describe_excess(change, limits)}{excuse}")
     if beyond:
         print(WHAT_NOW)
     return int(bool(beyond))
