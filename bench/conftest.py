@@ -82,7 +82,7 @@ def place(
     """With progress on the terminal that pytest itself writes to."""
     screen = pytestconfig.get_terminal_writer()
     console = Console(file=screen._file, force_terminal=screen.hasmarkup)
-    with session.progress(session.run_paths(options), console) as shown:
+    with session.run_paths(options) as paths, session.progress(paths, console) as shown:
         yield shown
 
 

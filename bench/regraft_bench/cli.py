@@ -117,12 +117,13 @@ def bench(
     from regraft_bench.run import is_crash
 
     session.prepare(measuring)
-    console, place = Console(markup=False), session.run_paths(measuring)
+    console = Console(markup=False)
     rows: dict[str, list] = {}
-    for study, scenario in session.choose(selection.study, selection.scenario, selection.method):
-        own = session.measure_unless_missing(study, scenario, measuring, place, console)
-        if own is not None:
-            rows.setdefault(study.name, []).extend(own)
+    with session.run_paths(measuring) as place:
+        for study, scenario in session.choose(selection.study, selection.scenario, selection.method):
+            own = session.measure_unless_missing(study, scenario, measuring, place, console)
+            if own is not None:
+                rows.setdefault(study.name, []).extend(own)
     if not rows_only:
         session.conclude(rows, measuring.results, console)
     failures = [row for own in rows.values() for row in own if is_crash(row)]
@@ -234,7 +235,7 @@ def against(
     flags |= {"--method": selection.method, "--data": () if data is None else (str(data.resolve()),)}
     argv = [word for flag, values in flags.items() for value in values for word in (flag, value)]
     limits = allowed.limits(turns)
-    with session.progress(RunPaths(), Console(stderr=True)) as place:
+    with session.progress(RunPaths(cache=Path()), Console(stderr=True)) as place:
         changes = measure_against(commit, argv, limits, lambda done, most: place.tell("turns", done, most))
     meant = () if baseline is None else find_meant(commit, baseline, limits)
     return print_changes(changes, limits, meant=meant, **allowed.display)

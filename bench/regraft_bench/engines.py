@@ -94,7 +94,9 @@ def on_ray(jobs: Sequence[Job]) -> Iterator[Row]:
     ray = _require("ray", "ray")
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
-        ray.init(log_to_driver=False, logging_level="WARNING")
+        # Whoever reaches a Ray runs code there: one of our own listens on this machine alone.
+        own = {} if os.environ.get("RAY_ADDRESS") else {"_node_ip_address": "127.0.0.1"}
+        ray.init(log_to_driver=False, logging_level="WARNING", **own)
     asking = Process.here()
     gpus = {"num_gpus": 1} if jobs[0].place.device.startswith("cuda") else {}
     remote = ray.remote(num_cpus=asking.threads, max_retries=RETRIES, **gpus)(work)

@@ -133,7 +133,7 @@ class Row:
     failure: str | None
     environment: Environment
     code: Code
-    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="microseconds"))
 
     @property
     def identity(self) -> str:
@@ -222,21 +222,22 @@ def _write_all(handle: int, data: bytes, path: Path, end: int) -> None:
 
 
 def read_rows(path: Path | str) -> list[Row]:
-    """Every row of a file, oldest first.
+    """Every row of a file, oldest first. Equal rows are one: a runner that was killed, or two, may add one twice.
 
-    A line that a killed writer left unfinished is named in a warning and skipped. Raises FileNotFoundError where there
-    is no file, ValueError, with the line's number, where a line is no row of this project, or of a newer schema.
+    A line that a killed writer left unfinished, or that is damaged, is named in a warning and skipped. Raises
+    FileNotFoundError where there is no file, ValueError, with the line's number, where a line is no row of this
+    project, or of a newer schema.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no rows at {path}")
-    rows: list[Row] = []
+    rows: dict[bytes, Row] = {}
     seen: dict[str, Any] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip() and (row := _parse(line, f"{path}, line {number}")) is not None:
-                rows.append(_share_common_parts(row, seen))
-    return rows
+                rows.setdefault(hashlib.sha256(encode(row)).digest(), _share_common_parts(row, seen))
+    return list(rows.values())
 
 
 def _share_common_parts(row: Row, seen: dict[str, Any]) -> Row:
@@ -252,10 +253,10 @@ def _parse(line: bytes, where: str) -> Row | None:
     try:
         record = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
-        if line.startswith(_HEAD) or _HEAD.startswith(line):
-            warnings.warn(
-                f"{where}: an unfinished row, left by a writer that was killed, is skipped", stacklevel=3
-            )
+        text = line.strip(b"\0\r\n")  # a lost page of a file is zeros
+        if text.startswith(_HEAD) or _HEAD.startswith(text):
+            kind = "a damaged row" if text.endswith(b"}") else "an unfinished row of a writer that was killed"
+            warnings.warn(f"{where}: {kind} is skipped", stacklevel=3)
             return None
         raise ValueError(f"{where}: not a row ({problem})") from None
     schema = record.get("schema") if isinstance(record, dict) else None

@@ -11,6 +11,7 @@ specification) is made once; it goes when they are done.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -83,9 +84,12 @@ def _load_earlier(path: Path, keep_older: bool) -> dict[str, Row]:
 def _collect(folder: Path, path: Path) -> None:
     """Add what workers left for a runner that was gone when they came."""
     for file in sorted(folder.glob("*.json")):
-        for row in read_rows(file):
-            append(path, row)
-        file.unlink()
+        with suppress(FileNotFoundError):  # another runner has taken it
+            there = read_rows(path) if path.is_file() else []
+            for row in read_rows(file):
+                if row not in there:  # as it is where a runner was killed here
+                    append(path, row)
+        file.unlink(missing_ok=True)
 
 
 def _tune(how: _How, scenario: Scenario, method: Method) -> Iterator[tuple[Method, Row]]:

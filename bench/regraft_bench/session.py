@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
-from regraft.core.files import write_text
+from regraft.core.files import only_writer, write_text
 from regraft.core.guard import make_deterministic
 from regraft.data import MissingData
 from regraft_bench.engines import ENGINES
@@ -27,19 +28,27 @@ if TYPE_CHECKING:
 
 
 def prepare(options: Options) -> None:
-    """Make torch deterministic where it is asked for. Raises ValueError for options that no run can have."""
+    """Make torch deterministic where it is asked for.
+
+    Raises ValueError for options that no run can have, and OSError for a folder of results that cannot be written, or
+    in which nothing can be locked.
+    """
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}: torch finds no CUDA device here")
     if options.deterministic:
         make_deterministic()
+    options.results.mkdir(parents=True, exist_ok=True)
+    with only_writer(options.results):  # what cannot be written or locked is said before the first training
+        pass
 
 
-def run_paths(options: Options) -> RunPaths:
-    """Where a run with these options finds and leaves things."""
-    place = RunPaths(options.data, device=options.device)
-    return place if options.cache is None else replace(place, cache=options.cache)
+@contextmanager
+def run_paths(options: Options) -> Iterator[RunPaths]:
+    """Where a run with these options finds and leaves things; trainings in a temporary folder if they are not kept."""
+    with TemporaryDirectory(prefix="regraft-") as folder:
+        yield RunPaths(options.data, cache=options.cache or Path(folder), device=options.device)
 
 
 def choose(
@@ -153,10 +162,11 @@ def reproduce_study(
     """
     prepare(options)
     one, console = study(name), Console(markup=False)
-    pages, place = select_pages(one, tables, figures), run_paths(options)
+    pages = select_pages(one, tables, figures)
     names = dict.fromkeys(scenario for item in pages for scenario in item.scenarios)
     scenarios = one.select([name for name in names if name.endswith("-paper") == paper])
-    measured = [measure_unless_missing(one, scenario, options, place, console) for scenario in scenarios]
+    with run_paths(options) as place:
+        measured = [measure_unless_missing(one, scenario, options, place, console) for scenario in scenarios]
     rows = load_rows(options.results, one)
     for item in pages:
         for sheet in item.make_sheets(rows) if isinstance(item, Table) else ():

@@ -10,7 +10,6 @@ A study is a list of scenarios, the class of its settings, and the tables and fi
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -62,7 +61,7 @@ class RunPaths:
     """
 
     data: Path | None = None
-    cache: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="regraft-")))
+    cache: Path = field(kw_only=True)
     device: str = "cpu"
     tell: Callable[[str, int, int], None] = lambda what, done, total: None
 

@@ -19,6 +19,7 @@ from regraft_bench.rows import (
     append,
     code,
     digest,
+    encode,
     environment,
     plain_data,
     read_rows,
@@ -147,6 +148,43 @@ def test_an_unfinished_line_is_named_and_skipped_and_what_follows_is_whole(tmp_p
     append(path, made(2))
     with pytest.warns(UserWarning, match=r"rows.jsonl, line 2: an unfinished row"):
         assert [row.seed for row in read_rows(path)] == [0, 2]
+
+
+def test_equal_rows_are_one(tmp_path):
+    """A runner that was killed between two steps, or a second runner, may add a row again; another run differs."""
+    path = tmp_path / "rows.jsonl"
+    rows = [made(0), made(0), made(1)]
+    for row in [*rows, *rows[:2], rows[0]]:
+        append(path, row)
+    assert read_rows(path) == rows
+
+
+WHOLE = encode(made(0))
+DAMAGED = {
+    "torn after one byte": WHOLE[:1],
+    "torn within 20 bytes": WHOLE[:17],
+    "torn after 20 bytes": WHOLE[:300],
+    "torn in a letter": WHOLE[:100] + b"\xc3",
+    "zeros": b"\0" * 4096,
+    "a row and zeros": WHOLE[:200] + b"\0" * 300,
+    "complete, a wrong byte": WHOLE.replace(b'"seed":0', b'"seed":?'),
+    "complete, no UTF-8": WHOLE.replace(b"plain", b"pl\xffin"),
+}
+
+
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_line_is_named_and_skipped_wherever_it_is(tmp_path, kind, at):
+    path = tmp_path / "rows.jsonl"
+    lines = [encode(made(1)), encode(made(2))]
+    lines.insert(at, DAMAGED[kind])
+    path.write_bytes(b"\n".join(lines) + b"\n" * (at < 2))
+    word = "damaged" if "complete" in kind else "unfinished"
+    with pytest.warns(UserWarning, match=rf"rows.jsonl, line {at + 1}: an? {word} row"):
+        assert [row.seed for row in read_rows(path)] == [1, 2]
+    append(path, made(3))
+    with pytest.warns(UserWarning, match=f"line {at + 1}"):
+        assert [row.seed for row in read_rows(path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -148,3 +148,20 @@ def test_a_setting_draws_per_class_and_smaller_numbers_are_among_larger_ones(pla
     assert len(more) == 100
     rows = {tuple(image.flatten().tolist()) for image in more.images}
     assert all(tuple(image.flatten().tolist()) in rows for image in few.images)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_workers_row_is_added_once(toy, place, tmp_path, monkeypatch, taken):
+    """Whether the runner before was killed after it added the row, or another runner takes the file away."""
+    path = tmp_path / "rows.jsonl"
+    first = measured(toy, place, path, seeds=[0])
+    text, left = path.read_bytes(), tmp_path / "parts" / "toy" / "0.json"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(text)
+    if taken:
+        append = run_module.read_rows
+        monkeypatch.setattr(
+            run_module, "read_rows", lambda file: (left.unlink(missing_ok=True), append(file))[1]
+        )
+    assert measured(toy, place, path, seeds=[0], keep_older=True) == first
+    assert path.read_bytes() == text and not left.exists()
