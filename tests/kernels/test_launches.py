@@ -1,6 +1,7 @@
 """What a call asks of the device: counted with the launches replaced by notes of them."""
 
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import regraft_kernels as rk
 from regraft_bench.kernels.networks import Network, resnet50
 from regraft_kernels import backend, memory
+from regraft_kernels.launch import FAMILIES, INTERPRETER
 
 NO_WORK = {"empty", "empty_like", "new_empty", "view", "slice", "select", "lift_fresh", "detach", "alias"}
 """Operators that ask nothing of a device: memory from the allocator's pool, and views."""
@@ -82,3 +84,16 @@ def test_caches_stay_within_their_bounds(notes):
         rk.permute({"w": torch.zeros(start % 50, 4, 4)}, index, packing, backend="triton")
     assert len(packing.layouts) <= packing.layouts.limit
     assert memory._UPLOADS.limit == 64
+
+
+@pytest.mark.parametrize("family", [*FAMILIES.values(), INTERPRETER], ids=lambda family: family.name)
+def test_the_sides_of_every_tile_are_powers_of_two(family):
+    """Triton's ranges have no other lengths; on a GPU a kernel would not compile."""
+    tiles = [
+        family.move,
+        family.gather,
+        family.flat,
+        *(tile for kind in family.dot.values() for tile in kind),
+    ]
+    numbers = [(tile, name, n) for tile in tiles for name, n in asdict(tile).items() if name != "stages"]
+    assert numbers and all(n > 0 and n & (n - 1) == 0 for _, _, n in numbers), numbers

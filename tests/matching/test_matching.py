@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import regraft
 from regraft.core.clock import Cost
-from regraft.matching.descent import Descent, colours
+from regraft.matching.descent import CORRECTIONS_BEFORE_REBUILD, Descent, colours
 from regraft.matching.stacks import Stacks
 from regraft.reference import matching as reference
 
@@ -257,6 +257,7 @@ def test_rounding_does_not_pile_up_over_many_corrections():
         found = descent.descend_()
     true = reference.objective(spec, unstack(target), unstack(source), found.perm)
     assert found.objective == pytest.approx(true, rel=1e-5)
+    assert any(cached.corrections for cached in descent.cached.values())
     for group, cached in descent.cached.items():
         exact = reference.similarity(spec, group, unstack(target), unstack(source), found.perm)
         error = (cached.similarity.double() - exact).abs().max() / exact.abs().max()
@@ -289,6 +290,50 @@ def test_the_seed_decides_the_order(spec):
     )
     assert one.objective == two.objective
     assert all(torch.equal(one.perm[g], two.perm[g]) for g in spec.groups)
+
+
+def test_the_generator_draws_the_order_of_the_groups():
+    layers = [nn.Linear(8, 8) for _ in range(6)]
+    spec = regraft.trace(
+        nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU()))), (torch.zeros(2, 8),)
+    )
+    target, source = normal(spec, 1), normal(spec, 2)
+    orders = {tuple(order(spec, target, torch.Generator().manual_seed(seed))) for seed in range(8)}
+    assert len(orders) > 4 and len({frozenset(names) for names in orders}) == 1
+    ends = {
+        regraft.match(
+            spec, target, source, start=spec.identity(), generator=torch.Generator().manual_seed(s)
+        ).objective
+        for s in range(8)
+    }
+    assert len(ends) > 1, "where a descent ends depends on the order"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "corrections", "rebuilt"),
+    [
+        (torch.float32, CORRECTIONS_BEFORE_REBUILD, True),
+        (torch.float32, CORRECTIONS_BEFORE_REBUILD - 1, False),
+        (torch.float64, CORRECTIONS_BEFORE_REBUILD, False),
+    ],
+)
+def test_a_similarity_is_built_anew_after_many_corrections(dtype, corrections, rebuilt):
+    """Whether an error that was planted in the kept similarity is still there after the next step."""
+    spec = regraft.trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), (torch.zeros(2, 6),))
+    target, source = ({n: t.to(dtype) for n, t in normal(spec, seed, 4).items()} for seed in (1, 2))
+    descent = Descent.over(Stacks.allocate(spec, {n: t[0] for n, t in target.items()}, 4))
+    for step in range(4):
+        descent.stacks.append_(
+            {n: t[step] for n, t in target.items()}, {n: t[step] for n, t in source.items()}
+        )
+        result = descent.descend_()
+        ((group, cached),) = descent.cached.items()
+        if step == 2:
+            cached.similarity += 1000
+            cached.corrections = corrections
+    exact = reference.similarity(spec, group, unstack(target), unstack(source), result.perm)
+    error = float((descent.cached[group].similarity.double() - exact).abs().max())
+    assert error == pytest.approx(0 if rebuilt else 1000, abs=0.01)
 
 
 def test_inputs_are_left_alone(spec):

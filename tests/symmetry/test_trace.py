@@ -166,6 +166,36 @@ def test_recurrent_cells(kind):
     assert list(proved(Net(forward, cell=kind(4, 6), out=(6, 2)), 3, 4).groups.values()) == [6]
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_a_learned_initial_state_moves_with_the_units(kind):
+    """Of an LSTM the cell's as well as the output's."""
+    names = ("h", "c") if kind in (nn.LSTM, nn.LSTMCell) else ("h",)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        size = (1, 2, 6) if kind in (nn.LSTM, nn.GRU, nn.RNN) else (2, 6)
+        states = tuple(getattr(m, name).expand(size).contiguous() for name in names)
+        made = m.cell(x if len(size) == 3 else x[0], states if len(names) == 2 else states[0])
+        return m.out(made[0] if isinstance(made, tuple) else made)
+
+    net = Net(forward, cell=kind(4, 6), out=(6, 2), **{name: parameter(6) for name in names})
+    spec = proved(net, 3, 2, 4)
+    (group,) = spec.groups
+    assert spec.groups[group] == 6 and {(name, 0) for name in names} < set(spec.tensors_of(group))
+
+
+@pytest.mark.parametrize("equation", ["bi,bi,bi->bi", "bi,ci->b"], ids=["three operands", "summed alone"])
+def test_an_einsum_that_is_no_matrix_product_is_frozen(equation):
+    operands = equation.count(",") + 1
+    net = Net(
+        lambda m, x: torch.einsum(equation, *[m.stem(x)] * operands).reshape(3, -1), stem=(4, 6), front=(4, 4)
+    )
+    net.function = lambda m, x, f=net.function: f(m, m.front(x).relu())
+    with pytest.warns(UserWarning, match="operator .*einsum.* such operands is not known"):
+        spec = trace(net, torch.rand(3, 4))
+    assert spec.groups == {"front": 4}
+    assert verify(spec, net, torch.rand(3, 4)) < 1e-10
+
+
 def test_unused_parameters_stay_and_are_named():
     net = Net(lambda m, x: m.out(m.stem(x)), stem=(4, 6), spare=(6, 6), out=(6, 2))
     with pytest.warns(
