@@ -218,7 +218,8 @@ def _print_result(result: Result, as_json: bool) -> int:
         for part, number in value.items() if isinstance(value, Mapping) else [("", value)]:
             shown = f"{number:.4g}" if isinstance(number, float) else number
             print(f"{name.replace('_', ' ')}{part and ', '}{part}: {shown}")
-    print(f"written: {result.out}")
+    files = list(result.out.glob("*.safetensors"))
+    print(f"written: {files[0] if len(files) == 1 else result.out}")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from checkpoints import FOUR, drawn, names_of, near, one_line, save, three_verbs, written
@@ -381,3 +383,62 @@ def test_old_names_of_weight_norm_are_read(kind, tmp_path, run, module):
     files = (a, b) if kind == "old" else (b, a)
     done = run("match", *files, *model)
     assert done.status == 0, done.text
+
+
+# ---------------------------------------------------------------------------------------------------
+# Statistics
+
+DATA = (
+    NORMED
+    + """
+import torch
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(64, 6, generator=generator) + 2, torch.arange(64) % 5)]
+"""
+)
+
+
+@pytest.mark.parametrize("align", [[], ["--align"]])
+def test_a_sum_with_data_has_statistics_of_the_data(align, tmp_path, run, module):
+    """`fuse --data` with BatchNorm: running statistics are estimated anew, as `match` does and the docs promise."""
+    name = module(DATA)
+    model = ["--model", f"{name}:normed", "--shape", 2, 6, "--data", f"{name}:batches"]
+    base, new = normed_values(0), normed_values(1)
+    a, b = (save(tmp_path / f"{n}.safetensors", t) for n, t in zip("ab", (base, new), strict=True))
+    done = run("fuse", a, b, "--weights", ".5", ".5", *align, *model, "--out", tmp_path / "out")
+    assert done.status == 0, done.text
+    result = written(tmp_path / "out")
+    inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)) + 2
+    features = inputs @ result["0.weight"].T + result["0.bias"]
+    torch.testing.assert_close(result["1.running_mean"], features.mean(0), rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The verdict
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_port_says_whether_it_was_worth_it(good, tmp_path, run, module):
+    """The last lines and the card say "better" with a number and its uncertainty, or "no better: train instead"."""
+    text = DATA.replace("torch.arange(64) % 5", "torch.full((64,), 3)")
+    name = module(text)
+    base = normed_values(0)
+    tuned = OrderedDict((n, v.clone()) for n, v in base.items())
+    tuned["3.bias"][3 if good else 0] += 100
+    verbs = three_verbs(
+        tmp_path, base, tuned, normed_values(1), ["--model", f"{name}:normed", "--shape", 2, 6]
+    )
+    done = run(*verbs["port"], "--data", f"{name}:batches")
+    assert done.status == 0, done.text
+    card = (tmp_path / "out" / "README.md").read_text()
+    for told in (done.out, card):
+        assert ("better than the new base" in told) if good else ("no better" in told and "train" in told)
+
+
+def test_a_port_without_data_confirms_nothing(tmp_path, run, module):
+    """Without data the result is not called better."""
+    base = drawn(0)
+    verbs = three_verbs(tmp_path, base, near(base), drawn(1), ["--model", f"{module()}:mlp", "--shape", 1, 6])
+    done = run(*verbs["port"])
+    assert done.status == 0 and "better than" not in done.out

@@ -18,7 +18,7 @@ from regraft.core.tensors import Perm, sum_networks
 from regraft.porting.checkpoint_files import CheckpointFile, Lazy
 from regraft.porting.fitting import Distance
 from regraft.porting.job import Job, open_job, read_checkpoints
-from regraft.porting.methods import Weights, match_weights
+from regraft.porting.methods import PortWork, Weights, match_weights, with_statistics
 from regraft.porting.model_spec import Settings
 from regraft.porting.output_folder import check_output, keep_tensors
 from regraft.porting.result import Made, Result, run_job
@@ -81,7 +81,8 @@ def fuse_checkpoints(
     """Write ``sum_i weights[i] networks[i]``, tensor by tensor; with ``align`` each is first brought onto the first.
 
     Integers and dtypes are the first's. A model (or a proven specification) is needed to align, and to measure
-    accuracies on data. BatchNorm statistics are summed as weights are. Settings: see `Settings`; errors are those of
+    accuracies on data. With data, BatchNorm statistics are
+    estimated anew; without, they are summed as weights are. Settings: see `Settings`; errors are those of
     `regraft.port`.
     """
     if len(networks) < 1 or len(networks) != len(weights):
@@ -103,7 +104,11 @@ def _fuse(job: Job, part: Path, clock: Clock) -> Made:
         perms.append(_align(job.spec, networks, role, part, clock))
         networks[role] = permute_lazily(job.spec, perms[-1], networks[role])
     parts, weights = list(networks.values()), job.config["weights"]
-    total = with_singular_vectors(Lazy(tuple(parts[0]), partial(sum_networks, parts, weights)))
+    total: Weights = with_singular_vectors(Lazy(tuple(parts[0]), partial(sum_networks, parts, weights)))
+    if job.data is not None:
+        model = job.model_spec.require_model().model if job.model_spec else None
+        work = PortWork(model, job.data.train, keep=partial(keep_tensors, part), clock=clock)
+        total = with_statistics(total, work)
     measured: dict[str, Any] = {"weights": weights, "align": job.config["align"]}
     if job.data is not None:
         with clock.phase(EVALUATION):

@@ -70,12 +70,13 @@ class Lazy(Mapping[str, Tensor]):
 class CheckpointFile(Mapping[str, Tensor]):
     """A checkpoint's tensors by name, each read when it is asked for.
 
-    notes: what was done to its names, in words.
+    notes: what was done to its names, in words. is_folder: whether it was given as a folder.
     """
 
     path: Path
     entries: Mapping[str, Entry]
     notes: tuple[str, ...] = ()
+    is_folder: bool = False
 
     @classmethod
     def open(cls, path: Path | str, key: str | None = None, max_memory: int | None = None) -> CheckpointFile:
@@ -86,7 +87,8 @@ class CheckpointFile(Mapping[str, Tensor]):
         holds no tensors, or kinds of tensors that are not served, several networks and no key, or an adapter's; and for
         an index that does not fit its files.
         """
-        path = find_in_folder(Path(path)) if Path(path).is_dir() else Path(path)
+        is_folder = Path(path).is_dir()
+        path = find_in_folder(Path(path)) if is_folder else Path(path)
         check_there(path)
         entries, notes = list_entries(path, key, max_memory)
         inside = f"{key}."
@@ -98,7 +100,7 @@ class CheckpointFile(Mapping[str, Tensor]):
             raise BadFile(f"{path} holds no tensor")
         if adapter := next(filter(ADAPTER.search, bare), None):
             raise BadFile(f"{path} has tensor {adapter!r}: {MERGE_FIRST}")
-        return cls(path, {name: entries[own] for name, own in bare.items()}, (*notes, *taken))
+        return cls(path, {name: entries[own] for name, own in bare.items()}, (*notes, *taken), is_folder)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].read()
@@ -228,11 +230,13 @@ class Layout:
         return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.tensors.values())
 
     def file(self, number: int) -> str:
+        if len(self.shards) == 1:
+            return "model.safetensors"
         return f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
 
 def write_shards(folder: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors, in the layout's dtypes, one file after the other, and the index last.
+    """Write the tensors, in the layout's dtypes, one file after the other, and of several an index last.
 
     Files that an interrupted run has finished stay. Raises BadFile, naming the tensor, for a value that is not finite
     or another shape.
@@ -243,12 +247,14 @@ def write_shards(folder: Path, layout: Layout, tensors: Mapping[str, Tensor]) ->
             return {name: _as_written(name, layout, tensors[name]) for name in names}
 
         write_once(folder / layout.file(number), make, {"format": "pt"})
+    if len(layout.shards) == 1:
+        return _check_written(folder / layout.file(0), layout)
     where = {name: layout.file(number) for number, names in enumerate(layout.shards) for name in names}
     write_text(
         folder / INDEX_FILE,
         json.dumps({"metadata": {"total_size": layout.bytes}, "weight_map": where}, indent=1),
     )
-    _check_written(folder / INDEX_FILE, layout)
+    return _check_written(folder / INDEX_FILE, layout)
 
 
 def check_values(name: str, tensor: Tensor, where: str) -> None:
@@ -270,12 +276,12 @@ def _as_written(name: str, layout: Layout, tensor: Tensor) -> Tensor:
     return written
 
 
-def _check_written(index: Path, layout: Layout) -> None:
-    """Raises BadFile for what is missing, too much, or other than the layout says."""
-    written = {name: (entry.dtype, entry.shape) for name, entry in list_entries(index, None, None)[0].items()}
+def _check_written(path: Path, layout: Layout) -> None:
+    """path: of the index, or the only file. Raises BadFile for what is missing, too much or not as the layout says."""
+    written = {name: (entry.dtype, entry.shape) for name, entry in list_entries(path, None, None)[0].items()}
     if odd := sorted(
         name
         for name in written.keys() | layout.tensors.keys()
         if written.get(name) != layout.tensors.get(name)
     ):
-        raise BadFile(f"{index}: tensor {odd[0]!r} was not written as it should be")
+        raise BadFile(f"{path}: tensor {odd[0]!r} was not written as it should be")

@@ -261,10 +261,11 @@ def measure_distances(networks: Sequence[Mapping[str, Tensor]], check: ValueChec
     where nothing was learned.
     """
     tensors: dict[str, float] = {}
-    from_base, from_new_base = Distance(), Distance()
+    from_base, from_new_base, changed = Distance(), Distance(), False
     for name in networks[1]:
         base, tuned, new_base = values = [network[name] for network in networks]
         check(name, values)
+        changed = changed or (tuned.is_floating_point() and not torch.equal(tuned, base))
         if tuned.ndim < 2 or not tuned.is_floating_point() or not bool(base.any()) or name in check.infinite:
             continue
         own = Distance()
@@ -274,6 +275,8 @@ def measure_distances(networks: Sequence[Mapping[str, Tensor]], check: ValueChec
         from_base.norms += own.norms
         from_new_base.add(tuned, new_base)
     distances = Distances(tensors, from_base.value, from_new_base.value)
+    if not changed:
+        raise BadFile(f"the fine-tune equals {check.paths[0]}: there is nothing to port")
     _check_origin(distances, check.paths[0], check.paths[2])
     return distances
 
@@ -289,5 +292,3 @@ def _check_origin(distances: Distances, base: str, new_base: str) -> None:
             f"the fine-tune does not come from {base}: relative distance {distances.base:.2f} (1: unrelated), "
             f"such as {far}{nearer}"
         )
-    if distances.base == 0:
-        raise BadFile(f"the fine-tune equals {base}: there is nothing to port")

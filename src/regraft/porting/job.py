@@ -23,6 +23,7 @@ from regraft.porting.output_folder import part_of, unfinished_bytes
 from regraft.porting.sizes import check_memory, format_size
 from regraft.porting.stored_tensors import Entry
 from regraft.porting.torch_files import describe_choice
+from regraft.porting.travelling import list_travelling
 from regraft.symmetry import PermutationSpec
 
 SHARD = 10**9
@@ -49,6 +50,7 @@ class Job:
         config: what else was chosen, for the record (JSON values).
         memory: bytes that the process will need at its peak, what it has now included.
         distances: of the fine-tune from the bases.
+        travelling: files that go with the result.
     """
 
     method: str
@@ -60,6 +62,7 @@ class Job:
     config: Mapping[str, Any]
     memory: int = 0
     distances: Distances | None = None
+    travelling: tuple[Path, ...] = ()
 
     @property
     def in_memory(self) -> bool:
@@ -229,7 +232,8 @@ def open_job(
     layout = _layout_like(by_role[like], by_role[dtypes_of], settings.get("max_memory"))
     named = {"model": settings.get("model"), "data": settings.get("data")}
     config = {**config, **{key: str(value) for key, value in named.items() if isinstance(value, str | Path)}}
-    return Job(method, by_role, like, model_spec, layout, data, config)
+    travelling = list_travelling(by_role[like].path, by_role[like].is_folder)
+    return Job(method, by_role, like, model_spec, layout, data, config, travelling=travelling)
 
 
 def _layout_like(result: CheckpointFile, dtypes_of: CheckpointFile, max_memory: int | None) -> Layout:

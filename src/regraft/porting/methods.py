@@ -25,9 +25,13 @@ from regraft.matching.descent import match_streamed
 from regraft.porting.checkpoint_files import Lazy
 from regraft.porting.gradfix import transport
 from regraft.symmetry import PermutationSpec
+from regraft.training.statistics import batch_norms, reset_batchnorm
 from regraft_kernels import graft
 
 Weights = Mapping[str, Tensor]
+
+STATISTICS_BATCHES = 20
+"""From which BatchNorm statistics are estimated anew."""
 
 VOTING_BATCHES = 4
 """Batches of whose images GradFix asks each."""
@@ -203,3 +207,25 @@ def add_permuted_change(problem: PortProblem, perm: Perm, scale: float = 1.0) ->
         return result.clamp_(min=0) if name.endswith("running_var") else result
 
     return Ported(Lazy(tuple(new_base), read), perm)
+
+
+def with_statistics(tensors: Weights, work: PortWork) -> Weights:
+    """With BatchNorm statistics of the data; the same tensors for a model without BatchNorm."""
+    model, train = work.model_and_batches("an estimate of statistics")
+    norms = batch_norms(model)
+    if not norms:
+        return tensors
+
+    def estimate() -> Tensors:
+        with work.clock.phase("batchnorm"):
+            whole = reset_batchnorm(model, dict(tensors.items()), train, STATISTICS_BATCHES)
+        kinds = ("running_mean", "running_var", "num_batches_tracked")
+        names = [f"{norm}.{kind}" for norm in norms for kind in kinds]
+        return {name: whole[name] for name in names if name in tensors}
+
+    statistics = work.keep("statistics", estimate)
+
+    def read(name: str) -> Tensor:
+        return statistics[name] if name in statistics else tensors[name]
+
+    return Lazy(tuple(tensors), read)

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from torch import Tensor
-
 from regraft.core.clock import EVALUATION, Clock
+from regraft.core.forward import split
 from regraft.core.tensors import Tensors
 from regraft.porting.alignment import IN_MEMORY_COPIES, measure_accuracies
 from regraft.porting.checkpoint_files import CheckpointFile, Lazy
 from regraft.porting.fitting import measure_distances
 from regraft.porting.job import Job, open_job, read_checkpoints
-from regraft.porting.methods import PORT_METHODS, STREAMED, Ported, PortProblem, PortWork, Weights
+from regraft.porting.methods import (
+    PORT_METHODS,
+    STREAMED,
+    Ported,
+    PortProblem,
+    PortWork,
+    Weights,
+    with_statistics,
+)
 from regraft.porting.model_spec import Settings
 from regraft.porting.output_folder import check_output, keep_tensors
 from regraft.porting.result import Made, Result, run_job
 from regraft.porting.spectral import with_singular_vectors
-from regraft.training.statistics import batch_norms, reset_batchnorm
 
 BASE, TUNED, NEW_BASE = ROLES = "base", "fine-tune", "new base"
-
-STATISTICS_BATCHES = 20
-"""From which BatchNorm statistics are estimated anew."""
 
 
 class PortSettings(Settings, total=False):
@@ -143,33 +146,10 @@ def _make(job: Job, part: Path, clock: Clock) -> Made:
             whole: Tensors = {n: networks[TUNED if n in job.head else BASE][n] for n in networks[TUNED]}
             measured["function_error"] = job.model_spec.check_function(whole, ported.perm)
     if job.data is not None:
-        ported = replace(ported, tensors=_with_statistics(ported.tensors, work))
+        ported = replace(ported, tensors=with_statistics(ported.tensors, work))
         with clock.phase(EVALUATION):
             measured |= _compare(job, problem, ported, work)
-    _copy_config(job.checkpoints[TUNED], part)
     return Made(ported.tensors, (ported.perm,), measured)
-
-
-def _with_statistics(tensors: Weights, work: PortWork) -> Weights:
-    """With BatchNorm statistics of the data; the same tensors for a model without BatchNorm."""
-    model, train = work.model_and_batches("an estimate of statistics")
-    norms = batch_norms(model)
-    if not norms:
-        return tensors
-
-    def estimate() -> Tensors:
-        with work.clock.phase("batchnorm"):
-            whole = reset_batchnorm(model, dict(tensors.items()), train, STATISTICS_BATCHES)
-        kinds = ("running_mean", "running_var", "num_batches_tracked")
-        names = [f"{norm}.{kind}" for norm in norms for kind in kinds]
-        return {name: whole[name] for name in names if name in tensors}
-
-    statistics = work.keep("statistics", estimate)
-
-    def read(name: str) -> Tensor:
-        return statistics[name] if name in statistics else tensors[name]
-
-    return Lazy(tuple(tensors), read)
 
 
 def _compare(job: Job, problem: PortProblem, ported: Ported, work: PortWork) -> dict[str, Any]:
@@ -178,7 +158,7 @@ def _compare(job: Job, problem: PortProblem, ported: Ported, work: PortWork) -> 
     naive = result
     if job.method != "naive":
         plain = PORT_METHODS["naive"](problem, PortWork())
-        naive = _with_statistics(plain.tensors, replace(work, keep=PortWork().keep, clock=Clock()))
+        naive = with_statistics(plain.tensors, replace(work, keep=PortWork().keep, clock=Clock()))
     with_head = Lazy(tuple(problem.tuned), lambda name: (result if name in head else problem.new_base)[name])
     networks: dict[str, Weights] = {
         "fine-tune on its own base": problem.tuned,
@@ -186,11 +166,19 @@ def _compare(job: Job, problem: PortProblem, ported: Ported, work: PortWork) -> 
         "naive sum": naive,
         "result": result,
     }
-    return measure_accuracies(job, networks)
+    measured = measure_accuracies(job, networks)
+    own, new = (measured["accuracy"][name] for name in ("result", "new base"))
+    assert job.data is not None
+    labels = [split(batch)[1] for batch in job.data.measured_on[1]]
+    return measured | {"verdict": judge(own, new, sum(int((part >= 0).sum()) for part in labels))}
 
 
-def _copy_config(tuned: CheckpointFile, part: Path) -> None:
-    """transformers finds a model by the config.json that stands beside its weights."""
-    config = tuned.path.parent / "config.json"
-    if config.is_file():
-        shutil.copyfile(config, part / "config.json")
+def judge(own: float, new: float, count: int) -> str:
+    """Whether a result is better than the new base, by the 95 % interval of the difference of two shares of ``count``
+    labels (Agresti and Caffo, "Simple and Effective Confidence Intervals ...", 2000)."""
+    shares = [(share * count + 1) / (count + 2) for share in (own, new)]
+    error = 1.96 * math.sqrt(sum(share * (1 - share) / (count + 2) for share in shares))
+    by = f"by {own - new:.3f} +- {error:.3f} (accuracy on {count} labels, 95 %)"
+    if own - new > error:
+        return f"better than the new base {by}"
+    return f"no better than the new base {by}: train it instead"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,8 @@ def run_job(
         made = make(part, clock)
         with clock.phase("writing"):
             write_shards(part, job.layout, made.tensors)
+        for file in job.travelling:
+            shutil.copyfile(file, part / file.name)
         write_card(part, job, hashes, made.measured, clock.seconds)
     return Result(out, job, made.perms, made.measured, clock.seconds)
 
@@ -132,6 +135,8 @@ def _describe(
             "- a permuted base computes what the base computes: relative difference "
             f"{measured['function_error']:.1e} in float32"
         )
+    if "verdict" in measured:
+        lines.append(f"- the result is {measured['verdict']}")
     if "accuracy" in measured:
         lines += ["", f"| accuracy, on {measured['measured_on']} | |", "|---|---:|"]
         lines += [f"| {network} | {value:.4f} |" for network, value in measured["accuracy"].items()]
