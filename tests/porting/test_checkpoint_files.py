@@ -49,10 +49,7 @@ def test_what_is_written_is_read_to_the_bit_whatever_the_size_of_a_file(kinds, l
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), layout(tensors, limit), tensors)
         assert same(CheckpointFile.open(folder), tensors)
-        several = (Path(folder) / INDEX_FILE).exists()
-        assert same(
-            CheckpointFile.open(Path(folder) / (INDEX_FILE if several else "model.safetensors")), tensors
-        )
+        assert same(CheckpointFile.open(Path(folder) / INDEX_FILE), tensors)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model.", "net."])

@@ -236,7 +236,7 @@ class Layout:
 
 
 def write_shards(folder: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors, in the layout's dtypes, one file after the other, and of several an index last.
+    """Write the tensors, in the layout's dtypes, one file after the other, and the index last.
 
     Files that an interrupted run has finished stay. Raises BadFile, naming the tensor, for a value that is not finite
     or another shape.
@@ -247,14 +247,12 @@ def write_shards(folder: Path, layout: Layout, tensors: Mapping[str, Tensor]) ->
             return {name: _as_written(name, layout, tensors[name]) for name in names}
 
         write_once(folder / layout.file(number), make, {"format": "pt"})
-    if len(layout.shards) == 1:
-        return _check_written(folder / layout.file(0), layout)
     where = {name: layout.file(number) for number, names in enumerate(layout.shards) for name in names}
     write_text(
         folder / INDEX_FILE,
         json.dumps({"metadata": {"total_size": layout.bytes}, "weight_map": where}, indent=1),
     )
-    return _check_written(folder / INDEX_FILE, layout)
+    _check_written(folder / INDEX_FILE, layout)
 
 
 def check_values(name: str, tensor: Tensor, where: str) -> None:
@@ -276,12 +274,12 @@ def _as_written(name: str, layout: Layout, tensor: Tensor) -> Tensor:
     return written
 
 
-def _check_written(path: Path, layout: Layout) -> None:
-    """path: of the index, or the only file. Raises BadFile for what is missing, too much or not as the layout says."""
-    written = {name: (entry.dtype, entry.shape) for name, entry in list_entries(path, None, None)[0].items()}
+def _check_written(index: Path, layout: Layout) -> None:
+    """Raises BadFile for what is missing, too much or not as the layout says."""
+    written = {name: (entry.dtype, entry.shape) for name, entry in list_entries(index, None, None)[0].items()}
     if odd := sorted(
         name
         for name in written.keys() | layout.tensors.keys()
         if written.get(name) != layout.tensors.get(name)
     ):
-        raise BadFile(f"{path}: tensor {odd[0]!r} was not written as it should be")
+        raise BadFile(f"{index}: tensor {odd[0]!r} was not written as it should be")
