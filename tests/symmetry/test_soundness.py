@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import Net, parameter, proved
 from torch import Tensor, nn
 
@@ -219,3 +220,28 @@ def test_a_proof_with_one_token_looks_at_two():
     for inputs in ({}, {"other_inputs": torch.rand(2, 2, 3)}):
         with pytest.raises(ValueError, match="changes the function"):
             verify(free, net, torch.rand(2, 1, 3), **inputs)
+
+
+# ---- choices among equal values
+
+
+@pytest.mark.parametrize(
+    ("activation", "moves"),
+    [(torch.relu, False), (F.relu6, False), (F.hardsigmoid, False), (torch.round, False),
+     (lambda h: h * (h > 0), False), (torch.sigmoid, True),
+     (lambda h: (h / 2).softmax(-1), True), (lambda h: h.float().exp().view(h.shape), True)],
+)  # fmt: skip
+@pytest.mark.parametrize("by", ["one_hot", "topk"])
+def test_units_that_may_have_equal_values_are_not_exchanged_by_a_choice(activation, moves, by):
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = activation(m.score(x))
+        if by == "topk":
+            return m.out(m.table[h.topk(2).indices].sum(1))
+        return m.out(F.one_hot(h.argmax(-1), 6).to(x.dtype) @ m.table)
+
+    net = Net(forward, score=(4, 6), table=parameter(6, 5), out=(5, 2))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        spec = trace(net, torch.rand(3, 4))
+    assert spec.groups == ({"score": 6, "table": 5} if moves else {"table": 5})
+    assert any("values that may be equal" in str(w.message) for w in seen) != moves

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 from regraft.symmetry.lengths import Lengths
@@ -104,6 +105,14 @@ def _expanded_dims(tensor: Tensor) -> list[int]:
 def is_repeating(labels: Tensor) -> bool:
     """Whether some label stands at several places."""
     return len(labels.unique()) < labels.numel()
+
+
+def constant_keys(tensor: Tensor) -> Tensor:
+    """int64 of the same shape: equal where a constant's values are."""
+    if tensor.is_complex():
+        keys: Tensor = torch.unique(torch.view_as_real(tensor).reshape(-1, 2), dim=0, return_inverse=True)[1]
+        return keys.view(tensor.shape)
+    return torch.unique(tensor, return_inverse=True)[1]  # type: ignore[no-any-return]
 
 
 # ---- values that flow
@@ -247,6 +256,7 @@ class Flow:
         self.operator = self.module = ""  # what is being passed through
         self.wanted: set[Any] = set()  # which of its several results are used
         self.lengths = Lengths()
+        self.node: Node | None = None  # what is being passed through, in its graph
 
     # -- labels of values
 
@@ -338,7 +348,7 @@ class Flow:
     def tie_constant(self, labels: Tensor, tensor: Tensor) -> None:
         """Units may only trade places that see equal values of a constant."""
         if self.lengths.trusts(tensor):
-            self.tie(labels, torch.unique(tensor.detach(), return_inverse=True)[1])
+            self.tie(labels, constant_keys(tensor.detach()))
         elif not self.is_fixed(labels):
             self.lengths.distrusted.setdefault(self.operator, self.module)
             self.tie(labels, places(unexpand(tensor).shape).expand(tensor.shape))

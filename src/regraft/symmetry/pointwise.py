@@ -41,7 +41,9 @@ BRANCHES = 4
 
 @rule(*UNARY)
 def _unary(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
-    alone = isinstance(x, Value) and (len(op.values) == 1 or op.name == "type_as")
+    if op.name == "type_as" and isinstance(x, Tensor):  # whatever it is like
+        return x
+    alone = isinstance(x, Value) and (len(op.values) == 1 or op.name in ("type_as", "to"))
     return mark_changed(flow, x) if alone else NotImplemented
 
 
@@ -203,14 +205,6 @@ def _where(flow: Flow, op: Operation, *operands: Any) -> Any:
 
 
 # ---- slices
-
-
-@rule("cumsum", "cummax", "cummin", "kthvalue", "median", "mode")
-def _order_dependent(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
-    """The result tells places along ``dim`` apart: what is fixed there, and nothing else, can come out."""
-    if isinstance(x, Value) and flow.is_fixed(flow.labels(x)):
-        return each_size(flow.fixed_value, op.out)
-    return NotImplemented
 
 
 @rule("max", "min")

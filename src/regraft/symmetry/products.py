@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -316,8 +317,8 @@ def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = No
 @rule("einsum")
 def _einsum(flow: Flow, op: Operation, equation: str, operands: Sequence[Any], *_: Any) -> Value:
     """Two operands: each is brought to [batch, rows, contracted], and it is a matrix product."""
-    terms, _arrow, result = equation.replace(" ", "").partition("->")
-    names: list[str] = terms.split(",")
+    operands = [flow.fixed_value(x.shape) if isinstance(x, Tensor) else x for x in operands]
+    names, result = _spell_out(equation, [len(x.shape) for x in operands])
     if not _is_matrix_product(names, result) or not all(isinstance(x, Value) for x in operands):
         return freeze(flow, op.out, operands)
     a, b = names
@@ -338,6 +339,24 @@ def _einsum(flow: Flow, op: Operation, equation: str, operands: Sequence[Any], *
     product_order = [*batch, *rows, *columns]
     lengths, axes = [length[i] for i in product_order], [product_order.index(i) for i in result]
     return product.rearrange(lambda t: t.reshape(lengths).permute(axes))
+
+
+def _spell_out(equation: str, ndims: Sequence[int]) -> tuple[list[str], str]:
+    """The terms and the result of an equation, "..." written as capital letters, a missing result as it is meant."""
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    if any(letter.isupper() for letter in terms):
+        return terms.split(","), result
+    names = []
+    longest = ""
+    for term, ndim in zip(terms.split(","), ndims, strict=True):
+        hidden = ndim - len(term.replace("...", ""))
+        letters = string.ascii_uppercase[26 - hidden :] if hidden else ""
+        longest = max(longest, letters, key=len)
+        names.append(term.replace("...", letters))
+    if not arrow:
+        letters = "".join(names)
+        result = "..." + "".join(sorted(i for i in letters if i.islower() and letters.count(i) == 1))
+    return names, result.replace("...", longest)
 
 
 def _is_matrix_product(names: Sequence[str], result: str) -> bool:

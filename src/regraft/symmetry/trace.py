@@ -21,12 +21,13 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from regraft.core.arguments import check_arguments
 from regraft.core.tensors import live_state
-from regraft.symmetry import products  # noqa: F401 (registers its rules)
+from regraft.symmetry import lines, products  # noqa: F401 (register their rules)
 from regraft.symmetry.axes import Segment
 from regraft.symmetry.calls import Call, Caller, Forward, Output, cause, check_placed, ready
 from regraft.symmetry.copies import all_tensors, memory_key, overlapping, shadow
@@ -250,7 +251,7 @@ def walk(flow: Flow, module: GraphModule, values: dict[Node, Any]) -> Any:
     """What comes out of a graph; ``values``: what goes in, at its placeholders."""
     for node in module.graph.nodes:
         if node.op == "call_function":
-            flow.module = _module(node)
+            flow.module, flow.node = _module(node), node
             flow.wanted = {user.args[1] for user in node.users if user.target is operator.getitem}
             values[node] = pass_through(flow, node, values)
         elif node.op == "get_attr":
@@ -274,7 +275,11 @@ def _placeholder_values(
     for spec, node in _inputs(program):
         tensor = tensors.get(spec.target)
         leaf = _leaf_of(leaves, tensor)
-        if leaf is not None and isinstance(tensor, Tensor) and tensor.is_floating_point():
+        if (
+            leaf is not None
+            and isinstance(tensor, Tensor)
+            and (tensor.is_floating_point() or tensor.is_complex())
+        ):
             values[node] = Value(leaf, leaf.shape)
         elif isinstance(tensor, Tensor):
             values[node] = tensor.detach().cpu().clone()  # operators may write into it
@@ -313,7 +318,13 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     if target is operator.getitem:
         return args[0][args[1]]
     leaves = pytree.tree_leaves((args, kwargs))
-    out = pytree.tree_map(lambda x: x.shape if isinstance(x, Tensor) else None, node.meta.get("val"))
+    if not isinstance(target, str) and target.__module__ == "_operator":  # an assertion about a size
+        return target(*args)
+    if target is torch.ops.aten.sym_size.int:
+        return args[0].shape[args[1]]
+    out = pytree.tree_map(
+        lambda x: _size(flow, node, x) if isinstance(x, Tensor) else None, node.meta.get("val")
+    )
     if str(target) in REGIONS:
         part = next(i for i, x in enumerate(args) if isinstance(x, GraphModule))
         inputs = args[part].graph.find_nodes(op="placeholder")
@@ -345,6 +356,18 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     for same in _written_tensors(node):
         values[same] = result
     return result
+
+
+def _size(flow: Flow, node: Node, result: Tensor) -> torch.Size:
+    """The shape of a result. Raises ValueError where it depends on the values of the inputs."""
+    if any(map(free_unbacked_symbols, result.shape)):
+        where = f" in {flow.module}" if flow.module else ""
+        raise ValueError(
+            f"the size of the result of {node.target}{where} depends on the values of the inputs, and the tracer "
+            "knows fixed sizes only; call the model in a form without it (a mask that multiplies), or write its "
+            "specification by hand (PermutationSpec.build)"
+        )
+    return torch.Size(map(int, result.shape))
 
 
 def _choices(flow: Flow, operation: Operation) -> Any:

@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from regraft.symmetry.labels import Choice, Flow, Leaf, Value, is_repeating, line, places, unexpand, varying
-from regraft.symmetry.rules import Operation, Rule, each_size, rule, words
+from regraft.symmetry.lines import pass_lines
+from regraft.symmetry.rules import Operation, Rule, each_size, freeze_operands, operator_name, rule, words
 
 ALIASES = words("alias clone contiguous detach lift lift_fresh lift_fresh_copy positive")
 """Operators that give back what they are given."""
 
 VIEWS = words(
-    "broadcast_to channel_shuffle chunk diagonal expand expand_as flatten flip index index_select "
+    "broadcast_to channel_shuffle chunk diagonal expand expand_as flatten flip index "
     "moveaxis movedim native_channel_shuffle narrow numpy_T mT permute pixel_shuffle pixel_unshuffle "
     "ravel reflection_pad1d reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d "
     "reshape reshape_as roll rot90 select slice split split_with_sizes squeeze swapaxes swapdims t "
@@ -42,6 +45,8 @@ def _alias(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
 def _view(flow: Flow, op: Operation, x: Any, *rest: Any) -> Any:
     if op.name == "index" and isinstance(x, Value) and len(op.values) > 1:
         return _look_up_by_data(flow, op, x, rest[0])
+    if isinstance(x, Tensor) and op.name in LIKE:
+        return op.run([x, *map(_blank, rest)])
     if not isinstance(x, Value) or (len(op.values) > 1 and op.name not in LIKE):
         return NotImplemented
 
@@ -152,6 +157,19 @@ SELECTING = ALIASES | VIEWS | {"to", "_to_copy"}
 """Operators that give, of places that were chosen, the same or some of them."""
 
 
+CONTRACTIONS = words(
+    "addmm baddbmm bmm conv1d conv2d conv3d convolution einsum layer_norm linear matmul mm native_layer_norm rms_norm"
+)
+"""Operators whose results differ, whatever goes in."""
+
+DISTINCT = words(
+    "add atan celu cos div dropout elu erf exp expm1 gelu leaky_relu log log1p log_sigmoid log_softmax logaddexp mean "
+    "mul neg pow reciprocal rsqrt rsub selu sigmoid silu sin softmax _log_softmax _softmax softplus sqrt square sub "
+    "sum tanh"
+)
+"""Operators whose results differ where what goes in does."""
+
+
 def apply_choice(flow: Flow, op: Operation) -> Any:
     """What an operator makes of a :class:`Choice`, NotImplemented where it is not known to move with the units."""
     first = next(iter(op.arguments.values()))
@@ -175,12 +193,27 @@ def _choose(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
     if flow.is_fixed(flow.labels(x)):
         return each_size(flow.fixed_value, op.out)
     units = _only_line(flow, x, op.arguments["dim"])
+    if units is None and (passed := pass_lines(flow, op, x, op.arguments["dim"])) is not NotImplemented:
+        return passed
     if units is None or op.arguments.get("sorted") is False:
         return NotImplemented
+    if flow.node is not None and _may_be_equal(flow.node.args[0]):
+        freeze_operands(flow, [x], " of values that may be equal")
+        return each_size(flow.fixed_value, op.out)
     if isinstance(op.out, torch.Size):
         return Choice(units, tuple(op.out))
     values, places_chosen = op.out
     return [flow.fixed_value(values), Choice(units, tuple(places_chosen))]
+
+
+def _may_be_equal(node: Any) -> bool:
+    """Whether several units may have the very same value (zero, behind ReLU): their places then decide."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    name = operator_name(node.target) if isinstance(node.target, OpOverload) else ""
+    if not name or name in CONTRACTIONS:
+        return False
+    return name not in SELECTING | DISTINCT or any(map(_may_be_equal, node.all_input_nodes))
 
 
 def _only_line(flow: Flow, x: Value, dim: int | None) -> Tensor | None:
