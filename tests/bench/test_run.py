@@ -39,6 +39,7 @@ def test_methods_can_be_chosen_across_scenarios():
     chosen = session.choose(["transfer", "fusion"], methods=["fgmt", "EWC"])
     assert [(s.name, m.name) for _, s in chosen for m in s.methods] == [
         ("digits-mlp", "fgmt"),
+        ("digits-batchnorm", "fgmt"),
         ("digits-two-tasks", "EWC"),
     ]
     with pytest.raises(ValueError, match="there is no method 'fgtm' here; did you mean fgmt"):

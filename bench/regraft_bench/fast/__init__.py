@@ -1,7 +1,7 @@
 """Study 3: FAST, "Learn Faster and Forget Slower via Fast and Stable Task Adaptation" (Varno et al.)."""
 
 from regraft_bench.fast.pages import FAST_FIGURES, FAST_SUMMARY, FAST_TABLES
-from regraft_bench.fast.scenarios import FAST_SCENARIOS, QUICK_DIGITS
+from regraft_bench.fast.scenarios import FAST_SCENARIOS, QUICK_BATCHNORM, QUICK_DIGITS
 from regraft_bench.fast.setting import FastSetting
 from regraft_bench.study import Study
 
@@ -10,7 +10,7 @@ STUDY = Study(
     title="FAST: fine-tuning with a zero classifier and two learning rates",
     setting=FastSetting,
     scenarios=FAST_SCENARIOS,
-    quick=(QUICK_DIGITS.name,),
+    quick=(QUICK_DIGITS.name, QUICK_BATCHNORM.name),
     tables=FAST_TABLES,
     figures=FAST_FIGURES,
     summary=FAST_SUMMARY,

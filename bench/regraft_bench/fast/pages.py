@@ -12,7 +12,7 @@ from typing import Any
 
 from regraft_bench.fast.claims import early_accuracy, list_fast_claims
 from regraft_bench.fast.methods import Rates
-from regraft_bench.fast.scenarios import COMPARISON, PAPER, QUICK_DIGITS, TWO_CORES
+from regraft_bench.fast.scenarios import COMPARISON, PAPER, QUICK_BATCHNORM, QUICK_DIGITS, TWO_CORES
 from regraft_bench.report.figures import Figure, Panel, curves
 from regraft_bench.report.tables import (
     Column,
@@ -238,7 +238,10 @@ FAST_TABLES = (
         "overview", "FAST beside its baselines, in short", scenario_names(COMPARISON), summarise_comparison
     ),
     Table(
-        "main", "FAST beside its baselines", scenario_names((*COMPARISON, QUICK_DIGITS)), compare_with_fast
+        "main",
+        "FAST beside its baselines",
+        scenario_names((*COMPARISON, QUICK_DIGITS, QUICK_BATCHNORM)),
+        compare_with_fast,
     ),
     Table("claims", "What the paper says", scenario_names((*COMPARISON, *TWO_CORES)), list_fast_claims),
     Table("experiments", "The paper's experiments", scenario_names((*TWO_CORES, *PAPER)), list_experiments),

@@ -92,6 +92,14 @@ COMPARISON = (
     Scenario("imagenet-cifar100", PRETRAINED, _imagenet, seeds=5),
 )
 QUICK_DIGITS = Scenario("digits-fixed", FIXED, _digits, seeds=2)
+QUICK_BATCHNORM = Scenario(  # a network that computes otherwise in training mode than in evaluation mode
+    "digits-fixed-batchnorm",
+    tuple(method for method in FIXED if method.name in ("plain", "fast")),
+    replace(
+        _digits, origin=Origin(networks.grey_conv3, LOW, replace(SOURCE_RECIPE, batch_size=50)), steps=21
+    ),
+    seeds=2,
+)
 
 # ---------------------------------------------------------------- the arms of the paper's experiments
 
@@ -254,4 +262,4 @@ PAPER = (
     Scenario("convergence-caltech-paper", _convergence_paper, _caltech_paper, seeds=15),
 )
 
-FAST_SCENARIOS = (QUICK_DIGITS, *COMPARISON, *TWO_CORES, *PAPER)
+FAST_SCENARIOS = (QUICK_DIGITS, QUICK_BATCHNORM, *COMPARISON, *TWO_CORES, *PAPER)

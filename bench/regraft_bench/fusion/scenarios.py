@@ -266,8 +266,17 @@ TABLE_SCENARIOS = tuple(_make_table(paper) for paper in load_published().values(
 FIGURE_SCENARIOS = tuple(_make_figures())
 RECIPE_SCENARIOS, WIDTH_SCENARIOS = tuple(_make_recipes()), tuple(_make_widths())
 WHOLE_TABLE_SCENARIOS = tuple(_make_whole_tables())
+QUICK_DROPOUT = replace(
+    TWO_DIGIT_TASKS,
+    name="digits-dropout",
+    methods=tuple(m for m in CONTINUAL if m.name in ("plain", "sum", "average", "ensemble")),
+    settings=replace(TWO_DIGIT_TASKS.settings, network="mlp with dropout"),
+    seeds=2,
+)
+"""For the quick bench: a network that computes otherwise in training mode than in evaluation mode."""
 FUSION_SCENARIOS = (
     TWO_DIGIT_TASKS,
+    QUICK_DROPOUT,
     *TABLE_SCENARIOS,
     *FIGURE_SCENARIOS,
     THEORY_SCENARIO,

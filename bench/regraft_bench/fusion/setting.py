@@ -30,6 +30,13 @@ ARCHITECTURES: dict[str, Callable[[float], nn.Module]] = {
     "small_cnn": lambda _width: small_cnn(),
     "residual8": lambda width: residual8(width=width),
     "mlp": lambda width: mlp([64, round(64 * width), 5]),
+    "mlp with dropout": lambda width: nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, round(64 * width)),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(round(64 * width), 5),
+    ),
 }
 
 SEARCH, TRAIN = "search", "train"  # phases: choosing coefficients on validation images, training

@@ -7,7 +7,7 @@ networks and recipes by name), `scenarios` (what is asked of them), `pages` and 
 from regraft_bench.study import Study
 from regraft_bench.transfer.pages import TRANSFER_TABLES
 from regraft_bench.transfer.plots import TRANSFER_FIGURES
-from regraft_bench.transfer.scenarios import TRANSFER_SCENARIOS
+from regraft_bench.transfer.scenarios import DIGITS_BATCHNORM, TRANSFER_SCENARIOS
 from regraft_bench.transfer.setting import TransferSetting
 
 STUDY = Study(
@@ -15,7 +15,7 @@ STUDY = Study(
     title="Learning transfer",
     setting=TransferSetting,
     scenarios=TRANSFER_SCENARIOS,
-    quick=("digits-mlp",),
+    quick=("digits-mlp", DIGITS_BATCHNORM.name),
     tables=TRANSFER_TABLES,
     figures=TRANSFER_FIGURES,
 )

@@ -82,6 +82,23 @@ COMPARISONS = tuple(
 )
 """The comparison of methods, table after table."""
 
+DIGITS_BATCHNORM = Scenario(
+    "digits-batchnorm",
+    pick_methods("plain", "naive", "weights", "fgmt"),
+    replace(
+        resnet,
+        arguments={"num_classes": 10, "width": 0.0625, "in_channels": 1},
+        recipe=replace(resnet.recipe, epochs=2),
+        subsequent=None,
+        eval_steps=(),
+        steps=3,
+        gradient_batches=1,
+        bn_batches=2,
+    ),
+    seeds=2,
+)
+"""For the quick bench: a network that computes otherwise in training mode than in evaluation mode."""
+
 PEER_COMPARISONS = tuple(
     Scenario(f"peers-{name}", (*TRANSFERS, *PEERS), settings, seeds)
     for name, settings, seeds in (
@@ -294,6 +311,7 @@ PORTS = (*ask_ports("resnet"), *ask_ports("vit"))
 
 TRANSFER_SCENARIOS = (
     *COMPARISONS,
+    DIGITS_BATCHNORM,
     *PEER_COMPARISONS,
     *REGIMES,
     *PATHS,
