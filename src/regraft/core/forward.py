@@ -14,15 +14,18 @@ The logits are the model's output, or its ``logits`` if the output is a mapping 
 from __future__ import annotations
 
 import copy
+import linecache
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from regraft.core.arguments import check_arguments
+from regraft.core.labels import align_labels, are_integers
 from regraft.core.tensors import Batch, Inputs, Loss, Tensors
 
 # ---------------------------------------------------------------------------------------------------
@@ -30,7 +33,10 @@ from regraft.core.tensors import Batch, Inputs, Loss, Tensors
 
 
 def split(batch: Batch, number: int = 0) -> tuple[Inputs, Tensor]:
-    """(inputs, labels) of a batch. Raises ValueError, with its number, for a batch of another form."""
+    """(inputs, labels) of a batch; labels that are integers come as int64.
+
+    Raises ValueError, with its number, for a batch of another form.
+    """
     if isinstance(batch, Mapping):
         inputs: Inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch.get("labels")
@@ -44,7 +50,11 @@ def split(batch: Batch, number: int = 0) -> tuple[Inputs, Tensor]:
         raise ValueError(
             f"batch {number} is {lacking}: give (inputs, labels), or a mapping of keyword arguments and 'labels'"
         )
-    return inputs, labels
+    if labels.ndim == 0:
+        raise ValueError(
+            f"batch {number} has a single number as its labels: give a vector, one label an example"
+        )
+    return inputs, labels.long() if are_integers(labels) else labels
 
 
 def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -86,22 +96,22 @@ def portion(inputs: Inputs, begin: int, end: int) -> Any:
 # Answers
 
 
-def call(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+def call(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, where: str = "the batch") -> Tensor:
     """The model's logits with the values ``tensors``, in the mode in which the model is.
 
     Raises ValueError for an output without logits, and as `run`.
     """
-    return logits_of(run(model, tensors, inputs), model)
+    return logits_of(run(model, tensors, inputs, where), model)
 
 
-def run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Any:
+def run(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, where: str = "the batch") -> Any:
     """The model's output, of any kind, with the values ``tensors``.
 
-    In training mode BatchNorm writes its running statistics into ``tensors``, as torch does. Raises ValueError, naming
-    both, for values and inputs whose dtypes or devices do not match.
+    In training mode BatchNorm writes its running statistics into ``tensors``, as torch does. Raises ValueError, saying
+    where and what the inputs are, if the model cannot be run on them.
     """
     args, kwargs = arguments(inputs)
-    with _explain_mismatch(tensors, inputs):
+    with _explain(model, tensors, inputs, where):
         return torch.func.functional_call(model, dict(tensors), args, kwargs)
 
 
@@ -109,15 +119,38 @@ def answer(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """(logits, labels) of the model with its own values, for a training step. Raises as `split` and `call`."""
     inputs, labels = split(batch)
     args, kwargs = arguments(inputs)
-    with _explain_mismatch(model, inputs):
+    with _explain(model, dict(model.named_parameters()), inputs, "the batch"):
         output = model(*args, **kwargs)
     return logits_of(output, model), labels
 
 
-def loss_of(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
-    """``loss(logits, labels)``. Raises ValueError, naming both, for dtypes or devices that do not match."""
-    with _explain_mismatch({"logits": logits}, {"labels": labels}, "the logits are", "the labels"):
-        return loss(logits, labels)
+def loss_of(loss: Loss, logits: Tensor, labels: Tensor, where: str = "the batch") -> Tensor:
+    """``loss(logits, labels)``: one number. Cross-entropy takes labels as `regraft.core.labels` has them, or
+    probabilities of the classes, floating and of the logits' shape.
+
+    Raises ValueError, saying where, for dtypes or devices that do not match, and for a loss that is no single number;
+    what the loss itself raises passes through.
+    """
+    if takes_classes(loss, logits, labels):
+        logits, labels = align_labels(logits, labels, where)
+    try:
+        value = loss(logits, labels)
+    except Exception as problem:
+        if type(problem) in PLAIN_ERRORS:
+            _name_mismatch(problem, {"logits": logits}, {"labels": labels}, "the logits are", "the labels")
+        problem.add_note(f"raised by the loss on {where}: logits {_form(logits)}, labels {_form(labels)}")
+        raise
+    if not isinstance(value, Tensor) or value.ndim:
+        kind = _form(value) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{where}: the loss must be one number in a tensor, the mean over the batch, not {kind}"
+        )
+    return value
+
+
+def takes_classes(loss: Loss, logits: Tensor, labels: Tensor) -> bool:
+    """Whether the loss is cross-entropy of classes; another loss checks its labels itself."""
+    return loss is F.cross_entropy and not (labels.shape == logits.shape and labels.is_floating_point())
 
 
 def part(result: Any, key: str | int) -> Any:
@@ -169,28 +202,66 @@ def with_output(model: nn.Module, output: str | int | Callable[[Any], Tensor]) -
 
 
 @contextmanager
-def _explain_mismatch(
-    ours: Mapping[str, Tensor] | nn.Module,
-    theirs: Inputs,
-    what: str = "the parameters are",
-    other: str = "the inputs",
-) -> Iterator[None]:
-    """Rephrase torch's error so that it names both dtypes or devices, if they differ; models may convert inputs."""
+def _explain(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, where: str) -> Iterator[None]:
+    """Say what the model was called with when it fails: torch's errors as a ValueError, all others with a note."""
     try:
         yield
-    except RuntimeError as problem:
-        if type(problem) not in (RuntimeError, NotImplementedError):  # such as too little memory
+    except Exception as problem:
+        if type(problem) not in PLAIN_ERRORS:  # such as too little memory
+            problem.add_note(f"raised by {type(model).__name__} on {where}")
             raise
-        held = dict(ours.named_parameters()) if isinstance(ours, nn.Module) else ours
-        for kind in ("device", "dtype"):
-            a, b = _kinds(held, kind), _kinds(name_inputs(theirs), kind)
-            if a and b and not b <= a:
-                said = str(problem).partition("\n")[0]
-                raise ValueError(
-                    f"{what} {' and '.join(sorted(a))}, {other} {' and '.join(sorted(b))}: bring both to one {kind} "
-                    f"({said})"
-                ) from problem
-        raise
+        _name_mismatch(problem, tensors, inputs, "the parameters are", "the inputs")
+        held = (
+            ", ".join(f"{name} {_form(tensor)}" for name, tensor in name_inputs(inputs).items())
+            or "no tensor"
+        )
+        raise ValueError(
+            f"{where}: {type(model).__name__} cannot be run on {held} ({cause(problem, model)})"
+        ) from problem
+
+
+PLAIN_ERRORS = (RuntimeError, NotImplementedError, IndexError, TypeError, ValueError)
+"""What torch raises for inputs that do not fit a model."""
+
+
+def _name_mismatch(
+    problem: Exception, ours: Mapping[str, Tensor], theirs: Inputs, what: str, other: str
+) -> None:
+    """Raise ValueError that names both dtypes or devices, if they differ; models may convert inputs."""
+    for kind in ("device", "dtype"):
+        a, b = _kinds(ours, kind), _kinds(name_inputs(theirs), kind)
+        if a and b and not b <= a:
+            said = str(problem).partition("\n")[0]
+            raise ValueError(
+                f"{what} {' and '.join(sorted(a))}, {other} {' and '.join(sorted(b))}: bring both to one {kind} "
+                f"({said})"
+            ) from problem
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def cause(error: BaseException, model: nn.Module) -> str:
+    """One line: the module that raised an error, the line of its source, and the error's message."""
+    names = {id(module): name for name, module in model.named_modules()}
+    where = ""
+    trail = error.__traceback__
+    while trail is not None:
+        module = trail.tb_frame.f_locals.get("self")
+        if (
+            isinstance(module, nn.Module)
+            and id(module) in names
+            and trail.tb_frame.f_code.co_name != "_call_impl"
+        ):
+            code = trail.tb_frame.f_code
+            source = linecache.getline(code.co_filename, trail.tb_lineno).strip()
+            if "torch/nn/modules/module.py" not in code.co_filename:
+                named = f"module {names[id(module)]!r}" if names[id(module)] else "its own forward"
+                where = f" in {named} ({type(module).__name__}) at `{source[:120]}`"
+        trail = trail.tb_next
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}{where}: {message[:200]}"
 
 
 def _kinds(tensors: Mapping[str, Tensor], kind: str) -> set[str]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from regraft.core.arguments import Count, NotNegative, check_arguments, check_fields
 from regraft.core.forward import name_inputs, run
 from regraft.core.guard import preserve_state, same_streams
+from regraft.core.labels import check_labels
 from regraft.core.registry import register
 from regraft.core.tensors import Inputs, Pair, check_finite, copies, live_state
 from regraft.data import Split, normalise
@@ -34,7 +35,6 @@ from regraft.networks.heads import (
     Initialiser,
     adopt,
     check_head,
-    check_labels,
     find_head,
     linear_of,
     zero,

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from regraft.core.arguments import CountOrNone, check_arguments
 from regraft.core.forward import name_inputs, split
+from regraft.core.labels import check_labels
 from regraft.core.registry import register
 from regraft.core.tensors import Batch, check_finite, live_state
 from regraft.finetuning.fast import param_groups, start_momentum_at_zero_
 from regraft.finetuning.recorder import Recorder
-from regraft.networks.heads import check_labels
 from regraft.training.evaluation import accuracy
 from regraft.training.loop import Diverged, check_weights, train_steps_
 

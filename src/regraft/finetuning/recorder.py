@@ -31,8 +31,9 @@ from regraft.core.arguments import check_arguments
 from regraft.core.clock import EVALUATION, Clock, Cost, synchronise, total_charge
 from regraft.core.forward import call, split
 from regraft.core.guard import evaluating, same_streams
+from regraft.core.labels import rows_that_count
 from regraft.core.tensors import Batch, Tensors, live_state, norm
-from regraft.networks.heads import check_head, check_labels, find_head, linear_of
+from regraft.networks.heads import check_head, find_head, linear_of
 from regraft.training.evaluation import check_batches
 
 # ---------------------------------------------------------------------------------------------------
@@ -206,8 +207,8 @@ def _scores(model: nn.Module, states: Sequence[Tensors], batches: Iterable[Batch
         for number, (inputs, labels) in enumerate(check_batches(batches)):
             count += len(labels)
             for k, tensors in enumerate(states):
-                logits = call(model, tensors, inputs)
-                check_labels(labels, logits.shape[-1], f"batch {number}")
+                logits = call(model, tensors, inputs, where := f"batch {number}")
+                logits, labels = rows_that_count(logits, labels, where)
                 totals[k] = totals[k] + _sums(logits, labels)
     if count == 0:
         raise ValueError("there is no batch to evaluate on")

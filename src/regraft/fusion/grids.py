@@ -26,10 +26,10 @@ from regraft.core.arguments import Count, check_arguments
 from regraft.core.files import clean, read_sealed, write_sealed
 from regraft.core.forward import call, examples, map_inputs, name_inputs, portion, run
 from regraft.core.guard import same_settings, same_streams
+from regraft.core.labels import check_labels
 from regraft.core.tensors import Inputs, Tensors, check_finite, complete, digest_tensors, weighted_sum
 from regraft.fusion.repair import Finish, hooks, reads_batches
 from regraft.fusion.sums import check, fuse_many
-from regraft.networks.heads import check_labels
 
 MEMORY = 1 << 30  # bytes
 CHUNK = 32  # points at most between two savings of what is finished

@@ -256,7 +256,10 @@ def check_tensors(
     model: nn.Module, path: Trajectory, target_start: Tensors, target_end: Tensors | None = None
 ) -> None:
     """Raises ValueError, naming tensor and step, where tensors do not fit together or are not finite."""
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ValueError(f"the model {type(model).__name__} has no parameters: there is nothing to transfer")
+    for name, parameter in parameters.items():
         if name not in target_start:
             raise ValueError(f"the target's start has no tensor {name!r}, which the model has")
         if target_start[name].shape != parameter.shape:

@@ -187,14 +187,3 @@ def _say_classes(model: nn.Module, num_classes: int) -> None:
     for holder in (own, getattr(own, "config", None)):
         if isinstance(getattr(holder, "num_labels", None), int):
             holder.num_labels = num_classes
-
-
-def check_labels(labels: Tensor, num_classes: int, where: str = "the data") -> None:
-    """Raise ValueError, saying where, unless labels are integers from 0 to num_classes - 1."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"the labels of {where} must be integers, not {labels.dtype}")
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(
-            f"the labels of {where} run from {int(labels.min())} to {int(labels.max())}, "
-            f"but the classifier has classes 0 to {num_classes - 1}"
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import linecache
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -138,6 +137,10 @@ def check_placed(model: nn.Module, call: Call) -> None:
             )
         if is_lazy(tensor):
             raise ValueError(f"tensor {tensor_name!r} of {name} has no shape yet: call the model once first")
+        if tensor.ndim > 1 and tensor.numel() == 0:
+            raise ValueError(
+                f"tensor {tensor_name!r} of {name} holds nothing: its shape is {list(tensor.shape)}"
+            )
     devices = {t.device: f"tensor {n!r}" for n, t in reversed(named.items())}
     devices |= {t.device: "an input" for t in inputs if t.device not in devices}
     if len(devices) > 1:
@@ -182,28 +185,3 @@ def _tensors(result: Any) -> list[Tensor]:
     return list(
         {id(t): t for part in parts if "Cache" not in type(part).__name__ for t in _tensors(part)}.values()
     )
-
-
-# ---- errors
-
-
-def cause(error: BaseException, model: nn.Module) -> str:
-    """One line: the module that raised an error, the line of its source, and the error's message."""
-    names = {id(module): name for name, module in model.named_modules()}
-    where = ""
-    trail = error.__traceback__
-    while trail is not None:
-        module = trail.tb_frame.f_locals.get("self")
-        if (
-            isinstance(module, nn.Module)
-            and id(module) in names
-            and trail.tb_frame.f_code.co_name != "_call_impl"
-        ):
-            code = trail.tb_frame.f_code
-            source = linecache.getline(code.co_filename, trail.tb_lineno).strip()
-            if "torch/nn/modules/module.py" not in code.co_filename:
-                named = f"module {names[id(module)]!r}" if names[id(module)] else "its own forward"
-                where = f" in {named} ({type(module).__name__}) at `{source[:120]}`"
-        trail = trail.tb_next
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}{where}: {message[:200]}"

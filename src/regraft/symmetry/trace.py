@@ -26,10 +26,11 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from regraft.core.arguments import check_arguments
+from regraft.core.forward import cause
 from regraft.core.tensors import live_state
 from regraft.symmetry import lines, products  # noqa: F401 (register their rules)
 from regraft.symmetry.axes import Segment
-from regraft.symmetry.calls import Call, Caller, Forward, Output, cause, check_placed, ready
+from regraft.symmetry.calls import Call, Caller, Forward, Output, check_placed, ready
 from regraft.symmetry.copies import all_tensors, memory_key, overlapping, shadow
 from regraft.symmetry.groups import specify
 from regraft.symmetry.labels import Choice, Flow, Leaf, Value

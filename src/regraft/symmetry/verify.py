@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.core.arguments import Count, check_arguments
+from regraft.core.forward import cause
 from regraft.core.tensors import Perm, check_finite, live_state, use_generator
 from regraft.symmetry.axes import Segment, groups_of
-from regraft.symmetry.calls import Call, Forward, Output, cause, check_placed, ready
+from regraft.symmetry.calls import Call, Forward, Output, check_placed, ready
 from regraft.symmetry.copies import double
 from regraft.symmetry.spec import PermutationSpec, apply, like_state
 from regraft_kernels import permute

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from regraft.core.arguments import check_arguments
 from regraft.core.forward import call, loss_of, name_inputs, split
 from regraft.core.guard import evaluating
+from regraft.core.labels import rows_that_count
 from regraft.core.tensors import Batch, Inputs, Loss, check_finite, copies
-from regraft.networks.heads import check_labels
 
 
 class NotFinite(FloatingPointError, ValueError):
@@ -31,11 +31,14 @@ class NotFinite(FloatingPointError, ValueError):
 
 def check_batches(batches: Iterable[Batch]) -> Iterator[tuple[Inputs, Tensor]]:
     """(inputs, labels) of each batch. Raises ValueError, with the batch's number (from 0), for inputs that are not
-    finite, for images and labels that differ in number, and as `regraft.core.forward.split`."""
+    finite, for images and labels that differ in number or are none, and as `regraft.core.forward.split`."""
     for number, batch in enumerate(batches):
         inputs, labels = split(batch, number)
-        if isinstance(inputs, Tensor) and len(inputs) != len(labels):
-            raise ValueError(f"batch {number} has {len(inputs)} images and {len(labels)} labels")
+        images = len(labels)
+        if isinstance(inputs, Tensor):
+            images = len(inputs) if inputs.ndim else 0
+        if images != len(labels) or images == 0:
+            raise ValueError(f"batch {number} has {images} images and {len(labels)} labels")
         check_finite(name_inputs(inputs), f"batch {number}")
         yield inputs, labels
 
@@ -79,37 +82,23 @@ def _evaluate(
 ) -> tuple[float, float]:
     """(mean loss, share of right answers) of the mean of the networks' logits; loss 0 where none is given."""
     values = [copies(model, tensors) for tensors in networks]
-    count = 0
+    count, number = 0, -1
     right: int | Tensor = 0  # on the device
     total: float | Tensor = 0.0
     with torch.inference_mode(), evaluating(model):
         for number, (inputs, labels) in enumerate(check_batches(batches)):
-            each = [call(model, tensors, inputs) for tensors in values]
+            where = f"batch {number}"
+            each = [call(model, tensors, inputs, where) for tensors in values]
             logits = each[0] if len(each) == 1 else torch.stack(each).mean(0)
-            _check_answers(logits, labels, number)
-            count += labels.numel()
-            right = right + ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).sum()
+            rows, wanted = rows_that_count(logits, labels, where)
+            if len(wanted) == 0:
+                continue
+            count += len(wanted)
+            right = right + ((rows.argmax(-1) == wanted) & rows.isfinite().all(-1)).sum()
             if loss is not None:
-                total = total + loss_of(loss, logits, labels).double() * labels.numel()
+                total = total + loss_of(loss, logits, labels, where).double() * len(wanted)
+    if count == 0 and number >= 0:
+        raise ValueError(f"no label of the {number + 1} batches counts: there is nothing to evaluate on")
     if count == 0:
         raise ValueError("there is no batch to evaluate on")
     return float(total) / count, int(right) / count
-
-
-def _check_answers(logits: Tensor, labels: Tensor, number: int) -> None:
-    if labels.device != logits.device:
-        raise ValueError(f"batch {number} has labels on {labels.device} for an output on {logits.device}")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"batch {number} has labels {list(labels.shape)} for an output {list(logits.shape)}: "
-            "accuracy wants one label for each row of logits"
-        )
-    check_labels(labels, logits.shape[-1], f"batch {number}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Gradients and BatchNorm
-
-
-# ---------------------------------------------------------------------------------------------------
-# Loss landscapes

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.core.arguments import check_arguments
-from regraft.core.forward import call, loss_of
+from regraft.core.forward import call, loss_of, takes_classes
 from regraft.core.guard import mode, same_streams
+from regraft.core.labels import rows_that_count
 from regraft.core.tensors import Batch, Inputs, Loss, Tensors, copies, device_of, use_generator
-from regraft.networks.heads import check_labels
 from regraft.training.evaluation import NotFinite, check_batches
 
 
@@ -88,12 +88,19 @@ def batch_gradient(
     Raises ValueError, naming the batch by its number, for labels that the model has no output for.
     """
     inputs, labels = batch
-    logits = call(model, values, inputs)
-    # Labels of the outputs' own shape are probabilities of the classes.
-    if loss is F.cross_entropy and labels.shape != logits.shape:
-        check_labels(labels, logits.shape[1], f"batch {number}")
+    where = f"batch {number}"
+    logits = call(model, values, inputs, where)
+    if takes_classes(loss, logits, labels):
+        logits, labels = rows_that_count(logits, labels, where)
+        if len(labels) == 0:
+            raise ValueError(f"no label of {where} counts: there is nothing to take a gradient of")
+    value = loss_of(loss, logits, labels, where)
+    if not value.requires_grad:
+        raise ValueError(
+            f"{where}: the loss has no gradient, as it depends on no parameter of {type(model).__name__}"
+        )
     return torch.autograd.grad(
-        loss_of(loss, logits, labels),
+        value,
         list(parameters.values()),
         allow_unused=True,
         materialize_grads=True,

@@ -28,6 +28,7 @@ from regraft.core.clock import Clock, Cost
 from regraft.core.files import parse_json
 from regraft.core.forward import answer, loss_of
 from regraft.core.guard import same_settings, same_streams
+from regraft.core.labels import check_labels
 from regraft.core.tensors import (
     Batch,
     Tensors,
@@ -41,7 +42,6 @@ from regraft.core.tensors import (
     use_generator,
 )
 from regraft.data import Batches, Dataset, Split
-from regraft.networks.heads import check_labels
 from regraft.training.evaluation import accuracy
 from regraft.training.state import TrainingState
 

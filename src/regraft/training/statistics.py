@@ -50,7 +50,7 @@ def reset_batchnorm(
             module.momentum = None  # torch's name for a cumulative average
         for inputs, _ in islice(check_batches(batches), limit):
             with same_streams(device):
-                run(model, values, inputs)
+                run(model, values, inputs, f"batch {count}")
             count += 1
     if count == 0:
         raise ValueError("there is no batch to estimate BatchNorm statistics on")
