@@ -261,5 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("regraft: interrupted; finished work is kept, continue with --resume", file=sys.stderr)
         return 130
     except (ValueError, OSError) as problem:
-        print(f"regraft: {problem}", file=sys.stderr)
+        said = str(problem)
+        if isinstance(problem, OSError) and problem.filename is not None and problem.strerror:
+            said = f"{problem.filename}: {problem.strerror}"  # without the number of the error
+        print(f"regraft: {said}", file=sys.stderr)
         return 1 if isinstance(problem, BadFile | OSError) else 2

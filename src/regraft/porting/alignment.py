@@ -94,6 +94,8 @@ def fuse_checkpoints(
     with clock.phase("checks"):
         config = {"weights": [float(w) for w in weights], "align": align}
         job = _open("fuse", paths, paths[0][0], out, settings, config, resume)
+        if (largest := max(abs(weight) for weight in weights)) > torch.finfo(job.dtype).max:
+            raise ValueError(f"weight {largest:g} is beyond {job.dtype}, in which the networks are summed")
     return run_job(job, out, partial(_fuse, job), clock, resume=resume)
 
 

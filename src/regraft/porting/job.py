@@ -156,6 +156,8 @@ class Job:
     def describe(self) -> list[str]:
         """What was read, a sentence each."""
         lines = self.notes
+        if self.model_spec is not None and not self.spec.groups:
+            lines.append("no group of units may be exchanged in this model: nothing is aligned")
         if self.head:
             lines.append(
                 "the fine-tune has other classes than the base: its head is carried over, permuted on its input side "

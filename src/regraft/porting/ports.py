@@ -109,7 +109,9 @@ def _check_settings(method: str, steps: int, settings: PortSettings) -> None:
     if method not in PORT_METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(PORT_METHODS)}")
     if method not in STREAMED and settings.get("data") is None:
-        raise ValueError(f"method {method!r} takes gradients: it needs data")
+        raise ValueError(
+            f"method {method!r} takes gradients: it needs data (--data; --method weights and naive need none)"
+        )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
 
