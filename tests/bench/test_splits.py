@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -112,45 +112,57 @@ CASES = (
     Case(
         fast.STUDY,
         Scenario("fast", FINE_TUNED, FastSettings(Origin(batchnorm_mlp, A, BRIEF), B, 5, batch_size=10)),
-        words("accuracy, area, source_start, source_end, source_area, source_lowest, deployed, source"),
+        words(
+            "accuracy, area, source_start, source_end, source_area, source_lowest, deployed curve, source curve"
+        ),
+        ("head_norm curve",),
     ),
     Case(
         fusion.STUDY,
         Scenario("two tasks", (two_tasks.SUM, *SUMS), PAIR),
-        words("accuracy, accuracy_a, accuracy_b"),
+        words("accuracy, accuracy_a, accuracy_b, accuracy_a curve, accuracy_b curve"),
         ("training_a", "training_b"),
     ),
     Case(
         fusion.STUDY,
+        Scenario("table of training images", (two_tasks.SUM,), replace(PAIR, evaluated_on="training")),
+        words("accuracy, accuracy_a, accuracy_b"),
+        ("accuracy_a curve", "accuracy_b curve"),
+    ),
+    Case(
+        fusion.STUDY,
         Scenario("two networks", (*two_tasks.DIAGONAL, *two_tasks.AVERAGES[1:]), PAIR),
-        words("accuracy, accuracy_a, accuracy_b, own_a, own_b, other_a, other_b"),
+        words(
+            "accuracy, accuracy_a, accuracy_b, own_a, own_b, other_a, other_b, accuracy_a curve, accuracy_b curve"
+        ),
         ("delta_ratio", "delta_ratio_a", "delta_ratio_b"),
         tuned=False,
     ),
     Case(
         fusion.STUDY,
         Scenario("onto targets", ONTO_TARGETS, ONTO),
-        words("accuracy, both_tasks, panel, accuracy at the best alpha, own task")
-        | {"harmonic mean at the best alpha for both"},
+        words("accuracy, both_tasks, panel curve, accuracy at the best alpha curve, own task curve")
+        | {"harmonic mean at the best alpha for both curve"},
         tuned=False,
     ),
     Case(
         transfer.STUDY,
         Scenario("transfer", TRANSFERRED, TRANSFER),
-        words("accuracy, final, source, subsequent"),
+        words("accuracy, final, source, subsequent curve"),
         ("delta_ratio", "source", "objective"),
     ),
     Case(
         transfer.STUDY,
         Scenario("ensembles and lines", TOGETHER, TRANSFER),
         words("accuracy, nll [nats], calibration error, mean of members, worst member, disagreement, barrier")
-        | words("accuracy of the first, accuracy of the second, lowest accuracy, loss"),
+        | words("accuracy of the first, accuracy of the second, lowest accuracy, loss curve")
+        | {"accuracy curve"},
         tuned=False,
     ),
     Case(
         transfer.STUDY,
         Scenario("ports", PORTED, PORT),
-        words("accuracy, accuracy by images") | {"accuracy, 2 a class"},
+        words("accuracy, accuracy by images curve") | {"accuracy, 2 a class"},
         ("delta_ratio",),
     ),
 )
@@ -177,8 +189,10 @@ def measure(tmp_path, monkeypatch):
 
 
 def numbers(measured: Measured) -> dict[str, Any]:
-    named = {**measured.values, **measured.series}
-    return {name: value for name, value in named.items() if not name.endswith((" s]", "[bytes]"))}
+    named = {**measured.values, **{f"{name} curve": series for name, series in measured.series.items()}}
+    return {
+        name: value for name, value in named.items() if not name.endswith((" s]", " s] curve", "[bytes]"))
+    }
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
