@@ -111,6 +111,8 @@ FAMILIES = {
     "sm_80": DeviceFamily("sm_80", MOVE, GATHER, FLAT, _AMPERE_DOT),
     "sm_90": DeviceFamily("sm_90", MOVE, GATHER, FLAT, _HOPPER_DOT),
     "sm_100": DeviceFamily("sm_100", MOVE, GATHER, FLAT, _BLACKWELL_DOT),
+    # Blackwell without the matrix units of sm_100, and with less shared memory: what fits Ampere spills nothing here.
+    "sm_120": DeviceFamily("sm_120", MOVE, GATHER, FlatTile(1024, 4), _AMPERE_DOT),
     "gfx942": DeviceFamily("gfx942", MOVE, GATHER, FLAT, _CDNA3_DOT, {"tf32x3": "ieee"}),
 }
 INTERPRETER = DeviceFamily(
@@ -131,7 +133,17 @@ def device_family(device: torch.device) -> DeviceFamily:
     if torch.version.hip:
         return FAMILIES["gfx942"]
     major, _ = torch.cuda.get_device_capability(device)
-    return FAMILIES["sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]
+    return FAMILIES[
+        "sm_120" if major >= 12 else "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+    ]
+
+
+@cache
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether Triton's products use matrix units: on NVIDIA's GPUs before Ampere they do not, and spill."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def choose_dot(tiles: DeviceFamily, dtype: torch.dtype, precision: str, units: int) -> tuple[DotTile, str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regraft_kernels.backend import INTERPRETING, accumulator, resolve, tl, triton, triton_dtype, use_device
 from regraft_kernels.indices import check_index, check_ranges
-from regraft_kernels.launch import DotTile, choose_dot, device_family
+from regraft_kernels.launch import DotTile, choose_dot, device_family, has_matrix_units
 from regraft_kernels.memory import Scratch
 from regraft_kernels.operators import Route, choose_route, define, is_readable
 from regraft_kernels.terms import (
@@ -229,10 +229,16 @@ def _part(
 
 
 PROGRAMS = 264
-"""So many programs at least, where the sum is long enough, so that they fill a GPU (two for each multiprocessor)."""
+"""So many programs fill a GPU (two for each multiprocessor)."""
 
 SPLIT = 512
 """No split of the sum is shorter than this."""
+
+
+def _count_splits(tiles: int) -> int:
+    """In how many parts the sum is computed: those that take the fewest rounds of PROGRAMS for their length."""
+    counts = range(1, -(-PROGRAMS // max(tiles, 1)) + 1)
+    return min(counts, key=lambda count: -(-tiles * count // PROGRAMS) / count)
 
 
 def _launch(groups: Sequence[_Work], like: Tensor, precision: str) -> list[Tensor]:
@@ -240,7 +246,7 @@ def _launch(groups: Sequence[_Work], like: Tensor, precision: str) -> list[Tenso
     units = max(work.units for work in groups)
     tile, precision = choose_dot(device_family(like.device), like.dtype, precision, units)
     grids = [[(r, c) for r in range(0, w.units, tile.m) for c in range(0, w.units, tile.n)] for w in groups]
-    count = -(-PROGRAMS // max(1, sum(map(len, grids))))
+    count = _count_splits(sum(map(len, grids)))
     programs: list[list[int]] = []
     parts: list[list[int]] = []
     shapes: list[tuple[int, int, int]] = []
@@ -412,12 +418,17 @@ def similarity_update_(
 
 
 def _resolve(backend: str, stack: Tensor) -> str:
-    """float64 is torch's: its own product is as fast as a matrix unit allows."""
-    if stack.dtype != torch.float64:
-        return resolve(backend, stack.device)
+    """float64 is torch's, whose own product is as fast as a matrix unit allows; so is a GPU whose matrix units Triton
+    does not use."""
+    chosen = resolve(backend, stack.device)
+    if stack.dtype == torch.float64:
+        reason = "multiplies float32, bfloat16 and float16, not float64"
+    elif not has_matrix_units(stack.device):
+        reason = "multiplies on GPUs of compute capability 8.0 or later"
+    else:
+        return chosen
     if backend == "triton":
-        raise ValueError("backend 'triton' multiplies float32, bfloat16 and float16, not float64")
-    resolve(backend, stack.device)
+        raise ValueError(f"backend 'triton' {reason}")
     return "torch"
 
 

@@ -29,6 +29,7 @@ WANTED = (
     "sm_90 similarity float32 tf32 128",
     "sm_80 (graft float32 rows aligned|similarity (float32 tf32x3|bfloat16) 128)",
     "sm_100 (combine two float32 aligned|similarity bfloat16 128x128)",
+    "sm_120 (permute int32 columns aligned|similarity float32 tf32x3)",
     "gfx942 (permute int32 rows aligned|graft float32 rows aligned|similarity bfloat16 128)",
 )
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no triton")

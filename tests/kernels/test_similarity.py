@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-from regraft_kernels import Term, similarity, similarity_many, similarity_update_
+from regraft_kernels import Term, launch, similarity, similarity_many, similarity_update_
 from regraft_kernels.similarity import similarity_reference
 from regraft_kernels.terms import Runs, flatten_terms, operands_of
 
@@ -162,6 +162,36 @@ def test_no_two_results_share_memory(backend, n, generator):
 def test_terms_are_compared_by_identity(generator):
     term = Term(*torch.randn(2, 1, 3, 3, generator=generator), 0)
     assert term == term and term != replace(term) and len({term, replace(term)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("tiles", "count"), [(16, 16), (36, 7), (64, 4), (256, 1), (300, 1), (1, 264), (0, 1)]
+)
+def test_the_splits_of_a_sum_fill_their_rounds(tiles, count):
+    """n = 512, 768 and 1024 with tiles of 128: one more split would begin a second round for all."""
+    assert module._count_splits(tiles) == count
+
+
+def test_gpus_without_matrix_units_multiply_by_torch(monkeypatch, generator):
+    terms = [Term(*torch.randn(2, 1, 3, 3, generator=generator), 0)]
+    monkeypatch.setattr(module, "has_matrix_units", lambda device: False)
+    monkeypatch.setattr(module, "resolve", lambda backend, device: "triton")
+    monkeypatch.setattr(module, "_similarity_triton", None)
+    torch.testing.assert_close(similarity(terms), similarity_reference(terms))
+    with pytest.raises(ValueError, match=r"compute capability 8\.0"):
+        similarity(terms, backend="triton")
+
+
+def test_families_follow_the_compute_capability(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for number, (major, family) in enumerate(
+        ((7, "sm_80"), (8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (12, "sm_120"))
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        device = torch.device("cuda", 90 + number)
+        assert launch.device_family(device).name == family
+        assert launch.has_matrix_units(device) == (major >= 8)
 
 
 def test_nan_spoils_only_its_unit(backend, generator):
