@@ -113,6 +113,7 @@ def bench(
     """
     from rich.console import Console
 
+    from regraft.core.text import clean_text
     from regraft_bench import session
     from regraft_bench.run import is_crash
 
@@ -128,7 +129,7 @@ def bench(
         session.conclude(rows, measuring.results, console)
     failures = [row for own in rows.values() for row in own if is_crash(row)]
     for row in failures:
-        console.print(f"{row.scenario}, {row.method}, seed {row.seed}: {row.failure}")
+        console.print(clean_text(f"{row.scenario}, {row.method}, seed {row.seed}: {row.failure}"))
     return 1 if failures or not rows else 0
 
 
@@ -190,6 +191,7 @@ def compare(
         after: the same.
         results: the folder in which commits, "last" and "baseline" are looked for.
     """
+    from regraft.core.text import clean_text
     from regraft_bench.studies import find_rows
     from regraft_bench.tracking.compare import find_changes, machines, print_changes
 
@@ -198,7 +200,8 @@ def compare(
     status = print_changes(changes, allowed.limits(), **allowed.display)
     apart = [" and ".join(sorted(machines(side))) for side in sides]
     if apart[0] != apart[1] and not allowed.json:
-        print(f"other machines, so that costs are not compared where they differ: {apart[0]}; {apart[1]}")
+        said = f"other machines, so that costs are not compared where they differ: {apart[0]}; {apart[1]}"
+        print(clean_text(said))
     return status
 
 

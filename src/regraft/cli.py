@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,17 +181,19 @@ def describe(name: str, shape: Sequence[int] | None = None) -> PermutationSpec:
     Raises ValueError for a model that cannot be found, called, traced or proved.
     """
     from rich.console import Console
+    from rich.text import Text
 
+    from regraft.core.text import clean_text
     from regraft.porting.models import by_name
     from regraft.symmetry import trace, verify
     from regraft.symmetry.spec import parameters_moved
 
-    named = by_name(name, shape)
-    console = Console()
-    with console.status(f"tracing {name}"):
+    named, name = by_name(name, shape), clean_text(name)
+    console = Console(markup=False)
+    with console.status(Text(f"tracing {name}")):
         spec = trace(named.model, named.inputs)
     console.print(spec.table())
-    with console.status(f"proving {name}"):
+    with console.status(Text(f"proving {name}")):
         error = verify(spec, named.model, named.inputs)
     console.print(
         f"{name}: proved, relative error {error:.1e} in float64; "
@@ -204,8 +208,10 @@ def _print_plan(job: Job, as_json: bool) -> int:
         return 0
     from rich.console import Console
 
-    print("\n".join(job.lines()))
-    Console().print(job.spec.table())
+    from regraft.core.text import clean_text
+
+    print("\n".join(map(clean_text, job.lines())))
+    Console(markup=False).print(job.spec.table())
     return 0
 
 
@@ -213,13 +219,15 @@ def _print_result(result: Result, as_json: bool) -> int:
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
         return 0
-    print("\n".join(result.plan.lines()))
+    from regraft.core.text import clean_text
+
+    print("\n".join(map(clean_text, result.plan.lines())))
     for name, value in result.measured.items():
         for part, number in value.items() if isinstance(value, Mapping) else [("", value)]:
             shown = f"{number:.4g}" if isinstance(number, float) else number
             print(f"{name.replace('_', ' ')}{part and ', '}{part}: {shown}")
     files = list(result.out.glob("*.safetensors"))
-    print(f"written: {files[0] if len(files) == 1 else result.out}")
+    print(clean_text(f"written: {files[0] if len(files) == 1 else result.out}"))
     return 0
 
 
@@ -244,7 +252,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     from regraft import __version__
     from regraft.core.files import BadFile
+    from regraft.core.text import clean_text
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     argv = sys.argv[1:] if arguments is None else list(arguments)
     if argv == ["--version"]:
         print(f"regraft {__version__}")
@@ -261,8 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("regraft: interrupted; finished work is kept, continue with --resume", file=sys.stderr)
         return 130
     except (ValueError, OSError) as problem:
-        said = str(problem)
+        said = re.sub(r"^\[Errno \d+\] ", "", str(problem))
         if isinstance(problem, OSError) and problem.filename is not None and problem.strerror:
             said = f"{problem.filename}: {problem.strerror}"  # without the number of the error
-        print(f"regraft: {said}", file=sys.stderr)
+        print(f"regraft: {clean_text(said)}", file=sys.stderr)
         return 1 if isinstance(problem, BadFile | OSError) else 2

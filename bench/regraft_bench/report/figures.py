@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from regraft.core.text import clean_text
 from regraft_bench.report.tables import Rows, current, groups
 
 VEGA_LITE = "6.4"
@@ -152,7 +153,7 @@ def vega_lite_spec(figure: Figure, rows: Rows) -> dict[str, Any] | None:
         for number, (panel, data) in enumerate(panels)
     ]
     columns = 3 if any(isinstance(panel, Heatmap) for panel, _ in panels) else 2
-    return {
+    spec = {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "title": {"text": figure.title, "anchor": "start", "fontSize": 14},
         "concat": drawn,
@@ -160,6 +161,16 @@ def vega_lite_spec(figure: Figure, rows: Rows) -> dict[str, Any] | None:
         "resolve": {"scale": {"color": "independent"}},
         "config": {"view": {"continuousWidth": 330, "continuousHeight": 210}, "legend": {"labelLimit": 220}},
     }
+    return _clean_strings(spec)
+
+
+def _clean_strings(part: Any) -> Any:
+    """The same with every text in one line: control codes abort the engine."""
+    if isinstance(part, str):
+        return clean_text(part)
+    if isinstance(part, dict):
+        return {name: _clean_strings(value) for name, value in part.items()}
+    return list(map(_clean_strings, part)) if isinstance(part, list | tuple) else part
 
 
 def svg(figure: Figure, rows: Rows) -> str | None:

@@ -11,12 +11,12 @@ import gzip
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from regraft.core.text import clean_html as escape
 from regraft_bench.report.figures import COLOURS, VEGA_LITE, vega_lite_spec
 from regraft_bench.report.render import glossary, load_rows
 from regraft_bench.report.tables import Group, Sheet, by_scenario, current, groups

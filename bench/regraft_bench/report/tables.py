@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from regraft.core.text import clean_markdown, clean_text
 from regraft_bench.rows import Row
 from regraft_bench.study import TUNING_SEED
 
@@ -33,11 +34,12 @@ class Sheet:
         """With a heading of this level and the notes as a list."""
         import pandas as pd
 
-        frame = pd.DataFrame(list(self.lines), columns=list(self.heading))
+        heading, *lines = (list(map(clean_markdown, line)) for line in (self.heading, *self.lines))
+        frame = pd.DataFrame(lines, columns=heading)
         align = ["left", *["right"] * (len(self.heading) - 1)]
         body = frame.to_markdown(index=False, colalign=align, disable_numparse=True)
-        notes = "".join(f"- {note}\n" for note in self.notes)
-        return f"{'#' * level} {self.title}\n\n{body}\n" + f"\n{notes}" * bool(notes)
+        notes = "".join(f"- {clean_markdown(note)}\n" for note in self.notes)
+        return f"{'#' * level} {clean_markdown(self.title)}\n\n{body}\n" + f"\n{notes}" * bool(notes)
 
     def latex(self) -> str:
         """A table environment with the title as its caption, for LuaLaTeX or XeLaTeX (titles hold Greek letters)."""
@@ -45,18 +47,20 @@ class Sheet:
 
         header, *lines = (list(map(escape_latex, line)) for line in (self.heading, *self.lines))
         align, title = "l" + "r" * (len(header) - 1), escape_latex(self.title)
-        return pd.DataFrame(lines).to_latex(index=False, header=header, column_format=align, caption=title)
+        frame = pd.DataFrame(lines, columns=header)  # as to_latex's header, {} in names would be filled
+        return frame.to_latex(index=False, column_format=align, caption=title)
 
     def rich(self) -> Any:
         """A rich Table."""
         from rich.table import Table as RichTable
+        from rich.text import Text
 
-        table = RichTable(title=self.title, title_style="bold", title_justify="left")
-        table.caption = "\n".join(self.notes)
-        for number, heading in enumerate(self.heading):
+        table = RichTable(title=Text(clean_text(self.title)), title_style="bold", title_justify="left")
+        table.caption = "\n".join(map(clean_text, self.notes))
+        for number, heading in enumerate(map(clean_text, self.heading)):
             table.add_column(heading, justify="right" if number else "left", overflow="fold")
         for line in self.lines:
-            table.add_row(*line)
+            table.add_row(*map(clean_text, line))
         return table
 
 
@@ -105,9 +109,11 @@ class Table:
 
 
 def escape_latex(text: str) -> str:
-    """Plain text for LaTeX."""
+    """Plain text for LaTeX, in one line."""
     marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(marks.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
+    return "".join(
+        marks.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in clean_text(text)
+    )
 
 
 # ---------------------------------------------------------------- reading rows

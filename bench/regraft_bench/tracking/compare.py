@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from regraft.core.text import clean_text
 from regraft_bench.report.tables import Sheet
 from regraft_bench.rows import Row
 from regraft_bench.study import TUNING_SEED
@@ -437,7 +438,8 @@ def print_changes(
     Console(markup=False).print(sheet.rich() if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
     for change in exceeded:
         excuse = "" if change in beyond else "; the renewed baseline says so, too"
-        print(f"{_name(change)}: {change.quantity} {_describe_excess(change, limits)}{excuse}")
+        said = f"{_name(change)}: {change.quantity} {_describe_excess(change, limits)}{excuse}"
+        print(clean_text(said))
     if beyond:
         print(WHAT_NOW)
     return int(bool(beyond))

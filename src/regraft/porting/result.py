@@ -18,6 +18,7 @@ from regraft import __version__
 from regraft.core.clock import Clock, Cost
 from regraft.core.files import tree_hash, write_text
 from regraft.core.tensors import Perm
+from regraft.core.text import clean_markdown
 from regraft.porting.checkpoint_files import write_shards
 from regraft.porting.job import Job
 from regraft.porting.output_folder import beside
@@ -128,8 +129,11 @@ def _describe(
     job: Job, hashes: Mapping[str, str], measured: Mapping[str, Any], cost: Mapping[str, Cost]
 ) -> list[str]:
     lines = [f"# {job.method}, by regraft {__version__}", "", "| input | file | SHA-256 |", "|---|---|---|"]
-    lines += [f"| {role} | {c.path.name} | `{hashes[role]}` |" for role, c in job.checkpoints.items()]
-    lines += ["", *(f"- {sentence}" for sentence in job.describe())]
+    lines += [
+        f"| {role} | {clean_markdown(c.path.name)} | `{hashes[role]}` |"
+        for role, c in job.checkpoints.items()
+    ]
+    lines += ["", *(f"- {clean_markdown(sentence)}" for sentence in job.describe())]
     if "function_error" in measured:
         lines.append(
             "- a permuted base computes what the base computes: relative difference "

@@ -54,6 +54,7 @@ from torch import Tensor, nn
 from regraft.core.arguments import check_arguments
 from regraft.core.files import parse_json, read_json, write_text
 from regraft.core.tensors import Perm, Tensors
+from regraft.core.text import clean_text
 from regraft.symmetry.axes import (
     Axis,
     Segment,
@@ -385,12 +386,12 @@ class PermutationSpec:
         """A rich table: one row per group."""
         from rich.table import Table
 
-        table = Table(title=self._title, caption=f"stay along an axis: {self._lacking or 'none'}")
+        table = Table(title=self._title, caption=clean_text(f"stay along an axis: {self._lacking or 'none'}"))
         table.add_column("group", overflow="fold")
         table.add_column("units", justify="right")
         table.add_column("tensors (axis)", overflow="fold")
         for group, size in self.groups.items():
-            table.add_row(group, str(size), self._describe(group, "{} ({})"))
+            table.add_row(*map(clean_text, (group, str(size), self._describe(group, "{} ({})"))))
         return table
 
     def __str__(self) -> str:
