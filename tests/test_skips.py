@@ -8,7 +8,9 @@ import pytest
 pytest_plugins = ["pytester"]
 
 
-@pytest.mark.parametrize(("reason", "status"), [("no chromium with its chromedriver here", 0), ("numpy is not installed", 1)])
+@pytest.mark.parametrize(
+    ("reason", "status"), [("no chromium with its chromedriver here", 0), ("numpy is not installed", 1)]
+)
 def test_a_skip_that_is_not_listed_fails(pytester, reason, status):
     shutil.copy(Path(__file__).with_name("conftest.py"), pytester.path)
     pytester.makepyfile(
