@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nets import Net
 from torch import nn
 
 from regraft.symmetry import PermutationSpec, Segment, trace, verify
@@ -134,3 +135,31 @@ def test_a_model_that_cannot_be_proved_says_why():
         verify(spec, model, torch.rand(2, 4))
     with pytest.raises(ValueError, match="lacks tensor 'bias'"):
         verify(PermutationSpec.build({}, {"weight": [4, 4]}), nn.Linear(4, 4), torch.rand(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "value"),
+    [
+        ("inner.weight", slice(None), 1e-10),  # a branch
+        ("scale", slice(None), 1e-9),  # a layer scale
+        ("gate", slice(None), -40.0),
+        ("out.weight", slice(1), 1e11),  # one row of the output
+    ],
+)
+def test_what_is_far_too_small_or_large_hides_no_wrong_axis(name, rows, value):
+    torch.manual_seed(0)
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        h = m.stem(x).tanh()
+        return m.out(h + m.scale * m.inner(h).tanh() * m.gate.sigmoid())
+
+    layers = {"stem": (4, 6), "inner": (6, 6), "out": (6, 3)}
+    net = Net(forward, **layers, scale=nn.Parameter(torch.ones(6)), gate=nn.Parameter(torch.rand(6)))
+    with torch.no_grad():
+        tensor = dict(net.named_parameters())[name]
+        tensor[rows] = value * (0.5 + torch.rand_like(tensor[rows]))
+    x = torch.rand(3, 4)
+    spec = trace(net, x)
+    assert verify(spec, net, x) < 1e-12
+    with pytest.raises(ValueError, match="changes the function"):
+        verify(spec.with_axis("inner.weight", 0, (Segment(None, 0, 6),)), net, x)

@@ -262,11 +262,39 @@ def _exactly() -> Iterator[None]:
 
 # ---- random parameters and statistics
 
+LEAST, MOST = 1e-3, 10.0
+"""Parameters whose root mean square is not between these (the least divided by the root of their fan-in) are rescaled,
+as are rows that are a thousand times smaller or larger than the median row."""
+
 
 def _perturb_(model: nn.Module, generator: torch.Generator) -> None:
     """Random float64 parameters and buffers near the model's own, none of them constant or zero."""
+    learned = {id(parameter) for parameter in model.parameters()}
     for tensor in live_state(model).values():
-        tensor.copy_(_perturb(tensor, generator))
+        perturbed = _perturb(tensor, generator)
+        tensor.copy_(_rescale(perturbed) if id(tensor) in learned else perturbed)
+
+
+def _rescale(x: Tensor) -> Tensor:
+    """A parameter whose every part matters: what is far too small (a layer scale of 1e-9) or too large (a gate at -40,
+    one row of 1e11) would hide wrong axes behind rounding errors. Others stay as they are."""
+    if not x.is_floating_point() or x.numel() == 0:
+        return x
+    if x.ndim > 1:
+        rows = x.flatten(1).square().mean(1).sqrt().view(-1, *(1,) * (x.ndim - 1))
+        x = x * _correction(rows, rows.median() * LEAST, rows.median() / LEAST)
+    else:
+        x = x * _correction(x.abs(), x.abs().median() * LEAST, x.abs().median() / LEAST)
+    size = x.square().mean().sqrt()
+    fan_in = x[0].numel() if x.ndim > 1 else 1
+    return x * _correction(size, LEAST / fan_in**0.5, MOST)
+
+
+def _correction(size: Tensor, least: float | Tensor, most: float | Tensor) -> Tensor:
+    """What brings sizes between two bounds; 1 where they are."""
+    least, most = (torch.as_tensor(x, dtype=size.dtype, device=size.device) for x in (least, most))
+    bounded = size.clamp(least, most)
+    return torch.where(size > 0, bounded / size.clamp(min=1e-300), 1.0)
 
 
 def _perturb(tensor: Tensor, generator: torch.Generator) -> Tensor:
