@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
+from regraft.core.arguments import MANY
 from regraft.core.files import only_writer, write_text
 from regraft.core.guard import make_deterministic
 from regraft.data import MissingData
@@ -33,8 +34,8 @@ def prepare(options: Options) -> None:
     Raises ValueError for options that no run can have, and OSError for a folder of results that cannot be written, or
     in which nothing can be locked.
     """
-    if options.seeds is not None and options.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
+    if options.seeds is not None and not 1 <= options.seeds <= MANY:
+        raise ValueError(f"--seeds must be from 1 to {MANY:,}, not {options.seeds}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}: torch finds no CUDA device here")
     if options.deterministic:

@@ -6,6 +6,7 @@ torchvision's data sets are imported when a set is read, not before.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -167,13 +168,42 @@ def image_folder(
     for half in ("train", held_out):
         if not (source.root / half).is_dir():
             raise source.missing(half, how)
+        _check_links(source.root / half)
     train, test = (
-        source.construct("ImageFolder", half, how, source.root / half) for half in ("train", held_out)
+        source.construct("ImageFolder", half, how, source.root / half, loader=open_image)
+        for half in ("train", held_out)
     )
     if train.classes != test.classes:
         difference = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
         raise ValueError(f"{source.root}: train and {held_out} differ in the classes {difference}")
     return Raw(source.files(train, train.targets), source.files(test, test.targets), tuple(train.classes))
+
+
+def _check_links(folder: Path, above: frozenset[str] = frozenset()) -> None:
+    """Raise ValueError, naming it, for a link that leads back to a folder that it stands in."""
+    real = os.path.realpath(folder)
+    if real in above:
+        raise ValueError(f"{folder} is a loop of links: it leads back to {real}")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                _check_links(folder / entry.name, above | {real})
+
+
+def open_image(path: str | Path) -> Any:
+    """The PIL image of a file, decoded. Raises OSError for what is no file, which could block for ever, and for pixels
+    of more than 8 bits, which would be clipped."""
+    from PIL import Image
+
+    if not os.path.isfile(path):
+        raise OSError("it is no file")
+    with Image.open(path) as image:
+        if image.mode[0] in "IF":
+            raise OSError(
+                f"its pixels have more than 8 bits (mode {image.mode}): convert it to 8 bits a channel"
+            )
+        image.load()
+    return image
 
 
 def cifar100_extract(source: DataSource) -> Raw:
@@ -253,11 +283,7 @@ class _Files:
     paths: Sequence[Path]
 
     def __getitem__(self, number: int) -> tuple[Any, None]:
-        from PIL import Image
-
-        with Image.open(self.paths[number]) as image:
-            image.load()
-        return image, None
+        return open_image(self.paths[number]), None
 
 
 _CARS = (

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from regraft.core.arguments import Count, check_arguments
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.forward import split
 from regraft.core.tensors import Tensors
@@ -42,7 +43,7 @@ class PortSettings(Settings, total=False):
     """
 
     method: str
-    steps: int
+    steps: Count
 
 
 def port(
@@ -77,6 +78,7 @@ def port(
     return run_job(job, out, partial(_make, job), clock, resume=resume)
 
 
+@check_arguments
 def plan(
     base: Path | str,
     tuned: Path | str,
@@ -88,7 +90,7 @@ def plan(
 ) -> Job:
     """Everything that is checked before a port, and what it would do. Raises as `port` does."""
     method, steps = settings.get("method", "fgmt"), settings.get("steps", 30)
-    _check_settings(method, steps, settings)
+    _check_settings(method, settings)
     if out is not None:
         check_output(Path(out))
     paths = list(zip(ROLES, (base, tuned, new_base), strict=True))
@@ -105,15 +107,13 @@ def plan(
     return replace(job, distances=distances, layout=replace(job.layout, infinite=frozenset(check.infinite)))
 
 
-def _check_settings(method: str, steps: int, settings: PortSettings) -> None:
+def _check_settings(method: str, settings: PortSettings) -> None:
     if method not in PORT_METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(PORT_METHODS)}")
     if method not in STREAMED and settings.get("data") is None:
         raise ValueError(
             f"method {method!r} takes gradients: it needs data (--data; --method weights and naive need none)"
         )
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
 
 
 def _drop_uncommon(checkpoints: Mapping[str, CheckpointFile]) -> dict[str, CheckpointFile]:
