@@ -89,6 +89,8 @@ def test_several_networks_are_listed_and_one_is_chosen(kind, verb, tmp_path, run
     for seed, key in enumerate(keys):
         done = run(*words[:-1], tmp_path / f"out-{key}", "--key", key)
         assert done.status == 0, done.text
+        # In the card, and so in what decides whether an interrupted run may be resumed.
+        assert f'"key": "{key}"' in (tmp_path / f"out-{key}" / "README.md").read_text()
         for name, value in written(tmp_path / f"out-{key}").items():
             assert torch.equal(value, networks[key][name]), seed
 

@@ -232,7 +232,7 @@ def open_job(
     model_spec, by_role = checkpoints
     data = None if model_spec is None else model_spec.load_data(settings)
     layout = _layout_like(by_role[like], by_role[dtypes_of], settings.get("max_memory"))
-    named = {"model": settings.get("model"), "data": settings.get("data")}
+    named = {"model": settings.get("model"), "data": settings.get("data"), "key": settings.get("key")}
     config = {**config, **{key: str(value) for key, value in named.items() if isinstance(value, str | Path)}}
     travelling = list_travelling(by_role[like].path, by_role[like].is_folder)
     return Job(method, by_role, like, model_spec, layout, data, config, travelling=travelling)
