@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import os
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 PIXELS = (1, 3, 224, 224)
+LARGEST_INPUT = 2**30
+"""Numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +44,8 @@ def by_name(name: str, shape: Sequence[int] | None = None) -> NamedModel:
 
     Raises ValueError, with the nearest names, for a model that cannot be found or made.
     """
+    if shape is not None and not (shape and min(shape) > 0 and math.prod(shape) <= LARGEST_INPUT):
+        raise ValueError(f"no shape of an input: {tuple(shape)}")
     if name.startswith("hf/"):
         return _from_transformers(name.removeprefix("hf/"), shape)
     if name.startswith("timm/"):
@@ -55,13 +61,16 @@ def from_module(name: str) -> Any:
     Raises ValueError where it cannot be imported, or has no such name.
     """
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    here = os.getcwd()
+    sys.path.insert(0, here)  # as `python -m` does
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise ValueError(f"cannot find {name!r}: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(os.getcwd())
+        os.chdir(here)  # paths of the command mean where it was started, whatever a module does
+        with suppress(ValueError):
+            sys.path.remove(here)
 
 
 def _pixels(shape: Sequence[int]) -> Tensor:
@@ -133,11 +142,13 @@ def _from_transformers(folder: str, shape: Sequence[int] | None) -> NamedModel:
 
 
 def _call_factory(name: str) -> nn.Module:
-    made = from_module(name)
+    made, here = from_module(name), os.getcwd()
     try:
         model = made if isinstance(made, nn.Module) else made()
     except Exception as error:
         raise ValueError(f"cannot make a model of {name!r}: {type(error).__name__}: {error}") from error
+    finally:
+        os.chdir(here)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name!r} gives a {type(model).__name__}, not a torch.nn.Module")
     return model
