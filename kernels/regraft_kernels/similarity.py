@@ -370,7 +370,6 @@ def _run_similarity(groups: Sequence[Sequence[Term]], precision: str, chosen: st
         return [_similarity_torch(terms) for terms in groups]
 
 
-@torch.compiler.disable(reason="similarity_update_ works in place and reads the values of its index vectors")
 @torch.no_grad()
 def similarity_update_(
     S: Tensor,
@@ -392,7 +391,9 @@ def similarity_update_(
     Raises ValueError as `similarity` does, for an S of another shape, dtype or device, and for tensors without values
     or inside torch.func's transformations, where S must be built anew. torch.compile does not compile it.
     """
-    if _choose_route([term], S=S) != "launch":
+    if torch.compiler.is_compiling():  # torch.compiler.disable would import the compiler with this package
+        torch._dynamo.graph_break("similarity_update_ works in place and reads its index vectors")
+    elif _choose_route([term], S=S) != "launch":
         raise ValueError("similarity_update_ has no derivative and reads values: build S anew by similarity")
     check_terms([term])
     check_entries([term])
