@@ -166,6 +166,12 @@ def test_recurrent_cells(kind):
     assert list(proved(Net(forward, cell=kind(4, 6), out=(6, 2)), 3, 4).groups.values()) == [6]
 
 
+def test_units_that_meet_different_fixed_values_do_not_trade_places():
+    """Each unit gets the mean of another input, the same for all samples."""
+    net = Net(lambda m, x: m.out((m.stem(x) + x.mean(0)).relu()), stem=(6, 6), out=(6, 2))
+    assert proved(net, 4, 6).groups == {}
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_a_learned_initial_state_moves_with_the_units(kind):
     """Of an LSTM the cell's as well as the output's."""
