@@ -10,7 +10,7 @@ from torch import Tensor
 from regraft.core.files import BadFile
 from regraft.porting.checkpoint_files import Lazy
 
-FORMS = (("_orig", ""), ("original", "0."))
+VECTOR_NAMES = (("_orig", ""), ("original", "0."))
 """How the weight's name ends, and what stands there before ``_u`` and ``_v``: hooks, and parametrizations."""
 
 
@@ -19,7 +19,7 @@ def with_singular_vectors(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]
     weight_of = {
         name.removesuffix(end) + middle + vector: name
         for name in tensors
-        for end, middle in FORMS
+        for end, middle in VECTOR_NAMES
         for vector in ("_u", "_v")
         if name.endswith(end) and name.removesuffix(end) + middle + vector in tensors
     }

@@ -18,7 +18,7 @@ AVERAGED = "n_averaged"
 PREFIXES = (OUTER_WRAPPER, "model.", "net.")
 """That, and what Lightning modules usually call their network: put before names where the model has them."""
 
-FORMS = (("_g", "original0"), ("_v", "original1"), ("_orig", "original"), ("_u", "0._u"), ("_v", "0._v"))
+OLD_NAMES = (("_g", "original0"), ("_v", "original1"), ("_orig", "original"), ("_u", "0._u"), ("_v", "0._v"))
 """Of weight and spectral norm: the ends of a name X.weight_g as older hooks write it, and of
 X.parametrizations.weight.original0."""
 
@@ -66,7 +66,7 @@ def rename_forms(names: Collection[str], wanted: Collection[str]) -> Mapping[str
     for name in names:
         if name in wanted:
             continue
-        for old, new in FORMS:
+        for old, new in OLD_NAMES:
             older = re.sub(rf"parametrizations\.([^.]+)\.{re.escape(new)}$", rf"\1{old}", name)
             newer = re.sub(rf"([^.]+){old}$", rf"parametrizations.\1.{new}", name)
             if form := next((form for form in (older, newer) if form != name and form in wanted), None):
