@@ -76,9 +76,7 @@ def options(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def place(
-    options: Options, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
-) -> Iterator[RunPaths]:
+def place(options: Options, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) -> Iterator[RunPaths]:
     """With progress on the terminal that pytest itself writes to."""
     screen = pytestconfig.get_terminal_writer()
     console = Console(file=screen._file, force_terminal=screen.hasmarkup)

@@ -33,6 +33,4 @@ for _ in range(5):
 
 record = recorder.finish()
 last = record.deployments[-1]
-print(
-    f"new task: {last.scores.top1:.3f} (area {record.area():.3f}); of the old one is left: {last.source.top1:.3f}"
-)
+print(f"new task: {last.scores.top1:.3f} (area {record.area():.3f}); of the old one is left: {last.source.top1:.3f}")

@@ -29,6 +29,4 @@ moved = regraft.transfer(
 test = data.test.batches(500)
 print(f"source, trained:              {accuracy(model, theta_1_end, test):.3f}")
 print(f"second network, as it starts: {accuracy(model, theta_2_start, test):.3f}")
-print(
-    f"second network, transferred:  {accuracy(model, moved.params, test):.3f} in {moved.cost.cpu:.1f} CPU seconds"
-)
+print(f"second network, transferred:  {accuracy(model, moved.params, test):.3f} in {moved.cost.cpu:.1f} CPU seconds")

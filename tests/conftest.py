@@ -19,9 +19,7 @@ _unlisted = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--listed-skips", action="store_true", help="fail where a skip is not in tests/conftest.py"
-    )
+    parser.addoption("--listed-skips", action="store_true", help="fail where a skip is not in tests/conftest.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

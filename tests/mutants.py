@@ -82,9 +82,7 @@ def find_mutants(root: Path) -> list[tuple[str, int, str, str, bytes]]:
                 )
                 after = f"({ast.unparse(other)})"
                 whole = source[:begin] + after.encode() + source[end:]
-                mutants.append(
-                    (str(file.relative_to(root)), node.lineno, source[begin:end].decode(), after, whole)
-                )
+                mutants.append((str(file.relative_to(root)), node.lineno, source[begin:end].decode(), after, whole))
     return mutants
 
 
@@ -113,17 +111,11 @@ def is_killed(tree: Path, file: str, whole: bytes, seconds: float) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--count", type=int, default=200, help="mutants, of the fixed order that --seed gives"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200, help="mutants, of the fixed order that --seed gives")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="mutants of files whose path contains this")
-    parser.add_argument(
-        "--seconds", type=float, default=900, help="after which tests that do not end have failed"
-    )
+    parser.add_argument("--seconds", type=float, default=900, help="after which tests that do not end have failed")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "mutants.jsonl")
     options = parser.parse_args()
     lines = options.out.read_text().splitlines() if options.out.is_file() else []

@@ -14,9 +14,7 @@ import pytest
 import regraft
 
 ROOT = Path(__file__).parents[1]
-KERNELS, LIBRARY, SUITE = (
-    ROOT / name for name in ("kernels/regraft_kernels", "src/regraft", "bench/regraft_bench")
-)
+KERNELS, LIBRARY, SUITE = (ROOT / name for name in ("kernels/regraft_kernels", "src/regraft", "bench/regraft_bench"))
 HARNESS = ("regraft.cli", "regraft.__main__")
 TOOLS = ("pandas", "pytest", "plotly", "vl_convert", "sklearn", "torchvision.datasets", "tabulate")
 
@@ -68,12 +66,7 @@ def test_type_checkers_see_the_public_names():
     tree = ast.parse((ROOT / "src" / "regraft" / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
-    seen = {
-        alias.asname: f"{node.module}.{alias.name}"
-        for node in imports
-        for alias in node.names
-        if alias.asname
-    }
+    seen = {alias.asname: f"{node.module}.{alias.name}" for node in imports for alias in node.names if alias.asname}
     table = {name: f"regraft.{path.replace(':', '.')}" for name, path in regraft._PUBLIC.items()}
     assert seen | {"activations": "regraft.fusion.repair"} == table
 

@@ -17,9 +17,7 @@ def install(project: Path, folder: Path):
     wheels, site = folder / "wheels", folder / "site"
     build = [*pip, "wheel", str(project), "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels)]
     subprocess.run(build, check=True)
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--target", str(site), *map(str, wheels.iterdir())], check=True
-    )
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), *map(str, wheels.iterdir())], check=True)
 
     def run(*arguments: str) -> str:
         environment = os.environ | {"PYTHONPATH": str(site)}

@@ -155,9 +155,7 @@ def reproduce(
     return session.reproduce_study(study, table, figure, paper=paper, options=measuring)
 
 
-def report(
-    documents: Positional[tuple[Path, ...]] = (), /, *, results: Path = Results, papers: bool = False
-) -> int:
+def report(documents: Positional[tuple[Path, ...]] = (), /, *, results: Path = Results, papers: bool = False) -> int:
     """Make every table, figure and the page anew from the rows in a results folder.
 
     Args:

@@ -51,9 +51,7 @@ class Process:
 
     @classmethod
     def here(cls) -> Process:
-        return cls(
-            torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), environment().command
-        )
+        return cls(torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), environment().command)
 
     def enter(self) -> None:
         torch.set_num_threads(self.threads)
@@ -131,9 +129,7 @@ def on_slurm(jobs: Sequence[Job], cluster: str = "slurm", look_every: float = 10
     sent = executor.map_array(partial(work, asking=asking), [_portable(job) for job in jobs])
     finished = submitit.helpers.as_completed(sent, poll_frequency=look_every)
     results = ((job, job.result) for job in finished)
-    yield from _receive_rows(
-        dict(zip(sent, jobs, strict=True)), results, lambda late: late.cancel(check=False)
-    )
+    yield from _receive_rows(dict(zip(sent, jobs, strict=True)), results, lambda late: late.cancel(check=False))
 
 
 ENGINES: dict[str, Engine] = {"local": local, "ray": on_ray, "slurm": on_slurm}
@@ -166,9 +162,7 @@ def _receive_rows(
     finally:
         for late in waiting:
             cancel(late)
-    with contextlib.suppress(
-        OSError
-    ):  # no worker is left that could want the folder: it goes, unless logs are in it
+    with contextlib.suppress(OSError):  # no worker is left that could want the folder: it goes, unless logs are in it
         jobs[0].parts.rmdir()
 
 
@@ -191,6 +185,4 @@ def _require(package: str, extra: str) -> ModuleType:
     try:
         return import_module(package)
     except ModuleNotFoundError:
-        raise ValueError(
-            f"engine {extra} needs the package {package}: pip install 'regraft[{extra}]'"
-        ) from None
+        raise ValueError(f"engine {extra} needs the package {package}: pip install 'regraft[{extra}]'") from None

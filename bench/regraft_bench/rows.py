@@ -138,9 +138,7 @@ class Row:
     @property
     def identity(self) -> str:
         """What makes two runs the same run."""
-        return row_identity(
-            self.study, self.scenario, self.method, self.seed, self.config, self.environment.kind
-        )
+        return row_identity(self.study, self.scenario, self.method, self.seed, self.config, self.environment.kind)
 
     @property
     def total(self) -> Cost:
@@ -153,9 +151,7 @@ class Row:
         return self.total.cpu if self.environment.kind == "cpu" else self.total.wall
 
 
-def row_identity(
-    study: str, scenario: str, method: str, seed: int, config: Mapping[str, Any], device_kind: str
-) -> str:
+def row_identity(study: str, scenario: str, method: str, seed: int, config: Mapping[str, Any], device_kind: str) -> str:
     """A digest of what a run is asked to do."""
     return digest([study, scenario, method, seed, config, device_kind])
 
@@ -261,9 +257,7 @@ def _parse(line: bytes, where: str) -> Row | None:
         raise ValueError(f"{where}: not a row ({problem})") from None
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
-        raise ValueError(
-            f"{where}: not a row of schema {SCHEMA} but of {schema!r}; a newer regraft may read it"
-        )
+        raise ValueError(f"{where}: not a row of schema {SCHEMA} but of {schema!r}; a newer regraft may read it")
     try:
         return msgspec.convert(record, Row)
     except msgspec.ValidationError as problem:
@@ -321,9 +315,7 @@ def code() -> Code:
     import regraft_bench
     import regraft_kernels
 
-    packages = [
-        Path(str(package.__file__)).resolve().parent for package in (regraft, regraft_kernels, regraft_bench)
-    ]
+    packages = [Path(str(package.__file__)).resolve().parent for package in (regraft, regraft_kernels, regraft_bench)]
     trees = library, kernels, bench = [tree_hash(folder) for folder in packages]
     commit = _git(packages[0], "rev-parse", "HEAD")
     committed = [_git(folder, "rev-parse", "HEAD:./") for folder in packages]
@@ -333,9 +325,7 @@ def code() -> Code:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

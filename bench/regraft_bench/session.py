@@ -67,9 +67,7 @@ def choose(
     for name in methods:
         if name not in known:
             raise ValueError(f"there is no method {name!r} here{nearest(name, sorted(known))}")
-    narrowed = [
-        (one, replace(s, methods=tuple(m for m in s.methods if m.name in methods))) for one, s in chosen
-    ]
+    narrowed = [(one, replace(s, methods=tuple(m for m in s.methods if m.name in methods))) for one, s in chosen]
     return [(one, scenario) for one, scenario in narrowed if scenario.methods]
 
 
@@ -154,9 +152,7 @@ def regenerate(results: Path, documents: Sequence[Path] = (), papers: bool = Fal
     return [*written, results / "index.html"]
 
 
-def reproduce_study(
-    name: str, tables: Sequence[str], figures: Sequence[str], *, paper: bool, options: Options
-) -> int:
+def reproduce_study(name: str, tables: Sequence[str], figures: Sequence[str], *, paper: bool, options: Options) -> int:
     """Run the scenarios of a study's tables and figures, all of them if none is named, and print the tables.
 
     Raises ValueError for a table or figure that there is not. Returns 0, or 1 where data were missing for any.

@@ -44,7 +44,5 @@ def find_rows(side: str, results: Path) -> list[Row]:
         rows = [row for row in rows if row.code.commit is not None and row.code.commit.startswith(side)]
     if not rows:
         where = folder or results
-        raise ValueError(
-            f"no rows for {side!r}: neither a file or folder of rows, nor a commit of rows in {where}"
-        )
+        raise ValueError(f"no rows for {side!r}: neither a file or folder of rows, nor a commit of rows in {where}")
     return rows

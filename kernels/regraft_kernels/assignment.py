@@ -108,9 +108,7 @@ def assign_many(
     workers = min(torch.get_num_threads() if threads is None else threads, max(count, 1))
     results: dict[int, Assignment] = {}
     alike = _alike(similarities)
-    stacks = _to_host(
-        [_stack([similarities[p] for p in some]) for some in alike], [labels[p[0]] for p in alike], 3
-    )
+    stacks = _to_host([_stack([similarities[p] for p in some]) for some in alike], [labels[p[0]] for p in alike], 3)
     for places, stack in zip(alike, stacks, strict=True):
         for place in places:
             _check_duals(starts[place], stack.shape[1], labels[place])
@@ -151,9 +149,7 @@ def _stack(matrices: Sequence[Matrix]) -> Matrix:
     return np.stack(matrices)
 
 
-def _solve_alike(
-    stack: np.ndarray, names: Sequence[str], sign: float, backend: str, workers: int
-) -> list[Assignment]:
+def _solve_alike(stack: np.ndarray, names: Sequence[str], sign: float, backend: str, workers: int) -> list[Assignment]:
     """`_solve` for [B, n, n] without a warm start: whatever can be is done for all at once."""
     n = stack.shape[1]
     low, high = stack.min(axis=(1, 2)), stack.max(axis=(1, 2))
@@ -168,9 +164,7 @@ def _solve_alike(
     if wrong.any():
         raise RuntimeError(f"{names[int(wrong.argmax())]}: backend {backend} returned no permutation")
     objectives = np.take_along_axis(stack, perms[:, :, None], 2).sum(axis=(1, 2), dtype=np.float64).tolist()
-    make = [
-        partial(_Problem.build, matrix, sign, None, name) for matrix, name in zip(stack, names, strict=True)
-    ]
+    make = [partial(_Problem.build, matrix, sign, None, name) for matrix, name in zip(stack, names, strict=True)]
     return [
         Assignment(perm, objective, backend, problem)
         for perm, objective, problem in zip(torch.from_numpy(perms).unbind(), objectives, make, strict=True)
@@ -191,9 +185,7 @@ def _to_host(similarities: Sequence[Matrix], names: Sequence[str], ndim: int = 2
             tensor = similarity.detach().to(torch.promote_types(similarity.dtype, torch.float32))
             if tensor.is_cuda:
                 waiting.add(torch.cuda.current_stream(tensor.device))
-                tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
-                    tensor, non_blocking=True
-                )
+                tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
             arrays.append(tensor.cpu().numpy())
         else:
             array = np.asarray(similarity)

@@ -105,9 +105,7 @@ def _weighted_sum(parts: Sequence[Tensor], coefficients: Sequence[float], out: T
 
 def _one_pass(row: Sequence[float]) -> bool:
     """Whether a x + b y is x + b y, or lies between x and y, which is what torch.lerp computes."""
-    return len(row) == 2 and (
-        row[0] == 1 or (0 <= row[1] <= 1 and (row[0] == 1 - row[1] or row[1] == 1 - row[0]))
-    )
+    return len(row) == 2 and (row[0] == 1 or (0 <= row[1] <= 1 and (row[0] == 1 - row[1] or row[1] == 1 - row[0])))
 
 
 # ---------------------------------------------------------------- Triton
@@ -234,9 +232,7 @@ def combine(
     """
     if not sources:
         raise ValueError("combine needs at least one source")
-    table = (
-        coefficients if isinstance(coefficients, Tensor) else torch.tensor(coefficients, dtype=torch.float64)
-    )
+    table = coefficients if isinstance(coefficients, Tensor) else torch.tensor(coefficients, dtype=torch.float64)
     route = choose_route([*sources, {"coefficients": table}], out)
     _check_sources(sources)
     first = sources[0]
@@ -291,9 +287,7 @@ def _check_sources(sources: Sequence[Tensors]) -> None:
             wanted = first[name]
             if tensor.device != device:
                 raise ValueError(f"{name!r} of source {number} is on {tensor.device}, not on {device}")
-            for kind in (
-                ("shape", "dtype") if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype else ()
-            ):
+            for kind in ("shape", "dtype") if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype else ():
                 ours, theirs = (str(getattr(t, kind)).removeprefix("torch.Size") for t in (tensor, wanted))
                 if ours != theirs:
                     raise ValueError(f"{name!r}: {kind} is {ours} in source {number}, {theirs} in source 0")
@@ -329,10 +323,7 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
         return sums, None, None
     columns = []
     for source in _by_source(sources, coefficients):
-        dots = [
-            g.flatten(1).to(wide) @ t.flatten().to(wide)
-            for g, t in zip(gradients, source.values(), strict=True)
-        ]
+        dots = [g.flatten(1).to(wide) @ t.flatten().to(wide) for g, t in zip(gradients, source.values(), strict=True)]
         columns.append(torch.stack(dots).sum(0))
     return sums, torch.stack(columns, dim=1).to(coefficients.device), None
 

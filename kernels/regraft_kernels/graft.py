@@ -326,9 +326,7 @@ def _operator(
 
 def _fake(base: list[Tensor], start: list[Tensor], end: Any, scales: Tensor, *rest: Any) -> list[Tensor]:
     batched, steps = rest[2], scales.shape[0]
-    return [
-        b.new_empty((*b.shape[: int(batched)], steps, *s.shape)) for b, s in zip(base, start, strict=True)
-    ]
+    return [b.new_empty((*b.shape[: int(batched)], steps, *s.shape)) for b, s in zip(base, start, strict=True)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -397,6 +395,4 @@ def _check_move(needed: Tensors, base: Tensors, packing: Packing, what: str) -> 
         wanted = base[name]
         if tensor.dtype != wanted.dtype or tensor.device != wanted.device:
             kind = "dtype" if tensor.dtype != wanted.dtype else "device"
-            raise ValueError(
-                f"{what}: {kind} of {name!r} is {getattr(tensor, kind)}, in base {getattr(wanted, kind)}"
-            )
+            raise ValueError(f"{what}: {kind} of {name!r} is {getattr(tensor, kind)}, in base {getattr(wanted, kind)}")

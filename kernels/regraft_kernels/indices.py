@@ -252,16 +252,12 @@ def _bounds(places: tuple[tuple[int, int], ...], device: torch.device) -> tuple[
 def _describe_wrong(indices: Mapping[str, Tensor], lengths: Mapping[str, int]) -> str:
     """Which vector is no permutation."""
     for slot, length in lengths.items():
-        if not torch.equal(
-            indices[slot].sort(dim=-1).values.cpu(), torch.arange(length).expand(indices[slot].shape)
-        ):
+        if not torch.equal(indices[slot].sort(dim=-1).values.cpu(), torch.arange(length).expand(indices[slot].shape)):
             return f"indices: slot {slot!r} is not a permutation of 0..{length - 1}"
     raise AssertionError("all vectors are permutations")
 
 
-def build_gather_table(
-    tables: Sequence[tuple[Factors, int]], places: Mapping[str, tuple[int, int]]
-) -> np.ndarray:
+def build_gather_table(tables: Sequence[tuple[Factors, int]], places: Mapping[str, tuple[int, int]]) -> np.ndarray:
     """How `_compose_kernel` makes tables of (factors, tail), one after the other: int32 [1 + 3 F, E].
 
     An entry counts elements: (index of the factors) * tail + place within the tail.

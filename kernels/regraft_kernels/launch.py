@@ -133,9 +133,7 @@ def device_family(device: torch.device) -> DeviceFamily:
     if torch.version.hip:
         return FAMILIES["gfx942"]
     major, _ = torch.cuda.get_device_capability(device)
-    return FAMILIES[
-        "sm_120" if major >= 12 else "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
-    ]
+    return FAMILIES["sm_120" if major >= 12 else "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]
 
 
 @cache

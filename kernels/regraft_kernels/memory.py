@@ -94,9 +94,7 @@ def upload_words(words: np.ndarray, device: torch.device) -> Tensor:
     key = words.tobytes(), device
     if torch.cuda.is_current_stream_capturing():
         if key not in _UPLOADS:
-            raise RuntimeError(
-                "call it once with the same tensors, and `out`, before a CUDA graph captures it"
-            )
+            raise RuntimeError("call it once with the same tensors, and `out`, before a CUDA graph captures it")
         table = _UPLOADS.get(key, lambda: (0, torch.empty(0)))[1]
         _CAPTURED.append(table)
         return table

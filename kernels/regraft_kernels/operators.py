@@ -55,9 +55,7 @@ def _all_direct(groups: Iterable[Tensors]) -> bool:
             if type(tensor).__torch_dispatch__ is not _PLAIN:
                 if hasattr(tensor, "__tensor_flatten__"):
                     kind = type(tensor).__name__
-                    raise ValueError(
-                        f"{name!r} is a {kind}, which has no memory of its own; give plain tensors"
-                    )
+                    raise ValueError(f"{name!r} is a {kind}, which has no memory of its own; give plain tensors")
                 direct = False
             elif (gradients and tensor.requires_grad) or not _has_memory(tensor):
                 direct = False

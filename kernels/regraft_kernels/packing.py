@@ -56,9 +56,7 @@ class Packing:
     _needed: LRUCache[dict[str, int]] = field(default_factory=lambda: LRUCache(64), repr=False, compare=False)
 
     @staticmethod
-    def build(
-        shapes: Mapping[str, Sequence[int]], axes: Mapping[str, Sequence[str | None]] | None = None
-    ) -> Packing:
+    def build(shapes: Mapping[str, Sequence[int]], axes: Mapping[str, Sequence[str | None]] | None = None) -> Packing:
         """Lay out tensors of these shapes. A name that is absent from `axes` is copied through.
 
         Raises ValueError, naming the tensor, where `axes` has a name that `shapes` lacks, not one entry per
@@ -70,8 +68,7 @@ class Packing:
             raise ValueError(f"axes name tensors without a shape: {', '.join(unknown)}")
         fixed_shapes = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
         fixed_axes = {
-            name: tuple(axes[name]) if name in axes else (None,) * len(shape)
-            for name, shape in fixed_shapes.items()
+            name: tuple(axes[name]) if name in axes else (None,) * len(shape) for name, shape in fixed_shapes.items()
         }
         slots = _slot_lengths(fixed_shapes, fixed_axes)
         segments, offset = {}, 0
@@ -92,10 +89,7 @@ class Packing:
         device, shapes = first.device, self.shapes
         # The number of dimensions first: under a tracer, comparing lengths says something about a batch's.
         if all(
-            (shape := shapes.get(name)) is not None
-            and t.ndim == len(shape)
-            and t.shape == shape
-            and t.device == device
+            (shape := shapes.get(name)) is not None and t.ndim == len(shape) and t.shape == shape and t.device == device
             for name, t in tensors.items()
         ):
             return ()
@@ -164,9 +158,7 @@ class Packing:
         return {slot: self.slots[slot] for slot in slots}
 
 
-def _slot_lengths(
-    shapes: dict[str, tuple[int, ...]], axes: dict[str, tuple[str | None, ...]]
-) -> dict[str, int]:
+def _slot_lengths(shapes: dict[str, tuple[int, ...]], axes: dict[str, tuple[str | None, ...]]) -> dict[str, int]:
     slots: dict[str, int] = {}
     for name, shape in shapes.items():
         if len(axes[name]) != len(shape):
@@ -372,9 +364,7 @@ def check_addable(tensors: Tensors, what: str) -> None:
     for name, tensor in tensors.items():
         dtype = tensor.dtype
         if dtype not in ADDABLE and (dtype.is_complex or dtype.is_floating_point):
-            raise ValueError(
-                f"{what}: {name!r} is {dtype}; only {', '.join(map(str, ADDABLE))} are added and scaled"
-            )
+            raise ValueError(f"{what}: {name!r} is {dtype}; only {', '.join(map(str, ADDABLE))} are added and scaled")
 
 
 def allocate(
@@ -432,9 +422,7 @@ def _check_overlap(results: Tensors, given: Sequence[Tensors]) -> None:
 def _memory_spans(tensors: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """First byte and end of the memory that each tensor touches."""
     starts = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
-    return starts, starts + np.array(
-        [t.nbytes if t.is_contiguous() else _reach(t) for t in tensors], dtype=np.int64
-    )
+    return starts, starts + np.array([t.nbytes if t.is_contiguous() else _reach(t) for t in tensors], dtype=np.int64)
 
 
 def _reach(tensor: Tensor) -> int:

@@ -71,9 +71,7 @@ def _permute_torch(tensors: Tensors, out: Tensors, indices: Indices, packing: Pa
             _gather(source, target, rows, columns, scratch)
 
 
-def _gather(
-    source: Tensor, out: Tensor, rows: Tensor | None, columns: Tensor | None, scratch: Scratch
-) -> None:
+def _gather(source: Tensor, out: Tensor, rows: Tensor | None, columns: Tensor | None, scratch: Scratch) -> None:
     """Fill `out` with the gathered rows and columns of `source`, both [rows, columns, tail]."""
     if rows is not None and columns is not None:
         for block in row_blocks(source):

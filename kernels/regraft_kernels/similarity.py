@@ -83,8 +83,7 @@ def _accumulate_(total: Tensor, term: Term, *operands: Operand) -> None:
     scratches = [Scratch() for _ in operands]
     for block in split_to_parts(operands, order, dim, total.dtype):
         left, right, *minus = (
-            operand.gather(order, total.dtype, scratch)
-            for operand, scratch in zip(block, scratches, strict=True)
+            operand.gather(order, total.dtype, scratch) for operand, scratch in zip(block, scratches, strict=True)
         )
         if minus:
             right = right - minus[0]
@@ -180,9 +179,7 @@ class _Work:
     def add(self, term: Term, target: Operand, source: Operand) -> None:
         """One part for each occurrence of the units on the axis."""
         dim = term.axis + 1
-        if not math.prod(
-            n if g is None else len(g) for n, g in zip(source.stack.shape, source.gathers, strict=True)
-        ):
+        if not math.prod(n if g is None else len(g) for n, g in zip(source.stack.shape, source.gathers, strict=True)):
             return
         runs = Runs.of(target, source, dim)
         positions = term.positions
@@ -214,9 +211,7 @@ class _Work:
         return splits
 
 
-def _part(
-    occurrence: tuple[Runs, Runs, int, int], first: int, steps: int, k: int, rows_before: int
-) -> list[int]:
+def _part(occurrence: tuple[Runs, Runs, int, int], first: int, steps: int, k: int, rows_before: int) -> list[int]:
     """A row of `parts`: so many steps from the first on."""
     target, source, target_rows, source_rows = occurrence
     each = -(-target.length // k)

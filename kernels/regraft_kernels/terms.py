@@ -125,9 +125,7 @@ class Runs:
     @staticmethod
     def of(target: Operand, source: Operand, dim: int) -> tuple[Runs, Runs]:
         """Both stacks in the same runs."""
-        order = sorted(
-            (d for d in range(target.stack.ndim) if d != dim), key=lambda d: -target.stack.stride()[d]
-        )
+        order = sorted((d for d in range(target.stack.ndim) if d != dim), key=lambda d: -target.stack.stride()[d])
         left, right = (Runs.in_place(operand, dim, order) for operand in (target, source))
         if left is None:
             return Runs.copy_of(target, dim, order, 1), Runs.copy_of(source, dim, order, 1)
@@ -204,8 +202,7 @@ def _check_term(term: Term, where: str) -> None:
     for kind in ("shape", "dtype", "device"):
         if getattr(target, kind) != getattr(source, kind):
             raise ValueError(
-                f"{where}: {kind} is {getattr(target, kind)} for the target, "
-                f"{getattr(source, kind)} for the source"
+                f"{where}: {kind} is {getattr(target, kind)} for the target, {getattr(source, kind)} for the source"
             )
     if not target.is_floating_point():
         raise ValueError(f"{where}: tensors must be real and floating, not {target.dtype}")
@@ -239,9 +236,7 @@ class UnitSplit:
     units: int
 
 
-def bring_units_together(
-    operands: tuple[Operand, ...], dim: int, term: Term
-) -> tuple[tuple[Operand, ...], UnitSplit]:
+def bring_units_together(operands: tuple[Operand, ...], dim: int, term: Term) -> tuple[tuple[Operand, ...], UnitSplit]:
     """Narrow to the positions of the units where they are one run, otherwise gather them."""
     positions = term.positions
     if positions is None:
@@ -291,9 +286,7 @@ def split_to_parts(
         yield from _split_dim(block, along, lengths[along], more)
 
 
-def _split_dim(
-    operands: tuple[Operand, ...], dim: int, length: int, pieces: int
-) -> Iterator[tuple[Operand, ...]]:
+def _split_dim(operands: tuple[Operand, ...], dim: int, length: int, pieces: int) -> Iterator[tuple[Operand, ...]]:
     """At most so many parts of nearly the same length along a dimension."""
     each = max(1, -(-length // max(pieces, 1)))
     for start in range(0, length, each):
@@ -329,8 +322,6 @@ def unflatten_terms(
     left, terms = iter(gathers), []
     for target, source, axis, place in zip(targets, sources, axes, positions, strict=True):
         own = tuple(next(left) for _ in range(target.ndim - 1))
-        terms.append(
-            Term(target, source, axis, place, own if any(index is not None for index in own) else ())
-        )
+        terms.append(Term(target, source, axis, place, own if any(index is not None for index in own) else ()))
     following = iter(terms)
     return [[next(following) for _ in range(count)] for count in counts]

@@ -168,9 +168,7 @@ def run_fuse(
     from regraft import porting
 
     settings = checkpoint.settings()
-    result = porting.fuse_checkpoints(
-        networks, weights, out, align=align, resume=checkpoint.resume, **settings
-    )
+    result = porting.fuse_checkpoints(networks, weights, out, align=align, resume=checkpoint.resume, **settings)
     return _print_result(result, checkpoint.json)
 
 

@@ -44,9 +44,7 @@ def test_a_side_that_cannot_run_says_why(tmp_path):
     side = copy_packages(tmp_path / "a")
     (side / PACKAGE_FOLDERS[0] / "cli.py").write_text("raise ImportError('no such thing')\n")
     with pytest.raises(ChildProcessError, match="'before' could not be measured: ImportError: no such thing"):
-        measure_by_turns(
-            side, side, ["--scenario", "digits-mlp", "--method", "naive"], tmp_path / "rows", Limits(0.1)
-        )
+        measure_by_turns(side, side, ["--scenario", "digits-mlp", "--method", "naive"], tmp_path / "rows", Limits(0.1))
 
 
 def test_turns_go_on_while_something_looks_slower_without_evidence():
@@ -102,9 +100,7 @@ def checkout(tmp_path):
         for name, content in files.items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(
-                content.encode() if isinstance(content, str) else b"\n".join(map(encode, content)) + b"\n"
-            )
+            path.write_bytes(content.encode() if isinstance(content, str) else b"\n".join(map(encode, content)) + b"\n")
         git(["git", "add", "-A"])
         git(["git", "commit", "-q", "-m", "more"])
         return git(["git", "rev-parse", "HEAD"]).stdout.strip()

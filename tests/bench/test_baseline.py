@@ -30,6 +30,4 @@ def test_the_configurations_of_the_baseline_are_todays(name):
     assert not stale, f"of another configuration, or measured no more: {RENEW}"
     missing = sorted(key for key in today.keys() - kept.keys() if key[0] not in NOT_MEASURED)
     assert not missing, f"not measured yet: {RENEW}"
-    assert not {key[0] for key in kept}.intersection(NOT_MEASURED), (
-        "measured now: take it out of NOT_MEASURED"
-    )
+    assert not {key[0] for key in kept}.intersection(NOT_MEASURED), "measured now: take it out of NOT_MEASURED"

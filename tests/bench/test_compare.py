@@ -79,9 +79,7 @@ def elsewhere(rows: list[Row], **changes: object) -> list[Row]:
 
 
 def alarms(before: list[Row], after: list[Row]) -> list[tuple[str, str]]:
-    return [
-        (c.method, c.quantity) for c in find_changes(before, after) if Limits(0.1, 0.005).is_exceeded_by(c)
-    ]
+    return [(c.method, c.quantity) for c in find_changes(before, after) if Limits(0.1, 0.005).is_exceeded_by(c)]
 
 
 @pytest.mark.parametrize("trial", range(10))
@@ -125,9 +123,7 @@ def test_what_improved_is_better_and_no_alarm():
 def test_one_seed_and_one_round_prove_nothing_and_say_so():
     draw = random.Random(0)
     few = {"seeds": 1, "turns": 1}
-    found = find_changes(
-        measured(draw, **few), elsewhere(measured(draw, slower=2, lost=0.1, **few), versions={})
-    )
+    found = find_changes(measured(draw, **few), elsewhere(measured(draw, slower=2, lost=0.1, **few), versions={}))
     assert {c.verdict for c in found} == {NO_EVIDENCE}
     assert all(c.low is None for c in found)
     assert "one measurement a side, which proves nothing" in " ".join(changes_sheet(found).notes)
@@ -162,8 +158,7 @@ def test_a_control_is_the_one_that_was_measured_next_to_it():
 def alter(rows: list[Row], **values: float | None) -> list[Row]:
     """Rows of which seed 1 of fgmt has other values."""
     return [
-        replace(row, values={**row.values, **values}) if (row.method, row.seed) == ("fgmt", 1) else row
-        for row in rows
+        replace(row, values={**row.values, **values}) if (row.method, row.seed) == ("fgmt", 1) else row for row in rows
     ]
 
 
@@ -238,9 +233,7 @@ def test_unknown_machines_are_not_compared_unless_both_sides_ran_on_one():
         elsewhere(rows, machine="unknown aarch64, 4 cores")
         for rows in (measured(draw), measured(draw, slower=2, lost=0.02, seeds=1))
     )
-    kinds = {
-        (c.method, c.quantity) for c in find_changes(before, after) if c.verdict not in (NO_EVIDENCE, EQUAL)
-    }
+    kinds = {(c.method, c.quantity) for c in find_changes(before, after) if c.verdict not in (NO_EVIDENCE, EQUAL)}
     assert kinds == {(method, "runs") for method in METHODS}
     both = find_changes(before, after, one_machine=True)
     assert {c.quantity for c in both if c.method == "fgmt" and c.verdict in (WORSE, CHANGED)} == {
@@ -251,9 +244,7 @@ def test_unknown_machines_are_not_compared_unless_both_sides_ran_on_one():
 
 def test_a_run_that_began_to_fail_is_worse():
     draw = random.Random(0)
-    failed = [
-        replace(r, failure="diverged: x", values={}) if r.method == "fgmt" else r for r in measured(draw)
-    ]
+    failed = [replace(r, failure="diverged: x", values={}) if r.method == "fgmt" else r for r in measured(draw)]
     found = {(c.method, c.quantity): c for c in find_changes(measured(draw), failed)}
     assert found["fgmt", "error"].verdict == WORSE
 

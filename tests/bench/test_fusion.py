@@ -312,13 +312,9 @@ def sheets(name: str, rows: list[Row]):
 
 
 def test_other_recipes_are_held_against_whole_tables():
-    near, far = (
-        replace(shifted(n, by), scenario="gradients-small-adam-1e-3") for n, by in (("A2", 2.0), ("A3", 12.0))
-    )
+    near, far = (replace(shifted(n, by), scenario="gradients-small-adam-1e-3") for n, by in (("A2", 2.0), ("A3", 12.0)))
     both = replace(near, series={**near.series, **far.series})
-    (sheet,) = sheets(
-        "whole-tables", [row("recipe-small-adam-1e-3", "diagonal", {"delta_ratio": 0.152}), both]
-    )
+    (sheet,) = sheets("whole-tables", [row("recipe-small-adam-1e-3", "diagonal", {"delta_ratio": 0.152}), both])
     assert sheet.lines == (("small-adam-1e-3", "0.152", "7.0", "50%", "1.00", "–", "–", "–"),)
     assert sheets("whole-tables", [row("recipe-small-adam-1e-3", "diagonal")]) == []
 

@@ -174,9 +174,7 @@ def test_the_names_of_torchvisions_models_are_all_of_them():
 
 def test_the_proof_loads_a_model_that_wants_its_versions():
     model, inputs = zoo.make_model("torchvision/mnasnet0_5")
-    error, control = loaded_error(
-        trace(model, inputs), lambda: zoo.make_model("torchvision/mnasnet0_5")[0], inputs
-    )
+    error, control = loaded_error(trace(model, inputs), lambda: zoo.make_model("torchvision/mnasnet0_5")[0], inputs)
     assert error < 1e-9 < control
 
 

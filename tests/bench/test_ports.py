@@ -132,9 +132,7 @@ def test_the_mask_keeps_a_part_and_the_head_whole(place):
 
 def test_few_images_are_nested_and_no_others_are_seen(place):
     own = setting(place)
-    one, four = (
-        {tuple(x.flatten().tolist()) for x in ports.few_shot_data(own, n).split.images} for n in (1, 4)
-    )
+    one, four = ({tuple(x.flatten().tolist()) for x in ports.few_shot_data(own, n).split.images} for n in (1, 4))
     assert len(one) == 5 and len(four) == 20 and one <= four
     stream = ports.few_shot_data(own, 4).stream()
     passes = [next(stream)[1] for _ in range(3)]

@@ -22,9 +22,7 @@ def in_training_mode(model, **how):
         model.train(was)
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), [("transfer", "plain"), ("fusion", "ensemble"), ("fast", "plain")]
-)
+@pytest.mark.parametrize(("name", "method"), [("transfer", "plain"), ("fusion", "ensemble"), ("fast", "plain")])
 def test_an_accuracy_in_training_mode_is_found(name, method, place, tmp_path, monkeypatch):
     one = study(name)
     scenario = one.select(one.quick)[-1]

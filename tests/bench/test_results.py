@@ -13,9 +13,7 @@ from regraft_bench.studies import STUDIES, study
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
-DOCUMENTS = sorted(
-    [ROOT / "README.md", *RESULTS.glob("*.md"), *RESULTS.glob("*/README.md"), *ROOT.glob("docs/*.md")]
-)
+DOCUMENTS = sorted([ROOT / "README.md", *RESULTS.glob("*.md"), *RESULTS.glob("*/README.md"), *ROOT.glob("docs/*.md")])
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +30,7 @@ def test_the_committed_pages_are_what_the_rows_give(name, tmp_path):
         shutil.copy(rows, tmp_path / name)
     made = {path.relative_to(tmp_path): path for path in write_pages(tmp_path, [one])}
     committed = {
-        p.relative_to(RESULTS)
-        for p in (RESULTS / name).glob("*")
-        if p.suffix == ".svg" or p.name == "tables.md"
+        p.relative_to(RESULTS) for p in (RESULTS / name).glob("*") if p.suffix == ".svg" or p.name == "tables.md"
     }
     assert set(made) == committed
     for relative, path in made.items():

@@ -232,9 +232,7 @@ def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path, monkeypat
 
 def git(folder: Path, *arguments: str) -> str:
     settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(
-        ["git", *settings, *arguments], cwd=folder, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run(["git", *settings, *arguments], cwd=folder, check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
 
@@ -261,9 +259,7 @@ def test_the_code_is_that_of_the_package_not_of_the_working_directory(tmp_path):
     git(tmp_path, "add", "x")
     git(tmp_path, "commit", "-q", "-m", "elsewhere")
     words = "from regraft_bench.rows import code; print(code().commit)"
-    done = subprocess.run(
-        [sys.executable, "-c", words], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", words], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(code().commit) != git(tmp_path, "rev-parse", "HEAD")
 
 

@@ -161,8 +161,6 @@ def test_a_workers_row_is_added_once(toy, place, tmp_path, monkeypatch, taken):
     left.write_bytes(text)
     if taken:
         append = run_module.read_rows
-        monkeypatch.setattr(
-            run_module, "read_rows", lambda file: (left.unlink(missing_ok=True), append(file))[1]
-        )
+        monkeypatch.setattr(run_module, "read_rows", lambda file: (left.unlink(missing_ok=True), append(file))[1])
     assert measured(toy, place, path, seeds=[0], keep_older=True) == first
     assert path.read_bytes() == text and not left.exists()

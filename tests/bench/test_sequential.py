@@ -125,8 +125,7 @@ def test_consolidation_is_the_gradient_of_the_quadratic_term():
         parameter.grad = torch.zeros_like(parameter)
     Consolidation(start, importance, 3.0)(model)
     term = sum(
-        1.5 * (importance[name] * (parameter - start[name]) ** 2).sum()
-        for name, parameter in model.named_parameters()
+        1.5 * (importance[name] * (parameter - start[name]) ** 2).sum() for name, parameter in model.named_parameters()
     )
     expected = torch.autograd.grad(term, list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):

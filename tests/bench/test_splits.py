@@ -112,9 +112,7 @@ CASES = (
     Case(
         fast.STUDY,
         Scenario("fast", FINE_TUNED, FastSettings(Origin(batchnorm_mlp, A, BRIEF), B, 5, batch_size=10)),
-        words(
-            "accuracy, area, source_start, source_end, source_area, source_lowest, deployed curve, source curve"
-        ),
+        words("accuracy, area, source_start, source_end, source_area, source_lowest, deployed curve, source curve"),
         ("head_norm curve",),
     ),
     Case(
@@ -132,9 +130,7 @@ CASES = (
     Case(
         fusion.STUDY,
         Scenario("two networks", (*two_tasks.DIAGONAL, *two_tasks.AVERAGES[1:]), PAIR),
-        words(
-            "accuracy, accuracy_a, accuracy_b, own_a, own_b, other_a, other_b, accuracy_a curve, accuracy_b curve"
-        ),
+        words("accuracy, accuracy_a, accuracy_b, own_a, own_b, other_a, other_b, accuracy_a curve, accuracy_b curve"),
         ("delta_ratio", "delta_ratio_a", "delta_ratio_b"),
         tuned=False,
     ),
@@ -190,9 +186,7 @@ def measure(tmp_path, monkeypatch):
 
 def numbers(measured: Measured) -> dict[str, Any]:
     named = {**measured.values, **{f"{name} curve": series for name, series in measured.series.items()}}
-    return {
-        name: value for name, value in named.items() if not name.endswith((" s]", " s] curve", "[bytes]"))
-    }
+    return {name: value for name, value in named.items() if not name.endswith((" s]", " s] curve", "[bytes]"))}
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
@@ -209,9 +203,7 @@ def test_each_number_comes_from_its_split(measure, case):
         if "validation" in before:
             assert before["validation"] != validation[method]["validation"], method
     if case.tuned:
-        first, test, validation = (
-            measure(case, TUNING_SEED, replaced) for replaced in ("", "test", "validation")
-        )
+        first, test, validation = (measure(case, TUNING_SEED, replaced) for replaced in ("", "test", "validation"))
         assert first == test, "a tuning run looks at no test data"
         for method, before in first.items():
             assert before["validation"] != validation[method]["validation"], method

@@ -101,10 +101,7 @@ def test_shares_of_plain_training_are_paired_by_seed_and_leave_evaluation_out():
 
 
 def test_of_equal_candidates_the_first_is_taken():
-    tried = [
-        (Method(name, print), row(name, 0, score=s))
-        for name, s in zip("abcd", (0.1, 0.7, 0.7, 0.3), strict=True)
-    ]
+    tried = [(Method(name, print), row(name, 0, score=s)) for name, s in zip("abcd", (0.1, 0.7, 0.7, 0.3), strict=True)]
     assert best(tried, "score").name == "b"
 
 
@@ -124,16 +121,10 @@ def test_an_interval_of_three_seeds_widened_by_the_number_of_comparisons():
     Logarithms of a's costs rise by 0.1, 0.2, 0.3: mean 0.2, deviation 0.1.
     """
     after = costs({"a": tuple(math.exp(0.1 * (seed + 1)) for seed in range(3)), "b": (0.5, 0.5, 0.5)})
-    found = {
-        c.method: c
-        for c in find_changes(costs({"a": (1, 1, 1), "b": (1, 1, 1)}), after)
-        if c.quantity == "cost"
-    }
+    found = {c.method: c for c in find_changes(costs({"a": (1, 1, 1), "b": (1, 1, 1)}), after) if c.quantity == "cost"}
     half = 0.975 * math.sqrt(2 / (1 - 0.975**2)) * 0.1 / math.sqrt(3)
     a, b = found["a"], found["b"]
-    assert (a.n, a.change, a.low, a.high) == pytest.approx(
-        (3, *map(math.expm1, (0.2, 0.2 - half, 0.2 + half)))
-    )
+    assert (a.n, a.change, a.low, a.high) == pytest.approx((3, *map(math.expm1, (0.2, 0.2 - half, 0.2 + half))))
     assert (a.before, a.after) == pytest.approx((1, math.exp(0.2)))
     assert a.verdict == NO_EVIDENCE and b.verdict == BETTER and b.change == pytest.approx(-0.5)
 
@@ -208,9 +199,7 @@ def test_how_far_two_trainings_moved_is_over_their_start(monkeypatch):
     values = two_tasks.measure_diagonal(setting).values
     assert (values["delta_ratio_a"], values["delta_ratio_b"], values["delta_ratio"]) == (2, 4, 3)
     assert values["accuracy"] == pytest.approx(0.4)
-    assert [values[name] for name in ("own_a", "other_a", "own_b", "other_b")] == pytest.approx(
-        [0.5, 0.2, 0.2, 0.5]
-    )
+    assert [values[name] for name in ("own_a", "other_a", "own_b", "other_b")] == pytest.approx([0.5, 0.2, 0.2, 0.5])
 
 
 def test_gaps_of_calibration_do_not_cancel():

@@ -58,9 +58,7 @@ def test_the_papers_settings(name):
     assert measured == PAPER[name]
     assert recipe.batch_size == 128 and recipe.momentum == 0.9 and recipe.optimizer == "sgd"
     assert recipe.warmup_epochs == (5 if name.startswith("imagenet") else 0)
-    assert (
-        recipe.schedule == ("constant" if name.startswith("mnist") else "cosine") and s.schedule == "uniform"
-    )
+    assert recipe.schedule == ("constant" if name.startswith("mnist") else "cosine") and s.schedule == "uniform"
     if not name.startswith("imagenet"):  # the second version has no figure of it
         assert replace(s.subsequent, lr=recipe.lr, epochs=recipe.epochs) == recipe
         assert s.subsequent.lr < recipe.lr
@@ -99,9 +97,7 @@ TINY = TransferSettings(
 )
 
 
-def measure(
-    folder: Path, settings: TransferSettings, methods=TRANSFERS, seeds=(0,), name="tiny"
-) -> list[Row]:
+def measure(folder: Path, settings: TransferSettings, methods=TRANSFERS, seeds=(0,), name="tiny") -> list[Row]:
     place = RunPaths(cache=folder / "cache")
     scenarios = [Scenario(name, methods, settings)]
     return list(run(STUDY, scenarios, place=place, rows=folder / "rows.jsonl", seeds=seeds))
@@ -151,14 +147,10 @@ def test_steps_of_a_path_are_numbered_from_its_start(rows):
 def test_costs_are_what_the_method_took(rows):
     steps = TINY.steps
     of = {row.method: row for row in rows if row.seed == 0}
-    assert of["fgmt"].values["gradients"] == 2 * steps and of["gmt"].values["gradients"] == steps * (
-        steps + 1
-    )
+    assert of["fgmt"].values["gradients"] == 2 * steps and of["gmt"].values["gradients"] == steps * (steps + 1)
     assert of["naive"].values["gradients"] == 0 and of["naive"].values["objective"] is None
     assert {"gradients", "similarity", "assignment", "graft"} <= of["fgmt"].cost.keys()
-    assert of["oracle"].cost["training"] == of["plain"].cost["training"], (
-        "it pays for the training that it needs"
-    )
+    assert of["oracle"].cost["training"] == of["plain"].cost["training"], "it pays for the training that it needs"
     trained = ("oracle", "plain", "brief", "distillation")
     assert all("training" not in row.cost for name, row in of.items() if name not in trained)
     assert of["brief"].values["gradients"] == of["fgmt"].values["gradients"], "an equal price"
@@ -377,21 +369,15 @@ def test_a_source_that_is_not_finite_is_named_with_its_step(folder):
 
 
 def test_starts_of_other_label_sets_are_matched_where_the_network_has_room_for_them(tmp_path):
-    earlier = Pretraining(
-        Task("digits", (0, 1, 2)), replace(BRIEF, epochs=1), source_task=Task("digits", (3, 4))
-    )
-    settings = replace(
-        TINY, task=Task("digits", (5, 6)), arguments={"sizes": (64, 16, 3)}, pretraining=earlier
-    )
+    earlier = Pretraining(Task("digits", (0, 1, 2)), replace(BRIEF, epochs=1), source_task=Task("digits", (3, 4)))
+    settings = replace(TINY, task=Task("digits", (5, 6)), arguments={"sizes": (64, 16, 3)}, pretraining=earlier)
     assert not failures(measure(tmp_path, settings, TRANSFERS[:2]))
     narrow = measure(tmp_path, replace(settings, arguments={"sizes": (64, 16, 2)}), TRANSFERS[:2])
     assert all(row.failure and "label" in row.failure for row in narrow), "no output for the third class"
 
 
 def test_chance_is_shown_and_not_hidden_behind_the_best_step(tmp_path):
-    measured = measure(
-        tmp_path, replace(TINY, recipe=replace(BRIEF, lr=0.0)), TRANSFERS[:2], name="digits-mlp"
-    )
+    measured = measure(tmp_path, replace(TINY, recipe=replace(BRIEF, lr=0.0)), TRANSFERS[:2], name="digits-mlp")
     assert measured[1].notes["at chance"] and measured[1].values["accuracy"] is not None
     table = next(table for table in TRANSFER_TABLES if table.name == "main")
     assert "(chance)" in table.make_sheets(measured)[0].lines[0][1]

@@ -183,11 +183,7 @@ def test_tensors_without_plain_values(refuse, kind):
 def test_numbers_of_other_libraries_are_numbers():
     numpy = pytest.importorskip("numpy")
     path = regraft.Trajectory.linear(s.weights(1), s.weights(2), numpy.int64(2))
-    assert (
-        path.steps == 2 and regraft.Trajectory.linear(s.weights(1), s.weights(2), torch.tensor(2)).steps == 2
-    )
+    assert path.steps == 2 and regraft.Trajectory.linear(s.weights(1), s.weights(2), torch.tensor(2)).steps == 2
     whole = regraft.fuse([s.weights(1)], numpy.array([1.0]))
     for row in ([torch.tensor(1.0)], torch.ones(1), (numpy.float32(1),), [1]):
-        assert all(
-            torch.equal(value, whole[name]) for name, value in regraft.fuse([s.weights(1)], row).items()
-        )
+        assert all(torch.equal(value, whole[name]) for name, value in regraft.fuse([s.weights(1)], row).items())

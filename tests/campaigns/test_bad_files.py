@@ -160,9 +160,7 @@ def places(document: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
 
 def is_valid_edit(what: str) -> bool:
     """Edits after which the file is another valid one: free data, a path with a step less, fewer optional tensors."""
-    return "metadata." in what or what.startswith(
-        ("without legs.", "without content.metadata.", "without optional")
-    )
+    return "metadata." in what or what.startswith(("without legs.", "without content.metadata.", "without optional"))
 
 
 @pytest.mark.parametrize("name", ["index of a trajectory", "state of a grid", "specification"])
@@ -321,9 +319,7 @@ DATA: dict[str, tuple[str, ...]] = {
     "mnist": tuple(f"MNIST/raw/{name}" for name in IDX),
     "fashion-mnist": tuple(f"FashionMNIST/raw/{name}" for name in IDX),
     "svhn": ("train_32x32.mat", "test_32x32.mat", "svhn/train_32x32.mat", "svhn/test_32x32.mat"),
-    "folder": tuple(
-        f"{half}/{label}/{n}.png" for half in ("train", "test") for label in "ab" for n in range(20)
-    ),
+    "folder": tuple(f"{half}/{label}/{n}.png" for half in ("train", "test") for label in "ab" for n in range(20)),
 }
 
 

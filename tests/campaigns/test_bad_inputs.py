@@ -180,9 +180,7 @@ def apply_perm(change: Callable[[dict[str, Tensor]], object]) -> object:
     return apply(s.spec(), perm, s.weights(1))
 
 
-def at_values(
-    name: str, values: Iterable[Any], run: Callable[..., object], word: str | None = None
-) -> list[Any]:
+def at_values(name: str, values: Iterable[Any], run: Callable[..., object], word: str | None = None) -> list[Any]:
     """One argument at several bad values."""
     return [(f"{name} = {v!r}", lambda v=v: run(**{name: v}), word or name) for v in values]
 
@@ -267,8 +265,6 @@ def model_with_nan() -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize(
-    ("call", "word"), [pytest.param(call, word, id=what) for what, call, word in NUMBERS]
-)
+@pytest.mark.parametrize(("call", "word"), [pytest.param(call, word, id=what) for what, call, word in NUMBERS])
 def test_numbers_and_names(refuse, call, word):
     refuse(word, call, (word,))

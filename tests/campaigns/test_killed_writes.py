@@ -35,9 +35,7 @@ else:
 
 def write_and_die(kind: str, folder: Path, host: str) -> None:
     code = subprocess.run([sys.executable, "-c", LIMITED, kind, str(folder), host], check=False).returncode
-    assert code < 0 and [file for file in folder.iterdir() if file.stat().st_size], (
-        "nothing was left to clean"
-    )
+    assert code < 0 and [file for file in folder.iterdir() if file.stat().st_size], "nothing was left to clean"
 
 
 def test_half_a_file_goes_with_the_next_write(tmp_path, monkeypatch):
@@ -72,9 +70,7 @@ def test_files_are_those_of_safetensors(tmp_path):
     files.write_tensors(tmp_path / "a.safetensors", tensors, {"format": "pt"})
     read = load_file(tmp_path / "a.safetensors")
     assert read.keys() == tensors.keys()
-    assert all(
-        torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in read
-    )
+    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in read)
 
 
 @pytest.mark.parametrize(

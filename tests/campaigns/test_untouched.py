@@ -82,10 +82,7 @@ def snapshot(model: nn.Module) -> list:
         [(name, tensor.detach().clone().numpy().tobytes()) for name, tensor in live_state(model).items()],
         [(name, id(tensor), tensor.data_ptr()) for name, tensor in live_state(model).items()],
         [(name, module.training) for name, module in model.named_modules()],
-        [
-            (p.requires_grad, p.grad if p.grad is None else p.grad.numpy().tobytes())
-            for p in model.parameters()
-        ],
+        [(p.requires_grad, p.grad if p.grad is None else p.grad.numpy().tobytes()) for p in model.parameters()],
         [hooks, list(dict(model.named_modules())), model.seen, list(model.notes), model.norm.momentum],
         [python, arrays[1].tobytes(), arrays[2:], torch.get_rng_state().numpy().tobytes()],
         [torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()],
@@ -157,9 +154,7 @@ CALLS: dict[str, Callable] = {
     "repair_on": lambda m, a, b, d: fuse([a, b], [0.5, 0.5], finish=repair_on(m, [a, b], d)),
     "batch_statistics": lambda m, a, b, d: ev.accuracy(batch_statistics(m), a, d),
     "evaluate": lambda m, a, b, d: evaluate(m, [a, b], [[1.0, 0.5]], *d[0]),
-    "evaluate, repaired": lambda m, a, b, d: evaluate(
-        m, [a, b], [[1.0, 0.5]], *d[0], finish=repair_on(m, [a, b], d)
-    ),
+    "evaluate, repaired": lambda m, a, b, d: evaluate(m, [a, b], [[1.0, 0.5]], *d[0], finish=repair_on(m, [a, b], d)),
     "scores": lambda m, a, b, d: scores(m, [a, {}], d),
     "Recorder": lambda m, a, b, d: recorded(m, d),
     "param_groups": lambda m, a, b, d: fast.param_groups(m, head="fc"),
@@ -176,18 +171,14 @@ def test_everything_is_as_it_was(given, call):
     assert CALLS[call](*given) is not None
 
 
-@pytest.mark.parametrize(
-    "call", ["accuracy", "gradients", "reset_batchnorm", "repair_on", "scores", "features_of"]
-)
+@pytest.mark.parametrize("call", ["accuracy", "gradients", "reset_batchnorm", "repair_on", "scores", "features_of"])
 def test_everything_is_as_it_was_after_an_error(given, call):
     model, a, b, _ = given
     with pytest.raises((RuntimeError, ValueError)):
         CALLS[call](model, a, b, [(torch.zeros(2, 5, 6, 6), torch.zeros(2, dtype=torch.int64))])
 
 
-@pytest.mark.parametrize(
-    "initialise", [fast.zero, fast.xavier, fast.kaiming_fan_in, lambda w, g: w.normal_()]
-)
+@pytest.mark.parametrize("initialise", [fast.zero, fast.xavier, fast.kaiming_fan_in, lambda w, g: w.normal_()])
 def test_adopting_changes_the_head_alone_and_draws_from_no_global_stream(initialise):
     model, before = build(Restless, s.seed()), torch.get_rng_state()
     kept = {name: value for name, value in state(model).items() if not name.startswith("fc.")}

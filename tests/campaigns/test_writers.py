@@ -230,9 +230,7 @@ def kill_after_times(name: str, count: int, seconds: float = 0.05) -> int:
     return count
 
 
-@pytest.mark.parametrize(
-    "every", [pytest.param(23, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("every", [pytest.param(23, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_kills_at_a_step(run, writer, every):
     run(kill_at_steps, writer, every)

@@ -99,9 +99,7 @@ def same(found, expected):
 def test_whatever_the_form_evaluation_gives_the_same_bits(form):
     model, wrap = form
     plain, pairs, (theta,) = Plain(), data(), starts(1)
-    assert evaluation.loss_and_accuracy(model, theta, wrap(pairs)) == evaluation.loss_and_accuracy(
-        plain, theta, pairs
-    )
+    assert evaluation.loss_and_accuracy(model, theta, wrap(pairs)) == evaluation.loss_and_accuracy(plain, theta, pairs)
     assert evaluation.accuracy(model, theta, wrap(pairs)) == evaluation.accuracy(plain, theta, pairs)
     same(
         gradients(model, theta, wrap(pairs)),
@@ -131,9 +129,7 @@ def test_whatever_the_form_adopting_fine_tuning_and_recording_give_the_same(form
         fill_(net, theta)
         adopted = regraft.fast.adopt(net, CLASSES, head="head")
         source = regraft.fast.Source(adopted.source_head, batches[:1])
-        recorder = regraft.fast.Recorder(
-            net, validation=batches[:2], test=batches[2:], head="head", source=source
-        )
+        recorder = regraft.fast.Recorder(net, validation=batches[:2], test=batches[2:], head="head", source=source)
         outcome = fine_tune(net, adopted.head, [Phase(0.1, 0.05)], batches, 6, recorder=recorder)
         ends.append((state(net), [row.scores for row in recorder.finish().deployments], outcome.steps))
     same(ends[0][0], ends[1][0])

@@ -76,9 +76,7 @@ def by_hand(logits, labels):
 
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
-@pytest.mark.parametrize(
-    ("shape", "last"), [((3, 7), True), ((2, 3, 4), True), ((2, 4, 6), False), ((2, 3, 3), False)]
-)
+@pytest.mark.parametrize(("shape", "last"), [((3, 7), True), ((2, 3, 4), True), ((2, 4, 6), False), ((2, 3, 3), False)])
 def test_a_label_for_every_token_or_pixel(shape, last, dtype, ignored):
     torch.manual_seed(0)
     model = Places(5, last).eval()
@@ -199,8 +197,7 @@ def test_what_a_users_function_raises_passes_through_with_where_it_was_called():
 
     broken = nn.Sequential(model, Raises())
     calls = [
-        (lambda u=u: u(model, tensors, [batch], loss), "by the loss on batch 0")
-        for u in (gradients, loss_and_accuracy)
+        (lambda u=u: u(model, tensors, [batch], loss), "by the loss on batch 0") for u in (gradients, loss_and_accuracy)
     ]
     calls.append((lambda: accuracy(broken, state(broken), [batch]), "by Sequential on batch 0"))
     for call, note in calls:
@@ -226,14 +223,9 @@ def test_models_that_have_nothing_give_an_answer_or_one_sentence(kind):
     for call in (
         lambda: regraft.trace(model, batch[0]),
         lambda: transfer(model, values, [batch]),
-        *(
-            lambda use=use: use(model, values, [batch])
-            for use in (accuracy, gradients, regraft.gradfix.majority)
-        ),
+        *(lambda use=use: use(model, values, [batch]) for use in (accuracy, gradients, regraft.gradfix.majority)),
     ):
         try:
             call()
         except ValueError as problem:
-            assert "\n" not in str(problem) and not any(
-                raw in str(problem).partition("(")[0] for raw in RAW
-            ), problem
+            assert "\n" not in str(problem) and not any(raw in str(problem).partition("(")[0] for raw in RAW), problem

@@ -138,8 +138,7 @@ def test_flip_and_crop_shifts_and_mirrors_whole_images():
 
 def test_augmentation_is_drawn_from_the_generator(split):
     first, second, third = (
-        torch.cat([images for images, _ in split.batches(32, generator=seed(n), augment=True)])
-        for n in (1, 1, 2)
+        torch.cat([images for images, _ in split.batches(32, generator=seed(n), augment=True)]) for n in (1, 1, 2)
     )
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
@@ -438,9 +437,7 @@ def test_svhn_is_read_from_its_matrices(tmp_path, monkeypatch):
         pixels = np.zeros((32, 32, 3, count), dtype=np.uint8)
         pixels[2, 5, 1] = np.arange(count)
         # Its zeros are labelled 10.
-        savemat(
-            tmp_path / "svhn" / f"{split}_32x32.mat", {"X": pixels, "y": np.arange(count)[:, None] % 2 * 10}
-        )
+        savemat(tmp_path / "svhn" / f"{split}_32x32.mat", {"X": pixels, "y": np.arange(count)[:, None] % 2 * 10})
     found = load("svhn", root=tmp_path)
     assert torch.equal(found.test.images[:, 1, 2, 5], torch.arange(8, dtype=torch.uint8))
     assert len(found.train) == 36

@@ -177,10 +177,7 @@ MOMENTUM, OPTIMISERS = {"momentum": 0.9}, torch.optim
 
 @pytest.mark.parametrize(
     ("optimiser", "options"),
-    [
-        (OPTIMISERS.SGD, MOMENTUM | more)
-        for more in ({}, {"foreach": True}, {"fused": True}, {"nesterov": True})
-    ]
+    [(OPTIMISERS.SGD, MOMENTUM | more) for more in ({}, {"foreach": True}, {"fused": True}, {"nesterov": True})]
     + [(OPTIMISERS.Adam, more) for more in ({}, {"fused": True})]
     + [(kind, more) for kind in (OPTIMISERS.AdamW, OPTIMISERS.RAdam) for more in ({}, {"foreach": True})],
 )
@@ -213,9 +210,7 @@ def test_first_step_moves_the_head_only():
     optimiser = torch.optim.SGD(fast.param_groups(model), momentum=0.9)
     F.cross_entropy(model(torch.randn(6, 12)), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
     optimiser.step()
-    assert all(
-        torch.equal(value, start.body.get_parameter(key)) for key, value in model.body.named_parameters()
-    )
+    assert all(torch.equal(value, start.body.get_parameter(key)) for key, value in model.body.named_parameters())
     assert model.answer.weight.norm() > 0
 
 
@@ -308,9 +303,7 @@ def test_stratified_batches_shuffle_within_a_class_and_anew_in_each_pass():
 
 
 def test_stratified_batches_repeat_with_their_seed():
-    one, other = (
-        next(iter(fast.Stratified(split([9, 9, 9]), 6, 3, seeded(3), flip=True)))[0] for _ in range(2)
-    )
+    one, other = (next(iter(fast.Stratified(split([9, 9, 9]), 6, 3, seeded(3), flip=True)))[0] for _ in range(2))
     assert torch.equal(one, other)
 
 

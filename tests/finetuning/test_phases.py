@@ -35,9 +35,7 @@ def changed(phases, steps=3, **options):
     outcome = fine_tune(model, model[3], phases, endless(), steps, **options)
     after = state(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    return {name for name in before if not torch.equal(before[name], after[name])} - {
-        "1.num_batches_tracked"
-    }, outcome
+    return {name for name in before if not torch.equal(before[name], after[name])} - {"1.num_batches_tracked"}, outcome
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,7 @@ def test_deployments_are_those_of_the_definition(hold):
     assert len({best for _, best, _, _ in expected}) >= 3
     assert [row.step for row in record.validations] == [0, *validate_at]
     assert record.area() == pytest.approx(sum(row[2].top1 for row in expected[:-1]) / len(expected[:-1]))
-    assert record.source_area() == pytest.approx(
-        sum(row[3].top1 for row in expected[:-1]) / len(expected[:-1])
-    )
+    assert record.source_area() == pytest.approx(sum(row[3].top1 for row in expected[:-1]) / len(expected[:-1]))
 
 
 def test_the_recorder_changes_nothing_in_the_run():
@@ -98,9 +96,7 @@ def test_the_recorder_changes_nothing_in_the_run():
     recorded, recorder = run()
     recorder.finish()
     assert recorded.training
-    assert all(
-        torch.equal(a, b) for a, b in zip(state(plain).values(), state(recorded).values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(state(plain).values(), state(recorded).values(), strict=True))
 
 
 def test_scores_are_those_of_plain_torch():

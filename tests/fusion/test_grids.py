@@ -28,9 +28,7 @@ def setting(model: nn.Module) -> tuple[list[dict[str, torch.Tensor]], torch.Tens
     return sources, images, torch.randint(0, 10, (COUNT,), generator=generator)
 
 
-@pytest.mark.parametrize(
-    "model", [small_cnn(), residual8(width=1 / 32), batch_statistics(residual8(width=1 / 32))]
-)
+@pytest.mark.parametrize("model", [small_cnn(), residual8(width=1 / 32), batch_statistics(residual8(width=1 / 32))])
 def test_a_grid_is_one_pass_a_point(model):
     model.eval()
     sources, images, labels = setting(model)
@@ -58,9 +56,7 @@ def test_fast_pooling_is_exact():
         nn.MaxPool2d(3),
         nn.MaxPool2d((2, 2), ceil_mode=True),
     ]
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), LargeIsUnknown(), *pools, nn.Flatten(), nn.LazyLinear(10)
-    ).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), LargeIsUnknown(), *pools, nn.Flatten(), nn.LazyLinear(10)).eval()
     x = torch.randn(COUNT, 3, 33, 31, generator=torch.Generator().manual_seed(0))
     x[0, 0, 4, 4] = 1e6
     model(x)
@@ -127,9 +123,7 @@ def test_memory_changes_nothing_but_the_chunks(limit):
     model = small_cnn()
     sources, images, labels = setting(model)
     seen = []
-    found = evaluate(
-        model, sources, POINTS, images, labels, memory=limit, progress=lambda done, _: seen.append(done)
-    )
+    found = evaluate(model, sources, POINTS, images, labels, memory=limit, progress=lambda done, _: seen.append(done))
     expected = evaluate(model, sources, POINTS, images, labels)
     assert found.correct.tolist() == expected.correct.tolist()
     assert len(seen) == {1: 12, 300_000: 12, 1 << 30: 1}[limit]

@@ -19,9 +19,7 @@ from regraft_kernels import assignment as module
 
 MODULES = {"scipy": "scipy", "lapx": "lap", "lapjv": "lapjv"}
 SOLVERS = [
-    pytest.param(
-        name, marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"no {name}")
-    )
+    pytest.param(name, marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"no {name}"))
     for name, package in MODULES.items()
 ]
 
@@ -115,9 +113,7 @@ def test_small_ones_against_every_permutation(matrix):
 def test_takes_tensors_of_any_floating_dtype_and_layout(solver, dtype, generator):
     matrix = torch.randn(25, 25, generator=generator).to(dtype)
     for given_ in (matrix, matrix.T.contiguous().T, matrix.clone().requires_grad_()):
-        assert assign(given_, backend=solver).objective == pytest.approx(
-            best(matrix.double().numpy()), rel=1e-6
-        )
+        assert assign(given_, backend=solver).objective == pytest.approx(best(matrix.double().numpy()), rel=1e-6)
     before = matrix.clone()
     assign(matrix, backend=solver).duals  # noqa: B018
     assert torch.equal(matrix, before)

@@ -67,9 +67,7 @@ def test_importing_it_loads_nothing_but_its_dependencies():
 
 
 def test_both_distributions_carry_it_with_the_same_requirements():
-    whole, alone = (
-        tomllib.loads((ROOT / place / "pyproject.toml").read_text()) for place in (".", "kernels")
-    )
+    whole, alone = (tomllib.loads((ROOT / place / "pyproject.toml").read_text()) for place in (".", "kernels"))
     assert alone["project"]["dependencies"] == ["torch>=2.11", "numpy>=1.26", "scipy>=1.14"]
     assert set(alone["project"]["dependencies"]) <= set(whole["project"]["dependencies"])
     extras = [project["project"]["optional-dependencies"]["assignment"] for project in (whole, alone)]

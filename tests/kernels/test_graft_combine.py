@@ -82,9 +82,7 @@ def test_graft_of_many_targets_and_scales_at_once(backend, generator):
         "w": torch.randn(targets, 9, 20, 3, generator=generator),
         "v": torch.randn(targets, 35, generator=generator),
     }
-    start, end = (
-        {name: torch.randn(t.shape[1:], generator=generator) for name, t in base.items()} for _ in "ab"
-    )
+    start, end = ({name: torch.randn(t.shape[1:], generator=generator) for name, t in base.items()} for _ in "ab")
     indices = {
         slot: torch.stack([torch.randperm(n, generator=generator) for _ in range(targets)])
         for slot, n in packing.slots.items()

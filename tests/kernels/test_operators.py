@@ -28,9 +28,7 @@ def everything(base, start, end, indices):
     """A function that permutes, grafts and sums."""
     moved = permute(base, indices, PACKING)
     grafted = graft(moved, start, end, [0.5, 2.0], indices, PACKING)
-    return combine(
-        [{n: t[0] for n, t in grafted.items()}, {n: t[1] for n, t in grafted.items()}], [[1.0, -3.0]]
-    )
+    return combine([{n: t[0] for n, t in grafted.items()}, {n: t[1] for n, t in grafted.items()}], [[1.0, -3.0]])
 
 
 @pytest.fixture
@@ -169,9 +167,7 @@ def test_all_transformations_of_torch_func(name, generator):
     with forward_ad.dual_level():
         duals = run(*map(forward_ad.make_dual, arguments, tangents))
         torch.testing.assert_close(tuple(forward_ad.unpack_dual(dual).tangent for dual in duals), along)
-    compiled = torch.compile(
-        lambda *args: torch.func.jvp(run, args, tangents)[1], fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda *args: torch.func.jvp(run, args, tangents)[1], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), along)
     mapped = torch.compile(torch.func.vmap(run), fullgraph=True, backend="aot_eager")
     for size in (0, 3):
@@ -198,9 +194,9 @@ def test_transformations_check_their_indices(inputs):
 def test_transformations_map_over_indices_and_copy_integers(dtype, generator):
     base = {"w": torch.randn(4, 3, 2, generator=generator).to(dtype), "n": torch.tensor(5)}
     indices = vectors(generator, 3)
-    found = torch.func.vmap(
-        lambda v: graft(base, base, {"w": 2 * base["w"], "n": base["n"]}, [0.5, 1.0], v, PACKING)
-    )(indices)
+    found = torch.func.vmap(lambda v: graft(base, base, {"w": 2 * base["w"], "n": base["n"]}, [0.5, 1.0], v, PACKING))(
+        indices
+    )
     for number in range(3):
         one = {slot: vector[number] for slot, vector in indices.items()}
         expected = graft(base, base, {"w": 2 * base["w"], "n": base["n"]}, [0.5, 1.0], one, PACKING)

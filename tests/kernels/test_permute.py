@@ -41,18 +41,14 @@ def test_more_models_and_targets_than_a_grid_has_room_for(backend, monkeypatch, 
     moved = permute({"w": many}, one, packing, backend=backend)["w"]
     assert torch.equal(moved, many[:, one["a"]][:, :, one["b"]])
     zero = {"w": torch.zeros(3, 4)}
-    grafted = graft(
-        {"w": torch.zeros(5, 3, 4)}, zero, {"w": many[0]}, [1.0], index, packing, backend=backend
-    )["w"]
+    grafted = graft({"w": torch.zeros(5, 3, 4)}, zero, {"w": many[0]}, [1.0], index, packing, backend=backend)["w"]
     for target in range(5):
         assert torch.equal(grafted[target, 0], many[0][index["a"][target]][:, index["b"][target]])
 
 
 def test_memory_that_is_not_aligned_is_moved_too(backend, generator):
     """Addresses that no 16-byte access can read; row lengths that are multiples of 16 bytes, and others."""
-    packing = Packing.build(
-        {"w": (8, 16, 2), "v": (4, 8), "u": (64,)}, {"w": ("a", "b", None), "v": ("c", None)}
-    )
+    packing = Packing.build({"w": (8, 16, 2), "v": (4, 8), "u": (64,)}, {"w": ("a", "b", None), "v": ("c", None)})
     indices = {slot: torch.randperm(n, generator=generator) for slot, n in packing.slots.items()}
     memory = torch.randn(2, 1000, generator=generator)
     tensors = {"w": memory[0, 1:257].view(8, 16, 2), "v": memory[0, 300:332].view(4, 8), "u": memory[1, 3:67]}
@@ -109,9 +105,7 @@ def test_a_device_that_reports_no_assertion_is_waited_for(backend, monkeypatch):
     """AMD's builds leave assertions out: a vector that is no permutation would be clamped in silence."""
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.version, "hip", None)
-    assert backend_module.reports_assertions(cuda) and not backend_module.reports_assertions(
-        torch.device("cpu")
-    )
+    assert backend_module.reports_assertions(cuda) and not backend_module.reports_assertions(torch.device("cpu"))
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert not backend_module.reports_assertions(cuda)
     packing, wrong = Packing.build({"v": (3,)}, {"v": ("a",)}), {"a": torch.tensor([0, 0, 2])}

@@ -61,14 +61,10 @@ def groups(draw, dtype):
             "concatenated": spare + torch.arange(n * repeats).view(repeats, n).T,
             "scattered": torch.randperm(length, generator=generator)[: n * repeats].view(n, repeats),
         }[kind]
-        gathers = tuple(
-            torch.randperm(size, generator=generator) if draw(st.booleans()) else None for size in shape
-        )
+        gathers = tuple(torch.randperm(size, generator=generator) if draw(st.booleans()) else None for size in shape)
         stacks = []
         for _ in range(2):
-            order = (
-                draw(st.permutations(range(len(shape) + 1))) if draw(st.booleans()) else range(len(shape) + 1)
-            )
+            order = draw(st.permutations(range(len(shape) + 1))) if draw(st.booleans()) else range(len(shape) + 1)
             stack = torch.randn((2, *shape), generator=generator, dtype=torch.float64)
             stacks.append(layout(stack, list(order)).to(dtype))
         steps = draw(st.sampled_from([0, 1, 2, 2]))
@@ -164,9 +160,7 @@ def test_terms_are_compared_by_identity(generator):
     assert term == term and term != replace(term) and len({term, replace(term)}) == 2
 
 
-@pytest.mark.parametrize(
-    ("tiles", "count"), [(16, 16), (36, 7), (64, 4), (256, 1), (300, 1), (1, 264), (0, 1)]
-)
+@pytest.mark.parametrize(("tiles", "count"), [(16, 16), (36, 7), (64, 4), (256, 1), (300, 1), (1, 264), (0, 1)])
 def test_the_splits_of_a_sum_fill_their_rounds(tiles, count):
     """n = 512, 768 and 1024 with tiles of 128: one more split would begin a second round for all."""
     assert module._count_splits(tiles) == count
@@ -343,9 +337,7 @@ def test_the_update_is_refused_where_it_would_be_wrong(generator):
         return similarity_update_(S, term, 1, old, new)
 
     with pytest.raises(ValueError, match="no derivative"):
-        torch.func.jvp(
-            lambda w: similarity_update_(S, replace(term, target=w), 1, old, new), *[(term.target,)] * 2
-        )
+        torch.func.jvp(lambda w: similarity_update_(S, replace(term, target=w), 1, old, new), *[(term.target,)] * 2)
     with pytest.raises(ValueError, match="no derivative"):
         torch.func.vmap(update)(S[None])
     expected = update(S.clone())
@@ -360,9 +352,7 @@ def test_negated_views_count_as_what_they_show(backend, generator):
     negated = torch._neg_view(target)
     assert negated.is_neg()
     found = similarity([Term(negated, source, 0)], precision="ieee", backend=backend)
-    torch.testing.assert_close(
-        found, -similarity([Term(target, source, 0)], precision="ieee", backend=backend)
-    )
+    torch.testing.assert_close(found, -similarity([Term(target, source, 0)], precision="ieee", backend=backend))
 
 
 def test_refuses_wrapper_subclasses_by_name():

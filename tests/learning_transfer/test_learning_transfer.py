@@ -53,9 +53,7 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 def fresh(model: nn.Module, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        n: torch.randn(t.shape, generator=generator, dtype=t.dtype) / t[0].numel() ** 0.5
-        if t.dim() > 1
-        else t
+        n: torch.randn(t.shape, generator=generator, dtype=t.dtype) / t[0].numel() ** 0.5 if t.dim() > 1 else t
         for n, t in values(model).items()
     }
 
@@ -96,18 +94,14 @@ def order(spec, model) -> list[str]:
 def close(a: dict[str, Tensor], b: dict[str, Tensor], but: str = "num_batches") -> None:
     for name in a:
         if but not in name:
-            torch.testing.assert_close(
-                a[name], b[name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("factory", [mlp, normalised])
 def test_fgmt_is_algorithm_2(factory):
     model, spec, path, target = setting(factory)
     batches = sample(3, STEPS)
-    theta, perms = reference.algorithm_2(
-        model, spec, list(path), target, [[b] for b in batches], order(spec, model)
-    )
+    theta, perms = reference.algorithm_2(model, spec, list(path), target, [[b] for b in batches], order(spec, model))
     found = regraft.transfer(model, path, target, batches, "fgmt", spec=spec, bn_batches=0)
     for a, b in zip(perms, found.perms[1:], strict=True):
         assert all(torch.equal(a[group], b[group]) for group in spec.groups)
@@ -130,9 +124,7 @@ def test_gmt_is_algorithm_1(factory):
 def test_a_recorded_path_is_followed_point_by_point():
     model, spec, path, target = setting()
     bent = [dict(theta) for theta in path]
-    bent[2] = {
-        n: t + 0.05 * torch.sin(torch.arange(t.numel()).double()).view(t.shape) for n, t in bent[2].items()
-    }
+    bent[2] = {n: t + 0.05 * torch.sin(torch.arange(t.numel()).double()).view(t.shape) for n, t in bent[2].items()}
     batches = sample(3, STEPS)
     theta, _ = reference.algorithm_2(model, spec, bent, target, [[b] for b in batches], order(spec, model))
     found = regraft.transfer(model, regraft.Trajectory.recorded(bent), target, batches, "fgmt", spec=spec)
@@ -146,9 +138,7 @@ def test_a_permuted_start_gets_the_permuted_end(method, factory):
     model, spec, path, _ = setting(factory)
     planted = spec.random(torch.Generator().manual_seed(5))
     start, end = (regraft.apply(spec, planted, theta) for theta in (path.start, path.end))
-    found = regraft.transfer(
-        model, path, start, sample(4, 40), method, spec=spec, target_end=end, bn_batches=0
-    )
+    found = regraft.transfer(model, path, start, sample(4, 40), method, spec=spec, target_end=end, bn_batches=0)
     assert all(torch.equal(found.perm[group], planted[group]) for group in spec.groups)
     close(end, found.params)
 
@@ -169,9 +159,7 @@ def test_the_gradients_that_a_method_computes_are_counted(method, expected):
         losses.append(len(labels))
         return cross_entropy(logits, labels)
 
-    found = regraft.transfer(
-        model, path, target, sample(3, 2), method, spec=spec, gradient_batches=3, loss=loss
-    )
+    found = regraft.transfer(model, path, target, sample(3, 2), method, spec=spec, gradient_batches=3, loss=loss)
     assert len(losses) == found.gradients == 3 * expected
 
 

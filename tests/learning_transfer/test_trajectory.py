@@ -40,9 +40,7 @@ def test_a_linear_path_goes_from_start_to_end(steps, schedule):
 def test_the_cosine_schedule_is_the_papers():
     scales = [Trajectory.linear(tensors(0), tensors(1), 4, "cosine").leg(t)[1] for t in range(5)]
     lengths = [1 + math.cos(math.pi * t / 4) for t in range(4)]
-    assert [b - a for a, b in pairwise(scales)] == pytest.approx(
-        [length / sum(lengths) for length in lengths]
-    )
+    assert [b - a for a, b in pairwise(scales)] == pytest.approx([length / sum(lengths) for length in lengths])
 
 
 def test_a_uniform_point_is_the_convex_combination():
@@ -109,9 +107,7 @@ def test_a_kill_before_the_last_rename_leaves_the_old_path(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         Trajectory.linear(tensors(2), tensors(3), 5).save(tmp_path)
     monkeypatch.undo()
-    assert same(Trajectory.open(tmp_path).start, tensors(0)) and same(
-        Trajectory.open(tmp_path).end, tensors(1)
-    )
+    assert same(Trajectory.open(tmp_path).start, tensors(0)) and same(Trajectory.open(tmp_path).end, tensors(1))
 
 
 def test_bfloat16_and_shared_tensors_survive(tmp_path):

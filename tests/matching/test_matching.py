@@ -68,9 +68,7 @@ def spec(request) -> regraft.PermutationSpec:
 def normal(spec: regraft.PermutationSpec, seed: int, steps: int = 3) -> dict[str, Tensor]:
     """A stack of random tensors in float64 for every tensor with an axis."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        name: [sum(s.count * s.repeat for s in axis) for axis in axes] for name, axes in spec.axes.items()
-    }
+    shapes = {name: [sum(s.count * s.repeat for s in axis) for axis in axes] for name, axes in spec.axes.items()}
     return {
         name: torch.randn(steps, *shape, generator=generator, dtype=torch.float64)
         for name, shape in shapes.items()
@@ -90,9 +88,7 @@ def order(spec: regraft.PermutationSpec, names, generator=None) -> list[str]:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_fast_descent_finds_what_the_literal_one_finds(spec, seed):
     target, source = normal(spec, seed), normal(spec, seed + 100)
-    perm, objectives = reference.coordinate_descent(
-        spec, unstack(target), unstack(source), order(spec, target)
-    )
+    perm, objectives = reference.coordinate_descent(spec, unstack(target), unstack(source), order(spec, target))
     found = regraft.match(spec, target, source)
     assert found.objective == pytest.approx(objectives[-1], rel=1e-9)
     for group in perm:
@@ -103,9 +99,7 @@ def test_a_group_that_stands_twice_in_a_tensor_is_solved_until_it_rests():
     spec = regraft.trace(Residual(), (torch.zeros(2, 5),))
     for seed in range(8):
         target, source = ({"mix.weight": normal(spec, s)["mix.weight"]} for s in (seed, seed + 100))
-        perm, objectives = reference.coordinate_descent(
-            spec, unstack(target), unstack(source), order(spec, target)
-        )
+        perm, objectives = reference.coordinate_descent(spec, unstack(target), unstack(source), order(spec, target))
         found = regraft.match(spec, target, source)
         assert found.objective == pytest.approx(objectives[-1], rel=1e-9)
         assert all(torch.equal(found.perm[group], perm[group]) for group in perm)
@@ -153,10 +147,7 @@ def test_it_is_never_below_the_identity(spec):
     generator = torch.Generator().manual_seed(0)
     first = next(iter(source))
     for strength in (0.0, 0.1, 10.0):
-        target = {
-            n: t + strength * (n == first) * torch.randn(t.shape, generator=generator)
-            for n, t in source.items()
-        }
+        target = {n: t + strength * (n == first) * torch.randn(t.shape, generator=generator) for n, t in source.items()}
         start = reference.objective(spec, unstack(target), unstack(source), spec.identity())
         assert regraft.match(spec, target, source).objective >= start * (1 - 1e-12)
 
@@ -218,9 +209,7 @@ def test_steps_are_matched_step_by_step_and_not_summed():
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.ReLU(), nn.Linear(3, 2, bias=False))
     spec = regraft.trace(model, (torch.zeros(2, 4),))
     source = {name: t.double() for name, t in normal(spec, 0, 2).items()}
-    source = {
-        name: torch.stack([t[0], -t[0]]) for name, t in source.items()
-    }  # the sum over the steps is zero
+    source = {name: torch.stack([t[0], -t[0]]) for name, t in source.items()}  # the sum over the steps is zero
     (group,) = spec.groups
     planted = {group: torch.tensor([2, 0, 1])}
     found = regraft.match(spec, regraft.apply(spec, planted, source), source)
@@ -285,9 +274,7 @@ def test_colours_share_no_tensor(spec):
 
 def test_the_seed_decides_the_order(spec):
     target, source = normal(spec, 1), normal(spec, 2)
-    one, two = (
-        regraft.match(spec, target, source, generator=torch.Generator().manual_seed(9)) for _ in range(2)
-    )
+    one, two = (regraft.match(spec, target, source, generator=torch.Generator().manual_seed(9)) for _ in range(2))
     assert one.objective == two.objective
     assert all(torch.equal(one.perm[g], two.perm[g]) for g in spec.groups)
 
@@ -301,9 +288,7 @@ def test_the_generator_draws_the_order_of_the_groups():
     orders = {tuple(order(spec, target, torch.Generator().manual_seed(seed))) for seed in range(8)}
     assert len(orders) > 4 and len({frozenset(names) for names in orders}) == 1
     ends = {
-        regraft.match(
-            spec, target, source, start=spec.identity(), generator=torch.Generator().manual_seed(s)
-        ).objective
+        regraft.match(spec, target, source, start=spec.identity(), generator=torch.Generator().manual_seed(s)).objective
         for s in range(8)
     }
     assert len(ends) > 1, "where a descent ends depends on the order"
@@ -323,9 +308,7 @@ def test_a_similarity_is_built_anew_after_many_corrections(dtype, corrections, r
     target, source = ({n: t.to(dtype) for n, t in normal(spec, seed, 4).items()} for seed in (1, 2))
     descent = Descent.over(Stacks.allocate(spec, {n: t[0] for n, t in target.items()}, 4))
     for step in range(4):
-        descent.stacks.append_(
-            {n: t[step] for n, t in target.items()}, {n: t[step] for n, t in source.items()}
-        )
+        descent.stacks.append_({n: t[step] for n, t in target.items()}, {n: t[step] for n, t in source.items()})
         result = descent.descend_()
         ((group, cached),) = descent.cached.items()
         if step == 2:

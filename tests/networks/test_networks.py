@@ -162,9 +162,7 @@ def test_networks_are_traced_and_verified(factory, shape):
     assert moved >= {name for name, p in model.named_parameters() if p.ndim > 1}
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: networks.vit(size=30, patch=4), lambda: networks.vit(width=30, heads=4)]
-)
+@pytest.mark.parametrize("make", [lambda: networks.vit(size=30, patch=4), lambda: networks.vit(width=30, heads=4)])
 def test_a_transformer_that_cannot_be_is_refused(make):
     with pytest.raises(ValueError, match="must be a multiple"):
         make()

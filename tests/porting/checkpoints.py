@@ -77,9 +77,7 @@ def save(path: Path, tensors: Tensors) -> Path:
 
 def written(out: Path) -> dict[str, Tensor]:
     """All tensors of a finished folder."""
-    return {
-        name: value for path in sorted(out.glob("*.safetensors")) for name, value in load_file(path).items()
-    }
+    return {name: value for path in sorted(out.glob("*.safetensors")) for name, value in load_file(path).items()}
 
 
 def files(folder: Path) -> set[str]:
@@ -111,9 +109,7 @@ FOUR = ["port", "match", "fuse", "fuse --align"]
 
 def three_verbs(folder, base, tuned, new, model: list) -> dict[str, list]:
     """The words of each verb of `FOUR` for three networks that are saved in a folder."""
-    paths = [
-        save(folder / f"{n}.safetensors", t) for n, t in {"base": base, "tuned": tuned, "new": new}.items()
-    ]
+    paths = [save(folder / f"{n}.safetensors", t) for n, t in {"base": base, "tuned": tuned, "new": new}.items()]
     out = ["--out", folder / "out"]
     return {
         "port": ["port", *paths, "--method", "weights", *model, *out],

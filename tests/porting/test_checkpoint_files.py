@@ -68,9 +68,7 @@ def test_a_prefix_of_the_models_own_stays_or_is_put_back(tmp_path):
     save_file(own, tmp_path / "a.safetensors")
     assert same(CheckpointFile.open(tmp_path / "a.safetensors").named_as(own), own)
     save_file(WEIGHTS, tmp_path / "b.safetensors")
-    put_back = CheckpointFile.open(tmp_path / "b.safetensors").named_as(
-        {f"bert.{name}" for name in WEIGHTS}, "bert."
-    )
+    put_back = CheckpointFile.open(tmp_path / "b.safetensors").named_as({f"bert.{name}" for name in WEIGHTS}, "bert.")
     assert set(put_back) == {f"bert.{name}" for name in WEIGHTS}
     assert "put 'bert.'" in put_back.notes[-1]
 
@@ -213,9 +211,7 @@ def test_of_two_writers_one_is_told_and_what_is_there_stays(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("8GB", 8 * 10**9), ("1.5 MiB", 3 * 2**19), ("1000", 1000), ("2k", 2000)]
-)
+@pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("1.5 MiB", 3 * 2**19), ("1000", 1000), ("2k", 2000)])
 def test_sizes(text, size):
     assert parse_size(text) == size
 

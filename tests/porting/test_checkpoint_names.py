@@ -95,9 +95,7 @@ def test_several_networks_are_listed_and_one_is_chosen(kind, verb, tmp_path, run
             assert torch.equal(value, networks[key][name]), seed
 
 
-@pytest.mark.parametrize(
-    "key", ["net", "network", "params", "weights", "module", "model_state", "backbone", "ema"]
-)
+@pytest.mark.parametrize("key", ["net", "network", "params", "weights", "module", "model_state", "backbone", "ema"])
 def test_one_network_under_any_key_is_read(key, tmp_path, run):
     """`{"net": ..., "epoch": 3}`: the only network in the file, and the note says where it was."""
     torch.save(
@@ -140,9 +138,7 @@ def test_shards_in_a_subfolder_are_found(where, form, tmp_path, run):
     assert written(tmp_path / "out").keys() == tensors.keys()
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "/etc/hostname", "shards/../../secret.safetensors"]
-)
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/hostname", "shards/../../secret.safetensors"])
 def test_shards_outside_the_folder_are_refused(name, tmp_path, run):
     """An index must not name files outside its folder: refused, and not called missing."""
     save(tmp_path / "secret.safetensors", drawn(0))
@@ -171,18 +167,14 @@ def test_an_overlay_index_is_refused_with_its_reason(tmp_path, run):
 def test_an_adapter_says_merge_first(what, tmp_path, run):
     """A LoRA folder is no network: the refusal says to merge it."""
     (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text(
-        '{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}'
-    )
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gpt2"}')
     held = {
         "base_model.model.0.lora_A.weight": torch.ones(2, 6),
         "base_model.model.0.lora_B.weight": torch.ones(8, 2),
     }
     save(tmp_path / "lora" / what, held)
     base = save(tmp_path / "base.safetensors", drawn(0))
-    said = one_line(
-        run("fuse", base, tmp_path / "lora", "--weights", 1, 1, "--out", tmp_path / "out"), "lora"
-    )
+    said = one_line(run("fuse", base, tmp_path / "lora", "--weights", 1, 1, "--out", tmp_path / "out"), "lora")
     assert "merge" in said.lower()
 
 

@@ -58,9 +58,7 @@ def test_transformers_loads_what_is_written(verb, berts, tmp_path, run):
     assert not found["missing_keys"] and not found["unexpected_keys"]
     assert model.config.id2label[1] == "yes"
     assert (
-        transformers.AutoTokenizer.from_pretrained(
-            tmp_path / "out", local_files_only=True
-        ).convert_tokens_to_ids("c")
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True).convert_tokens_to_ids("c")
         == 7
     )
 

@@ -6,9 +6,7 @@ import pytest
 from checkpoints import one_line
 
 
-@pytest.mark.parametrize(
-    "weights", [("1e308", "1e308"), ("nan", "1"), ("inf", "1"), ("1e39", "0"), ("-1e308", "1")]
-)
+@pytest.mark.parametrize("weights", [("1e308", "1e308"), ("nan", "1"), ("inf", "1"), ("1e39", "0"), ("-1e308", "1")])
 def test_weights_of_a_sum_that_is_not_finite(weights, run, three, tmp_path):
     """--weights beyond what the tensors' dtype holds: one line that names the weight, before anything is written."""
     done = run("fuse", three[0], three[2], "--weights", *weights, "--out", tmp_path / "out")

@@ -254,9 +254,7 @@ def test_matching_from_files_is_matching(make):
 
 def test_fgmt_is_the_transfer_along_the_straight_line(three, tmp_path):
     data = [(torch.randn(16, 6), torch.randint(CLASSES, (16,))) for _ in range(3)]
-    done = regraft.port(
-        *three, tmp_path / "out", method="fgmt", data={"train": data, "test": data}, steps=3, **KNOWN
-    )
+    done = regraft.port(*three, tmp_path / "out", method="fgmt", data={"train": data, "test": data}, steps=3, **KNOWN)
     base, tuned, new = (load_file(path) for path in three)
     path = regraft.Trajectory.linear(base, tuned, steps=3)
     close(result(done.out), regraft.transfer(mlp(), path, new, data, "fgmt").params, rtol=1e-5, atol=1e-5)

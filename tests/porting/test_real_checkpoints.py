@@ -54,9 +54,7 @@ def test_a_table_of_another_length_keeps_the_new_base(kind, method, tmp_path, ru
     for key, value in tuned.items():
         shared = min(len(value), len(base[key]))
         value[:shared] = base[key][:shared] + 0.01 * torch.randn_like(base[key][:shared])
-    paths = [
-        save(tmp_path / f"{n}.safetensors", t) for n, t in {"base": base, "tuned": tuned, "new": new}.items()
-    ]
+    paths = [save(tmp_path / f"{n}.safetensors", t) for n, t in {"base": base, "tuned": tuned, "new": new}.items()]
     factory = f"{TABLES}\ndef made():\n    return Reader(**{of_tuned!r})\n"
     model = ["--model", f"{module(factory + IDS)}:made_with_ids", "--shape", 1, 4]
     done = run("port", *paths, "--method", method, *model, "--out", tmp_path / "out")
@@ -70,9 +68,7 @@ def test_a_table_of_another_length_keeps_the_new_base(kind, method, tmp_path, ru
         torch.testing.assert_close(result[name][:shared], expected)
         torch.testing.assert_close(result[name][shared:], tuned[name][shared:])
     else:
-        assert (result[name][:shared] - new[name][:shared]).norm() < 0.1 * new[name].norm(), (
-            "the new base was dropped"
-        )
+        assert (result[name][:shared] - new[name][:shared]).norm() < 0.1 * new[name].norm(), "the new base was dropped"
     assert name in done.text and "head of other classes" not in done.text
 
 
@@ -101,9 +97,7 @@ def test_a_head_of_other_classes_is_still_carried_over(tmp_path, run, module):
     """Only a module that makes the output is a head; that one is carried over, as before."""
     base, new = drawn(0), drawn(1)
     tuned = near(base) | {"2.weight": torch.randn(7, 8), "2.bias": torch.randn(7)}
-    paths = [
-        save(tmp_path / f"{n}.safetensors", t) for n, t in {"base": base, "tuned": tuned, "new": new}.items()
-    ]
+    paths = [save(tmp_path / f"{n}.safetensors", t) for n, t in {"base": base, "tuned": tuned, "new": new}.items()]
     done = run(
         "port",
         *paths,
@@ -217,9 +211,7 @@ def test_what_is_wrongly_not_finite_is_refused(kind, verb, tmp_path, run, module
     model = ["--model", f"{module(MASKED)}:Masked", "--shape", 1, 3, 6]
     if verb == "fuse" and "infinite" in kind:
         pytest.skip("without a model nothing says which tensor is a parameter")
-    one_line(
-        run(*three_verbs(tmp_path, base, near(base), new, model)[verb]), next(iter(ODD[kind])), status=[1]
-    )
+    one_line(run(*three_verbs(tmp_path, base, near(base), new, model)[verb]), next(iter(ODD[kind])), status=[1])
 
 
 @pytest.mark.parametrize("verb", FOUR)
@@ -262,9 +254,7 @@ def spectral(kind: str, seed: int) -> nn.Module:
 def test_a_sum_of_spectral_norms_is_normalised_or_refused(weights, kind, with_model, tmp_path, run, module):
     """Vectors of the power iteration have no sum: made anew for the summed weight, or refused by name."""
     one, two = spectral(kind, 0), spectral(kind, 1)
-    a, b = (
-        save(tmp_path / f"{n}.safetensors", m.state_dict()) for n, m in zip("ab", (one, two), strict=True)
-    )
+    a, b = (save(tmp_path / f"{n}.safetensors", m.state_dict()) for n, m in zip("ab", (one, two), strict=True))
     model = ["--model", f"{module(SPECTRAL[kind])}:made", "--shape", 1, 6] if with_model else []
     done = run("fuse", a, b, "--weights", *weights, *model, "--out", tmp_path / "out")
     if done.status:
@@ -354,9 +344,7 @@ def test_batchnorm_without_its_counter(verb, lacking, tmp_path, run, module):
     model = ["--model", f"{module(NORMED)}:normed", "--shape", 2, 6]
     done = run(*three_verbs(tmp_path, *networks.values(), model)[verb])
     assert done.status == 0, done.text
-    normed().load_state_dict(
-        written(tmp_path / "out"), strict="1.num_batches_tracked" in written(tmp_path / "out")
-    )
+    normed().load_state_dict(written(tmp_path / "out"), strict="1.num_batches_tracked" in written(tmp_path / "out"))
 
 
 WEIGHT_NORM = {
@@ -376,9 +364,7 @@ def test_old_names_of_weight_norm_are_read(kind, tmp_path, run, module):
     torch.manual_seed(0)
     old = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 5))
     new = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 5))
-    a, b = (
-        save(tmp_path / f"{n}.safetensors", m.state_dict()) for n, m in zip("ab", (old, new), strict=True)
-    )
+    a, b = (save(tmp_path / f"{n}.safetensors", m.state_dict()) for n, m in zip("ab", (old, new), strict=True))
     model = ["--model", f"{module(WEIGHT_NORM['new'])}:made", "--shape", 1, 6, "--out", tmp_path / "out"]
     files = (a, b) if kind == "old" else (b, a)
     done = run("match", *files, *model)
@@ -426,9 +412,7 @@ def test_a_port_says_whether_it_was_worth_it(good, tmp_path, run, module):
     base = normed_values(0)
     tuned = OrderedDict((n, v.clone()) for n, v in base.items())
     tuned["3.bias"][3 if good else 0] += 100
-    verbs = three_verbs(
-        tmp_path, base, tuned, normed_values(1), ["--model", f"{name}:normed", "--shape", 2, 6]
-    )
+    verbs = three_verbs(tmp_path, base, tuned, normed_values(1), ["--model", f"{name}:normed", "--shape", 2, 6])
     done = run(*verbs["port"], "--data", f"{name}:batches")
     assert done.status == 0, done.text
     card = (tmp_path / "out" / "README.md").read_text()

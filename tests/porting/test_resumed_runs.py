@@ -137,9 +137,7 @@ def test_other_images_in_the_same_folder_are_refused(tmp_path, module, run, inte
         for label in ("cat", "dog"):
             (tmp_path / "images" / part / label).mkdir(parents=True)
             for number in range(10 if part == "train" else 1):
-                Image.new("RGB", (8, 8), (20 * number, 9, 9)).save(
-                    tmp_path / "images" / part / label / f"{number}.png"
-                )
+                Image.new("RGB", (8, 8), (20 * number, 9, 9)).save(tmp_path / "images" / part / label / f"{number}.png")
     text = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), "
     name = module(text + "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))")
     sys.path.insert(0, str(tmp_path))
@@ -199,9 +197,7 @@ def test_other_code_of_regraft_is_refused(verb, place, python, interrupted):
     """Begun by one code of regraft, resumed by a changed one: the arithmetic may be another."""
     interrupted(INDEX, *words(place, verb))
     changed = place[0] / "changed"
-    shutil.copytree(
-        Path(regraft.__file__).parent, changed / "regraft", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(Path(regraft.__file__).parent, changed / "regraft", ignore=shutil.ignore_patterns("__pycache__"))
     with (changed / "regraft" / "core" / "tensors.py").open("a") as file:
         file.write("\nCHANGED = True\n")
     code = f"import sys; sys.path.insert(0, {str(changed)!r}); from regraft.cli import main; "

@@ -50,9 +50,7 @@ def repacked(path: Path, compressed: str) -> Path:
                 "one tensor": record.filename.endswith("/data/0"),
                 "all but one": number,
             }[compressed]
-            new.writestr(
-                record.filename, old.read(record), zipfile.ZIP_DEFLATED if chosen else zipfile.ZIP_STORED
-            )
+            new.writestr(record.filename, old.read(record), zipfile.ZIP_DEFLATED if chosen else zipfile.ZIP_STORED)
     return made
 
 
@@ -142,9 +140,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize(
-    "kind", ["compressed zeros", "compressed bytes beside", "expanded", "half and expanded"]
-)
+@pytest.mark.parametrize("kind", ["compressed zeros", "compressed bytes beside", "expanded", "half and expanded"])
 def test_what_unpacks_to_more_than_the_memory_is_refused(kind, tmp_path, run):
     """A small file whose tensors are large: --max-memory is checked before they are made."""
     count = 60_000_000
@@ -179,9 +175,7 @@ def test_a_namespace_of_arguments_is_read(where, tmp_path, run):
     held = {"args": args} | ({} if where == "alone" else {"model": drawn(0)})
     torch.save(held, tmp_path / "a.pt")
     if where == "alone":
-        one_line(
-            run("fuse", tmp_path / "a.pt", "--weights", 1, "--out", tmp_path / "out"), "a.pt", "no tensor"
-        )
+        one_line(run("fuse", tmp_path / "a.pt", "--weights", 1, "--out", tmp_path / "out"), "a.pt", "no tensor")
         return
     for name, tensor in fused(run, tmp_path, tmp_path / "a.pt").items():
         assert torch.equal(tensor, drawn(0)[name])
@@ -213,9 +207,7 @@ def test_what_is_not_run_is_named(kind, tmp_path, run):
     """A file with an object of a class: one sentence of ours with that class's name, whole words, no terminal codes."""
     make, name = FOREIGN[kind]
     torch.save({"model": drawn(0), "extra": make()}, tmp_path / "a.pt")
-    said = one_line(
-        run("fuse", tmp_path / "a.pt", "--weights", 1, "--out", tmp_path / "out"), "a.pt", name, status=[1]
-    )
+    said = one_line(run("fuse", tmp_path / "a.pt", "--weights", 1, "--out", tmp_path / "out"), "a.pt", name, status=[1])
     assert "\x1b" not in said
     for of_torch in ("WeightsUnpickler", "weights_only", "Please file an issue", "re-running"):
         assert of_torch not in said
@@ -262,9 +254,7 @@ def special(kind: str) -> torch.Tensor:
         "sparse rows": lambda: full.to_sparse_csr(),
         "meta": lambda: full.to("meta"),
         "quantised": lambda: torch.quantize_per_tensor(full, 0.1, 0, torch.qint8),
-        "quantised by channel": lambda: torch.quantize_per_channel(
-            full, torch.ones(8), torch.zeros(8), 0, torch.qint8
-        ),
+        "quantised by channel": lambda: torch.quantize_per_channel(full, torch.ones(8), torch.zeros(8), 0, torch.qint8),
         "float8": lambda: full.to(torch.float8_e4m3fn),
         "float8, the other": lambda: full.to(torch.float8_e5m2),
         "complex": lambda: full.to(torch.complex64),
@@ -315,9 +305,7 @@ def test_a_dtype_of_a_safetensors_file_is_carried_or_refused_when_it_is_opened(n
     dtype = DTYPES[name] or getattr(torch, name, None)
     if dtype is None:
         pytest.skip("this torch has no such dtype")
-    value = (
-        torch.zeros(4, 4, dtype=torch.uint8).view(dtype) if "float4" in name else torch.ones(4, 4).to(dtype)
-    )
+    value = torch.zeros(4, 4, dtype=torch.uint8).view(dtype) if "float4" in name else torch.ones(4, 4).to(dtype)
     try:
         path = save(tmp_path / "a.safetensors", {"v": torch.ones(2), "w": value})
     except (KeyError, ValueError, RuntimeError) as problem:
@@ -346,9 +334,7 @@ def test_a_name_that_cannot_be_written_is_refused_when_it_is_opened(name, tmp_pa
 def test_keys_that_are_one_name_are_refused(tmp_path, run):
     """The number 1 and the text "1" would be one tensor's name: one of them would be lost."""
     torch.save({1: torch.ones(2), "1": torch.zeros(2)}, tmp_path / "a.pt")
-    one_line(
-        run("fuse", tmp_path / "a.pt", "--weights", 1, "--out", tmp_path / "out"), "a.pt", "1", status=[1]
-    )
+    one_line(run("fuse", tmp_path / "a.pt", "--weights", 1, "--out", tmp_path / "out"), "a.pt", "1", status=[1])
 
 
 def test_all_integers_are_one_sentence(tmp_path, run):
@@ -402,12 +388,8 @@ def test_an_unreadable_file_is_not_called_truncated(suffix, tmp_path, run, monke
 
             denied = OSError(f"Permission denied (os error 13): {path}")
             monkeypatch.setattr(safetensors, "safe_open", lambda *_, **__: (_ for _ in ()).throw(denied))
-            monkeypatch.setattr(
-                "regraft.porting.stored_tensors.safe_open", safetensors.safe_open, raising=False
-            )
-    said = one_line(
-        run("fuse", path, "--weights", 1, "--out", tmp_path / "out"), path.name, "ermission", status=[1]
-    )
+            monkeypatch.setattr("regraft.porting.stored_tensors.safe_open", safetensors.safe_open, raising=False)
+    said = one_line(run("fuse", path, "--weights", 1, "--out", tmp_path / "out"), path.name, "ermission", status=[1])
     assert "truncated" not in said and "damaged" not in said
 
 

@@ -90,9 +90,7 @@ def test_a_link_out_of_the_folder_is_refused(how, name, verb, tmp_path, run, wor
         target = "inner"
     (source / name).symlink_to(target)
     done = run(*command)
-    assert not any(
-        "password" in (tmp_path / "out" / f).read_text("utf-8", "replace") for f in files(tmp_path / "out")
-    )
+    assert not any("password" in (tmp_path / "out" / f).read_text("utf-8", "replace") for f in files(tmp_path / "out"))
     one_line(done, name)
     assert not (tmp_path / "out").exists()
 
@@ -148,7 +146,5 @@ def test_a_small_result_is_one_file(verb, tmp_path, run, words):
     assert run(*command).status == 0
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     index = tmp_path / "out" / "model.safetensors.index.json"
-    assert not index.exists() or set(json.loads(index.read_text())["weight_map"].values()) == {
-        "model.safetensors"
-    }
+    assert not index.exists() or set(json.loads(index.read_text())["weight_map"].values()) == {"model.safetensors"}
     assert written(tmp_path / "out")

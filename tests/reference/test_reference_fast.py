@@ -168,9 +168,7 @@ def test_velocity_of_the_features_is_proportional_to_alpha_beta(net, batches, al
         small = 1e-6
         x, labels = batches[0]
         a = net.phi(x).detach()
-        w = paper.velocity_w(
-            small * scale_alpha, paper.error(torch.zeros(N, D).double(), a, one_hot(labels)), a
-        )
+        w = paper.velocity_w(small * scale_alpha, paper.error(torch.zeros(N, D).double(), a, one_hot(labels)), a)
         x, labels = batches[1]
         delta = paper.error(w, net.phi(x).detach(), one_hot(labels))
         return paper.velocity_theta(small * scale_beta, delta @ w, phi(net), theta(net), x)

@@ -26,10 +26,7 @@ def proved(model: nn.Module, *shape: int, draws: int = 2) -> PermutationSpec:
 def share(spec: PermutationSpec, model: nn.Module) -> float:
     """The share of parameters that may move."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    fixed = [
-        math.prod(sum(s.length for s in axis if s.group is None) for axis in spec.axes[name])
-        for name in sizes
-    ]
+    fixed = [math.prod(sum(s.length for s in axis if s.group is None) for axis in spec.axes[name]) for name in sizes]
     return 1 - sum(fixed) / sum(sizes.values())
 
 

@@ -63,9 +63,7 @@ def test_attention_that_shares_keys_itself():
 def test_a_constant_that_differs_between_heads_keeps_them_apart():
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (3, 4)).transpose(1, 2) for layer in (m.q, m.k, m.v))
-        far = (
-            -(torch.arange(5)[:, None] - torch.arange(5)).abs() * torch.tensor([1.0, 0.5, 0.5])[:, None, None]
-        )
+        far = -(torch.arange(5)[:, None] - torch.arange(5)).abs() * torch.tensor([1.0, 0.5, 0.5])[:, None, None]
         y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=far)
         return m.out(y.transpose(1, 2).flatten(2))
 
@@ -106,9 +104,7 @@ def test_a_block_that_holds_something_fixed_stays():
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         return m.out(m.grouped(torch.cat([m.stem(x), x], 1))).mean((2, 3))
 
-    net = Net(
-        forward, stem=nn.Conv2d(2, 10, 1), grouped=nn.Conv2d(12, 9, 3, groups=3), out=nn.Conv2d(9, 2, 1)
-    )
+    net = Net(forward, stem=nn.Conv2d(2, 10, 1), grouped=nn.Conv2d(12, 9, 3, groups=3), out=nn.Conv2d(9, 2, 1))
     assert all(size != 3 for group, size in proved(net, 1, 2, 5, 5).groups.items() if "blocks" in group)
 
 
@@ -157,8 +153,6 @@ def test_blocks_that_do_not_fit_are_named(blocks, complaint):
 def test_a_wrong_block_changes_the_function_and_is_found():
     net = grouped(3)
     spec = NESTED["groups"]
-    loose = PermutationSpec(
-        spec.groups, spec.axes, blocks={"0": ("0/blocks", "2/0")}
-    )  # 2/1 no longer in blocks
+    loose = PermutationSpec(spec.groups, spec.axes, blocks={"0": ("0/blocks", "2/0")})  # 2/1 no longer in blocks
     with pytest.raises(ValueError, match="changes the function"):
         verify(loose, net, torch.rand(1, 2, 5, 5))

@@ -81,9 +81,7 @@ def test_outputs_and_inputs_by_name():
 
 def test_casts_to_less_are_lifted_in_the_proof():
     net = Net(
-        lambda m, x: m.out(
-            (m.gain * (h := m.stem(x).float()) * h.square().mean(-1, True).rsqrt()).to(x.dtype)
-        ),
+        lambda m, x: m.out((m.gain * (h := m.stem(x).float()) * h.square().mean(-1, True).rsqrt()).to(x.dtype)),
         stem=(4, 6),
         gain=parameter(6),
         out=(6, 2),

@@ -70,9 +70,7 @@ def test_parts_of_one_memory_that_do_not_overlap_are_independent():
 
 
 def test_a_buffer_of_two_modules_is_one():
-    model = nn.Sequential(
-        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
-    )
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
     model[3].running_mean = model[1].running_mean
     assert proved(model, 3, 4).groups == {"0": 6}
     with pytest.raises(ValueError, match="changes the function"):
@@ -123,9 +121,7 @@ SCALARS = {
     ],
 )  # fmt: skip
 def test_a_scalar_that_is_selected_stays_and_what_it_meets_moves(function, sizes, rows):
-    used = {
-        name: copy.deepcopy(member) for name, member in SCALARS.items() if name in function.__code__.co_names
-    }
+    used = {name: copy.deepcopy(member) for name, member in SCALARS.items() if name in function.__code__.co_names}
     spec = proved(Net(function, **used), rows, 4, draws=4)
     assert sorted(spec.groups.values()) == sizes
 

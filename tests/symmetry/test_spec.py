@@ -18,9 +18,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def tensors_of(spec: PermutationSpec, seed: int = 0, stack: int | None = None) -> dict[str, torch.Tensor]:
     lead = () if stack is None else (stack,)
-    return {
-        name: torch.randn((*lead, *shape), generator=generator(seed)) for name, shape in spec.shapes.items()
-    }
+    return {name: torch.randn((*lead, *shape), generator=generator(seed)) for name, shape in spec.shapes.items()}
 
 
 SMALL = PermutationSpec.build(
@@ -94,13 +92,9 @@ def test_a_wrong_axis_is_named(axes, complaint):
         PermutationSpec.build({"g": 3}, axes)
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"groups": {}, "axes": {"w": 3}}', '{"groups": {}, "axes": 1}']
-)
+@pytest.mark.parametrize("text", ["[]", "{}", '{"groups": {}, "axes": {"w": 3}}', '{"groups": {}, "axes": 1}'])
 def test_json_of_something_else_is_refused(text):
-    with pytest.raises(
-        ValueError, match=r"permutation specification|expected a list with one entry per axis"
-    ):
+    with pytest.raises(ValueError, match=r"permutation specification|expected a list with one entry per axis"):
         PermutationSpec.from_json(text)
 
 
@@ -116,9 +110,7 @@ def test_simple_axes_use_their_group_as_slot():
 
 
 def test_what_moves_is_counted():
-    spec = PermutationSpec.build(
-        {"g": 3}, {"w": [3, [["g", 0, 3, 1], [None, 0, 4, 1]]], "v": ["g", "g"], "b": [3]}
-    )
+    spec = PermutationSpec.build({"g": 3}, {"w": [3, [["g", 0, 3, 1], [None, 0, 4, 1]]], "v": ["g", "g"], "b": [3]})
     # the exchange of units 0 and 1 leaves five columns of w, and one scalar of v
     assert spec.count_moved({"g": torch.tensor([1, 0, 2])}) == {"w": 6, "v": 8, "b": 0}
     assert set(spec.count_moved(spec.identity()).values()) == {0}
@@ -179,9 +171,7 @@ def specs(draw: st.DrawFn) -> PermutationSpec:
         return [*segments, [None, 0, draw(st.integers(1, 3)), 1]]
 
     names = draw(st.lists(st.text("xyz.", min_size=1, max_size=5), unique=True, max_size=4))
-    return PermutationSpec.build(
-        groups, {name: [axis() for _ in range(draw(st.integers(0, 3)))] for name in names}
-    )
+    return PermutationSpec.build(groups, {name: [axis() for _ in range(draw(st.integers(0, 3)))] for name in names})
 
 
 @given(specs(), st.integers(0, 100))
@@ -192,9 +182,7 @@ def test_any_specification_goes_through_json_and_back_and_inverts(spec, seed):
     moved = apply(spec, perm, tensors)
     back = apply(spec, inverse(perm), moved)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
-    assert all(
-        torch.equal(moved[n].flatten().sort().values, tensors[n].flatten().sort().values) for n in tensors
-    )
+    assert all(torch.equal(moved[n].flatten().sort().values, tensors[n].flatten().sort().values) for n in tensors)
 
 
 def test_misfits_are_named():

@@ -192,9 +192,7 @@ def test_a_learned_initial_state_moves_with_the_units(kind):
 @pytest.mark.parametrize("equation", ["bi,bi,bi->bi", "bi,ci->b"], ids=["three operands", "summed alone"])
 def test_an_einsum_that_is_no_matrix_product_is_frozen(equation):
     operands = equation.count(",") + 1
-    net = Net(
-        lambda m, x: torch.einsum(equation, *[m.stem(x)] * operands).reshape(3, -1), stem=(4, 6), front=(4, 4)
-    )
+    net = Net(lambda m, x: torch.einsum(equation, *[m.stem(x)] * operands).reshape(3, -1), stem=(4, 6), front=(4, 4))
     net.function = lambda m, x, f=net.function: f(m, m.front(x).relu())
     with pytest.warns(UserWarning, match="operator .*einsum.* such operands is not known"):
         spec = trace(net, torch.rand(3, 4))
@@ -204,9 +202,7 @@ def test_an_einsum_that_is_no_matrix_product_is_frozen(equation):
 
 def test_unused_parameters_stay_and_are_named():
     net = Net(lambda m, x: m.out(m.stem(x)), stem=(4, 6), spare=(6, 6), out=(6, 2))
-    with pytest.warns(
-        UserWarning, match=r"2 parameters of Net are not used and stay fixed, such as 'spare.weight'"
-    ):
+    with pytest.warns(UserWarning, match=r"2 parameters of Net are not used and stay fixed, such as 'spare.weight'"):
         spec = trace(net, torch.rand(3, 4))
     assert spec.groups == {"stem": 6}
     assert spec.shapes["spare.weight"] == (6, 6)

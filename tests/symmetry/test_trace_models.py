@@ -31,9 +31,7 @@ def test_an_mlp(bias):
     weights = [axes for name, axes in spec.axes.items() if name.endswith("weight")]
     hand = PermutationSpec.build({"a": 8, "b": 8}, {"1": ["a", 6], "2": ["b", "a"], "3": [3, "b"]})
     names = dict(zip(spec.groups, "ab", strict=True))
-    renamed = [
-        tuple(tuple(s._replace(group=names.get(s.group)) for s in axis) for axis in axes) for axes in weights
-    ]
+    renamed = [tuple(tuple(s._replace(group=names.get(s.group)) for s in axis) for axis in axes) for axes in weights]
     assert renamed == list(hand.axes.values())
     assert len(spec.axes) == (6 if bias else 3)
 

@@ -144,9 +144,7 @@ def test_a_changed_part_is_told_from_an_unchanged_one(change):
 def test_padded_channels():
     """The parameter-free shortcut of CIFAR residual networks."""
     net = Net(
-        lambda m, x: m.out(
-            (F.pad(m.stem(x)[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)) + m.wide(m.stem(x))).mean((2, 3))
-        ),
+        lambda m, x: m.out((F.pad(m.stem(x)[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)) + m.wide(m.stem(x))).mean((2, 3))),
         stem=nn.Conv2d(2, 4, 3, padding=1),
         wide=nn.Conv2d(4, 8, 3, stride=2, padding=1),
         out=(8, 2),
@@ -306,9 +304,7 @@ def test_attention_keeps_units_in_their_head(kind):
         elif kind == "matmul":
             y = F.softmax(q @ k.transpose(-2, -1) + m.bias, -1) @ v
         else:
-            y = torch.einsum(
-                "bhij,bhjd->bhid", F.softmax(torch.einsum("bhid,bhjd->bhij", q, k) + m.bias, -1), v
-            )
+            y = torch.einsum("bhij,bhjd->bhid", F.softmax(torch.einsum("bhid,bhjd->bhij", q, k) + m.bias, -1), v)
         return m.out(y.transpose(1, 2).flatten(2))
 
     layers = {name: (4, 8) for name in "qkv"}

@@ -103,9 +103,7 @@ def test_a_failed_proof_names_the_tensor_and_the_axis():
     with pytest.raises(ValueError, match=r"group 'second' .* it lacks axis 0 of tensor 'second.bias'"):
         verify(lacking, model, x)
     permuted_outputs = spec.with_axis("out.weight", 0, (Segment("first", 0, 6),))
-    with pytest.raises(
-        ValueError, match=r"group 'first' .* axis 0 of tensor 'out.weight' does not belong to it"
-    ):
+    with pytest.raises(ValueError, match=r"group 'first' .* axis 0 of tensor 'out.weight' does not belong to it"):
         verify(permuted_outputs, model, x)
 
 

@@ -193,9 +193,7 @@ def test_another_loss_may_be_given(network):
 
 
 def test_dropout_is_off_or_drawn_from_the_generator(network):
-    plain, first, same, other = (
-        gradients(*network, data(1), generator=g) for g in (None, seed(1), seed(1), seed(2))
-    )
+    plain, first, same, other = (gradients(*network, data(1), generator=g) for g in (None, seed(1), seed(1), seed(2)))
     assert torch.equal(first["fc.weight"], same["fc.weight"])
     assert not torch.equal(first["fc.weight"], other["fc.weight"])
     assert torch.equal(plain["fc.weight"], gradients(*network, data(1))["fc.weight"])
@@ -225,9 +223,7 @@ def test_gradients_in_float64_stay_in_float64(network):
     model, values = network
     model = networks.build(lambda: Network().double(), seed(1))
     batches = [(images.double(), labels) for images, labels in data()]
-    found = gradients(
-        model, {k: v.double() if v.is_floating_point() else v for k, v in values.items()}, batches
-    )
+    found = gradients(model, {k: v.double() if v.is_floating_point() else v for k, v in values.items()}, batches)
     assert all(gradient.dtype == torch.float64 for gradient in found.values())
 
 
@@ -237,9 +233,7 @@ def test_gradients_in_float64_stay_in_float64(network):
 def test_statistics_are_the_plain_average_over_the_first_batches(network):
     model, values = network
     found = reset_batchnorm(model, values, iter(data(5)), limit=3)
-    hidden = [
-        F.conv2d(images, values["conv.weight"], values["conv.bias"], padding=1) for images, _ in data(3)
-    ]
+    hidden = [F.conv2d(images, values["conv.weight"], values["conv.bias"], padding=1) for images, _ in data(3)]
     mean = torch.stack([h.mean((0, 2, 3)) for h in hidden]).mean(0)
     variance = torch.stack([h.var((0, 2, 3)) for h in hidden]).mean(0)
     assert torch.allclose(found["norm.running_mean"], mean, atol=1e-5)
@@ -317,10 +311,7 @@ def test_a_line_can_have_its_statistics_estimated_anew(network, reference):
     model, values = network
     other = tensors.state(model)
     line = interpolate(model, values, other, data(), [0.0, 0.5, 1.0], statistics=data())
-    middle = {
-        name: (value + other[name]) / 2 if value.is_floating_point() else value
-        for name, value in values.items()
-    }
+    middle = {name: (value + other[name]) / 2 if value.is_floating_point() else value for name, value in values.items()}
     expected = loss_and_accuracy(model, reset_batchnorm(model, middle, data()), data())
     assert (float(line.loss[1]), float(line.accuracy[1])) == pytest.approx(expected, rel=1e-5)
     plain = interpolate(model, values, other, data(), [0.0, 0.5, 1.0])

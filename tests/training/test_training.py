@@ -263,9 +263,7 @@ def test_an_interrupted_run_resumes_to_the_bit(network, tmp_path, every_epoch, e
     with pytest.raises(Interrupted):
         run(network, recipe, number=1, on_epoch=interrupt_at(epoch), **how)
     recorded, shown = [], []
-    resumed = run(
-        network, recipe, number=1, on_epoch=shown.append, record=lambda step, _: recorded.append(step), **how
-    )
+    resumed = run(network, recipe, number=1, on_epoch=shown.append, record=lambda step, _: recorded.append(step), **how)
     assert equal(resumed.tensors, whole.tensors)
     assert [row.epoch for row in resumed.history] == [0, 1, 2, 2.5, 2.75, 3, 4]
     done = math.ceil(epoch) - 1 if epoch > 1 else -1  # there is no file before the first epoch is over

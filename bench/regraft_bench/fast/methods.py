@@ -158,9 +158,7 @@ def transfer_source(model: nn.Module, adopted: Adoption, setting: FastSetting) -
     learned = transfer(source.model, path, start, batches, method="fgmt", generator=sweeps).params
     head = {f"{adopted.name}.{name}": tensor for name, tensor in adopted.head.state_dict().items()}
     fill_(model, {**learned, **head})
-    fill_(
-        adopted.source_head, {name: learned[f"{adopted.name}.{name}"] for name in adopted.head.state_dict()}
-    )
+    fill_(adopted.source_head, {name: learned[f"{adopted.name}.{name}"] for name in adopted.head.state_dict()})
 
 
 @register
@@ -263,9 +261,7 @@ class FineTuning:
         record = recorder.finish(until=setting.settings.steps)
         cost = {**clock.seconds, **record.seconds}
         if not setting.tuning:
-            return Measured(
-                _run_values(record, outcome), _run_series(record), cost, self._notes(setting, outcome)
-            )
+            return Measured(_run_values(record, outcome), _run_series(record), cost, self._notes(setting, outcome))
         if outcome.diverged is not None:
             raise FloatingPointError(f"the loss of step {outcome.diverged} is not finite")
         return Measured({"validation": _round(record.validation_area())}, cost=cost)

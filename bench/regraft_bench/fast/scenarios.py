@@ -64,9 +64,7 @@ DIGITS_CONV = Origin(digits_conv, LOW, Recipe(epochs=30, lr=0.05, batch_size=50)
 # ---------------------------------------------------------------- FAST beside every baseline
 
 _digits = FastSettings(DIGITS_CONV, HIGH, steps=89, batch_size=50)
-_imagenet = FastSettings(
-    EFFICIENTNET, CIFAR100_TEN_LARGE, steps=89, batch_size=50, flip=True, target_images=250
-)
+_imagenet = FastSettings(EFFICIENTNET, CIFAR100_TEN_LARGE, steps=89, batch_size=50, flip=True, target_images=250)
 
 COMPARISON = (
     Scenario("digits", COMPARISON_METHODS, _digits, seeds=5),
@@ -95,9 +93,7 @@ QUICK_DIGITS = Scenario("digits-fixed", FIXED, _digits, seeds=2)
 QUICK_BATCHNORM = Scenario(  # a network that computes otherwise in training mode than in evaluation mode
     "digits-fixed-batchnorm",
     tuple(method for method in FIXED if method.name in ("plain", "fast")),
-    replace(
-        _digits, origin=Origin(networks.grey_conv3, LOW, replace(SOURCE_RECIPE, batch_size=50)), steps=21
-    ),
+    replace(_digits, origin=Origin(networks.grey_conv3, LOW, replace(SOURCE_RECIPE, batch_size=50)), steps=21),
     seeds=2,
 )
 
@@ -109,17 +105,14 @@ _TINY = DrawHead(Normal(1e-8))
 def _scales(rate: float) -> tuple[Method, ...]:
     """Section 6.2: equal rates, heads from N(0, 1) down to zero."""
     return tuple(
-        at_rates(f"N(0, {std:g}²)", rate, rate, prepare=DrawHead(Normal(std)))
-        for std in (1.0, 0.1, 0.01, 1e-4, 1e-8)
+        at_rates(f"N(0, {std:g}²)", rate, rate, prepare=DrawHead(Normal(std))) for std in (1.0, 0.1, 0.01, 1e-4, 1e-8)
     )
 
 
 def _frozen(rate: float) -> tuple[Method, ...]:
     """Section 6.3: a random head that stays as it is, and one that learns."""
     drawn = DrawHead(Normal(0.01))
-    return at_rates("alpha = 0", None, rate, prepare=drawn), at_rates(
-        "alpha = beta", rate, rate, prepare=drawn
-    )
+    return at_rates("alpha = 0", None, rate, prepare=drawn), at_rates("alpha = beta", rate, rate, prepare=drawn)
 
 
 def _warm_ups(rate: float) -> tuple[Method, ...]:
@@ -157,9 +150,7 @@ def _around(alpha: float, beta: float, **how: Any) -> list[FineTuning]:
     return at_each([(float(f"{a:.4g}"), float(f"{b:.4g}")) for a, b in pairs], **how)
 
 
-def _optimisers(
-    baselines: Mapping[str, Sequence[float]], runs: Mapping[str, list[FineTuning]]
-) -> tuple[Method, ...]:
+def _optimisers(baselines: Mapping[str, Sequence[float]], runs: Mapping[str, list[FineTuning]]) -> tuple[Method, ...]:
     """Section 6.6, for each optimiser: fan-in baselines at several rates, and FAST at the best of its runs."""
     methods: list[Method] = []
     for name, trials in runs.items():

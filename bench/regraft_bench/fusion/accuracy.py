@@ -37,9 +37,7 @@ class Sums:
     finish: Finish | None = None
 
 
-def measure_sums(
-    setting: FusionSetting, sums: Sums, images: Pair, clock: Clock, phase: str = EVALUATION
-) -> Tensor:
+def measure_sums(setting: FusionSetting, sums: Sums, images: Pair, clock: Clock, phase: str = EVALUATION) -> Tensor:
     """Accuracy, float64 [K], of every sum.
 
     Tables share grids: without `finish` the result is kept in the cache, with what it cost.

@@ -34,11 +34,7 @@ def at_alpha(
 
     def pick(row: Row) -> float | None:
         series = row.series.get("accuracy")
-        return (
-            None
-            if series is None or alpha not in series.at[0]
-            else of(series.values[series.at[0].index(alpha)])
-        )
+        return None if series is None or alpha not in series.at[0] else of(series.values[series.at[0].index(alpha)])
 
     return _number(table, method, pick)
 
@@ -48,11 +44,7 @@ def on_diagonal(table: str, of: Callable[[Sequence[float]], float]) -> Number:
 
     def pick(row: Row) -> float | None:
         series = row.series.get(A)
-        return (
-            None
-            if series is None
-            else of([series.values[k][k] for k, b in enumerate(series.at[0]) if float(b) > 0])
-        )
+        return None if series is None else of([series.values[k][k] for k, b in enumerate(series.at[0]) if float(b) > 0])
 
     return _number(table, "sum", pick)
 

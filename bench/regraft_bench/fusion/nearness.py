@@ -38,8 +38,7 @@ def average_grids(grids: Sequence[Sequence[Sequence[float]]]) -> CellGrid | None
     if not grids:
         return None
     return tuple(
-        tuple(statistics.fmean(cells) for cells in zip(*lines, strict=True))
-        for lines in zip(*grids, strict=True)
+        tuple(statistics.fmean(cells) for cells in zip(*lines, strict=True)) for lines in zip(*grids, strict=True)
     )
 
 

@@ -49,9 +49,7 @@ class TargetSum:
         )
         alphas = (1.0,) if self.average else settings.alphas
         for panel in settings.panels:
-            sums = {
-                name: self._sums(setting, panel, tensors, clock) for name, (tensors, _) in targets.items()
-            }
+            sums = {name: self._sums(setting, panel, tensors, clock) for name, (tensors, _) in targets.items()}
             measure = partial(_measure, setting, settings.task, _images_of(panel), clock)
             accuracies = torch.stack([measure(own) for own in sums.values()], dim=1)
             series[panel.name] = grid_series({"alpha": alphas, "target": tuple(targets)}, accuracies)

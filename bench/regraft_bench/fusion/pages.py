@@ -115,9 +115,7 @@ def _target_names(rows: Rows) -> list[str]:
 
 def _list_remarks(rows: Rows) -> list[str]:
     """What stood in for what, and runs that failed."""
-    stand_ins: Mapping[str, str] = next(
-        (r.notes["stands in for"] for r in rows if "stands in for" in r.notes), {}
-    )
+    stand_ins: Mapping[str, str] = next((r.notes["stands in for"] for r in rows if "stands in for" in r.notes), {})
     return [
         *(f"{name} stands in for {missing}, which is not here" for name, missing in stand_ins.items()),
         *(f"{r.method}, seed {r.seed}: {r.failure}" for r in rows if r.failure),
@@ -166,9 +164,7 @@ def _compare_all_methods(paper: Published, scenario: str, rows: Rows) -> Sheet:
 def _mean_over_targets(row: Row) -> dict[float | str, str]:
     if (series := row.series.get("accuracy")) is None:
         return {}
-    return {
-        a: f"{100 * statistics.fmean(line):.1f}" for a, line in zip(series.at[0], series.values, strict=True)
-    }
+    return {a: f"{100 * statistics.fmean(line):.1f}" for a, line in zip(series.at[0], series.values, strict=True)}
 
 
 def _both_along_alpha(row: Row) -> dict[float | str, str]:
@@ -180,9 +176,7 @@ def _both_along_alpha(row: Row) -> dict[float | str, str]:
         pairs = {at: (a.values[k], b.values[k]) for k, at in enumerate(a.at[0])}
     else:
         rows = {at: number for number, at in enumerate(a.at[0])}
-        pairs = {
-            at: (a.values[rows[at]][k], b.values[rows[at]][k]) for k, at in enumerate(a.at[1]) if at in rows
-        }
+        pairs = {at: (a.values[rows[at]][k], b.values[rows[at]][k]) for k, at in enumerate(a.at[1]) if at in rows}
     return {at: f"{100 * on_a:.1f} / {100 * on_b:.1f}" for at, (on_a, on_b) in pairs.items()}
 
 
@@ -211,9 +205,7 @@ FUSION_TABLES = (
         (TWO_DIGIT_TASKS.name,),
         by_method((*COMMON, *BOTH_TASKS[:2], *CHOSEN)),
     ),
-    Table(
-        "claims", "What the paper says", tuple(name for name, _ in PAPER_TABLES.values()), list_fusion_claims
-    ),
+    Table("claims", "What the paper says", tuple(name for name, _ in PAPER_TABLES.values()), list_fusion_claims),
     Table("recipes", "Which recipe", tuple(s.name for s in RECIPE_SCENARIOS), list_recipes),
     Table(
         "whole-tables",

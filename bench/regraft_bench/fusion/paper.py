@@ -52,13 +52,9 @@ def load_published() -> dict[str, Published]:
     """Every table by its number, those of the main text first."""
     folder = files("regraft_bench.fusion") / "published"
     tables = [
-        _read(json.loads(file.read_text(encoding="utf-8")))
-        for file in folder.iterdir()
-        if file.name.endswith(".json")
+        _read(json.loads(file.read_text(encoding="utf-8"))) for file in folder.iterdir() if file.name.endswith(".json")
     ]
-    return {
-        t.table: t for t in sorted(tables, key=lambda t: (t.table.startswith("A"), int(t.table.strip("A"))))
-    }
+    return {t.table: t for t in sorted(tables, key=lambda t: (t.table.startswith("A"), int(t.table.strip("A"))))}
 
 
 def _read(raw: dict[str, Any]) -> Published:

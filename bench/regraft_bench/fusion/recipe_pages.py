@@ -65,13 +65,10 @@ def list_whole_tables(rows: Rows) -> Iterator[Sheet]:
             ]
             diagonal = groups(own.get(f"recipe-{scale}-{name}", ())).get("diagonal")
             if set(near) != {"–"}:
-                lines.append(
-                    (f"{scale}-{name}", "–" if diagonal is None else DELTA_RATIO.cell(diagonal), *near)
-                )
+                lines.append((f"{scale}-{name}", "–" if diagonal is None else DELTA_RATIO.cell(diagonal), *near))
     if lines:
         tables = [
-            f"{kind}, {scale} scale: tables {' and '.join(numbers)}"
-            for (kind, scale), numbers in WHOLE_TABLES.items()
+            f"{kind}, {scale} scale: tables {' and '.join(numbers)}" for (kind, scale), numbers in WHOLE_TABLES.items()
         ]
         notes = ("no recipe was chosen by these", *tables, *provenance(rows))
         yield Sheet("whole-tables", ("recipe", DELTA_RATIO.heading, *headings), tuple(lines), notes)

@@ -125,9 +125,7 @@ WHOLE_TABLES = {
 
 # ---------------------------------------------------------------- the paper's tables and figures
 
-TEST_IMAGES = (
-    500  # for each accuracy of the residual network at the large scale: a standard error up to 2.2 points
-)
+TEST_IMAGES = 500  # for each accuracy of the residual network at the large scale: a standard error up to 2.2 points
 HELD_OUT_IMAGES = 100  # to choose one of the grid's positions
 FINE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0, 5.0)
 ALPHAS = {
@@ -135,10 +133,7 @@ ALPHAS = {
     WEIGHTS: (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0),
 }
 PANELS = (
-    *(
-        PanelSettings(f"{scale} scale, small training images", scale, "small")
-        for scale in ("small", "medium", "large")
-    ),
+    *(PanelSettings(f"{scale} scale, small training images", scale, "small") for scale in ("small", "medium", "large")),
     PanelSettings("large scale, test images", "large", "test"),
 )
 FIGURE_FORMULAS = {
@@ -149,9 +144,7 @@ FIGURE_FORMULAS = {
 }
 
 
-def _make_onto(
-    formula: str, onto: str, panels: tuple[PanelSettings, ...], alphas: tuple[float, ...]
-) -> OntoTargets:
+def _make_onto(formula: str, onto: str, panels: tuple[PanelSettings, ...], alphas: tuple[float, ...]) -> OntoTargets:
     targets = TARGET_TASKS if onto == "trained" else ()
     return OntoTargets(formula, onto, panels, alphas, CIFAR10, targets, network="small_cnn", regime=CNN)
 
@@ -179,9 +172,7 @@ def _make_table(paper: Published) -> Scenario:
     return Scenario(name, (two_tasks.SUM, *two_tasks.TWO_TASK_CONTROLS, *own), settings, seeds=1)
 
 
-_TWO_TASKS = TwoTasks(
-    CIFAR10, CIFAR100, (), (), "residual8", RESIDUAL, images=TEST_IMAGES, held_out=HELD_OUT_IMAGES
-)
+_TWO_TASKS = TwoTasks(CIFAR10, CIFAR100, (), (), "residual8", RESIDUAL, images=TEST_IMAGES, held_out=HELD_OUT_IMAGES)
 
 
 def _make_figures() -> Iterator[Scenario]:
@@ -222,9 +213,7 @@ def _make_recipes() -> Iterator[Scenario]:
     """The diagonals of tables A12 and A13 (small scale) and 6 (large scale) under each candidate."""
     for scale, candidates in CANDIDATES.items():
         for name in candidates:
-            yield Scenario(
-                f"recipe-{scale}-{name}", two_tasks.DIAGONAL, _make_candidate(scale, name), seeds=1
-            )
+            yield Scenario(f"recipe-{scale}-{name}", two_tasks.DIAGONAL, _make_candidate(scale, name), seeds=1)
     half = replace(_TWO_TASKS, regime=HALF_WIDTH)
     yield Scenario("recipe-large-adam-1e-3-of-half-width", two_tasks.DIAGONAL, half, seeds=1)
     # no candidates: whether theta_B is too near the start after as many epochs as theta_A
@@ -237,9 +226,7 @@ def _make_widths() -> Iterator[Scenario]:
     """Table 6's sum of networks from one start and from two, by the share of the usual width."""
     for width in (0.125, 0.25, 0.5):
         settings = replace(_TWO_TASKS, regime=replace(HALF_WIDTH, width=width))
-        yield Scenario(
-            f"starts-width-{width}", (*two_tasks.DIAGONAL, *two_tasks.OF_TWO_STARTS), settings, seeds=3
-        )
+        yield Scenario(f"starts-width-{width}", (*two_tasks.DIAGONAL, *two_tasks.OF_TWO_STARTS), settings, seeds=3)
 
 
 # ---------------------------------------------------------------- small ones
@@ -258,9 +245,7 @@ TWO_DIGIT_TASKS = Scenario(
     ),
 )
 
-THEORY_SCENARIO = Scenario(
-    "appendix-b2", THEORY_METHODS, Theory(CIFAR10, CIFAR100, "small_cnn", CNN), seeds=1
-)
+THEORY_SCENARIO = Scenario("appendix-b2", THEORY_METHODS, Theory(CIFAR10, CIFAR100, "small_cnn", CNN), seeds=1)
 
 TABLE_SCENARIOS = tuple(_make_table(paper) for paper in load_published().values())
 FIGURE_SCENARIOS = tuple(_make_figures())

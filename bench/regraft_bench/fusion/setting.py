@@ -92,9 +92,7 @@ class FusionSetting(Setting):
             lambda: self.train_from(f"{task.data} from {number}", self.start(number), task, scale, recipe),
         )
 
-    def train_from(
-        self, purpose: str, start: Tensors, task: Task, scale: str, recipe: Recipe, **how: Any
-    ) -> Training:
+    def train_from(self, purpose: str, start: Tensors, task: Task, scale: str, recipe: Recipe, **how: Any) -> Training:
         """Train on a task at a scale from any values."""
         return self.train(purpose, self.model, start, self.at_scale(task, scale), recipe, **how)
 

@@ -125,9 +125,7 @@ class Fusion:
         sources = [TERMS[name](setting, clock) for name in names]
         starts = [1.0 for name in names if name in STARTS]
         axes, rows = self.coefficients(setting.settings, len(names) - len(starts))
-        return choose_on_validation(
-            setting, self._sums(setting, sources, [starts + row for row in rows]), axes, clock
-        )
+        return choose_on_validation(setting, self._sums(setting, sources, [starts + row for row in rows]), axes, clock)
 
     def _sums(self, setting: FusionSetting, sources: list[Tensors], rows: list[list[float]]) -> Sums:
         if self.statistics == "own":
@@ -179,9 +177,7 @@ def merge_with_fisher(setting: FusionSetting) -> Measured:
     A parameter that neither network needs is averaged by alpha alone; buffers are.
     """
     clock, pair = Clock(), (setting.theta_a, setting.theta_b)
-    importances = [
-        find_importance(setting, t, own, clock) for t, own in zip(setting.tasks, pair, strict=True)
-    ]
+    importances = [find_importance(setting, t, own, clock) for t, own in zip(setting.tasks, pair, strict=True)]
     merged = [merge_by_importance(pair, importances, share) for share in LINE_SHARES]
     sums = Sums(merged, torch.eye(len(merged)).tolist())
     return choose_on_validation(setting, sums, {"alpha": LINE_SHARES}, clock)
@@ -233,9 +229,7 @@ def _method(
 
 SUM = _method("sum", "The table's own formula.", coefficients=grid_points)
 SUM_OF_NETWORKS = _method("sum", f"{TWO_NETWORKS}.", *FORMULAS[TWO_NETWORKS], coefficients=grid_points)
-SUM_OF_GRADIENTS = _method(
-    "assignment", f"{TWO_GRADIENTS}.", *FORMULAS[TWO_GRADIENTS], coefficients=grid_points
-)
+SUM_OF_GRADIENTS = _method("assignment", f"{TWO_GRADIENTS}.", *FORMULAS[TWO_GRADIENTS], coefficients=grid_points)
 ARITHMETIC = _method(
     "task arithmetic",
     "theta_pre + alpha (theta_A - theta_pre) + beta (theta_B - theta_pre), both trained from theta_pre.",

@@ -150,7 +150,6 @@ def _make_small(n: int, setting: MicroSetting) -> dict[str, Contender]:
 
 
 SMALL = tuple(
-    Contest(f"200 of n = {n}", (BY_HAND, "assign, one by one", TOGETHER), partial(_make_small, n))
-    for n in (8, 16, 64)
+    Contest(f"200 of n = {n}", (BY_HAND, "assign, one by one", TOGETHER), partial(_make_small, n)) for n in (8, 16, 64)
 )
 """Gaussian matrices of one size."""

@@ -36,9 +36,7 @@ def compile_methods() -> tuple[Method, ...]:
     variants = [variant for operator in operators().values() for variant in operator.variants]
     variants.sort(key=lambda variant: list(TARGETS).index(variant.target))
     return tuple(
-        Method(
-            f"{v.target} {v.label}", partial(_measure, v), {"warps": v.warps, "stages": v.stages}, about=CODE
-        )
+        Method(f"{v.target} {v.label}", partial(_measure, v), {"warps": v.warps, "stages": v.stages}, about=CODE)
         for v in variants
     )
 
@@ -76,9 +74,7 @@ def values_of(variant: Variant, code: MachineCode) -> dict[str, float]:
         values["instructions per 16 bytes"] = _per_16_bytes(variant, code)
     if variant.target == "sm_90":
         share = _share_of_copy if variant.reads else _share_of_products
-        values |= {
-            f"predicted share, {name}": share(variant, code, machine) for name, machine in MACHINES.items()
-        }
+        values |= {f"predicted share, {name}": share(variant, code, machine) for name, machine in MACHINES.items()}
     return {name: float(value) for name, value in values.items()}
 
 
@@ -210,9 +206,7 @@ def built_for(variant: Variant) -> Any:
     from triton.compiler import ASTSource
 
     order = variant.kernel.arg_names
-    constants = {
-        k: triton_dtype(v) if isinstance(v, torch.dtype) else v for k, v in variant.constants.items()
-    }
+    constants = {k: triton_dtype(v) if isinstance(v, torch.dtype) else v for k, v in variant.constants.items()}
     signature = {name: variant.signature.get(name, "constexpr") for name in order}
     aligned = {
         (order.index(name),): [["tt.divisibility", 16]]

@@ -250,9 +250,7 @@ def _fgmt(setting: GpuSetting) -> Measured:
 
     setting.check()
     network, g = conv8(), setting.generator("fgmt")
-    start, end, target = (
-        {n: t.to(setting.device) for n, t in initialise(network, g).items()} for _ in range(3)
-    )
+    start, end, target = ({n: t.to(setting.device) for n, t in initialise(network, g).items()} for _ in range(3))
     batches = [
         (
             torch.randn(128, 3, 32, 32, generator=g).to(setting.device),
@@ -263,7 +261,5 @@ def _fgmt(setting: GpuSetting) -> Measured:
     clock = Clock()
     path = Trajectory.linear(start, end, steps=30)
     with clock.phase("all", setting.device):
-        result = transfer(
-            network.to(setting.device), path, target, batches, method="fgmt", gradient_batches=2
-        )
+        result = transfer(network.to(setting.device), path, target, batches, method="fgmt", gradient_batches=2)
     return Measured({"time [ms]": 1e3 * clock.cost.wall}, cost=result.seconds)

@@ -27,9 +27,7 @@ def _variants(target: str) -> list[Variant]:
             "scales": "*fp64" if wide == torch.float64 else "*fp32",
             "steps": "i32",
         }
-        for kind in (
-            MoveKind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)
-        ):
+        for kind in (MoveKind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
             tile = tile_of(FAMILIES[target], kind, _LIVE_VALUES)
             variants.append(
                 Variant(

@@ -19,9 +19,7 @@ from regraft_kernels.permute import _LIVE_VALUES, _permute_kernel
 def _variants(target: str) -> list[Variant]:
     variants = []
     for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
-        for kind in (
-            MoveKind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)
-        ):
+        for kind in (MoveKind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
             tile = tile_of(FAMILIES[target], kind, _LIVE_VALUES)
             variants.append(
                 Variant(
@@ -44,9 +42,7 @@ def _make(network: str, into_given: bool, setting: MicroSetting) -> dict[str, Co
     out = net.draw(1) if into_given else None
     return {
         OURS: Contender(lambda: permute(tensors, net.indices, net.packing, out=out)),
-        BY_HAND: Contender(
-            lambda: {name: net.permute_by_hand(name, tensor) for name, tensor in tensors.items()}
-        ),
+        BY_HAND: Contender(lambda: {name: net.permute_by_hand(name, tensor) for name, tensor in tensors.items()}),
         COPY: Contender(copy_of(tensors, 2, out=into_given)),
     }
 

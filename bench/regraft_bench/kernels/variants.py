@@ -60,9 +60,7 @@ class Operator:
 _OPERATORS: dict[str, Operator] = {}
 
 
-def register_operator(
-    name: str, variants: Callable[[str], list[Variant]], contests: Iterable[Contest]
-) -> None:
+def register_operator(name: str, variants: Callable[[str], list[Variant]], contests: Iterable[Contest]) -> None:
     """Called once by each operator's file; `variants`: those of a GPU family, a name in FAMILIES."""
     compiled = tuple(variant for family in FAMILIES for variant in variants(family))
     _OPERATORS[name] = Operator(compiled, tuple(contests))

@@ -22,9 +22,7 @@ VALUES = (0.0, 0.01, 0.1, 0.5, 1.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0)
 LOOP_BATCHES = (250, 1000, 2500)
 
 
-def _loop(
-    model: nn.Module, sources: list[Tensors], rows: Tensor, images: Tensor, labels: Tensor, size: int
-) -> int:
+def _loop(model: nn.Module, sources: list[Tensors], rows: Tensor, images: Tensor, labels: Tensor, size: int) -> int:
     """What one would write: the data in memory, one parameter set and one pass at a time. Right answers of all."""
     stack, right = fuse_many(sources, rows), 0
     with torch.inference_mode():

@@ -52,9 +52,7 @@ def _order(spec: PermutationSpec, tensors: Tensors) -> list[str]:
     return [group for members in colours(spec, frozenset(tensors)) for group in members]
 
 
-def _similarity(
-    spec: PermutationSpec, group: str, target: Tensors, source: Tensors, perm: Perm
-) -> torch.Tensor:
+def _similarity(spec: PermutationSpec, group: str, target: Tensors, source: Tensors, perm: Perm) -> torch.Tensor:
     total = torch.zeros(spec.groups[group], spec.groups[group])
     for name, axis in spec.tensors_of(group):
         if name not in target:
@@ -70,9 +68,7 @@ def _similarity(
     return total
 
 
-def _make(
-    factory: Callable[[], nn.Module], shape: tuple[int, ...], setting: MicroSetting
-) -> dict[str, Contender]:
+def _make(factory: Callable[[], nn.Module], shape: tuple[int, ...], setting: MicroSetting) -> dict[str, Contender]:
     """Two independent initialisations' parameters. By hand draws other orders in every call; its objective is the best
     of them all."""
     model = factory()

@@ -53,9 +53,7 @@ def phase(name: str) -> Callable[[Group], str]:
     """A cell: the CPU seconds of one phase, the wall clock's where a row has none."""
 
     def cell(group: Group) -> str:
-        return mean(
-            [row.cost[name].cpu or row.cost[name].wall for row in group.rows if name in row.cost], "{:.1f}"
-        )
+        return mean([row.cost[name].cpu or row.cost[name].wall for row in group.rows if name in row.cost], "{:.1f}")
 
     return cell
 
@@ -94,10 +92,7 @@ COMPILED = (
         )
     ),
     Column("instructions per 16 bytes", value("instructions per 16 bytes", "{:.1f}")),
-    *(
-        Column(f"predicted share, {name}", value(f"predicted share, {name}", "{:.0%}"))
-        for name in ("H100", "H200")
-    ),
+    *(Column(f"predicted share, {name}", value(f"predicted share, {name}", "{:.0%}")) for name in ("H100", "H200")),
 )
 MATCHING = (*SUMMARY, Column("objective", value("objective", "{:.4f}")))
 KERNELS = (
@@ -179,9 +174,7 @@ ASSIGNMENT_SCENARIOS = (
 TABLES = (
     Table("kernels", "Kernels", KERNEL_SCENARIOS, by_method(KERNELS)),
     Table("assignment", "Assignment", ASSIGNMENT_SCENARIOS, by_method(ASSIGNMENT)),
-    Table(
-        "matching", "Matching", ("matching-mlp", "matching-resnet18", "matching-fgmt"), by_method(MATCHING)
-    ),
+    Table("matching", "Matching", ("matching-mlp", "matching-resnet18", "matching-fgmt"), by_method(MATCHING)),
     Table(
         "library",
         "Grids, the recorder, training",

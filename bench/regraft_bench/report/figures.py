@@ -187,9 +187,7 @@ def svg(figure: Figure, rows: Rows) -> str | None:
 def _renumber_gradients(drawing: str) -> str:
     """From 0: the engine counts them on from one drawing to the next."""
     numbers: dict[str, int] = {}
-    return re.sub(
-        r"\bgradient_\d+", lambda match: f"gradient_{numbers.setdefault(match[0], len(numbers))}", drawing
-    )
+    return re.sub(r"\bgradient_\d+", lambda match: f"gradient_{numbers.setdefault(match[0], len(numbers))}", drawing)
 
 
 def _draw_lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], number: int) -> dict[str, Any]:

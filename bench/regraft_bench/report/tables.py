@@ -111,9 +111,7 @@ class Table:
 def escape_latex(text: str) -> str:
     """Plain text for LaTeX, in one line."""
     marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(
-        marks.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in clean_text(text)
-    )
+    return "".join(marks.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in clean_text(text))
 
 
 # ---------------------------------------------------------------- reading rows
@@ -218,9 +216,7 @@ def seconds(group: Group) -> str:
 
 def share_of_plain(group: Group) -> str:
     """A cell: the method's charge over that of plain training of the same seed."""
-    shares = [
-        own.seconds / plain.seconds for own, plain in group.beside() if plain.seconds and not own.failure
-    ]
+    shares = [own.seconds / plain.seconds for own, plain in group.beside() if plain.seconds and not own.failure]
     return mean(shares, "{:.1%}")
 
 
@@ -269,9 +265,7 @@ def by_method(
 def provenance(rows: Rows) -> list[str]:
     """Where rows were measured, by which code and command; several codes are counted."""
     machines = Counter(f"{r.environment.machine}, {r.environment.threads} thread(s)" for r in rows)
-    codes = Counter(
-        f"{(r.code.commit or 'no commit')[:10]}{' with changes' if r.code.changed else ''}" for r in rows
-    )
+    codes = Counter(f"{(r.code.commit or 'no commit')[:10]}{' with changes' if r.code.changed else ''}" for r in rows)
     last = rows[-1].environment
     versions = ", ".join(f"{name} {text}" for name, text in last.versions.items())
     told = ", ".join(f"{name} ({count} rows)" if len(codes) > 1 else name for name, count in codes.items())

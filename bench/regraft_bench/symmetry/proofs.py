@@ -63,9 +63,7 @@ def _measure(name: str, setting: Setting) -> Measured:
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{name} was not proved within {proof.limit:g} seconds") from None
     if done.returncode < 0:
-        raise RuntimeError(
-            f"{name}: the process was ended by signal {-done.returncode}; is there memory enough?"
-        )
+        raise RuntimeError(f"{name}: the process was ended by signal {-done.returncode}; is there memory enough?")
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}")
     found = json.loads(done.stdout.strip().rpartition("\n")[2])
@@ -88,9 +86,7 @@ def prove(name: str, threads: int) -> dict[str, Any]:
     with clock.phase("check"):
         error, control = loaded_error(spec, lambda: zoo.make_model(name)[0], inputs)
     if not error < TOLERANCE:
-        raise ValueError(
-            f"the permuted state dictionary computes another function (relative error {error:.1e})"
-        )
+        raise ValueError(f"the permuted state dictionary computes another function (relative error {error:.1e})")
     unit = 1 if sys.platform == "darwin" else 1024
     values = {
         "error": error,
@@ -112,15 +108,11 @@ def prove(name: str, threads: int) -> dict[str, Any]:
 # ---- the check
 
 
-def loaded_error(
-    spec: PermutationSpec, build: Callable[[], nn.Module], inputs: zoo.Inputs
-) -> tuple[float, float]:
+def loaded_error(spec: PermutationSpec, build: Callable[[], nn.Module], inputs: zoo.Inputs) -> tuple[float, float]:
     """The relative error of a model that loads another's permuted state dictionary, in float64; and, as a control, of
     one that loads it with the largest tensor that moves left as it was."""
     generator = torch.Generator().manual_seed(1)
-    inputs = pytree.tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
-    )
+    inputs = pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
     model = build().double()
     perturb_(model, inputs, generator)
     with in_double():

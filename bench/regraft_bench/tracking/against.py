@@ -81,9 +81,7 @@ def find_meant(commit: str, baseline: Path, limits: Limits) -> set[Quantity]:
     return {c.name for c in moved}
 
 
-def measure_against(
-    commit: str, argv: Sequence[str], limits: Limits, tell: Callable[[int, int], None]
-) -> list[Change]:
+def measure_against(commit: str, argv: Sequence[str], limits: Limits, tell: Callable[[int, int], None]) -> list[Change]:
     """What ``regraft bench`` with these arguments measures with a commit's code, and with the present one."""
     with tempfile.TemporaryDirectory(prefix="regraft-against-") as place:
         folder = Path(place)
@@ -180,9 +178,7 @@ class _Side:
         if status not in ("0", "1") or not rows:
             self.stderr.seek(0)
             last = self.stderr.read().strip().rpartition("\n")[2]
-            raise ChildProcessError(
-                f"the side {self.name!r} could not be measured: {last or f'status {status}'}"
-            )
+            raise ChildProcessError(f"the side {self.name!r} could not be measured: {last or f'status {status}'}")
         if rows[-1].code.trees != tuple(tree_hash(self.code / package) for package in PACKAGE_FOLDERS):
             raise ChildProcessError(f"the side {self.name!r} ran other code than that in {self.code}")
 

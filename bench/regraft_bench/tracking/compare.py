@@ -335,9 +335,7 @@ def least(row: Row) -> float:
 def _judge(sample: _Sample, level: float) -> Change:
     """By the paired differences: of errors, or of the logarithms of costs."""
     is_cost = sample.quantity == "cost"
-    before, after = (
-        [math.log(x) if is_cost else x for x in side] for side in zip(*sample.pairs, strict=True)
-    )
+    before, after = ([math.log(x) if is_cost else x for x in side] for side in zip(*sample.pairs, strict=True))
     differences = [b - a for a, b in zip(before, after, strict=True)]
     middle, half = statistics.fmean(differences), _half_width(differences, level)
     back = math.expm1 if is_cost else float
@@ -425,14 +423,10 @@ def print_changes(
 
     meant: quantities that are told and do not count. allow_missing: nor do runs that only the first side has.
     """
-    exceeded = [
-        c for c in changes if limits.is_exceeded_by(c) and not (allow_missing and c.quantity == "runs")
-    ]
+    exceeded = [c for c in changes if limits.is_exceeded_by(c) and not (allow_missing and c.quantity == "runs")]
     beyond = [change for change in exceeded if change.name not in meant]
     if as_json:
-        print(
-            json.dumps({"changes": list(map(asdict, changes)), "beyond": list(map(asdict, beyond))}, indent=1)
-        )
+        print(json.dumps({"changes": list(map(asdict, changes)), "beyond": list(map(asdict, beyond))}, indent=1))
         return int(bool(beyond))
     sheet = changes_sheet(changes, everything)
     Console(markup=False).print(sheet.rich() if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))

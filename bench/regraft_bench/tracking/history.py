@@ -85,9 +85,7 @@ def steps(values: Sequence[float], quantity: str) -> tuple[int, ...]:
         # a step of `least` over one commit pays for itself; smaller ones do not
         ends = ruptures.Pelt(model="l2", min_size=1, jump=1).fit(signal).predict(pen=least**2 / 2)
     levels = [signal[a:b].mean() for a, b in pairwise([0, *ends])]
-    return tuple(
-        at for at, (low, high) in zip(ends[:-1], pairwise(levels), strict=True) if abs(high - low) >= least
-    )
+    return tuple(at for at, (low, high) in zip(ends[:-1], pairwise(levels), strict=True) if abs(high - low) >= least)
 
 
 def tracks_sheet(tracks: Sequence[Track]) -> Sheet:
@@ -95,8 +93,7 @@ def tracks_sheet(tracks: Sequence[Track]) -> Sheet:
     lines = []
     for track in sorted(tracks, key=lambda track: -len(track.steps)):
         marks = "; ".join(
-            f"at {track.codes[at]}: {track.values[at - 1]:.4g} -> {track.values[at]:.4g}"
-            for at in track.steps
+            f"at {track.codes[at]}: {track.values[at - 1]:.4g} -> {track.values[at]:.4g}" for at in track.steps
         )
         name = f"{track.study}, {track.scenario}, {track.method}"
         ends = (f"{value:.4g}" for value in (track.values[0], track.values[-1]))

@@ -76,9 +76,7 @@ SLOWER = "Training waits for 15 % of its time after every call."
 LESS_ACCURATE = "Every evaluation spoils one answer in a hundred, at random."
 FAULTS = {
     "slower by 15 %": Fault("training/loop.py", SLOW, ("cost", "training: regraft"), SPEED, about=SLOWER),
-    "less accurate by a point": Fault(
-        "training/evaluation.py", LOSS, ("error", None), ACCURACY, ONCE, LESS_ACCURATE
-    ),
+    "less accurate by a point": Fault("training/evaluation.py", LOSS, ("error", None), ACCURACY, ONCE, LESS_ACCURATE),
     "the same code, speed": Fault("training/loop.py", "", None, SPEED),
     "the same code, accuracy": Fault("training/evaluation.py", "", None, ACCURACY, ONCE),
 }

@@ -127,9 +127,7 @@ cifar100_conv8 = replace(
 
 # ---------------------------------------------------------------- the paper's own
 
-imagenet_recipe = Recipe(
-    epochs=100, lr=0.1, weight_decay=1e-4, schedule="cosine", warmup_epochs=5, augment=True
-)
+imagenet_recipe = Recipe(epochs=100, lr=0.1, weight_decay=1e-4, schedule="cosine", warmup_epochs=5, augment=True)
 imagenet_paper = TransferSettings(
     task=Task("imagenet"),
     model=networks.Torchvision("resnet18"),

@@ -61,9 +61,7 @@ def epochs(group: Group, share: float = 0.95) -> str:
 
 def speed_up(group: Group, share: float = 0.95) -> str:
     """A cell: plain training's seconds until it is there, over the method's."""
-    ratios = [
-        own and plain and (plain[1] / own[1] if own[1] else math.inf) for own, plain in races(group, share)
-    ]
+    ratios = [own and plain and (plain[1] / own[1] if own[1] else math.inf) for own, plain in races(group, share)]
     return _format_reached(ratios, "{:.2g}x").replace("infx", "at no cost")
 
 
@@ -146,12 +144,7 @@ def compare_variants(
                 (variant, *fill_line(own, before), _delta_ratio(own), *fill_line(own, columns))
                 for variant, own in variants.items()
             )
-            notes = [
-                f"{n}: {text}"
-                for ask in (answer, _questions)
-                for n, own in variants.items()
-                for text in ask(own)
-            ]
+            notes = [f"{n}: {text}" for ask in (answer, _questions) for n, own in variants.items() for text in ask(own)]
             heading = ("", *(c.heading for _, c in before), DELTA.heading, *(c.heading for _, c in columns))
             yield Sheet(title or base, heading, lines, (*notes, *provenance(everything)))
 
@@ -333,9 +326,7 @@ list_inheritance = compare_variants(
 )
 
 
-def _table(
-    name: str, title: str, asked: Sequence[Scenario], sheets: Callable[[Rows], Iterator[Sheet]]
-) -> Table:
+def _table(name: str, title: str, asked: Sequence[Scenario], sheets: Callable[[Rows], Iterator[Sheet]]) -> Table:
     return Table(name, title, scenarios.list_names(asked), sheets)
 
 

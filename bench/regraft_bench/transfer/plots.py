@@ -110,9 +110,7 @@ PORT_LINES = (
 )
 
 
-def _figure(
-    name: str, title: str, asked: Sequence[Scenario], make_panel: Callable[[str], Panel | Heatmap]
-) -> Figure:
+def _figure(name: str, title: str, asked: Sequence[Scenario], make_panel: Callable[[str], Panel | Heatmap]) -> Figure:
     """A panel for each scenario; those without rows are left out when the figure is drawn."""
     names = scenarios.list_names(asked)
     return Figure(name, title, names, tuple(map(make_panel, names)))
@@ -135,9 +133,7 @@ TRANSFER_FIGURES = (
         "subsequent",
         "The training that follows, and plain training",
         scenarios.COMPARISONS,
-        lambda name: Panel(
-            name, "epoch", "test accuracy", curves("subsequent", scenario=name, first=1), x_log=True
-        ),
+        lambda name: Panel(name, "epoch", "test accuracy", curves("subsequent", scenario=name, first=1), x_log=True),
     ),
     _figure(
         "settling",

@@ -44,8 +44,7 @@ def ask(
     """
     changes: dict[str, Any] = {} if subsequent else {"subsequent": None, "eval_steps": ()}
     return tuple(
-        Scenario(f"{question}-{name}", methods, replace(own, **changes), seeds)
-        for name, own in settings.items()
+        Scenario(f"{question}-{name}", methods, replace(own, **changes), seeds) for name, own in settings.items()
     )
 
 
@@ -77,9 +76,7 @@ conv_half, resnet = digits_conv_half, BASES["digits-resnet"]
 FIVE_METHODS = pick_methods("plain", "naive", "weights", "oracle", "fgmt")
 FIVE_SEEDS = ("digits-mlp", "digits-mlp2", "digits-conv", "digits-pretrained", "digits-pretrained2")
 
-COMPARISONS = tuple(
-    Scenario(name, TRANSFERS, base, 5 if name in FIVE_SEEDS else 3) for name, base in BASES.items()
-)
+COMPARISONS = tuple(Scenario(name, TRANSFERS, base, 5 if name in FIVE_SEEDS else 3) for name, base in BASES.items())
 """The comparison of methods, table after table."""
 
 DIGITS_BATCHNORM = Scenario(
@@ -114,9 +111,7 @@ PEER_COMPARISONS = tuple(
 # ---------------------------------------------------------------- when it works, and what each setting does
 
 
-def regimes(
-    base: TransferSettings, widths: Changes, rates: Sequence[float] = (0.005, 0.02, 0.1, 0.2)
-) -> Changes:
+def regimes(base: TransferSettings, widths: Changes, rates: Sequence[float] = (0.005, 0.02, 0.1, 0.2)) -> Changes:
     """Four ways to change |Delta| / |theta_1^0|: initial scale, learning rate, epochs, width."""
     recipe = base.recipe
     he = 6**0.5  # times PyTorch's default deviation: He's, 2 / fan_in instead of 1 / (3 fan_in)

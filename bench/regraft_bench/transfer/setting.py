@@ -217,8 +217,7 @@ class TransferSetting(Setting):
         end = count_updates(recipe, data)
         at = [0, *(2**k for k in range(20) if 2**k < end), end]
         source, target = (
-            self.record_training("both", start, data, recipe, at)
-            for start in (self.source_start, self.target_start)
+            self.record_training("both", start, data, recipe, at) for start in (self.source_start, self.target_start)
         )
         return at, target, source
 

@@ -43,9 +43,7 @@ class Between:
     def __str__(self) -> str:
         if math.isinf(self.high):
             return "finite" if math.isinf(self.low) else f"finite and at least {self.low:g}"
-        return (
-            f"from {self.low:g} to {self.high:,g}" if self.high < MANY else f"from {self.low:g} to {MANY:,}"
-        )
+        return f"from {self.low:g} to {self.high:,g}" if self.high < MANY else f"from {self.low:g} to {MANY:,}"
 
 
 Count = Annotated[int, Between(1, MANY)]
@@ -152,9 +150,7 @@ def _is_kind(value: Any, hint: Any) -> bool:
             return False
         return hasattr(value, "__len__") and hasattr(value, "__iter__")
     if kind is Iterable:
-        return not isinstance(value, str | bytes) and (
-            hasattr(value, "__iter__") or hasattr(value, "__getitem__")
-        )
+        return not isinstance(value, str | bytes) and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
     return isinstance(value, os.PathLike if kind is Path else kind)
 
 
@@ -178,11 +174,7 @@ def _faults_inside(name: str, value: Any, hint: Any) -> Iterator[str]:
         items = ((f"{name}[{key!r}]", item) for key, item in value.items())
         yield from filter(None, (_find_fault(where, item, args[1]) for where, item in items))
     elif kind in (list, tuple, Sequence) and isinstance(value, list | tuple) and args:
-        of_each = (
-            args
-            if kind is tuple and len(args) == len(value) and args[-1] is not ...
-            else [args[0]] * len(value)
-        )
+        of_each = args if kind is tuple and len(args) == len(value) and args[-1] is not ... else [args[0]] * len(value)
         pairs = zip(value, of_each, strict=True)
         yield from filter(None, (_find_fault(f"{name}[{i}]", item, of) for i, (item, of) in enumerate(pairs)))
 

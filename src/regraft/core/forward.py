@@ -51,9 +51,7 @@ def split(batch: Batch, number: int = 0) -> tuple[Inputs, Tensor]:
             f"batch {number} is {lacking}: give (inputs, labels), or a mapping of keyword arguments and 'labels'"
         )
     if labels.ndim == 0:
-        raise ValueError(
-            f"batch {number} has a single number as its labels: give a vector, one label an example"
-        )
+        raise ValueError(f"batch {number} has a single number as its labels: give a vector, one label an example")
     return inputs, labels.long() if are_integers(labels) else labels
 
 
@@ -142,9 +140,7 @@ def loss_of(loss: Loss, logits: Tensor, labels: Tensor, where: str = "the batch"
         raise
     if not isinstance(value, Tensor) or value.ndim:
         kind = _form(value) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"{where}: the loss must be one number in a tensor, the mean over the batch, not {kind}"
-        )
+        raise ValueError(f"{where}: the loss must be one number in a tensor, the mean over the batch, not {kind}")
     return value
 
 
@@ -211,10 +207,7 @@ def _explain(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, wh
             problem.add_note(f"raised by {type(model).__name__} on {where}")
             raise
         _name_mismatch(problem, tensors, inputs, "the parameters are", "the inputs")
-        held = (
-            ", ".join(f"{name} {_form(tensor)}" for name, tensor in name_inputs(inputs).items())
-            or "no tensor"
-        )
+        held = ", ".join(f"{name} {_form(tensor)}" for name, tensor in name_inputs(inputs).items()) or "no tensor"
         raise ValueError(
             f"{where}: {type(model).__name__} cannot be run on {held} ({cause(problem, model)})"
         ) from problem
@@ -224,9 +217,7 @@ PLAIN_ERRORS = (RuntimeError, NotImplementedError, IndexError, TypeError, ValueE
 """What torch raises for inputs that do not fit a model."""
 
 
-def _name_mismatch(
-    problem: Exception, ours: Mapping[str, Tensor], theirs: Inputs, what: str, other: str
-) -> None:
+def _name_mismatch(problem: Exception, ours: Mapping[str, Tensor], theirs: Inputs, what: str, other: str) -> None:
     """Raise ValueError that names both dtypes or devices, if they differ; models may convert inputs."""
     for kind in ("device", "dtype"):
         a, b = _kinds(ours, kind), _kinds(name_inputs(theirs), kind)
@@ -249,11 +240,7 @@ def cause(error: BaseException, model: nn.Module) -> str:
     trail = error.__traceback__
     while trail is not None:
         module = trail.tb_frame.f_locals.get("self")
-        if (
-            isinstance(module, nn.Module)
-            and id(module) in names
-            and trail.tb_frame.f_code.co_name != "_call_impl"
-        ):
+        if isinstance(module, nn.Module) and id(module) in names and trail.tb_frame.f_code.co_name != "_call_impl":
             code = trail.tb_frame.f_code
             source = linecache.getline(code.co_filename, trail.tb_lineno).strip()
             if "torch/nn/modules/module.py" not in code.co_filename:
@@ -266,8 +253,4 @@ def cause(error: BaseException, model: nn.Module) -> str:
 
 def _kinds(tensors: Mapping[str, Tensor], kind: str) -> set[str]:
     """The dtypes of the floating tensors, or the devices of all."""
-    return {
-        str(getattr(tensor, kind))
-        for tensor in tensors.values()
-        if kind == "device" or tensor.is_floating_point()
-    }
+    return {str(getattr(tensor, kind)) for tensor in tensors.values() if kind == "device" or tensor.is_floating_point()}

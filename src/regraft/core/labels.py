@@ -42,11 +42,7 @@ def align_labels(logits: Tensor, labels: Tensor, where: str) -> tuple[Tensor, Te
         if logits.ndim > 1 and labels.shape == logits.shape[:axis] + logits.shape[axis + 1 :]
     }
     if len(axes) != 1:
-        why = (
-            "the classes may stand second or last"
-            if axes
-            else "give one label for each row of logits, or each place"
-        )
+        why = "the classes may stand second or last" if axes else "give one label for each row of logits, or each place"
         raise ValueError(f"{where} has labels {list(labels.shape)} for an output {list(logits.shape)}: {why}")
     if logits.ndim == 2:
         return logits, labels

@@ -19,9 +19,7 @@ def register(function: F, name: str | None = None) -> F:
     name = name or function.__name__
     known = _REGISTERED.setdefault(name, function)
     if known is not function:
-        raise ValueError(
-            f"two functions are registered as {name!r}: in {known.__module__} and {function.__module__}"
-        )
+        raise ValueError(f"two functions are registered as {name!r}: in {known.__module__} and {function.__module__}")
     _NAMES[function] = name
     return function
 
@@ -30,7 +28,5 @@ def registered_name(function: Callable[..., Any]) -> str:
     """The name that configurations know the function by. Raises TypeError for a function that has none."""
     if function not in _NAMES:
         name = getattr(function, "__name__", repr(function))
-        raise TypeError(
-            f"a configuration cannot hold {name!r}: it is not registered (regraft.core.registry.register)"
-        )
+        raise TypeError(f"a configuration cannot hold {name!r}: it is not registered (regraft.core.registry.register)")
     return _NAMES[function]

@@ -17,8 +17,7 @@ from regraft.core.files import tensor_bytes
 def state(model: nn.Module) -> Tensors:
     """The model's parameters and buffers by name, as detached, contiguous copies."""
     return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in live_state(model).items()
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in live_state(model).items()
     }
 
 
@@ -147,9 +146,7 @@ def check_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor], a_is: str, b_i
         for what in ("shape", "dtype", "device"):
             left, right = getattr(tensor, what), getattr(b[name], what)
             if left != right:
-                raise ValueError(
-                    f"tensor {name!r}: {what} {_plain(left)} in {a_is}, {_plain(right)} in {b_is}"
-                )
+                raise ValueError(f"tensor {name!r}: {what} {_plain(left)} in {a_is}, {_plain(right)} in {b_is}")
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -102,13 +102,10 @@ def load(
     if classes is not None:
         raw = _choose_classes(raw, classes)
     everything, test = (_convert(split, image_size, channels) for split in (raw.train, raw.test))
-    kept, held = stratified_split(
-        everything.labels, validation, torch.Generator().manual_seed(seed), raw.classes
-    )
+    kept, held = stratified_split(everything.labels, validation, torch.Generator().manual_seed(seed), raw.classes)
     mean, std = _statistics(everything.subset(kept))
     train, held_out, test = (
-        replace(split, mean=mean, std=std)
-        for split in (everything.subset(kept), everything.subset(held), test)
+        replace(split, mean=mean, std=std) for split in (everything.subset(kept), everything.subset(held), test)
     )
     return Dataset(name, train, held_out, test, raw.classes, mean, std)
 

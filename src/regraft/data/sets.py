@@ -122,8 +122,7 @@ class TorchvisionReader:
 
     def __call__(self, source: DataSource) -> Raw:
         train, test = (
-            source.construct(self.cls, self.folder, self.how, source.root / self.root, **half)
-            for half in self.halves
+            source.construct(self.cls, self.folder, self.how, source.root / self.root, **half) for half in self.halves
         )
         kept, tests = (self._split(source, part) for part in (train, test))
         return Raw(kept, tests, tuple(self.classes or train.classes))
@@ -199,9 +198,7 @@ def open_image(path: str | Path) -> Any:
         raise OSError("it is no file")
     with Image.open(path) as image:
         if image.mode[0] in "IF":
-            raise OSError(
-                f"its pixels have more than 8 bits (mode {image.mode}): convert it to 8 bits a channel"
-            )
+            raise OSError(f"its pixels have more than 8 bits (mode {image.mode}): convert it to 8 bits a channel")
         image.load()
     return image
 
@@ -226,9 +223,7 @@ def cifar100(source: DataSource) -> Raw:
             raise
         if not all(isinstance(name, str) and (extract / name).is_dir() for name in source.classes or (None,)):
             there = ", ".join(sorted(folder.name for folder in extract.iterdir()))
-            raise MissingData(
-                f"{missing} Choose by name among the classes that are there: {there}."
-            ) from missing
+            raise MissingData(f"{missing} Choose by name among the classes that are there: {there}.") from missing
         warnings.warn(
             f"{missing} Its 18-class extract in {extract.parent} has the classes asked for and is used; "
             "the images are the same, their order is not.",
@@ -262,9 +257,7 @@ def cub200(source: DataSource) -> Raw:
         table, ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
     )
     if not paths.keys() == labels.keys() == training.keys():
-        raise ValueError(
-            f"{folder}: images.txt, image_class_labels.txt and train_test_split.txt differ in ids"
-        )
+        raise ValueError(f"{folder}: images.txt, image_class_labels.txt and train_test_split.txt differ in ids")
     order = {number: position for position, number in enumerate(sorted(names))}
     images = _Files([folder / "images" / path for path in paths.values()])
     everything = source.files(images, [order[int(labels[number])] for number in paths])

@@ -90,12 +90,8 @@ class Split:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if isinstance(images, Tensor) and (
-            images.ndim != 4 or images.dtype not in (torch.uint8, torch.float32)
-        ):
-            raise ValueError(
-                f"images must be uint8 or float32 [N, C, H, W], not {images.dtype} {list(images.shape)}"
-            )
+        if isinstance(images, Tensor) and (images.ndim != 4 or images.dtype not in (torch.uint8, torch.float32)):
+            raise ValueError(f"images must be uint8 or float32 [N, C, H, W], not {images.dtype} {list(images.shape)}")
         if labels.shape != (len(images),) or labels.dtype != torch.int64:
             raise ValueError(f"labels must be int64 [{len(images)}], not {labels.dtype} {list(labels.shape)}")
 

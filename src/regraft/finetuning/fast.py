@@ -101,9 +101,7 @@ def param_groups(
         if rate is not None and members
     ]
     if not groups:
-        raise ValueError(
-            "nothing is left to train: no part of the model has both a learning rate and a gradient"
-        )
+        raise ValueError("nothing is left to train: no part of the model has both a learning rate and a gradient")
     return groups
 
 
@@ -115,9 +113,7 @@ def start_momentum_at_zero_(optimiser: torch.optim.SGD) -> None:
     """
     for group in optimiser.param_groups:
         if not (group.get("momentum", 0) > 0 and group.get("dampening", 0) == group["momentum"]):
-            raise ValueError(
-                "the paper's momentum is torch.optim.SGD(..., momentum=M, dampening=M) with M above 0"
-            )
+            raise ValueError("the paper's momentum is torch.optim.SGD(..., momentum=M, dampening=M) with M above 0")
         for parameter in group["params"]:
             if optimiser.state[parameter]:
                 raise ValueError("the optimiser has made a step already: call this before the first one")

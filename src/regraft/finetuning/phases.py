@@ -123,9 +123,7 @@ def fine_tune(
         groups = param_groups(model, phase.head_lr, phase.body_lr, head=head)
         try:
             with _training_only(model, head, groups, phase.statistics):
-                losses = train_steps_(
-                    model, optimiser(groups), stream, range(done, last), after_step=after_step
-                )
+                losses = train_steps_(model, optimiser(groups), stream, range(done, last), after_step=after_step)
                 check_weights(model, done + len(losses) - 1)
         except Diverged as problem:
             return Outcome(problem.step, problem.step + 1, tuple(ends))

@@ -185,9 +185,7 @@ def _check_classes(validation: Iterable[Batch], num_classes: int) -> None:
 
 
 @check_arguments
-def scores(
-    model: nn.Module, states: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch]
-) -> list[Scores]:
+def scores(model: nn.Module, states: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch]) -> list[Scores]:
     """Scores of several states of one model, in evaluation mode, reading each batch once.
 
     Tensors absent from a state are the model's own. The last layer's tensors may have another number of classes
@@ -225,9 +223,7 @@ def _sums(logits: Tensor, labels: Tensor) -> Tensor:
     error = p.square().sum(1) - 2 * own.exp() + 1
     entropy = -(p * log_p.clamp(min=-1e30)).sum(1)
     right = (logits.argmax(1) == labels) & finite
-    return torch.stack(
-        [right.sum().double(), (top5 & finite).sum().double(), -own.sum(), entropy.sum(), error.sum()]
-    )
+    return torch.stack([right.sum().double(), (top5 & finite).sum().double(), -own.sum(), entropy.sum(), error.sum()])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -370,16 +366,13 @@ class Recorder:
         source: dict[int, Scores] = {}
         if self.source is not None:
             own = {
-                f"{self.head}.{name}": value.to(self._device)
-                for name, value in self.source.head.state_dict().items()
+                f"{self.head}.{name}": value.to(self._device) for name, value in self.source.head.state_dict().items()
             }
             back = [{**tensors, **own} for tensors in states]
             source = dict(zip(wanted, _scores(self.model, back, self.source.test), strict=True))
         geometry = {step: self._geometry(tensors) for step, tensors in zip(wanted, states, strict=True)}
         for step, state, cost in self._pending:
-            self._deployments.append(
-                Deployment(step, state, cost, target[state], source.get(state), *geometry[state])
-            )
+            self._deployments.append(Deployment(step, state, cost, target[state], source.get(state), *geometry[state]))
         self._pending.clear()
         self._drop_unneeded()
 
@@ -397,9 +390,7 @@ class Recorder:
         """Charge the time so far to training, and the body to evaluation."""
         self._charge("train")
         try:
-            with same_streams(
-                self._device
-            ):  # loaders draw from them, and training must not see the difference
+            with same_streams(self._device):  # loaders draw from them, and training must not see the difference
                 yield
         finally:
             self._charge(EVALUATION)

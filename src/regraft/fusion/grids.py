@@ -154,9 +154,7 @@ def _check_data(images: Inputs, labels: Tensor) -> int:
 def _probe(model: nn.Module, tensors: Tensors, images: Inputs) -> tuple[int, int]:
     """(the head's classes, bytes of activations that one image keeps alive, about)."""
     # two, because a BatchNorm that reads its batch wants more than one value a channel
-    two = map_inputs(
-        lambda x: x.expand(2, *x.shape[1:]) if x.ndim and len(x) == 1 else x, portion(images, 0, 1)
-    )
+    two = map_inputs(lambda x: x.expand(2, *x.shape[1:]) if x.ndim and len(x) == 1 else x, portion(images, 0, 1))
     sizes = [x.numel() * x.element_size() for x in name_inputs(two).values()]
 
     def see(_name: str, _inputs: Any, output: Any) -> None:
@@ -200,9 +198,7 @@ class _Points:
             networks = [cut.without_first(network) for network in networks]
         counts = torch.zeros(2, len(rows), dtype=torch.int64, device=self.labels.device)
         for begin in range(0, len(self.labels), self.batch_size):
-            images, labels = (
-                portion(of, begin, begin + self.batch_size) for of in (self.images, self.labels)
-            )
+            images, labels = (portion(of, begin, begin + self.batch_size) for of in (self.images, self.labels))
             firsts = [] if cut is None else cut.outputs(self.sources, images)
             for k, (network, row) in enumerate(zip(networks, rows.tolist(), strict=True)):
                 if cut is None:
@@ -283,9 +279,7 @@ class FirstLayer:
         cut = cls(layers[name], f"{name}.", rest, given)
         if not cut._own(tensors).keys() <= {"weight", "bias"}:
             return None
-        unknown = {
-            name: torch.full_like(t, torch.nan) for name, t in tensors.items() if t.is_floating_point()
-        }
+        unknown = {name: torch.full_like(t, torch.nan) for name, t in tensors.items() if t.is_floating_point()}
         with torch.no_grad():
             if not torch.equal(cut.inputs({**tensors, **unknown}, images), cut.inputs(tensors, images)):
                 return None
@@ -323,16 +317,12 @@ class FirstLayer:
         """Whether the first layer of any network has changed."""
         pairs = zip(before, after, strict=True)
         return any(
-            not torch.equal(tensor, self._own(b)[name])
-            for a, b in pairs
-            for name, tensor in self._own(a).items()
+            not torch.equal(tensor, self._own(b)[name]) for a, b in pairs for name, tensor in self._own(a).items()
         )
 
     def _own(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """The first layer's tensors, by the names that it gives them."""
-        return {
-            name.removeprefix(self.prefix): t for name, t in tensors.items() if name.startswith(self.prefix)
-        }
+        return {name.removeprefix(self.prefix): t for name, t in tensors.items() if name.startswith(self.prefix)}
 
 
 class _MaxOfFour(nn.Module):

@@ -183,9 +183,7 @@ def _corrections(
         return output * scale.to(output) + shift.to(output)
 
     _run(model, tensors, [inputs for inputs, _ in batches], modules, repair)
-    averages = {
-        name: [torch.stack(of).mean(0) for of in zip(*pairs, strict=True)] for name, pairs in seen.items()
-    }
+    averages = {name: [torch.stack(of).mean(0) for of in zip(*pairs, strict=True)] for name, pairs in seen.items()}
     return {name: (mean, variance.sqrt()) for name, (mean, variance) in averages.items()}
 
 

@@ -21,9 +21,7 @@ from regraft_kernels import combine
 
 
 @check_arguments
-def fuse(
-    models: Sequence[Tensors], coefficients: Sequence[float], *, finish: Finish | None = None
-) -> Tensors:
+def fuse(models: Sequence[Tensors], coefficients: Sequence[float], *, finish: Finish | None = None) -> Tensors:
     """sum_i coefficients[i] * models[i]; integer and boolean tensors are the first model's.
 
     Args:
@@ -63,9 +61,7 @@ def gradient(start: Tensors, end: Tensors) -> Tensors:
 
 
 @check_arguments
-def assign_gradient(
-    target: Tensors, gradient: Tensors, alpha: float, *, finish: Finish | None = None
-) -> Tensors:
+def assign_gradient(target: Tensors, gradient: Tensors, alpha: float, *, finish: Finish | None = None) -> Tensors:
     """theta_n + alpha g (equation 6); g is made by :func:`gradient`. Raises as :func:`fuse` does."""
     return fuse([target, gradient], [1.0, alpha], finish=finish)
 
@@ -76,8 +72,7 @@ def check(models: Sequence[Tensors], coefficients: Tensor) -> None:
         raise ValueError("there is no model to fuse")
     if coefficients.dim() != 2 or coefficients.shape[1] != len(models):
         raise ValueError(
-            f"{len(models)} models need rows of {len(models)} coefficients, "
-            f"got shape {tuple(coefficients.shape)}"
+            f"{len(models)} models need rows of {len(models)} coefficients, got shape {tuple(coefficients.shape)}"
         )
     if not bool(coefficients.isfinite().all()):
         row, column = (~coefficients.isfinite()).nonzero()[0].tolist()

@@ -252,9 +252,7 @@ def _drive(
     return courses
 
 
-def check_tensors(
-    model: nn.Module, path: Trajectory, target_start: Tensors, target_end: Tensors | None = None
-) -> None:
+def check_tensors(model: nn.Module, path: Trajectory, target_start: Tensors, target_end: Tensors | None = None) -> None:
     """Raises ValueError, naming tensor and step, where tensors do not fit together or are not finite."""
     parameters = dict(model.named_parameters())
     if not parameters:

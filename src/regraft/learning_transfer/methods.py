@@ -33,9 +33,7 @@ def naive(problem: Problem, work: Work) -> Steps:
 def weights(problem: Problem, work: Work) -> Steps:
     """One permutation: that which matches the two starts' weights (Git Re-Basin, Ainsworth et al., 2023)."""
     source = problem.parameters(problem.path.start)
-    return _at_every_step(
-        problem, [work.match(problem.parameters(start), source) for start in problem.starts]
-    )
+    return _at_every_step(problem, [work.match(problem.parameters(start), source) for start in problem.starts])
 
 
 def oracle(problem: Problem, work: Work) -> Steps:

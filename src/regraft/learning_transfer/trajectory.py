@@ -68,9 +68,7 @@ class Trajectory:
         check_fields(self)
         count = len(self.anchors)
         if count == 0 or len(self.legs) < 2:
-            raise ValueError(
-                f"a path needs an anchor and two points, got {count} anchors and {len(self.legs)} points"
-            )
+            raise ValueError(f"a path needs an anchor and two points, got {count} anchors and {len(self.legs)} points")
         for t, (anchor, scale) in enumerate(self.legs):
             if not (0 <= anchor < count and math.isfinite(scale)):
                 raise ValueError(f"step {t} of the path has anchor {anchor} of {count} and scale {scale}")
@@ -104,9 +102,7 @@ class Trajectory:
     def recorded(cls, checkpoints: Sequence[Tensors], **metadata: Any) -> Trajectory:
         """The path through `checkpoints` = theta^0 .. theta^T (at least two, alike and finite, else ValueError)."""
         if len(checkpoints) < 2:
-            raise ValueError(
-                f"a trajectory needs a start and at least one step, got {len(checkpoints)} checkpoints"
-            )
+            raise ValueError(f"a trajectory needs a start and at least one step, got {len(checkpoints)} checkpoints")
         for t, tensors in enumerate(checkpoints):
             check_alike(checkpoints[0], tensors, "checkpoint 0", f"checkpoint {t}")
             check_finite(tensors, f"checkpoint {t}")
@@ -173,8 +169,7 @@ class Trajectory:
             _clean(folder)
             try:
                 anchors = [
-                    asdict(_Anchor.write(folder, tensors, f"anchor {i}"))
-                    for i, tensors in enumerate(self.anchors)
+                    asdict(_Anchor.write(folder, tensors, f"anchor {i}")) for i, tensors in enumerate(self.anchors)
                 ]
                 index = {"anchors": anchors, "legs": self.legs, "metadata": dict(self.metadata)}
                 write_sealed(folder / TRAJECTORY_INDEX, TRAJECTORY_FORMAT, index)
@@ -209,9 +204,7 @@ def _clean(folder: Path) -> None:
     """Remove our files that the index does not name; none where there is an index that cannot be read."""
     path = folder / TRAJECTORY_INDEX
     try:
-        named = (
-            {a.file for a in read_sealed(path, TRAJECTORY_FORMAT, _Index).anchors} if path.exists() else set()
-        )
+        named = {a.file for a in read_sealed(path, TRAJECTORY_FORMAT, _Index).anchors} if path.exists() else set()
     except (ValueError, OSError):
         return
     for file in folder.iterdir():
@@ -232,8 +225,7 @@ class _Anchor(Struct, forbid_unknown_fields=True):
         check_finite(tensors, what)
         # clones, because safetensors refuses tensors that share memory and the index knows tensors by name alone
         tensors = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
         digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
         digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -190,9 +190,7 @@ class Work:
     def match(self, target: Tensors, source: Tensors) -> Perm:
         """The permutation that brings `source` closest to `target`, parameters by name."""
         problem = self.problem
-        return self._note(
-            match(problem.spec, target, source, generator=problem.generator, backend=problem.backend)
-        )
+        return self._note(match(problem.spec, target, source, generator=problem.generator, backend=problem.backend))
 
     def _note(self, result: Match) -> Perm:
         self.objectives.append(result.objective)
@@ -217,6 +215,4 @@ def _cycle(batches: Iterable[Batch]) -> Iterator[Batch]:
             empty = False
             yield batch
         if empty:
-            raise ValueError(
-                "there is no batch to compute gradients on: the loader is empty, or an exhausted iterator"
-            )
+            raise ValueError("there is no batch to compute gradients on: the loader is empty, or an exhausted iterator")

@@ -113,9 +113,7 @@ def match(
     return descent.descend_(max_sweeps=max_sweeps, assignment=assignment)
 
 
-def match_streamed(
-    spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]
-) -> Match:
+def match_streamed(spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Match:
     """The permutation that `match` finds, of networks that memory does not hold: one pair of tensors at a time.
 
     Args:
@@ -256,9 +254,7 @@ def _place_(descent: Descent, clock: Clock, assignment: str) -> None:
         descent.unplaced.discard(group)
         with clock.phase("objective", device):
             slots = descent.cached[group].slots
-            if all(
-                slot.whole for slot in slots
-            ):  # then all of their tensors' other axes have been placed before
+            if all(slot.whole for slot in slots):  # then all of their tensors' other axes have been placed before
                 objective += _sum_matched(descent.cached[group].similarity, descent.perm[group])
                 for slot in slots:
                     del rest[slot.name]
@@ -328,10 +324,7 @@ def _visit_family_(descent: Descent, family: tuple[str, ...], clock: Clock, assi
     depends = stacks.steps, *(descent.version[other] for g in around for other in (g, *around[g].groups))
     if descent.solved.get(family[0]) == depends:
         return False
-    slots = {
-        g: [slot for slot in (*n.single, *n.coupled) if slot.groups.isdisjoint(others)]
-        for g, n in around.items()
-    }
+    slots = {g: [slot for slot in (*n.single, *n.coupled) if slot.groups.isdisjoint(others)] for g, n in around.items()}
     members = [g for g in around if slots[g]]
     with clock.phase("similarity", stacks.device):
         indices = [stacks.axis_indices(slots[g], descent.perm) for g in members]

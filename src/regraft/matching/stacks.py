@@ -88,9 +88,7 @@ class Stacks:
 
     def around(self, group: str) -> Neighbourhood:
         spec = self.spec
-        slots = [
-            self._slot(name, axis, group) for name, axis in spec.tensors_of(group) if name in self.target
-        ]
+        slots = [self._slot(name, axis, group) for name, axis in spec.tensors_of(group) if name in self.target]
         count = Counter(slot.name for slot in slots)
         single = tuple(slot for slot in slots if count[slot.name] == 1)
         coupled = tuple(slot for slot in slots if count[slot.name] > 1)
@@ -168,9 +166,7 @@ class Streamed(Stacks):
     target, source: mappings that read; finite floating tensors of the spec's shapes, the same names on both sides.
     """
 
-    def __init__(
-        self, spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
         super().__init__(spec, _Read(target), _Read(source), 1)
 
     def similarities(

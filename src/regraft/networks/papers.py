@@ -66,9 +66,7 @@ class MLP(nn.Module):
         super().__init__()
         if len(sizes) < 2:
             raise ValueError(f"an MLP needs the sizes of its input and output at least, not {list(sizes)}")
-        self.layers = nn.ModuleList(
-            nn.Linear(fan_in, fan_out, bias=bias) for fan_in, fan_out in pairwise(sizes)
-        )
+        self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out, bias=bias) for fan_in, fan_out in pairwise(sizes))
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = images.flatten(1)
@@ -297,9 +295,7 @@ def vit(
     Raises ValueError unless ``size`` is a multiple of ``patch``, and ``width`` of ``heads``.
     """
     if size % patch or width % heads:
-        raise ValueError(
-            f"size {size} must be a multiple of patch {patch}, and width {width} of heads {heads}"
-        )
+        raise ValueError(f"size {size} must be a multiple of patch {patch}, and width {width} of heads {heads}")
     return VisionTransformer(
         nn.Conv2d(in_channels, width, patch, patch),
         (size // patch) ** 2,

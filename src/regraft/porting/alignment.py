@@ -57,9 +57,7 @@ def _match(job: Job, part: Path, clock: Clock) -> Made:
     aligned = permute_lazily(job.spec, perm, networks["b"])
     pairs = {"before": networks["b"], "after": aligned}
     measured: dict[str, Any] = {
-        "distance": {
-            when: _distance(networks["a"], other, job.layout.infinite) for when, other in pairs.items()
-        }
+        "distance": {when: _distance(networks["a"], other, job.layout.infinite) for when, other in pairs.items()}
     }
     if job.model_spec.model is not None:
         measured["function_error"] = job.model_spec.check_function(dict(networks["b"].items()), perm)
@@ -154,9 +152,7 @@ def _open(
     by_role = {role: checkpoint.with_counters(names) for role, checkpoint in checkpoints[1].items()}
     _check_alike(list(by_role.values()))
     job = open_job(method, (checkpoints[0], by_role), like, like, settings, config)
-    job = job.check_room(
-        out, settings.get("max_memory"), copies=IN_MEMORY_COPIES, matches=matches, resume=resume
-    )
+    job = job.check_room(out, settings.get("max_memory"), copies=IN_MEMORY_COPIES, matches=matches, resume=resume)
     check = job.value_check(summed=0 if method == "match" else len(paths))
     for name in job.checkpoints[job.like]:
         check(name, [checkpoint[name] for checkpoint in job.checkpoints.values()])
@@ -178,9 +174,7 @@ def _check_alike(checkpoints: Sequence[CheckpointFile]) -> None:
                 )
 
 
-def _align(
-    spec: PermutationSpec, networks: Mapping[str, Weights], role: str, part: Path, clock: Clock
-) -> Perm:
+def _align(spec: PermutationSpec, networks: Mapping[str, Weights], role: str, part: Path, clock: Clock) -> Perm:
     """The permutation that brings a network onto the first."""
     first = next(iter(networks.values()))
     name = f"perm-{role}".replace(" ", "-")

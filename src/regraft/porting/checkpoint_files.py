@@ -142,9 +142,7 @@ class CheckpointFile(Mapping[str, Tensor]):
         it is left out. Raises BadFile where there are several.
         """
         renamed = rename_forms(self.entries, wanted)
-        self = self._rename(
-            {name: renamed.get(name, name) for name in self.entries}, "read older or newer names"
-        )
+        self = self._rename({name: renamed.get(name, name) for name in self.entries}, "read older or newer names")
         counts, needed = count_wanted(self.entries, wanted), set(wanted if required is None else required)
         whole = [p for p in counts if counts[p] >= len(needed) and all(p + n in self.entries for n in needed)]
         if len(whole) > 1 and "" not in whole:
@@ -171,9 +169,7 @@ class CheckpointFile(Mapping[str, Tensor]):
         """Under other names, where they differ; the note says so."""
         if all(new == old for old, new in names.items()):
             return self
-        return replace(
-            self, entries={names[n]: e for n, e in self.entries.items()}, notes=(*self.notes, note)
-        )
+        return replace(self, entries={names[n]: e for n, e in self.entries.items()}, notes=(*self.notes, note))
 
     def with_counters(self, names: Collection[str]) -> CheckpointFile:
         """With the counters of BatchNorm among ``names`` that it lacks, at 0, as torch reads such a file."""
@@ -278,8 +274,6 @@ def _check_written(index: Path, layout: Layout) -> None:
     """Raises BadFile for what is missing, too much or not as the layout says."""
     written = {name: (entry.dtype, entry.shape) for name, entry in list_entries(index, None, None)[0].items()}
     if odd := sorted(
-        name
-        for name in written.keys() | layout.tensors.keys()
-        if written.get(name) != layout.tensors.get(name)
+        name for name in written.keys() | layout.tensors.keys() if written.get(name) != layout.tensors.get(name)
     ):
         raise BadFile(f"{index}: tensor {odd[0]!r} was not written as it should be")

@@ -53,9 +53,7 @@ class Data:
             return whole.hexdigest()
         for part in PARTS:
             for leaf in _leaves(getattr(self, part)):
-                whole.update(
-                    f"{part} {tensor_digest(leaf) if isinstance(leaf, Tensor) else leaf!r}\n".encode()
-                )
+                whole.update(f"{part} {tensor_digest(leaf) if isinstance(leaf, Tensor) else leaf!r}\n".encode())
         return whole.hexdigest()
 
     def to(self, device: str, dtype: torch.dtype) -> Data:
@@ -144,9 +142,7 @@ def data_of(given: object) -> Data:
         return given
     if isinstance(given, Mapping):
         if "train" not in given or not given.keys() <= set(PARTS):
-            raise ValueError(
-                f"data are a dictionary with 'train', and perhaps {PARTS[1:]}, not {sorted(given)}"
-            )
+            raise ValueError(f"data are a dictionary with 'train', and perhaps {PARTS[1:]}, not {sorted(given)}")
         train, validation, test = (_again(given[part]) if part in given else None for part in PARTS)
         assert train is not None
         return Data(train, validation, test)

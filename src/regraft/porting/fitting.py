@@ -108,8 +108,7 @@ def list_unfit(checkpoint: CheckpointFile, layout: StateLayout) -> list[str]:
     return [
         name
         for name, shape in layout.shapes.items()
-        if (name not in entries and name not in layout.optional)
-        or (name in entries and entries[name].shape != shape)
+        if (name not in entries and name not in layout.optional) or (name in entries and entries[name].shape != shape)
     ]
 
 
@@ -135,9 +134,7 @@ def find_other_head(checkpoint: CheckpointFile, layout: StateLayout, names: list
     """
     modules = {name.rpartition(".")[0] for name in names}
     entries = checkpoint.entries
-    if len(modules) == 1 and all(
-        n in entries and entries[n].shape[1:] == layout.shapes[n][1:] for n in names
-    ):
+    if len(modules) == 1 and all(n in entries and entries[n].shape[1:] == layout.shapes[n][1:] for n in names):
         module = min(modules)
         of_module = [name for name in layout.shapes if name.rpartition(".")[0] == module]
         if module and len(names) == len(of_module) and all(layout.shapes[name] for name in names):

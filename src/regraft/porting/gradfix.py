@@ -122,7 +122,4 @@ def transport(
             raise ValueError(f"tensor {name!r} of the task vector is no parameter of the model")
     check_finite(dict(new_base), "the new base")
     kept = mask(task_vector, direction(model, new_base, batches, loss))
-    return {
-        name: value + alpha * kept[name] if name in kept else value.clone()
-        for name, value in new_base.items()
-    }
+    return {name: value + alpha * kept[name] if name in kept else value.clone() for name, value in new_base.items()}

@@ -79,9 +79,7 @@ class Job:
     def head(self) -> tuple[str, ...]:
         """The tensors that are carried over, since a base has them for other classes, or not at all."""
         others = [checkpoint for role, checkpoint in self.checkpoints.items() if role != self.like]
-        return tuple(
-            name for name in self.checkpoints[self.like] if any(name not in other for other in others)
-        )
+        return tuple(name for name in self.checkpoints[self.like] if any(name not in other for other in others))
 
     @property
     def notes(self) -> list[str]:
@@ -136,16 +134,10 @@ class Job:
         """At the peak of matching and writing tensor by tensor: similarities of the largest groups with what the
         assignment makes of them, and a pair of the largest tensors with copies; or one file, which is held twice as it
         is written, with the tensors that its last one is made of; or the model, run once to check its function."""
-        sizes = {
-            name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in self.layout.tensors.items()
-        }
-        largest = self.dtype.itemsize * max(
-            (math.prod(shape) for _, shape in self.layout.tensors.values()), default=0
-        )
+        sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in self.layout.tensors.items()}
+        largest = self.dtype.itemsize * max((math.prod(shape) for _, shape in self.layout.tensors.values()), default=0)
         spec = None if self.model_spec is None or not matches else self.model_spec.spec
-        families = (
-            () if spec is None else [[spec.groups[group] for group in family] for family in spec.families]
-        )
+        families = () if spec is None else [[spec.groups[group] for group in family] for family in spec.families]
         # Float32, and in float64 the costs of the largest twice: the solver's own copy.
         matching = max((FLOAT * sum(n * n for n in f) + 16 * max(f) ** 2 for f in families), default=0)
         shard = max((sum(sizes[name] for name in names) for names in self.layout.shards), default=0)

@@ -255,9 +255,7 @@ def _fit_spec(checkpoint: CheckpointFile, spec: PermutationSpec) -> tuple[ModelS
     checkpoint = fit_names(checkpoint, layout, is_base=False)
     if odd := list_unfit(checkpoint, layout):
         if not ModelSpec(spec, layout)._makes_output(find_other_head(checkpoint, layout, odd)):
-            raise BadFile(
-                f"{describe_unfit(checkpoint, layout, odd)} Whether it is a head only a model tells."
-            )
+            raise BadFile(f"{describe_unfit(checkpoint, layout, odd)} Whether it is a head only a model tells.")
         spec = fit_outputs(spec, checkpoint.entries, odd)
     return ModelSpec(spec, StateLayout.of_spec(spec)), checkpoint
 

@@ -118,9 +118,7 @@ def _from_transformers(folder: str, shape: Sequence[int] | None) -> NamedModel:
         raise ValueError("models of transformers need the package transformers") from None
     try:
         # Left out, trust_remote_code makes transformers ask on stdin whether to run code of the folder.
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         kind = (config.architectures or [None])[0]
         model = (
             getattr(transformers, kind)(config)

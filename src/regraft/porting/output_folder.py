@@ -48,9 +48,7 @@ def beside(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[
             for kept in (*part.glob("*.kept"), *part.glob(".*")):
                 kept.unlink()
         except Exception:
-            _clear(
-                part, {part / MARK}
-            )  # the mark goes last, so that a kill leaves a folder that is known as ours
+            _clear(part, {part / MARK})  # the mark goes last, so that a kill leaves a folder that is known as ours
             (part / MARK).unlink(missing_ok=True)
             part.rmdir()
             raise
@@ -139,9 +137,7 @@ def check_output(out: Path) -> None:
 
 def _check_ours(part: Path, moved: Path) -> None:
     """Raise OSError for a folder that we have not made, or of which that cannot be told."""
-    not_ours = (
-        f"{part} is not a folder that regraft made: move it away, or choose another place for the result"
-    )
+    not_ours = f"{part} is not a folder that regraft made: move it away, or choose another place for the result"
     if part.is_symlink() or (part.exists() and not part.is_dir()):
         raise FileExistsError(errno.EEXIST, not_ours)
     if not part.is_dir() or moved.exists() or all(f.name.startswith(f".{MARK}.") for f in part.iterdir()):

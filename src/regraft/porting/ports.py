@@ -99,9 +99,7 @@ def plan(
     job = open_job(method, (model_spec, _drop_uncommon(checkpoints)), TUNED, NEW_BASE, settings, config)
     # FGMT stacks a pair of gradients a step.
     copies = IN_MEMORY_COPIES + 2 * steps * ("gmt" in method)
-    job = job.check_room(
-        out, settings.get("max_memory"), copies=copies, matches=method != "naive", resume=resume
-    )
+    job = job.check_room(out, settings.get("max_memory"), copies=copies, matches=method != "naive", resume=resume)
     networks, check = job.networks(), job.value_check(summed=2)
     distances = measure_distances([networks[role] for role in ROLES], check)
     return replace(job, distances=distances, layout=replace(job.layout, infinite=frozenset(check.infinite)))

@@ -75,9 +75,7 @@ class Result:
         }
 
 
-def run_job(
-    job: Job, out: Path | str, make: Callable[[Path, Clock], Made], clock: Clock, *, resume: bool
-) -> Result:
+def run_job(job: Job, out: Path | str, make: Callable[[Path, Clock], Made], clock: Clock, *, resume: bool) -> Result:
     """Do a job: make the tensors, write them and the card.
 
     make: of the folder that is being filled, where `keep_tensors` keeps what a resumed run need not make again, and the
@@ -115,9 +113,7 @@ def write_card(
 
     hashes: SHA-256 of each checkpoint's files.
     """
-    plan = {
-        key: value for key, value in job.to_json().items() if key not in ("checkpoints", "groups", "memory")
-    }
+    plan = {key: value for key, value in job.to_json().items() if key not in ("checkpoints", "groups", "memory")}
     inputs = {role: {"name": c.path.name, "sha256": hashes[role]} for role, c in job.checkpoints.items()}
     card = {"version": __version__, **plan, "inputs": inputs, **measured, "seconds": _seconds(cost)}
     front = json.dumps({"library_name": "regraft", "regraft": card}, indent=1, allow_nan=False)
@@ -125,14 +121,9 @@ def write_card(
     write_text(folder / CARD, f"---\n{front}\n---\n\n{body}\n")
 
 
-def _describe(
-    job: Job, hashes: Mapping[str, str], measured: Mapping[str, Any], cost: Mapping[str, Cost]
-) -> list[str]:
+def _describe(job: Job, hashes: Mapping[str, str], measured: Mapping[str, Any], cost: Mapping[str, Cost]) -> list[str]:
     lines = [f"# {job.method}, by regraft {__version__}", "", "| input | file | SHA-256 |", "|---|---|---|"]
-    lines += [
-        f"| {role} | {clean_markdown(c.path.name)} | `{hashes[role]}` |"
-        for role, c in job.checkpoints.items()
-    ]
+    lines += [f"| {role} | {clean_markdown(c.path.name)} | `{hashes[role]}` |" for role, c in job.checkpoints.items()]
     lines += ["", *(f"- {clean_markdown(sentence)}" for sentence in job.describe())]
     if "function_error" in measured:
         lines.append(

@@ -40,9 +40,7 @@ def check_memory(needed: int, why: str, allowed: int | None) -> int:
     limit = _resident() + _available() if allowed is None else allowed
     if total > limit:
         there = format_size(limit)
-        raise OSError(
-            errno.ENOMEM, f"{why} takes about {format_size(total)} of memory, and there are {there}"
-        )
+        raise OSError(errno.ENOMEM, f"{why} takes about {format_size(total)} of memory, and there are {there}")
     return total
 
 

@@ -25,9 +25,7 @@ LEFT_BY_TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_st
 ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|hada_w\d|lokr_w\d|vera_lambda_\w)\b")
 """In names of adapters, whose product, not themselves, is added to the weights."""
 
-MERGE_FIRST = (
-    "an adapter is no network: merge it first (peft: model.merge_and_unload(), then save_pretrained)"
-)
+MERGE_FIRST = "an adapter is no network: merge it first (peft: model.merge_and_unload(), then save_pretrained)"
 
 TORCH = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -108,9 +106,7 @@ def find_in_folder(folder: Path) -> Path:
             raise BadFile(f"{folder} holds {len(files)} files {pattern}: name one, such as {files[0]}")
         if files:
             return files[0]
-    raise FileNotFoundError(
-        errno.ENOENT, f"no checkpoint in the folder ({', '.join(IN_FOLDER)})", str(folder)
-    )
+    raise FileNotFoundError(errno.ENOENT, f"no checkpoint in the folder ({', '.join(IN_FOLDER)})", str(folder))
 
 
 def _list_indexed(path: Path, key: str | None, max_memory: int | None) -> tuple[dict[str, Entry], list[str]]:
@@ -129,9 +125,7 @@ def _list_indexed(path: Path, key: str | None, max_memory: int | None) -> tuple[
         for name, entry in list_entries(shard, key, max_memory)[0].items():
             if names.get(name) != file:
                 other = f"gives it to {names[name]}" if name in names else "does not name it"
-                raise BadFile(
-                    f"{file} holds tensor {name!r}, and {path} {other}: write the checkpoint anew, as one"
-                )
+                raise BadFile(f"{file} holds tensor {name!r}, and {path} {other}: write the checkpoint anew, as one")
             entries[name] = entry
     if missing := names.keys() - entries.keys():
         raise BadFile(f"{path} says that tensor {min(missing)!r} is in {names[min(missing)]}, which has none")

@@ -19,9 +19,7 @@ from regraft.porting.sizes import check_memory
 NESTED = ("state_dict", "model_state_dict", "model")
 """Where training scripts (Lightning, timm, ...) keep the state dictionary beside tensors of another kind."""
 
-NO_NETWORK = re.compile(
-    r"optim|sched|scaler|^(amp|callback|loops|hyper_?param|hparams|rng|random|metric|lr_)"
-)
+NO_NETWORK = re.compile(r"optim|sched|scaler|^(amp|callback|loops|hyper_?param|hparams|rng|random|metric|lr_)")
 """In the keys of what training loops keep beside a network, with tensors in it."""
 
 HOW_TO_SAVE = "save the weights alone, by torch.save(model.state_dict(), PATH) or as safetensors"
@@ -41,9 +39,7 @@ def read_network(path: Path, key: str | None, max_memory: int | None) -> tuple[d
             raise BadFile(f"{path} holds a {type(held).__name__}, no state dictionary")
         seen.add(id(held))
         networks = {
-            str(name): value
-            for name, value in held.items()
-            if id(value) not in seen and _is_network(str(name), value)
+            str(name): value for name, value in held.items() if id(value) not in seen and _is_network(str(name), value)
         }
         chosen = _choose(networks, held, key, path)
         if chosen is None:

@@ -49,8 +49,7 @@ def grid_logits(
     logits = []
     for row in coefficients:
         point: Tensors = {
-            name: cast(Tensor, sum(c * s[name] for c, s in zip(row, sources, strict=True)))
-            for name in sources[0]
+            name: cast(Tensor, sum(c * s[name] for c, s in zip(row, sources, strict=True))) for name in sources[0]
         }
         with torch.no_grad():
             logits.append(functional_call(model, point, (images,)))
@@ -95,9 +94,7 @@ def repair(
 def channel_moments(model: nn.Module, tensors: Tensors, layer: str, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [channels] of what `layer` puts out for `images`."""
     seen = []
-    hook = model.get_submodule(layer).register_forward_hook(
-        lambda _module, _inputs, output: seen.append(output)
-    )
+    hook = model.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     with torch.no_grad():
         functional_call(model, tensors, (images,))
     hook.remove()

@@ -32,9 +32,7 @@ def mean_gradient(model: nn.Module, theta: Tensors, batches: Minibatches) -> Ten
     return total
 
 
-def rebuild(
-    spec: PermutationSpec, path: Sequence[Tensors], target_start: Tensors, perm: Perm, s: int
-) -> list[Tensors]:
+def rebuild(spec: PermutationSpec, path: Sequence[Tensors], target_start: Tensors, perm: Perm, s: int) -> list[Tensors]:
     """theta_2^t = theta_2^(t-1) + pi (theta_1^t - theta_1^(t-1)) for t = 1 .. s, theta_2^0 first."""
     transferred = [target_start]
     for t in range(1, s + 1):

@@ -67,9 +67,7 @@ def similarity(
     return total
 
 
-def objective(
-    spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Tensors], perm: Perm
-) -> float:
+def objective(spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Tensors], perm: Perm) -> float:
     """sum_t <G2[t], pi G1[t]>: what matching maximises (the distance's only part that depends on pi)."""
     total = 0.0
     for g2, g1 in zip(target, source, strict=True):
@@ -93,8 +91,7 @@ def place(spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Ten
             scores = {g: similarity(spec, g, target, source, perm, unplaced) for g in family}
             unknown = {name for g in unplaced for name, _ in spec.tensors_of(g)}
             known = [
-                [{n: t for n, t in step.items() if n not in unknown} for step in side]
-                for side in (target, source)
+                [{n: t for n, t in step.items() if n not in unknown} for step in side] for side in (target, source)
             ]
             for moved in BlockAssignment(spec, family, scores, "scipy").candidates(perm):
                 perm = max(perm, perm | moved, key=partial(objective, spec, known[0], known[1]))

@@ -92,8 +92,7 @@ def parse_axis(groups: Mapping[str, int], where: str, axis: Any) -> Axis:
     except TypeError:
         segments = ()
     well_typed = all(
-        (s.group is None or isinstance(s.group, str)) and all(type(number) is int for number in s[1:])
-        for s in segments
+        (s.group is None or isinstance(s.group, str)) and all(type(number) is int for number in s[1:]) for s in segments
     )
     if not segments or not well_typed:
         raise ValueError(

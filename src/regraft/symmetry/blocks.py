@@ -22,9 +22,7 @@ def check_blocks(groups: Mapping[str, int], blocks: Blocks) -> None:
     for group, around in blocks.items():
         where = f"blocks of group {group!r}"
         if len(around) not in (1, 2):
-            raise ValueError(
-                f"{where}: expected an outer group, and perhaps an inner one, found {list(around)}"
-            )
+            raise ValueError(f"{where}: expected an outer group, and perhaps an inner one, found {list(around)}")
         for name in (group, *around):
             if name not in groups:
                 raise ValueError(f"{where}: there is no group {name!r}")

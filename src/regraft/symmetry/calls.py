@@ -54,9 +54,7 @@ class Call:
     @property
     def has_length_one(self) -> bool:
         """Whether a tensor that goes in has a dimension of length 1."""
-        return any(
-            1 in x.shape for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)
-        )
+        return any(1 in x.shape for x in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor))
 
     def lengthen(self) -> Call | None:
         """With the dimensions of length 1, but for the first, of length 2; None where there are none."""
@@ -74,9 +72,7 @@ class Call:
 
     def double(self) -> Call:
         """With floating inputs in float64."""
-        args, kwargs = pytree.tree_map(
-            lambda x: to_double(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs)
-        )
+        args, kwargs = pytree.tree_map(lambda x: to_double(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
 
     def run(self, model: nn.Module, *, heads: bool = False) -> tuple[list[Tensor], list[Tensor]]:
@@ -102,9 +98,7 @@ class Caller(nn.Module):
         else:
             result = forward(self.model, *args, **kwargs)
         tensors = _tensors(result)
-        chosen = (
-            tensors if self.heads else _choose_outputs(result, self.call.output, type(self.model).__name__)
-        )
+        chosen = tensors if self.heads else _choose_outputs(result, self.call.output, type(self.model).__name__)
         counts = {id(tensor) for tensor in chosen}
         return chosen, [tensor for tensor in tensors if id(tensor) not in counts]
 
@@ -138,9 +132,7 @@ def check_placed(model: nn.Module, call: Call) -> None:
         if is_lazy(tensor):
             raise ValueError(f"tensor {tensor_name!r} of {name} has no shape yet: call the model once first")
         if tensor.ndim > 1 and tensor.numel() == 0:
-            raise ValueError(
-                f"tensor {tensor_name!r} of {name} holds nothing: its shape is {list(tensor.shape)}"
-            )
+            raise ValueError(f"tensor {tensor_name!r} of {name} holds nothing: its shape is {list(tensor.shape)}")
     devices = {t.device: f"tensor {n!r}" for n, t in reversed(named.items())}
     devices |= {t.device: "an input" for t in inputs if t.device not in devices}
     if len(devices) > 1:
@@ -182,6 +174,4 @@ def _tensors(result: Any) -> list[Tensor]:
         parts = [getattr(result, f.name) for f in fields(result)]
     else:
         parts = []
-    return list(
-        {id(t): t for part in parts if "Cache" not in type(part).__name__ for t in _tensors(part)}.values()
-    )
+    return list({id(t): t for part in parts if "Cache" not in type(part).__name__ for t in _tensors(part)}.values())

@@ -63,9 +63,7 @@ def _share_memory_(cluster: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
 def all_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers and plain attributes of all modules, in a fixed order; some several times."""
     for module in model.modules():
-        for x in itertools.chain(
-            module._parameters.values(), module._buffers.values(), vars(module).values()
-        ):
+        for x in itertools.chain(module._parameters.values(), module._buffers.values(), vars(module).values()):
             if isinstance(x, Tensor):
                 yield x
 
@@ -96,9 +94,7 @@ def shadow(model: nn.Module) -> nn.Module:
     return _copy(model, lambda tensor: tensor, {id(tensor): tensor for tensor in tensors})
 
 
-def _copy(
-    model: nn.Module, copy_tensor: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None
-) -> nn.Module:
+def _copy(model: nn.Module, copy_tensor: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy; plain attributes that are tensors (torch copies none with a history) go through ``copy_tensor``."""
     memo = memo or {}
     for module in model.modules():

@@ -136,9 +136,7 @@ def _segments(names: Sequence[str], group: np.ndarray, unit: np.ndarray) -> Axis
     starts, count = _runs(~same, len(group))
     return tuple(
         Segment(names[g], u, n, r) if g >= 0 else Segment(None, 0, r)
-        for g, u, n, r in zip(
-            *(x.tolist() for x in (group[starts], unit[starts], count, repeat[starts])), strict=True
-        )
+        for g, u, n, r in zip(*(x.tolist() for x in (group[starts], unit[starts], count, repeat[starts])), strict=True)
     )
 
 

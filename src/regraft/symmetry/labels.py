@@ -73,9 +73,7 @@ class Units:
         while (differ := a != b).any():
             a, b = a[differ], b[differ]
             high, low = torch.maximum(a, b), torch.minimum(a, b)
-            self._root[high] = (
-                low  # one of several, where a root meets several: another round takes the others
-            )
+            self._root[high] = low  # one of several, where a root meets several: another round takes the others
             a, b = self._find(high), self._find(low)
 
 
@@ -148,9 +146,7 @@ class Value:
     fill: float = 0.0
     changed: bool = False  # a function of the leaf's scalars, not these themselves
     labels: Tensor | None = None  # once an operator has read them
-    repeats: tuple[Tensor, Tensor] | None = (
-        None  # of an expanded base: the place in its unexpanded form, and the turn
-    )
+    repeats: tuple[Tensor, Tensor] | None = None  # of an expanded base: the place in its unexpanded form, and the turn
 
     def places(self) -> Tensor:
         """int32 of this shape: the place of every scalar in the base."""
@@ -213,9 +209,7 @@ def drop_repeats(tie: Tie) -> Tie:
         sources = tuple(map(unexpand, tie.sources))
         starts = accumulate((s.numel() for s in sources), initial=0)
         lines = map(_lines, tie.sources, starts)
-        lines_at, turn = (
-            torch.where(constant, -1, concat(x)[sources_at]) for x in (lines, map(_turns, tie.sources))
-        )
+        lines_at, turn = (torch.where(constant, -1, concat(x)[sources_at]) for x in (lines, map(_turns, tie.sources)))
     else:
         sources, lines_at, turn = (), positions, positions
     same_line = set(again).isdisjoint(varying(lines_at))
@@ -449,9 +443,7 @@ class Flow:
         along_axis, whole = line(coordinates[first_axis], dim).int(), self.axis(leaf, first_axis)
         in_order = torch.equal(along_axis, places(whole.shape))
         labels = whole if in_order else self.gather(along_axis, whole)  # a part is in the order of the whole
-        for a in (
-            others
-        ):  # several axes flattened, as a kernel's are: the units of the first, at several places each
+        for a in others:  # several axes flattened, as a kernel's are: the units of the first, at several places each
             self.freeze(self.axis(leaf, a))
             self.tie(labels, line(coordinates[a], dim).int())
         return labels

@@ -42,6 +42,4 @@ def _is_of_length_one(name: str, operands: Sequence[Any], made: Tensor) -> bool:
         return 1 in made.shape[-2:]
     if name in ("cumsum", "cumprod"):
         return bool(made.ndim) and made.shape[next(x for x in operands if isinstance(x, int))] == 1
-    return name in ("slice", "narrow") and any(
-        n == 1 < m for n, m in zip(made.shape, operands[0].shape, strict=True)
-    )
+    return name in ("slice", "narrow") and any(n == 1 < m for n, m in zip(made.shape, operands[0].shape, strict=True))

@@ -70,21 +70,13 @@ def _gather(flow: Flow, op: Operation, x: Any, *_: Any) -> Any:
     if not _is_alike(x.shape, index.shape, dim):
         return NotImplemented
     lines = line_units(flow, x, dim)
-    return (
-        NotImplemented
-        if lines is None
-        else join_operands(flow, op.out, [flow.new(lines.expand(op.out)), index])
-    )
+    return NotImplemented if lines is None else join_operands(flow, op.out, [flow.new(lines.expand(op.out)), index])
 
 
 @rule("scatter", "scatter_add", "scatter_reduce")
 def _scatter(flow: Flow, op: Operation, x: Any, dim: int, index: Any, *_: Any) -> Any:
     source = op.arguments.get("src")
-    if (
-        not isinstance(source, Value)
-        or source.shape != tuple(index.shape)
-        or not _is_alike(x.shape, index.shape, dim)
-    ):
+    if not isinstance(source, Value) or source.shape != tuple(index.shape) or not _is_alike(x.shape, index.shape, dim):
         return NotImplemented
     lines = line_units(flow, join_operands(flow, index.shape, [source, index]), dim)
     return _write_lines(flow, op, x, dim, lines)
@@ -108,11 +100,7 @@ def _write_lines(flow: Flow, op: Operation, x: Any, dim: int, lines: Tensor | No
 @rule("index_select")
 def _index_select(flow: Flow, op: Operation, x: Any, dim: int, index: Any) -> Any:
     if not isinstance(index, Value):  # a constant: see views
-        return (
-            op.run([x, dim, index])
-            if isinstance(x, Tensor)
-            else x.map_positions(lambda p: op.run([p, dim, index]))
-        )
+        return op.run([x, dim, index]) if isinstance(x, Tensor) else x.map_positions(lambda p: op.run([p, dim, index]))
     return pass_lines(flow, op, x, dim) if _is_the_same_for_all(flow, index) else NotImplemented
 
 

@@ -60,9 +60,7 @@ def _merge_relations(flow: Flow) -> tuple[np.ndarray, np.ndarray]:
         for pairs in flow.related.values():
             other = np.zeros(flow.units.count, dtype=np.int64)
             if pairs:
-                mine, theirs = (
-                    flow.units.roots(torch.cat(side)).numpy() for side in zip(*pairs, strict=True)
-                )
+                mine, theirs = (flow.units.roots(torch.cat(side)).numpy() for side in zip(*pairs, strict=True))
                 other_than_itself = mine != theirs
                 mine, theirs = mine[other_than_itself], theirs[other_than_itself]
                 other[mine] = theirs
@@ -195,9 +193,7 @@ def arrange(flow: Flow, nesting: Nesting) -> tuple[dict[str, list[int]], dict[st
         roots = flow.units.roots(unexpand(labels)).flatten().numpy()
         for root in roots[~added[roots]].tolist():
             add(root, stem)
-    for root in np.flatnonzero(
-        (nesting.block > 0) & (nesting.twin > 0)
-    ).tolist():  # in their blocks' and twins' order
+    for root in np.flatnonzero((nesting.block > 0) & (nesting.twin > 0)).tolist():  # in their blocks' and twins' order
         add(root, stems[int(nesting.colour[nesting.twin[root]])])
     movable = {colour: units for colour, units in members.items() if len(units) > 1}
     names = _number_names({colour: stems[colour] for colour in movable})

@@ -25,9 +25,7 @@ from regraft.symmetry.labels import (
 )
 from regraft.symmetry.rules import Operation, each_size, first_of, rule, words
 
-UNARY = words(
-    "dropout feature_dropout alpha_dropout to _to_copy type_as hardswish log_sigmoid celu rrelu zero fill"
-)
+UNARY = words("dropout feature_dropout alpha_dropout to _to_copy type_as hardswish log_sigmoid celu rrelu zero fill")
 """Operators that compute every scalar from the one at its place (beside those that torch tags pointwise). A constant
 that is filled in keeps the labels of what it replaces."""
 

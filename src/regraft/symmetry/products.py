@@ -322,9 +322,7 @@ def _einsum(flow: Flow, op: Operation, equation: str, operands: Sequence[Any], *
     if not _is_matrix_product(names, result) or not all(isinstance(x, Value) for x in operands):
         return freeze(flow, op.out, operands)
     a, b = names
-    length = {
-        i: n for name, x in zip(names, operands, strict=True) for i, n in zip(name, x.shape, strict=True)
-    }
+    length = {i: n for name, x in zip(names, operands, strict=True) for i, n in zip(name, x.shape, strict=True)}
     batch = [i for i in a if i in b and i in result]
     summed = [i for i in a if i in b and i not in result]
     rows, columns = [i for i in a if i not in b], [i for i in b if i not in a]

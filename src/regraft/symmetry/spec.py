@@ -132,9 +132,7 @@ class PermutationSpec:
         return cls(
             sizes,
             {
-                name: tuple(
-                    parse_axis(sizes, f"axis {a} of tensor {name!r}", axis) for a, axis in enumerate(row)
-                )
+                name: tuple(parse_axis(sizes, f"axis {a} of tensor {name!r}", axis) for a, axis in enumerate(row))
                 for name, row in axes.items()
             },
             frozenset(optional),
@@ -226,9 +224,7 @@ class PermutationSpec:
         if missing := self.groups.keys() - perm.keys():
             raise ValueError(f"the permutation lacks group {min(missing)!r}")
         if extra := perm.keys() - self.groups.keys():
-            raise ValueError(
-                f"the permutation has group {min(extra)!r}, which the specification does not know"
-            )
+            raise ValueError(f"the permutation has group {min(extra)!r}, which the specification does not know")
         for group, size in self.groups.items():
             index = perm[group]
             if index.dtype != torch.int64 or index.shape != (size,):
@@ -462,8 +458,7 @@ def _staying(index: Tensor | None, length: int) -> int:
 def _stack_size(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> int | None:
     """T where tensors are stacks [T, *shape]; None where they are single."""
     sizes = {
-        name: tensors[name].shape[0] if tensors[name].ndim == len(shape) + 1 else None
-        for name, shape in shapes.items()
+        name: tensors[name].shape[0] if tensors[name].ndim == len(shape) + 1 else None for name, shape in shapes.items()
     }
     for (one, size), (other, next_size) in pairwise(sizes.items()):
         if size != next_size:

@@ -105,9 +105,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _name_everything(
-    spec: PermutationSpec, model: nn.Module, leaves: Mapping[Hashable, Leaf]
-) -> PermutationSpec:
+def _name_everything(spec: PermutationSpec, model: nn.Module, leaves: Mapping[Hashable, Leaf]) -> PermutationSpec:
     """Adds the rest of the state dictionary: other names of shared tensors, and tensors that the graph lacks."""
     axes = dict(spec.axes)
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -143,9 +141,9 @@ def export(model: nn.Module, call: Call) -> list[Exported]:
     if idle := _unused_parameters(programs, model):
         with contextlib.suppress(Exception):  # heads may need larger inputs
             more = _export(model, call, heads=True)
-            if not any(map(_is_random, more.program.graph.nodes)) and len(
-                _unused_parameters([more], model)
-            ) < len(idle):
+            if not any(map(_is_random, more.program.graph.nodes)) and len(_unused_parameters([more], model)) < len(
+                idle
+            ):
                 programs.append(more)
     return programs
 
@@ -276,11 +274,7 @@ def _placeholder_values(
     for spec, node in _inputs(program):
         tensor = tensors.get(spec.target)
         leaf = _leaf_of(leaves, tensor)
-        if (
-            leaf is not None
-            and isinstance(tensor, Tensor)
-            and (tensor.is_floating_point() or tensor.is_complex())
-        ):
+        if leaf is not None and isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
             values[node] = Value(leaf, leaf.shape)
         elif isinstance(tensor, Tensor):
             values[node] = tensor.detach().cpu().clone()  # operators may write into it
@@ -290,9 +284,7 @@ def _placeholder_values(
     return values
 
 
-def _finish(
-    flow: Flow, exported: Exported, results: Sequence[Any], leaf_of: Callable[[Any], Leaf | None]
-) -> None:
+def _finish(flow: Flow, exported: Exported, results: Sequence[Any], leaf_of: Callable[[Any], Leaf | None]) -> None:
     """The outputs that count never move; what is written to a buffer has the buffer's units."""
     outputs = 0
     for spec, result in zip(exported.program.graph_signature.output_specs, results, strict=True):
@@ -323,9 +315,7 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
         return target(*args)
     if target is torch.ops.aten.sym_size.int:
         return args[0].shape[args[1]]
-    out = pytree.tree_map(
-        lambda x: _size(flow, node, x) if isinstance(x, Tensor) else None, node.meta.get("val")
-    )
+    out = pytree.tree_map(lambda x: _size(flow, node, x) if isinstance(x, Tensor) else None, node.meta.get("val"))
     if str(target) in REGIONS:
         part = next(i for i, x in enumerate(args) if isinstance(x, GraphModule))
         inputs = args[part].graph.find_nodes(op="placeholder")

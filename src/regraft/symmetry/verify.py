@@ -161,9 +161,7 @@ class _Proof:
         return _culprit(self.spec, error, changes)
 
 
-def _run(
-    call: Call, model: nn.Module, heads: bool, generator: torch.Generator
-) -> tuple[list[Tensor], set[int]]:
+def _run(call: Call, model: nn.Module, heads: bool, generator: torch.Generator) -> tuple[list[Tensor], set[int]]:
     """The outputs that count, and the ids of all tensors that were read. Each run draws other random numbers, so that
     a model that uses them is detected."""
     device = next((tensor.device for tensor in live_state(model).values()), "cpu")

@@ -65,9 +65,7 @@ def accuracy(model: nn.Module, tensors: Mapping[str, Tensor], batches: Iterable[
 
 
 @check_arguments
-def ensemble_accuracy(
-    model: nn.Module, networks: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch]
-) -> float:
+def ensemble_accuracy(model: nn.Module, networks: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch]) -> float:
     """`accuracy` of the mean of the networks' logits. Raises ValueError for no networks, too."""
     if not networks:
         raise ValueError("there is no network to evaluate")

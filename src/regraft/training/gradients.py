@@ -62,9 +62,7 @@ def _mean_gradients(
     count = 0
     for inputs, labels in check_batches(batches):
         with around():
-            gradient = batch_gradient(
-                model, {**parameters, **buffers}, parameters, (inputs, labels), loss, count
-            )
+            gradient = batch_gradient(model, {**parameters, **buffers}, parameters, (inputs, labels), loss, count)
         total = list(gradient) if total is None else torch._foreach_add(total, gradient)
         count += 1
     if total is None:
@@ -96,9 +94,7 @@ def batch_gradient(
             raise ValueError(f"no label of {where} counts: there is nothing to take a gradient of")
     value = loss_of(loss, logits, labels, where)
     if not value.requires_grad:
-        raise ValueError(
-            f"{where}: the loss has no gradient, as it depends on no parameter of {type(model).__name__}"
-        )
+        raise ValueError(f"{where}: the loss has no gradient, as it depends on no parameter of {type(model).__name__}")
     return torch.autograd.grad(
         value,
         list(parameters.values()),

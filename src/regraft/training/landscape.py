@@ -110,10 +110,7 @@ def plane(
     corners = torch.tensor([[0.0, 0.0], [width, 0.0], [foot, height]], dtype=torch.float64)
     low, high = corners.min(0).values, corners.max(0).values
     low, high = low - margin * (high - low), high + margin * (high - low)
-    x, y = (
-        torch.linspace(float(l), float(h), points, dtype=torch.float64)
-        for l, h in zip(low, high, strict=True)
-    )
+    x, y = (torch.linspace(float(l), float(h), points, dtype=torch.float64) for l, h in zip(low, high, strict=True))
     measure = partial(_measure_sum, model, batches, statistics, loss, [a, b, c])
     values = []
     for ordinate in y.tolist():

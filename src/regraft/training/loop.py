@@ -70,9 +70,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the recipe"
-            )
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, more than the {self.epochs} epochs of the recipe")
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of step 0, 1, ..., steps_per_epoch * epochs - 1."""
@@ -185,9 +183,7 @@ def train(
     loss that is not finite, or weights at the end of an epoch.
     """
     network = _network(model, start, torch.device(device))
-    batches = data.train.batches(
-        recipe.batch_size, generator=generator, augment=recipe.augment, device=device
-    )
+    batches = data.train.batches(recipe.batch_size, generator=generator, augment=recipe.augment, device=device)
     _try_one_step(network, data, batches)
     rate = partial(recipe.learning_rate, steps_per_epoch=len(batches))
     loop = Loop(network, recipe.optimiser(network), batches, rate, penalty)

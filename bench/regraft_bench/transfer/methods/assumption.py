@@ -38,9 +38,7 @@ def measure_updates(which: str, setting: TransferSetting) -> Measured:
     spec, clock = setting.spec, Clock()
     at, *runs = setting.two_runs
     targets, sources = (_stack_changes(setting, run) for run in runs)
-    steps = [
-        tuple({n: x[t] for n, x in side.items()} for side in (targets, sources)) for t in range(len(at) - 1)
-    ]
+    steps = [tuple({n: x[t] for n, x in side.items()} for side in (targets, sources)) for t in range(len(at) - 1)]
     with clock.phase("assignment", setting.device):
         if which == "each":
             perms = [match(spec, target, source).perm for target, source in steps]
@@ -48,8 +46,7 @@ def measure_updates(which: str, setting: TransferSetting) -> Measured:
             perm = spec.identity() if which == "identity" else match(spec, targets, sources).perm
             perms = [perm] * len(steps)
     distances = [
-        distance(apply(spec, perm, source), target)
-        for (target, source), perm in zip(steps, perms, strict=True)
+        distance(apply(spec, perm, source), target) for (target, source), perm in zip(steps, perms, strict=True)
     ]
     values = {
         "distance": sum(distances) / len(distances),
@@ -62,10 +59,7 @@ def measure_updates(which: str, setting: TransferSetting) -> Measured:
 
 def _stack_changes(setting: TransferSetting, run: list[Tensors]) -> Tensors:
     """[steps, ...] of each parameter: what it learned from one look to the next."""
-    return {
-        name: torch.stack([b[name] - a[name] for a, b in pairwise(run)])
-        for name in setting.parameters(run[0])
-    }
+    return {name: torch.stack([b[name] - a[name] for a, b in pairwise(run)]) for name in setting.parameters(run[0])}
 
 
 # ---------------------------------------------------------------- theorem A.1
@@ -96,8 +90,7 @@ _ABOUT = {
     "gradients": "How far apart they go under the permutation that matches the gradients themselves.",
 }
 UPDATES = tuple(
-    Method(which, partial(measure_updates, which), about=_ABOUT[which])
-    for which in ("identity", "one", "each")
+    Method(which, partial(measure_updates, which), about=_ABOUT[which]) for which in ("identity", "one", "each")
 )
 FIRST_GRADIENTS = tuple(
     Method(which, partial(measure_first_gradients, which), about=_ABOUT[which])

@@ -62,9 +62,7 @@ def count_transfer(name: str, setting: TransferSetting) -> Measured:
 COUNTS = (
     Method("plain", count_training),
     *(
-        Method(
-            name, partial(count_transfer, name), about=f"{first_paragraph(steps)} Its operations are counted."
-        )
+        Method(name, partial(count_transfer, name), about=f"{first_paragraph(steps)} Its operations are counted.")
         for name, steps in TRANSFER_METHODS.items()
     ),
 )

@@ -51,15 +51,11 @@ def _train_on(setting: TransferSetting, purpose: str, start: Tensors) -> Trainin
     return setting.learn(purpose, start, recipe, f"{setting.target} after")
 
 
-def make_ensemble(
-    make: Callable[[TransferSetting], Member], count: int, setting: TransferSetting
-) -> Measured:
+def make_ensemble(make: Callable[[TransferSetting], Member], count: int, setting: TransferSetting) -> Measured:
     """Of the source and ``count - 1`` others. Raises ValueError for no members."""
     if count < 1:
         raise ValueError(f"an ensemble has at least one member, not {count}")
-    return measure_together(
-        setting, [make(setting.sibling(f"member {number}")) for number in range(1, count)]
-    )
+    return measure_together(setting, [make(setting.sibling(f"member {number}")) for number in range(1, count)])
 
 
 def transfer_all_at_once(count: int, setting: TransferSetting) -> Measured:
@@ -133,9 +129,7 @@ def evaluate_together(probabilities: Tensor, labels: Tensor) -> dict[str, float]
     }
 
 
-def _ensemble(
-    name: str, make: Callable[[TransferSetting], Member], about: str, count: int = MEMBERS
-) -> Method:
+def _ensemble(name: str, make: Callable[[TransferSetting], Member], about: str, count: int = MEMBERS) -> Method:
     return Method(name, partial(make_ensemble, make, count), about=about)
 
 

@@ -195,10 +195,7 @@ FINDERS = {
     "end-sinkhorn": match_end_transport,
 }
 PEERS = (
-    *(
-        Method(name, partial(permute_source, find), about=first_paragraph(find))
-        for name, find in FINDERS.items()
-    ),
+    *(Method(name, partial(permute_source, find), about=first_paragraph(find)) for name, find in FINDERS.items()),
     Method("warm-start", warm_start),
     Method("shrink-and-perturb", shrink_and_perturb),
     Method("brief", train_briefly),

@@ -171,9 +171,7 @@ keep_by_majority = partial(mask_ascent, gradfix.majority)
 keep_by_mean = partial(mask_ascent, gradients)
 
 
-def add_task_vector(
-    find: Find, keep: Keep, setting: TransferSetting, seen: FewShotData, clock: Clock
-) -> Tensors:
+def add_task_vector(find: Find, keep: Keep, setting: TransferSetting, seen: FewShotData, clock: Clock) -> Tensors:
     """theta_B with the fine-tune's head, plus alpha times what is kept of its other layers' change."""
     model, before, after = setting.model, base(setting), fine_tune_base(setting).tensors
     tau = {name: tensor - before[name] for name, tensor in setting.parameters(after).items()}
@@ -286,9 +284,7 @@ def measure_port(port: Port, setting: TransferSetting) -> Measured:
     return _measure(setting, accuracies, costs, clock.seconds)
 
 
-def finetune_on_all(
-    purpose: str, start: Callable[[TransferSetting], Tensors], setting: TransferSetting
-) -> Measured:
+def finetune_on_all(purpose: str, start: Callable[[TransferSetting], Tensors], setting: TransferSetting) -> Measured:
     """A fine-tuning on all images: no port, but what one would like to have."""
     training, count = _fine_tune(setting, purpose, start(setting)), len(port_settings(setting).images)
     own = accuracy(setting.model, training.tensors, eval_batches(setting))
@@ -342,8 +338,7 @@ def _vectors(find: Find, *rows: tuple[str, Keep, str]) -> tuple[Method, ...]:
 def _few_shot(name: str, start: Port, rates: Sequence[float], about: str, times: int = 1) -> Method:
     """At its best rate."""
     candidates = tuple(
-        replace(_port(name, partial(few_shot_finetune, start, lr, times), about), config={"lr": lr})
-        for lr in rates
+        replace(_port(name, partial(few_shot_finetune, start, lr, times), about), config={"lr": lr}) for lr in rates
     )
     return replace(candidates[0], config={}, candidates=candidates)
 
@@ -385,7 +380,5 @@ def port_methods(rates: Sequence[float]) -> tuple[Method, ...]:
             ("fgmt + gradfix, mean", keep_by_mean, "Permuted by fgmt, then masked by the mean gradient."),
         ),
         _few_shot("fgmt, then few-shot", fgmt, rates, "Moved by fgmt, then trained on the few images."),
-        _few_shot(
-            "few-shot, twice as long", keep_new_base, rates, "The new base trained for 4 T updates.", 2
-        ),
+        _few_shot("few-shot, twice as long", keep_new_base, rates, "The new base trained for 4 T updates.", 2),
     )
