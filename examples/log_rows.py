@@ -15,7 +15,7 @@ with tempfile.TemporaryDirectory() as folder:
     rows = run(
         transfer,
         transfer.select(["digits-mlp"]),
-        place=RunPaths(),
+        place=RunPaths(cache=Path(folder)),
         rows=Path(folder) / "rows.jsonl",
         seeds=[0],
     )
