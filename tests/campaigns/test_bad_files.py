@@ -124,7 +124,9 @@ BITS = {f"bit {at} of 24": replace(partial(flip_bit, at=at)) for at in range(24)
 @pytest.mark.parametrize("name", FORMATS)
 def test_whole_files(refuse_damaged, name):
     """Every format, damaged as a whole; what hashes cover, with single bits changed."""
-    damages = DAMAGES | (TRUNCATED if name != "rows" else {}) | (BITS if FORMATS[name].sealed else {})
+    damages = DAMAGES | TRUNCATED | (BITS if FORMATS[name].sealed else {})
+    if name == "rows":  # torn and zero-filled lines are named and skipped: tests/bench/test_rows.py
+        damages = {what: damage for what, damage in DAMAGES.items() if what != "zeros"}
     if not FORMATS[name].optional:
         damages = damages | {"missing": lambda file: file.unlink()}
     for what, damage in damages.items():

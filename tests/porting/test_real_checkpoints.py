@@ -203,14 +203,15 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("verb", FOUR)
-@pytest.mark.parametrize("kind", ODD)
+# Without a model nothing says which tensor is a parameter: fuse takes its infinities for a mask.
+ODD_VERBS = [(kind, verb) for kind in ODD for verb in FOUR if verb != "fuse" or "infinite" not in kind]
+
+
+@pytest.mark.parametrize(("kind", "verb"), ODD_VERBS)
 def test_what_is_wrongly_not_finite_is_refused(kind, verb, tmp_path, run, module):
     """NaN anywhere, and parameters that are infinite, on one side or on all."""
     base, new = masked(0, **ODD[kind]), masked(1, **ODD[kind])
     model = ["--model", f"{module(MASKED)}:Masked", "--shape", 1, 3, 6]
-    if verb == "fuse" and "infinite" in kind:
-        pytest.skip("without a model nothing says which tensor is a parameter")
     one_line(run(*three_verbs(tmp_path, base, near(base), new, model)[verb]), next(iter(ODD[kind])), status=[1])
 
 

@@ -262,13 +262,12 @@ def special(kind: str) -> torch.Tensor:
         "uint16": lambda: full.to(torch.uint16),
         "uint32": lambda: full.to(torch.uint32),
         "uint64": lambda: full.to(torch.uint64),
-        "nested": lambda: torch.nested.nested_tensor([full[0], full[1]]),
     }[kind]()
 
 
 KINDS = [
     "sparse", "sparse rows", "meta", "quantised", "quantised by channel", "float8", "float8, the other", "complex",
-    "double complex", "uint16", "uint32", "uint64", "nested",
+    "double complex", "uint16", "uint32", "uint64",
 ]  # fmt: skip
 
 
@@ -276,12 +275,8 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_of_tensor_is_carried_or_refused_when_it_is_opened(kind, verb, tmp_path, run, module):
     """Layouts and dtypes: written as they are, or refused by file and tensor; no hidden folder, no traceback."""
-    try:
-        tensors = drawn(0) | {"0.weight": special(kind)}
-        torch.save(tensors, tmp_path / "a.pt")
-        torch.load(tmp_path / "a.pt", weights_only=True)
-    except (RuntimeError, NotImplementedError, pickle.UnpicklingError) as problem:
-        pytest.skip(f"torch cannot save it: {problem}")
+    tensors = drawn(0) | {"0.weight": special(kind)}
+    torch.save(tensors, tmp_path / "a.pt")
     how = [] if verb == "fuse" else ["--model", f"{module()}:mlp", "--shape", 1, 6]
     files = [tmp_path / "a.pt", *([tmp_path / "a.pt"] if verb == "match" else [])]
     weights = ["--weights", 1] if verb == "fuse" else []
