@@ -148,8 +148,9 @@ def test_a_failed_last_rename_keeps_what_is_finished(verb, number, tmp_path, run
     one_line(done, kept[0].name)
 
 
-def test_what_an_interrupted_run_holds_is_named_where_the_disk_is_full(tmp_path, run, words, monkeypatch):
-    """A leftover `.OUT.part` takes room: the refusal for too little disk names it."""
+@pytest.fixture
+def interrupted_on_a_full_disk(tmp_path, run, words, monkeypatch):
+    """A sum that was interrupted before its index was there, and from then on a disk without room."""
     replace = os.replace
 
     def interrupted(source, target, **options):
@@ -163,23 +164,17 @@ def test_what_an_interrupted_run_holds_is_named_where_the_disk_is_full(tmp_path,
     assert (tmp_path / ".out.part").is_dir()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+
+
+@pytest.mark.usefixtures("interrupted_on_a_full_disk")
+def test_what_an_interrupted_run_holds_is_named_where_the_disk_is_full(tmp_path, run, words):
+    """A leftover `.OUT.part` takes room: the refusal for too little disk names it."""
     one_line(run(*words("fuse", tmp_path / "out")), ".out.part")
 
 
-def test_resuming_needs_no_room_for_what_is_written_already(tmp_path, run, words, monkeypatch):
+@pytest.mark.usefixtures("interrupted_on_a_full_disk")
+def test_resuming_needs_no_room_for_what_is_written_already(tmp_path, run, words):
     """With --resume, finished shards do not count against the disk a second time."""
-    replace = os.replace
-
-    def interrupted(source, target, **options):
-        if str(target).endswith("index.json"):
-            raise KeyboardInterrupt
-        return replace(source, target, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupted)
-        assert run(*words("fuse", tmp_path / "out")).status == 130
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
     assert run(*words("fuse", tmp_path / "out"), "--resume").status == 0
 
 

@@ -217,41 +217,25 @@ def test_the_same_work_goes_on(verb, place, run, interrupted):
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty"])
+@pytest.mark.parametrize(
+    ("what", "before", "byte", "mask"), [("model*.safetensors", INDEX, -1, 64), ("perm*", "model", -8, 1)]
+)
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_damaged_shard_is_not_taken(verb, damage, place, run, interrupted):
-    """A finished shard that changed since: made again, or refused by its name; never published."""
-    interrupted(INDEX, *words(place, verb))
-    (shard,) = (place[0] / ".out.part").glob("model*.safetensors")
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 64
-    shard.write_bytes({"flipped bit": bytes(data), "truncated": bytes(data[:-9]), "empty": b""}[damage])
+def test_a_damaged_shard_or_permutation_is_not_taken(verb, what, before, byte, mask, damage, place, run, interrupted):
+    """What an interrupted run had finished or kept was changed: made again, or refused by name; never published."""
+    interrupted(before, *words(place, verb))
+    (file,) = (place[0] / ".out.part").glob(what)
+    data = bytearray(file.read_bytes())
+    data[byte] ^= mask
+    file.write_bytes({"flipped bit": bytes(data), "truncated": bytes(data[:-9]), "empty": b""}[damage])
     done = run(*words(place, verb), "--resume")
     if done.status:
-        one_line(done, shard.name)
+        one_line(done, file.name)
         return
     assert run(*words(place, verb, out=place[0] / "again")).status == 0
     resumed = written(place[0] / "out")
     for name, tensor in written(place[0] / "again").items():
-        assert torch.equal(resumed[name], tensor), "a damaged shard was published"
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped bit"])
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_damaged_kept_permutation_is_made_again_or_one_sentence(verb, damage, place, run, interrupted):
-    """What an interrupted run kept of its matching is damaged: one line that names the file, or made again."""
-    interrupted("model", *words(place, verb))
-    (kept,) = (place[0] / ".out.part").glob("perm*")
-    data = bytearray(kept.read_bytes())
-    data[-8] ^= 1  # of one index
-    kept.write_bytes({"flipped bit": bytes(data), "truncated": bytes(data[:-9]), "empty": b""}[damage])
-    done = run(*words(place, verb), "--resume")
-    if done.status:
-        one_line(done, kept.name)
-        return
-    assert run(*words(place, verb, out=place[0] / "again")).status == 0
-    resumed = written(place[0] / "out")
-    for name, tensor in written(place[0] / "again").items():
-        assert torch.equal(resumed[name], tensor)
+        assert torch.equal(resumed[name], tensor), "a damaged file was published"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "regraft-part-1"}'])
