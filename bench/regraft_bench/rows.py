@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from regraft.core.clock import Cost, total_charge
+from regraft.core.clock import EVALUATION, Cost, total_charge
 from regraft.core.files import lock_file, tree_hash
 from regraft.core.registry import registered_name
 
@@ -148,7 +148,15 @@ class Row:
     @property
     def seconds(self) -> float:
         """The charge on the clock that counts on its device: CPU seconds on a CPU, the wall clock elsewhere."""
-        return self.total.cpu if self.environment.kind == "cpu" else self.total.wall
+        return self._on_its_clock(self.total)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Of each phase that is charged, the seconds on that clock."""
+        return {phase: self._on_its_clock(cost) for phase, cost in self.cost.items() if phase != EVALUATION}
+
+    def _on_its_clock(self, cost: Cost) -> float:
+        return cost.cpu if self.environment.kind == "cpu" else cost.wall
 
 
 def row_identity(study: str, scenario: str, method: str, seed: int, config: Mapping[str, Any], device_kind: str) -> str:

@@ -94,6 +94,24 @@ def test_a_planted_loss_of_a_point_is_found_and_nothing_else(trial):
     assert alarms(measured(draw), measured(draw, lost=0.01)) == [("fgmt", "error")]
 
 
+def test_a_doubled_cost_of_matching_is_found_where_matching_is_a_small_part_of_a_method():
+    def measure_again(row: Row, factor: float) -> Row:
+        """The row as another run would have measured it, each phase within a tenth or so."""
+        noise = {phase: draw.lognormvariate(0, 0.1) for phase in row.cost}
+        for phase in noise.keys() & {"similarity", "assignment"}:
+            noise[phase] *= factor
+        cost = {phase: Cost(c.wall * noise[phase], c.cpu * noise[phase]) for phase, c in row.cost.items()}
+        return replace(row, cost=cost)
+
+    def tell(factor: float) -> set[tuple[str, str]]:
+        changes = find_changes(rows, [measure_again(row, factor) for row in rows])
+        return {(c.method, c.quantity) for c in changes if Limits(slowdown=1).is_exceeded_by(c)}
+
+    draw, rows = random.Random(0), find_rows(str(RESULTS / "baseline"), RESULTS)
+    assert tell(2.0) == {("every method", "cost of similarity"), ("every method", "cost of assignment")}
+    assert tell(1.0) == set()
+
+
 @pytest.mark.parametrize("trial", range(10))
 def test_the_same_code_again_raises_no_alarm(trial):
     draw = random.Random(200 + trial)

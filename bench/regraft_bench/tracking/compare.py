@@ -8,7 +8,9 @@ value and every point of every series is compared, and whatever moved is told, i
 alone are compared, and a verdict needs a confidence interval. Costs are compared as ratios to a control of the same run
 (plain training, or straightforward PyTorch), so that a slower machine is no regression, and only between rows of the
 same kind of machine. One run is one measurement, however many rounds it took: rounds within one process are not
-independent. What the first side has and the second does not (a method, a seed, a value) has vanished.
+independent. Phases (similarity, assignment) are compared over all scenarios and methods of a study together: a phase is
+a small part of a run, and one scenario's seeds are too few to see it. What the first side has and the second does not
+(a method, a seed, a value) has vanished.
 """
 
 from __future__ import annotations
@@ -38,8 +40,19 @@ VANISHED = "vanished"
 """The second side does not have it, or has no finite number for it."""
 
 
+PHASE, EVERY = "cost of ", ("every scenario", "every method")
+PHASE_SLOWDOWN = 0.5
+"""By how much a phase may become slower: some take milliseconds, and one process is unlike the next."""
+PHASE_SHARE = 0.1
+"""The least share of a run that a phase takes to be compared."""
+
 Quantity = tuple[str, str, str, str]
 """Study, scenario, method, and what of it."""
+
+
+def is_cost(quantity: str) -> bool:
+    """Whether it is a ratio of costs: of a whole method, or of one of its phases."""
+    return quantity == "cost" or quantity.startswith(PHASE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Change:
     """One quantity of one method, before and after.
 
     Attributes:
-        study, scenario, method: of what. quantity: "error", "cost", "runs", a value or a series ("validation by step").
+        study, scenario, method: of what. quantity: "error", "cost", "cost of" a phase, "runs", a value or a series.
         before, after: means (error: share of 1; cost: in units of the control's); where equal code gives equal bits,
             of the point of the seed that moved most. None where there is none.
         change: after - before; cost: after / before - 1.
@@ -73,6 +86,10 @@ class Change:
     @property
     def name(self) -> Quantity:
         return self.study, self.scenario, self.method, self.quantity
+
+    @property
+    def is_cost(self) -> bool:
+        return is_cost(self.quantity)
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,8 @@ class Limits:
 
     def allowance(self, change: Change) -> float:
         """By how much this quantity may become worse."""
+        if change.quantity.startswith(PHASE):
+            return PHASE_SLOWDOWN
         return self.slowdown if change.quantity == "cost" else self.error_rise * change.scale
 
     def is_undecided(self, change: Change) -> bool:
@@ -145,12 +164,17 @@ def find_changes(before: Sequence[Row], after: Sequence[Row], *, one_machine: bo
         raise ValueError("the two sides have no run of the same study, scenario, method and configuration")
     changes: list[Change] = []
     samples: list[_Sample] = []
+    phases: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for key in shared:
         pairs = [(old[key][seed][-1].row, new[key][seed][-1].row) for seed in old[key] if seed in new[key]]
         exact = all(_give_equal_bits(a, b, one_machine) for a, b in pairs)
         changes += _compare_values(key[:3], pairs, exact)
         samples += () if exact else _sample_errors(key[:3], pairs)
-        samples += _sample_costs(key[:3], old[key], new[key], one_machine)
+        runs = _pair_runs(old[key], new[key], one_machine)
+        samples += _sample_costs(key[:3], runs)
+        for phase, costs in _pair_phases(runs):
+            phases.setdefault((key[0], phase), []).append(costs)
+    samples += [_Sample((study, *EVERY), PHASE + phase, pairs) for (study, phase), pairs in phases.items()]
     level = 1 - (1 - CONFIDENCE) / max(1, len(samples))
     changes += [_judge(sample, level) for sample in samples]
     for key, seeds in old.items():
@@ -266,18 +290,35 @@ def _sample_errors(key: _Method, pairs: Pairs) -> Iterator[_Sample]:
         yield _Sample(key, ERROR, errors)
 
 
-def _sample_costs(
-    key: _Method, old: dict[int, list[_Run]], new: dict[int, list[_Run]], one_machine: bool
-) -> Iterator[_Sample]:
+def _pair_runs(old: dict[int, list[_Run]], new: dict[int, list[_Run]], one_machine: bool) -> list[tuple[_Run, _Run]]:
+    """Runs whose costs may be compared: none where the machines are unlike, or not known to be alike."""
     rows = [[run.row for runs in side.values() for run in runs] for side in (old, new)]
-    if machines(rows[0]) != machines(rows[1]):
-        return
-    if not (one_machine or all(row.environment.is_known for row in rows[0])):
-        return
-    pairs = [pair for seed in old if seed in new for pair in zip(old[seed], new[seed], strict=False)]
+    known = one_machine or all(row.environment.is_known for row in rows[0])
+    if not known or machines(rows[0]) != machines(rows[1]):
+        return []
+    return [pair for seed in old if seed in new for pair in zip(old[seed], new[seed], strict=False)]
+
+
+def _sample_costs(key: _Method, pairs: Sequence[tuple[_Run, _Run]]) -> Iterator[_Sample]:
     costs = [(a.cost, b.cost) for a, b in pairs if a.cost is not None and b.cost is not None]
     if costs:
         yield _Sample(key, "cost", costs)
+
+
+def _pair_phases(pairs: Sequence[tuple[_Run, _Run]]) -> Iterator[tuple[str, tuple[float, float]]]:
+    """By phase what both runs took for it, in units of their controls; of a run with one phase its cost says that."""
+    for pair in pairs:
+        before, after = (_phase_costs(run) for run in pair)
+        if len(before) > 1 and len(after) > 1:
+            for phase in before.keys() & after.keys():
+                if before[phase] >= PHASE_SHARE * sum(before.values()) and after[phase] > 0:
+                    yield phase, (before[phase], after[phase])
+
+
+def _phase_costs(run: _Run) -> dict[str, float]:
+    if run.cost is None or ROUNDS in run.row.series:
+        return {}
+    return {phase: run.cost * seconds / run.row.seconds for phase, seconds in run.row.phases.items()}
 
 
 def machines(rows: Iterable[Row]) -> set[str]:
@@ -334,14 +375,14 @@ def least(row: Row) -> float:
 
 def _judge(sample: _Sample, level: float) -> Change:
     """By the paired differences: of errors, or of the logarithms of costs."""
-    is_cost = sample.quantity == "cost"
-    before, after = ([math.log(x) if is_cost else x for x in side] for side in zip(*sample.pairs, strict=True))
+    ratio = is_cost(sample.quantity)
+    before, after = ([math.log(x) if ratio else x for x in side] for side in zip(*sample.pairs, strict=True))
     differences = [b - a for a, b in zip(before, after, strict=True)]
     middle, half = statistics.fmean(differences), _half_width(differences, level)
-    back = math.expm1 if is_cost else float
+    back = math.expm1 if ratio else float
     change = back(middle)
     low, high = (None, None) if half is None else (back(middle - half), back(middle + half))
-    old, new = ((math.exp if is_cost else float)(statistics.fmean(side)) for side in (before, after))
+    old, new = ((math.exp if ratio else float)(statistics.fmean(side)) for side in (before, after))
     verdict = _verdict(change, low, high)
     return Change(*sample.key, sample.quantity, old, new, change, low, high, len(differences), verdict)
 
@@ -392,7 +433,7 @@ def _name(change: Change) -> str:
 def _line(change: Change) -> tuple[str, ...]:
     numbers = ["–"] * 4
     if change.change is not None:
-        form = "{:+.1%}" if change.quantity == "cost" else "{:+.4f}"
+        form = "{:+.1%}" if change.is_cost else "{:+.4f}"
         interval = "–" if change.low is None else f"{form.format(change.low)} to {form.format(change.high)}"
         means = (f"{value:.4g}" for value in (change.before, change.after))
         numbers = [*means, form.format(change.change), interval]
@@ -402,7 +443,7 @@ def _line(change: Change) -> tuple[str, ...]:
 def _describe_excess(change: Change, limits: Limits) -> str:
     if change.change is None:
         return "vanished" if change.verdict == VANISHED else "has a number where there was none"
-    form = "{:+.1%} (allowed: {:.0%})" if change.quantity == "cost" else "{:+.4g} (allowed: {:.4g})"
+    form = "{:+.1%} (allowed: {:.0%})" if change.is_cost else "{:+.4g} (allowed: {:.4g})"
     return form.format(change.change, limits.allowance(change))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from regraft.core.clock import Cost
 from regraft_bench.study import Measured, Method, Setting
 from regraft_bench.tracking.against import copy_packages, measure_by_turns
-from regraft_bench.tracking.compare import Change, Limits
+from regraft_bench.tracking.compare import Change, Limits, is_cost
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Fault:
     """What is added to the end of a module, and where it must be found.
 
     text: Python; TRIAL in it becomes the trial's number. seen: the quantity that must be reported ("error": with all
-    values but costs), and the only method (None: any) that may be. argv: of `regraft bench`. limits: how it is judged.
+    values but costs; "cost of assignment": with all costs), and the only method (None: any) that may be. argv: of
+    `regraft bench`. limits: how it is judged.
     """
 
     module: str
@@ -43,16 +44,20 @@ def _slowed(work):
         begun = time.thread_time()
         found = work(*arguments, **options)
         end = time.thread_time()
-        end += 0.15 * (end - begun)
+        end += SHARE * (end - begun)
         while time.thread_time() < end:
             pass
         return found
 
     return slow
 
-
-train = _slowed(train)
 """
+
+
+def slow_down(share: float, *names: str) -> str:
+    """Functions of a module wait for this share of their time after every call."""
+    return SLOW.replace("SHARE", str(share)) + "".join(f"\n{name} = _slowed({name})\n" for name in names)
+
 
 LOSS = """
 
@@ -66,17 +71,51 @@ def rows_that_count(logits, labels, where):
 """
 """One answer in a hundred, drawn anew in every evaluation."""
 
+TRAINING_MODE = """
+
+from contextlib import contextmanager
+
+_evaluating = evaluating
+
+
+@contextmanager
+def evaluating(model):
+    with _evaluating(model):
+        model.train()
+        yield
+"""
+
 SPEED = (
     *("--scenario", "systems", "--method", "training: by hand", "--method", "training: regraft"),
     *("--method", "fast: by hand", "--method", "fast: regraft"),
 )
 ACCURACY = ("--scenario", "digits-mlp", "--method", "plain", "--method", "fgmt", "--seeds", "3")
+NORMALISED = ("--scenario", "digits-batchnorm", "--method", "plain", "--method", "fgmt", "--seeds", "2")
+MATCHING = (*ACCURACY, "--method", "weights", "--method", "gmt")
 ONCE = Limits(least=1, most=1)
 SLOWER = "Training waits for 15 % of its time after every call."
 LESS_ACCURATE = "Every evaluation spoils one answer in a hundred, at random."
 FAULTS = {
-    "slower by 15 %": Fault("training/loop.py", SLOW, ("cost", "training: regraft"), SPEED, about=SLOWER),
+    "slower by 15 %": Fault(
+        "training/loop.py", slow_down(0.15, "train"), ("cost", "training: regraft"), SPEED, about=SLOWER
+    ),
     "less accurate by a point": Fault("training/evaluation.py", LOSS, ("error", None), ACCURACY, ONCE, LESS_ACCURATE),
+    "matching at twice the price": Fault(
+        "matching/descent.py",
+        slow_down(1.0, "similarity", "similarity_update_", "assign_many"),
+        ("cost of assignment", None),
+        MATCHING,
+        Limits(slowdown=1, least=2, most=4),
+        "Similarity and assignment wait for as long as they took; a method's whole cost may double here, as in CI.",
+    ),
+    "accuracy in training mode": Fault(
+        "training/evaluation.py",
+        TRAINING_MODE,
+        ("error", None),
+        NORMALISED,
+        ONCE,
+        "Every evaluation normalises by its own batch.",
+    ),
     "the same code, speed": Fault("training/loop.py", "", None, SPEED),
     "the same code, accuracy": Fault("training/evaluation.py", "", None, ACCURACY, ONCE),
 }
@@ -117,7 +156,7 @@ def judge_changes(fault: Fault, changes: list[Change], wall: float) -> Measured:
 
 
 def _is(change: Change, quantity: str, method: str | None) -> bool:
-    return (change.quantity == "cost") == (quantity == "cost") and method in (None, change.method)
+    return change.is_cost == is_cost(quantity) and method in (None, change.method)
 
 
 REGRESSION_METHODS = tuple(
