@@ -5,13 +5,14 @@ PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet
 # More for pytest, as in: make bench ARGS="--scenario digits-mlp2 --seeds 3"
 ARGS ?=
 
-.PHONY: help bench baseline test test-oldest campaigns mutants wheels report docs gpu lint types clean
+.PHONY: help bench baseline test test-oldest campaigns kills mutants wheels report docs gpu lint types clean
 
 help:
 	@echo "make bench        every study's short scenarios on embedded data, with one summary (ARGS=... for pytest)"
 	@echo "make test         the tests"
 	@echo "make campaigns    every bad file and input, kills, full disks, assignments: attempts by kind (minutes)"
 	@echo "make mutants      200 planted faults: which ones no test catches (hours; goes on where it was interrupted)"
+	@echo "make kills        a Ray cluster whose workers are killed twenty times, alone on the machine"
 	@echo "make wheels       both wheels, built, and run outside the checkout"
 	@echo "make test-oldest  the kernels' tests with the oldest torch that is served"
 	@echo "make report       the committed tables and figures anew, from the committed rows"
@@ -37,6 +38,9 @@ mutants: .venv/installed
 
 wheels: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/test_wheels.py -m slow $(ARGS)
+
+kills: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/bench/test_engines.py -m slow $(ARGS)
 
 report: .venv/installed
 	.venv/bin/regraft report README.md docs/*.md results/*.md results/*/README.md --results results

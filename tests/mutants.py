@@ -1,8 +1,9 @@
 """Mutation testing: how many small faults in the code make a test fail. Run it with `make mutants`; it takes hours.
 
 A fixed sample of mutants is drawn: comparisons that are flipped, + for -, * for /, numbers that are one larger, `not`
-left out, the first two arguments exchanged. Each is planted in a copy of the tree, and the tests of its folder run
-until one fails. Verdicts are appended to a file: a run that was interrupted goes on.
+left out, the first two arguments exchanged. Each is planted in a copy of the tree, and the tests that run its lines (or
+those of its folder, where none does: constants, children of tests) run until one fails. Which tests run a line is
+measured once a commit. Verdicts are appended to a file: a run that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = {
@@ -66,8 +69,8 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
                 yield from walk(child)
 
 
-def find_mutants(root: Path) -> list[tuple[str, int, str, str, bytes]]:
-    """(file, line, before, after, the whole file with it) of every mutant there is."""
+def find_mutants(root: Path) -> list[tuple[str, int, str, str, bytes, int]]:
+    """(file, line, before, after, the whole file with it, its last line) of every mutant there is."""
     mutants = []
     for file in sorted(file for folder in CODE for file in (root / folder).rglob("*.py")):
         source = file.read_bytes()
@@ -82,28 +85,70 @@ def find_mutants(root: Path) -> list[tuple[str, int, str, str, bytes]]:
                 )
                 after = f"({ast.unparse(other)})"
                 whole = source[:begin] + after.encode() + source[end:]
-                mutants.append((str(file.relative_to(root)), node.lineno, source[begin:end].decode(), after, whole))
+                mutants.append(
+                    (
+                        str(file.relative_to(root)),
+                        node.lineno,
+                        source[begin:end].decode(),
+                        after,
+                        whole,
+                        node.end_lineno,
+                    )
+                )
     return mutants
 
 
-def find_tests(file: str) -> str:
-    """The folder of the tests of a file of code."""
+def copy_tree(tree: Path) -> None:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.splitlines():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+
+
+def run_tests(tree: Path, arguments: Sequence[str], seconds: float | None = None) -> int:
+    """The exit status of pytest in a copy of the tree. Raises subprocess.TimeoutExpired."""
+    paths = os.pathsep.join(str(tree / folder) for folder in ("src", "kernels", "bench"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, timeout=seconds, cwd=tree, env=env).returncode
+
+
+def measure_coverage(tree: Path) -> dict[str, dict[int, set[str]]]:
+    """Of each file and line of the code the tests that run it: measured by the whole suite, once a commit."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept = ROOT / ".cache" / f"mutants-{commit.stdout.strip()}.coverage"
+    if not kept.is_file():
+        print("running the whole suite once, to see which tests run which lines", flush=True)
+        run_tests(tree, ["-n", "auto", *(f"--cov={folder}" for folder in CODE), "--cov-context=test", "--cov-report="])
+        kept.parent.mkdir(exist_ok=True)
+        shutil.copy(tree / ".coverage", kept)
+    data = CoverageData(str(kept))
+    data.read()
+    return {
+        file[file.rindex("/tree/") + len("/tree/") :]: {
+            line: {context.partition("|")[0] for context in contexts if context}
+            for line, contexts in data.contexts_by_lineno(file).items()
+        }
+        for file in data.measured_files()
+    }
+
+
+def find_tests(file: str, lines: range, coverage: dict[str, dict[int, set[str]]]) -> list[str]:
+    """The tests that run any of these lines of a file of code, those of its own folder first; else that folder."""
     folder = next(folder for folder in CODE if file.startswith(folder + "/"))
-    area = file.removeprefix(folder + "/").partition("/")[0]
-    own = f"tests/{area}"
-    return own if folder == "src/regraft" and (ROOT / own).is_dir() else CODE[folder]
+    area = f"tests/{file.removeprefix(folder + '/').partition('/')[0]}"
+    own = area if folder == "src/regraft" and (ROOT / area).is_dir() else CODE[folder]
+    tests = set().union(*(coverage.get(file, {}).get(line, set()) for line in lines))
+    return sorted(tests, key=lambda test: (not test.startswith(own + "/"), test)) or [own]
 
 
-def is_killed(tree: Path, file: str, whole: bytes, seconds: float) -> bool:
+def is_killed(tree: Path, file: str, whole: bytes, tests: Sequence[str], seconds: float) -> bool:
     """Whether a test fails, or does not end, with this content in the file."""
     path = tree / file
     before = path.read_bytes()
     path.write_bytes(whole)
-    paths = os.pathsep.join(str(tree / folder) for folder in ("src", "kernels", "bench"))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", find_tests(file)]
-    how = {"cwd": tree, "env": {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
     try:
-        return subprocess.run(command, capture_output=True, timeout=seconds, **how).returncode != 0
+        return run_tests(tree, ["-x", *tests], seconds) != 0
     except subprocess.TimeoutExpired:
         return True
     finally:
@@ -125,18 +170,15 @@ def main() -> None:
     sample = [mutant for mutant in mutants if options.only in mutant[0]][: options.count]
     with TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        names = subprocess.run(
-            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-        for name in names:
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tree / name)
-        for *key, whole in sample:
+        copy_tree(tree)
+        coverage = measure_coverage(tree)
+        for *key, whole, last in sample:
             if tuple(key) not in verdicts:
-                verdicts[tuple(key)] = killed = is_killed(tree, key[0], whole, options.seconds)
+                tests = find_tests(key[0], range(key[1], last + 1), coverage)
+                verdicts[tuple(key)] = killed = is_killed(tree, key[0], whole, tests, options.seconds)
                 with options.out.open("a") as out:
                     print(json.dumps([*key, killed]), file=out, flush=True)
-    survivors = [key for *key, _ in sample if not verdicts[tuple(key)]]
+    survivors = [key for *key, _, _ in sample if not verdicts[tuple(key)]]
     for file, line, before, after in survivors:
         print(f"{file}:{line}: {before}  ->  {after}")
     print(f"{len(sample) - len(survivors)} of {len(sample)} mutants were caught")

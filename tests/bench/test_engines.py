@@ -208,6 +208,7 @@ def killer(folder: Path, kills: int, stop: threading.Event, killed: list[int]) -
             killed += [] if ended else [victim]
 
 
+@pytest.mark.slow
 def test_of_a_hundred_rows_ninety_nine_survive_twenty_kills_and_one_has_its_failure(ray, tmp_path):
     study = study_of(tmp_path / "traces", seeds=MANY, seconds=0.05)
     (scenario,) = study.scenarios
