@@ -9,10 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 
-from regraft.core.arguments import MANY
+from regraft.core.arguments import MANY, check_device
 from regraft.core.files import only_writer, write_text
 from regraft.core.guard import make_deterministic
 from regraft.data import MissingData
@@ -36,8 +35,7 @@ def prepare(options: Options) -> None:
     """
     if options.seeds is not None and not 1 <= options.seeds <= MANY:
         raise ValueError(f"--seeds must be from 1 to {MANY:,}, not {options.seeds}")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}: torch finds no CUDA device here")
+    check_device(options.device)
     if options.deterministic:
         make_deterministic()
     options.results.mkdir(parents=True, exist_ok=True)

@@ -56,3 +56,16 @@ def test_a_ray_of_our_own_listens_on_loopback_alone(monkeypatch, address, node):
     with pytest.raises(ValueError, match="started"):
         next(on_ray([object()]))
     assert seen.get("_node_ip_address") == node
+
+
+def start_no_driver():
+    raise RuntimeError("Found no NVIDIA driver on your system.")
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda"])
+def test_a_device_that_is_not_there_is_said_before_any_training(device, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda._lazy_init", start_no_driver)
+    assert main([*BENCH, "--results", str(tmp_path / "results"), "--device", device]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and repr(device) in said
+    assert not (tmp_path / "results").exists()

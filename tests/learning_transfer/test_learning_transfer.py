@@ -383,6 +383,18 @@ def test_an_exploding_gradient_is_named():
         regraft.transfer(model, path, target, sample(3, 4), "fgmt", spec=spec, loss=loss)
 
 
+@pytest.mark.parametrize("method", ["fgmt", "gmt"])
+@pytest.mark.parametrize("odd", [1, 2])
+def test_a_batch_that_no_gradient_can_be_taken_on_is_named_by_its_number(method, odd):
+    """BatchNorm has no statistics of a single image (its number counts all batches, not those of one gradient)."""
+    batches = sample(3, 3)
+    batches[odd] = tuple(part[:1] for part in batches[odd])
+    small = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    ends = fresh(small, 1), fresh(small, 2)
+    with pytest.raises(ValueError, match=rf"batch {odd}: Sequential cannot be run on images float64 \[1, 1, 6, 6\]"):
+        regraft.transfer(small, regraft.Trajectory.linear(*ends, 3), ends[1], batches, method, bn_batches=0)
+
+
 # ---- many targets: what each gets is what it would get alone
 
 TARGETS = 3

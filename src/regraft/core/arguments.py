@@ -58,6 +58,9 @@ Finite = Annotated[float, Between()]
 NotNegative = Annotated[float, Between(0)]
 """A finite number, at least 0."""
 
+Device = torch.device | Annotated[str, "a device"]
+"""Where to compute."""
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -86,6 +89,12 @@ def check_fields(instance: Any) -> None:
     for field in fields(instance):
         if field.init:
             _check(field.name, getattr(instance, field.name), hints)
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise `WrongArgument` where torch cannot compute on a device of this machine."""
+    if fault := _find_fault("device", device, Device):
+        raise WrongArgument(fault)
 
 
 def _check(name: str, value: Any, hints: Mapping[str, Any]) -> None:
@@ -161,13 +170,16 @@ def _is_number(value: Any, whole: bool) -> bool:
 
 
 def _faults_inside(name: str, value: Any, hint: Any) -> Iterator[str]:
-    """What is wrong with a value of the right class: bounds, a tensor without values, or an item."""
+    """What is wrong with a value of the right class: bounds, no such device, a tensor without values, or an item."""
     kind, args = _plain(hint)
     if get_origin(hint) is Annotated and kind in (int, float):
         bounds = next(bounds for bounds in get_args(hint) if isinstance(bounds, Between))
         number = operator.index(value) if kind is int else float(value)
         if not (math.isfinite(number) and bounds.low <= number <= bounds.high):
             yield f"{name} must be {_describe(hint)}, not {_show(value)}"
+    elif kind is torch.device or (get_origin(hint) is Annotated and kind is str):
+        if not _computes(value):
+            yield f"{name}: torch cannot compute on {str(value)!r} here (cpu is always there)"
     elif isinstance(value, Tensor) and kind is Tensor and (odd := _lacks_values(value)):
         yield f"{name} is {odd}"
     elif kind in (dict, Mapping) and isinstance(value, dict) and args:
@@ -177,6 +189,14 @@ def _faults_inside(name: str, value: Any, hint: Any) -> Iterator[str]:
         of_each = args if kind is tuple and len(args) == len(value) and args[-1] is not ... else [args[0]] * len(value)
         pairs = zip(value, of_each, strict=True)
         yield from filter(None, (_find_fault(f"{name}[{i}]", item, of) for i, (item, of) in enumerate(pairs)))
+
+
+def _computes(device: torch.device | str) -> bool:
+    """Whether a number comes back from a device: torch knows others that this machine or build does not have."""
+    try:
+        return torch.zeros((), device=device).item() == 0
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
 
 
 def _lacks_values(tensor: Tensor) -> str | None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.core.arguments import Count, NotNegative, check_arguments, check_fields
+from regraft.core.arguments import Count, Device, NotNegative, check_arguments, check_fields
 from regraft.core.forward import name_inputs, run
 from regraft.core.guard import preserve_state, same_streams
 from regraft.core.labels import check_labels
@@ -222,7 +222,7 @@ class Stratified:
     num_classes: Count
     generator: torch.Generator
     flip: bool = False
-    device: torch.device | str = "cpu"
+    device: Device = "cpu"
     _members: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

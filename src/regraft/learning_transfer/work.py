@@ -84,19 +84,22 @@ class Problem:
 
 @dataclass
 class Sample:
-    """Gradients of several networks on the same batches, averaged over `size` of them; `taken` were computed."""
+    """Gradients of several networks on the same batches, averaged over `size` of them; `taken` were computed, on
+    `drawn` batches."""
 
     model: nn.Module
     batches: Iterator[Batch]
     size: int
     loss: Loss
     taken: int = 0
+    drawn: int = 0
 
     def gradients(self, *thetas: Tensors) -> list[Tensors]:
         """Of each theta, in training mode, on the next `size` batches."""
         batches = list(islice(self.batches, self.size))
+        first, self.drawn = self.drawn, self.drawn + len(batches)
         self.taken += len(thetas) * len(batches)
-        return [gradients(self.model, theta, batches, self.loss) for theta in thetas]
+        return [gradients(self.model, theta, batches, self.loss, first=first) for theta in thetas]
 
     def trace_model(self) -> PermutationSpec:
         """The model's permutation groups, traced on a part of the next batch, which is still the next one."""

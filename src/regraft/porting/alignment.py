@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from regraft.core.arguments import check_arguments
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.files import BadFile
 from regraft.core.tensors import Perm, sum_networks
@@ -36,6 +37,7 @@ IN_MEMORY_COPIES = 8
 """Of the model in float32, at the peak of an evaluation."""
 
 
+@check_arguments
 def match_checkpoints(
     a: Path | str, b: Path | str, out: Path | str, *, resume: bool = False, **settings: Unpack[Settings]
 ) -> Result:
@@ -67,6 +69,7 @@ def _match(job: Job, part: Path, clock: Clock) -> Made:
     return Made(aligned, (perm,), measured)
 
 
+@check_arguments
 def fuse_checkpoints(
     networks: Sequence[Path | str],
     weights: Sequence[float],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from regraft.core.arguments import Device
 from regraft.core.files import BadFile
 from regraft.core.forward import split
 from regraft.core.guard import same_streams
@@ -56,7 +57,7 @@ class Data:
                 whole.update(f"{part} {tensor_digest(leaf) if isinstance(leaf, Tensor) else leaf!r}\n".encode())
         return whole.hexdigest()
 
-    def to(self, device: str, dtype: torch.dtype) -> Data:
+    def to(self, device: Device, dtype: torch.dtype) -> Data:
         """With batches that move there, and to float64 where that is the dtype, as they come."""
         parts = (self.validation, self.test)
         validation, test = (None if part is None else _OnDevice(part, device, dtype) for part in parts)
@@ -74,7 +75,7 @@ class _OnDevice(Iterable[Batch]):
     """Batches on a device."""
 
     batches: Iterable[Batch]
-    device: str
+    device: Device
     dtype: torch.dtype
 
     def __iter__(self) -> Iterator[Batch]:
@@ -82,7 +83,7 @@ class _OnDevice(Iterable[Batch]):
         return (tree_map(move, batch) for batch in self.batches)
 
 
-def to_place(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+def to_place(tensor: Tensor, device: Device, dtype: torch.dtype) -> Tensor:
     """The tensor on a device; floating ones in float64 where that is the dtype."""
     return tensor.to(device, dtype if dtype == torch.float64 and tensor.is_floating_point() else tensor.dtype)
 

@@ -15,6 +15,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from regraft.core.arguments import Device
 from regraft.core.files import BadFile
 from regraft.core.forward import map_inputs
 from regraft.core.tensors import Perm, Tensors, digest_tensors
@@ -60,7 +61,7 @@ class Settings(TypedDict, total=False):
     data: object
     key: str | None
     max_memory: int | None
-    device: str
+    device: Device
 
 
 @dataclass(frozen=True, eq=False)

@@ -149,6 +149,7 @@ def list_entries(path: Path, key: str | None, max_memory: int | None) -> tuple[d
 
 
 def _list_safetensors(path: Path) -> dict[str, Entry]:
+    check_there(path)
     try:
         with safe_open(path, framework="pt"):
             pass  # checks that the header is whole, and the places of the tensors are the file's

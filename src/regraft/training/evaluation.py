@@ -29,10 +29,10 @@ class NotFinite(FloatingPointError, ValueError):
     """A result that is not finite: a ValueError, as it comes from the given values; a run that ends so diverged."""
 
 
-def check_batches(batches: Iterable[Batch]) -> Iterator[tuple[Inputs, Tensor]]:
-    """(inputs, labels) of each batch. Raises ValueError, with the batch's number (from 0), for inputs that are not
-    finite, for images and labels that differ in number or are none, and as `regraft.core.forward.split`."""
-    for number, batch in enumerate(batches):
+def check_batches(batches: Iterable[Batch], first: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
+    """(inputs, labels) of each batch. Raises ValueError, with the batch's number (from ``first``), for inputs that are
+    not finite, for images and labels that differ in number or are none, and as `regraft.core.forward.split`."""
+    for number, batch in enumerate(batches, first):
         inputs, labels = split(batch, number)
         images = len(labels)
         if isinstance(inputs, Tensor):

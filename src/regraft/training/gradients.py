@@ -25,6 +25,7 @@ def gradients(
     loss: Loss = F.cross_entropy,
     *,
     generator: torch.Generator | None = None,
+    first: int = 0,
 ) -> Tensors:
     """Gradients of the loss at ``tensors``, one per parameter (same shape and dtype), averaged over batches.
 
@@ -32,7 +33,7 @@ def gradients(
     they are, in the model and in ``tensors``. A parameter that the loss does not depend on has gradient 0.
 
     Dropout modules are off unless a generator is given; it then decides their masks, so that equal
-    generators give equal masks.
+    generators give equal masks. Messages count the batches from ``first``.
 
     Raises ValueError where there is no batch, `NotFinite` for a gradient that is not finite, naming its tensor.
     Labels are checked for the default loss alone: another loss checks its own.
@@ -44,27 +45,29 @@ def gradients(
     device = device_of(model)
     if generator is None:
         with mode(model, lambda module: not isinstance(module, nn.modules.dropout._DropoutNd)):
-            return _mean_gradients(model, parameters, buffers, batches, loss, lambda: same_streams(device))
+            return _mean_gradients(model, (parameters, buffers), (batches, first), loss, lambda: same_streams(device))
     with same_streams(device), use_generator(generator, device), mode(model, lambda _: True):
-        return _mean_gradients(model, parameters, buffers, batches, loss, nullcontext)
+        return _mean_gradients(model, (parameters, buffers), (batches, first), loss, nullcontext)
 
 
 def _mean_gradients(
     model: nn.Module,
-    parameters: Tensors,
-    buffers: Tensors,
-    batches: Iterable[Batch],
+    values: tuple[Tensors, Tensors],
+    numbered: tuple[Iterable[Batch], int],
     loss: Loss,
     around: Callable[[], AbstractContextManager[None]],
 ) -> Tensors:
-    """around: context of each forward pass; the batches draw their random numbers outside of it."""
+    """values: parameters and buffers. numbered: batches, and the number of the first.
+
+    around: context of each forward pass; the batches draw their random numbers outside of it.
+    """
+    (parameters, buffers), (batches, first) = values, numbered
     total: list[Tensor] | tuple[Tensor, ...] | None = None
     count = 0
-    for inputs, labels in check_batches(batches):
+    for count, batch in enumerate(check_batches(batches, first), 1):
         with around():
-            gradient = batch_gradient(model, {**parameters, **buffers}, parameters, (inputs, labels), loss, count)
+            gradient = batch_gradient(model, {**parameters, **buffers}, parameters, batch, loss, first + count - 1)
         total = list(gradient) if total is None else torch._foreach_add(total, gradient)
-        count += 1
     if total is None:
         raise ValueError("there is no batch to take a gradient on")
     if count > 1:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regraft.core.arguments import Count, CountOrNone, NotNegative, check_arguments, check_fields
+from regraft.core.arguments import Count, CountOrNone, Device, NotNegative, check_arguments, check_fields
 from regraft.core.clock import Clock, Cost
 from regraft.core.files import parse_json
 from regraft.core.forward import answer, loss_of
@@ -158,7 +158,7 @@ def train(
     recipe: Recipe,
     *,
     generator: torch.Generator,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     on_epoch: Callable[[Epoch], None] | None = None,
     evaluate_at: Container[int] = (),
     record: Callable[[int, Tensors], None] | None = None,
