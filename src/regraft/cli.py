@@ -16,11 +16,12 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 if TYPE_CHECKING:
-    from regraft.porting import Job, PortSettings, Result, Settings
+    from regraft.porting import FuseSettings, Job, PortSettings, Result, Settings
     from regraft.symmetry import PermutationSpec
 
 Text = Annotated[str | None, arg(metavar="STR")]
 File = Annotated[Path | None, arg(metavar="PATH")]
+Numbers = Annotated[tuple[float, ...] | None, arg(metavar="FLOAT ...")]
 InputShape = Annotated[tuple[int, ...] | None, arg(metavar="INT ...")]
 
 
@@ -93,6 +94,7 @@ class CheckpointOptions:
 
 
 OPTIONS = CheckpointOptions()
+IN_RECIPE = ("model", "shape", "spec", "data", "key")
 
 
 def run_port(
@@ -148,27 +150,64 @@ def run_match(
     return _print_result(result, checkpoint.json)
 
 
+@dataclass(frozen=True)
+class MergeOptions:
+    """How networks are merged.
+
+    Attributes:
+        method: sum, mean, slerp, ties, dare; or fisher, greedy-soup, which need data and memory.
+        weights: one number for each network: factors (sum, ties, dare) or shares (slerp, fisher).
+        base: what all networks were trained from, for ties and dare.
+        density: the share of a change that is kept: 0.2 (ties) or 0.1 (dare) if not given.
+        seed: of what dare and fisher draw.
+        align: match the units of each network with the base's or the first's; needs a model, or proven groups.
+    """
+
+    method: str = "sum"
+    weights: Numbers = None
+    base: File = None
+    density: Annotated[float | None, arg(metavar="FLOAT")] = None
+    seed: int = 0
+    align: bool = False
+
+
+MERGE = MergeOptions()
+
+
 def run_fuse(
-    networks: Annotated[tuple[Path, ...], Positional, arg(metavar="PATH ...")],
+    networks: Annotated[tuple[Path, ...], Positional, arg(metavar="PATH ...")] = (),
     /,
     *,
-    weights: tuple[float, ...],
+    recipe: File = None,
     out: Path = Path("fused"),
-    align: bool = False,
+    merge: OmitArgPrefixes[MergeOptions] = MERGE,
     checkpoint: OmitArgPrefixes[CheckpointOptions] = OPTIONS,
 ) -> int:
-    """Write a weighted sum of networks; with --align, each one is first aligned to the first.
+    """Write networks merged into one: a weighted sum, TIES, DARE, SLERP, Fisher, a greedy soup; aligned with --align.
 
     Args:
         networks: checkpoints of one architecture, as `port` takes them.
-        weights: one number for each network.
-        out: the folder to write (shards, index, README.md); it must not exist yet.
-        align: match the units of each network with the first's; needs a model, or a proven specification.
+        recipe: a file recipe.yaml beside a result: what it says is done again, from the folder where it was done.
+        out: the folder to write (shards, index, README.md, recipe.yaml); it must not exist yet.
     """
     from regraft import porting
 
-    settings = checkpoint.settings()
-    result = porting.fuse_checkpoints(networks, weights, out, align=align, resume=checkpoint.resume, **settings)
+    settings: FuseSettings = {
+        **checkpoint.settings(),
+        "method": merge.method,
+        "base": merge.base,
+        "density": merge.density,
+        "seed": merge.seed,
+    }
+    paths, align = list(networks), merge.align
+    weights: Sequence[float] | None = merge.weights
+    if recipe is not None:
+        if networks or merge != MERGE or any(getattr(checkpoint, name) is not None for name in IN_RECIPE):
+            raise ValueError("--recipe says what is merged: leave out networks, --method, --weights, --model ...")
+        made = porting.MergeRecipe.read(recipe)
+        settings |= made.settings()
+        paths, weights, align = list(map(Path, made.networks)), made.weights, made.align
+    result = porting.fuse_checkpoints(paths, weights, out, align=align, resume=checkpoint.resume, **settings)
     return _print_result(result, checkpoint.json)
 
 

@@ -14,7 +14,6 @@ from regraft.data import MissingData
 from regraft.training.loop import Recipe
 from regraft_bench.fusion import STUDY, two_tasks
 from regraft_bench.fusion.continual import STRENGTHS
-from regraft_bench.fusion.merging import merge_ties, trim
 from regraft_bench.fusion.nearness import measure_agreement
 from regraft_bench.fusion.pages import summarise_tables
 from regraft_bench.fusion.paper import load_published
@@ -164,16 +163,6 @@ def test_the_chosen_cell_is_the_tables_own(pair):
 def test_scaling_a_network_with_batch_statistics_changes_nothing(pair):
     grid = pair["sum"].series["accuracy_a"].values
     assert grid[0][1] == pytest.approx(grid[0][2], abs=0.051)
-
-
-def test_ties_keeps_the_largest_values_and_the_elected_sign():
-    first = {"w": torch.tensor([4.0, -3.0, 0.1, 2.0]), "statistic": torch.tensor([9.0])}
-    second = {"w": torch.tensor([2.0, 1.0, 0.2, -5.0]), "statistic": torch.tensor([1.0])}
-    kept = [trim(g, ["w"], 0.75) for g in (first, second)]
-    assert kept[0]["w"].tolist() == [4.0, -3.0, 0.0, 2.0] and kept[1]["w"].tolist() == [2.0, 1.0, 0.0, -5.0]
-    found = merge_ties(kept)
-    assert found["w"].tolist() == [3.0, -3.0, 0.0, -5.0]
-    assert found["statistic"].tolist() == [5.0]
 
 
 def test_the_middle_of_the_line_is_the_average(pair):

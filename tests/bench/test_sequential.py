@@ -13,7 +13,6 @@ from regraft.data import load
 from regraft.networks.papers import initialise, mlp
 from regraft.training.loop import Recipe, train
 from regraft_bench.fusion.continual import Consolidation, join_datasets
-from regraft_bench.fusion.merging import estimate_fisher
 from regraft_bench.fusion.theory import compare_with_hessian, hessian_vector_product
 
 
@@ -78,26 +77,6 @@ def test_the_term_explains_the_difference_the_better_the_smaller_the_rate(smooth
     errors = [compare_with_hessian(*smooth, rate)["relative_error"] for rate in (0.1, 0.01, 0.001)]
     assert errors[1] < errors[0] / 5 and errors[2] < errors[1] / 5 and errors[2] < 0.01
     assert compare_with_hessian(*smooth, 0.001, steps=5)["cosine"] > 0.999
-
-
-def test_fisher_of_a_linear_model():
-    """For softmax regression the squared gradient of a drawn label is (p - y)^2 x^2."""
-    model = mlp([3, 2], bias=False)
-    tensors = {"layers.0.weight": torch.zeros(2, 3)}
-    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(1))
-    found = estimate_fisher(model, tensors, x, generator=torch.Generator().manual_seed(2), batch_size=150)
-    expected = 0.25 * x.square().mean(0).expand(2, 3)  # p = 1/2, so (p - y)^2 = 1/4 whatever is drawn
-    torch.testing.assert_close(found["layers.0.weight"], expected)
-    with pytest.raises(ValueError, match="no images"):
-        estimate_fisher(model, tensors, x[:0], generator=torch.Generator())
-
-
-def test_fisher_is_over_labels_that_are_drawn():
-    """Of answers with chances 3/4 and 1/4: p (1 - p). The likelier label alone would give 1/16."""
-    model, x = mlp([1, 2]), torch.ones(4000, 1)
-    tensors = {"layers.0.weight": torch.zeros(2, 1), "layers.0.bias": torch.tensor([3.0, 1.0]).log()}
-    result = estimate_fisher(model, tensors, x, generator=torch.Generator().manual_seed(0), batch_size=1000)
-    assert result["layers.0.bias"].tolist() == pytest.approx([3 / 16] * 2, rel=0.05)
 
 
 def digits():

@@ -58,7 +58,8 @@ class Consolidation:
     """Elastic weight consolidation, a penalty for :func:`regraft.training.loop.train` from ``anchor`` on.
 
     The loss is cross-entropy + strength / 2 * sum_i importance_i (theta_i - anchor_i)^2 (equation 3 of Kirkpatrick et
-    al., 2017). anchor: the values after the first task. importance: by parameter (:func:`.merging.estimate_fisher`).
+    al., 2017). anchor: the values after the first task. importance: by parameter
+    (:func:`regraft.fusion.fisher.estimate_fisher`).
     Raises ValueError for a negative strength and for an importance that does not fit the anchor.
     """
 

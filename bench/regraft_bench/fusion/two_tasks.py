@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.tensors import Tensors, norm
+from regraft.fusion.fisher import estimate_fisher, merge_by_importance
 from regraft.fusion.grids import harmonic_mean
+from regraft.fusion.merging import merge_ties, trim
 from regraft.fusion.repair import repair_on, reset_on
 from regraft.fusion.sums import gradient
 from regraft.training.statistics import reset_batchnorm
 from regraft_bench.fusion.accuracy import A, B, Sums, both_tasks, grid_series, measure_ensemble, measure_sums
-from regraft_bench.fusion.merging import estimate_fisher, merge_by_importance, merge_ties, trim
 from regraft_bench.fusion.setting import SEARCH, TRAIN, FusionSetting
 from regraft_bench.fusion.settings import TWO_GRADIENTS, TWO_NETWORKS, TwoTasks
 from regraft_bench.study import Measured, Method, Series, Task
@@ -166,9 +167,9 @@ def find_importance(setting: FusionSetting, task: Task, tensors: Tensors, clock:
     with clock.phase("fisher", setting.device):
         # It is taken image by image, so BatchNorm must not look at a batch.
         fixed = reset_batchnorm(setting.model, tensors, setting.calibration([task], scale))
-        images, _ = setting.images(task, "training", scale)
+        batches = zip(*(t.split(50) for t in setting.images(task, "training", scale)), strict=True)
         generator = setting.generator("fisher", task.data, task.classes)
-        return estimate_fisher(setting.model, fixed, images, generator=generator, batch_size=50)
+        return estimate_fisher(setting.model, fixed, batches, generator=generator)
 
 
 def merge_with_fisher(setting: FusionSetting) -> Measured:
@@ -178,7 +179,7 @@ def merge_with_fisher(setting: FusionSetting) -> Measured:
     """
     clock, pair = Clock(), (setting.theta_a, setting.theta_b)
     importances = [find_importance(setting, t, own, clock) for t, own in zip(setting.tasks, pair, strict=True)]
-    merged = [merge_by_importance(pair, importances, share) for share in LINE_SHARES]
+    merged = [merge_by_importance(pair, importances, (share, 1 - share)) for share in LINE_SHARES]
     sums = Sums(merged, torch.eye(len(merged)).tolist())
     return choose_on_validation(setting, sums, {"alpha": LINE_SHARES}, clock)
 

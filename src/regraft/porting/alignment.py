@@ -1,4 +1,4 @@
-"""Checkpoints of one architecture: one aligned to another, and several summed."""
+"""Checkpoints of one architecture: one aligned to another."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from regraft.core.arguments import check_arguments
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.files import BadFile
-from regraft.core.tensors import Perm, sum_networks
+from regraft.core.tensors import Perm
 from regraft.porting.checkpoint_files import CheckpointFile, Lazy
 from regraft.porting.fitting import Distance
 from regraft.porting.job import Job, open_job, read_checkpoints
-from regraft.porting.methods import PortWork, Weights, match_weights, with_statistics
+from regraft.porting.methods import Weights, match_weights
 from regraft.porting.model_spec import Settings
 from regraft.porting.output_folder import check_output, keep_tensors
 from regraft.porting.result import Made, Result, run_job
-from regraft.porting.spectral import with_singular_vectors
 from regraft.symmetry import PermutationSpec
 from regraft.training.evaluation import accuracy
 from regraft.training.landscape import interpolate
@@ -48,14 +46,14 @@ def match_checkpoints(
     """
     clock = Clock()
     with clock.phase("checks"):
-        job = _open("match", [("a", a), ("b", b)], "b", out, settings, {}, resume)
+        job = open_alike("match", [("a", a), ("b", b)], "b", out, settings, resume=resume)
     return run_job(job, out, partial(_match, job), clock, resume=resume)
 
 
 def _match(job: Job, part: Path, clock: Clock) -> Made:
     assert job.model_spec is not None
     networks = job.networks(job.model_spec.device)
-    perm = _align(job.spec, networks, "b", part, clock)
+    perm = align(job.spec, networks, "b", part, clock)
     aligned = permute_lazily(job.spec, perm, networks["b"])
     pairs = {"before": networks["b"], "after": aligned}
     measured: dict[str, Any] = {
@@ -67,56 +65,6 @@ def _match(job: Job, part: Path, clock: Clock) -> Made:
         with clock.phase(EVALUATION):
             measured |= _measure_lines(job, networks["a"], pairs)
     return Made(aligned, (perm,), measured)
-
-
-@check_arguments
-def fuse_checkpoints(
-    networks: Sequence[Path | str],
-    weights: Sequence[float],
-    out: Path | str,
-    *,
-    align: bool = False,
-    resume: bool = False,
-    **settings: Unpack[Settings],
-) -> Result:
-    """Write ``sum_i weights[i] networks[i]``, tensor by tensor; with ``align`` each is first brought onto the first.
-
-    Integers and dtypes are the first's. A model (or a proven specification) is needed to align, and to measure
-    accuracies on data. With data, BatchNorm statistics are
-    estimated anew; without, they are summed as weights are. Settings: see `Settings`; errors are those of
-    `regraft.port`.
-    """
-    if len(networks) < 1 or len(networks) != len(weights):
-        raise ValueError(f"{len(networks)} networks need as many weights, not {len(weights)}")
-    if not sum(map(abs, weights)) < torch.finfo(torch.float32).max:
-        raise ValueError(f"weights must be finite, and their sum in float32 too, not {list(weights)}")
-    clock = Clock()
-    paths = [(f"network {number}", path) for number, path in enumerate(networks)]
-    with clock.phase("checks"):
-        config = {"weights": [float(w) for w in weights], "align": align}
-        job = _open("fuse", paths, paths[0][0], out, settings, config, resume)
-        if (largest := max(abs(weight) for weight in weights)) > torch.finfo(job.dtype).max:
-            raise ValueError(f"weight {largest:g} is beyond {job.dtype}, in which the networks are summed")
-    return run_job(job, out, partial(_fuse, job), clock, resume=resume)
-
-
-def _fuse(job: Job, part: Path, clock: Clock) -> Made:
-    networks: dict[str, Weights] = dict(job.networks(job.model_spec.device if job.model_spec else "cpu"))
-    perms = []
-    for role in list(networks)[1:] if job.config["align"] else ():
-        perms.append(_align(job.spec, networks, role, part, clock))
-        networks[role] = permute_lazily(job.spec, perms[-1], networks[role])
-    parts, weights = list(networks.values()), job.config["weights"]
-    total: Weights = with_singular_vectors(Lazy(tuple(parts[0]), partial(sum_networks, parts, weights)))
-    if job.data is not None:
-        model = job.model_spec.require_model().model if job.model_spec else None
-        work = PortWork(model, job.data.train, keep=partial(keep_tensors, part), clock=clock)
-        total = with_statistics(total, work)
-    measured: dict[str, Any] = {"weights": weights, "align": job.config["align"]}
-    if job.data is not None:
-        with clock.phase(EVALUATION):
-            measured |= measure_accuracies(job, {**networks, "sum": total})
-    return Made(total, tuple(perms), measured)
 
 
 def permute_lazily(spec: PermutationSpec, perm: Perm, tensors: Weights) -> Lazy:
@@ -135,28 +83,29 @@ def measure_accuracies(job: Job, networks: Mapping[str, Weights]) -> dict[str, A
     return {"accuracy": accuracies, "measured_on": where}
 
 
-# ---------------------------------------------------------------- parts of both
+# ---------------------------------------------------------------- parts of it, and of fusing
 
 
-def _open(
+def open_alike(
     method: str,
     paths: Sequence[tuple[str, Path | str]],
     like: str,
     out: Path | str,
     settings: Settings,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+    *,
     resume: bool,
 ) -> Job:
-    """Checked: the checkpoints are alike and finite, and there is room."""
+    """Checked: the checkpoints are alike and finite, and there is room. A job without config permutes and adds none."""
     check_output(Path(out))
-    matches = method == "match" or config["align"]
-    checkpoints = read_checkpoints(paths, paths[0][0], settings, needs_spec=matches)
+    matches = config is None or config["align"]
+    checkpoints = read_checkpoints(paths, like if config else paths[0][0], settings, needs_spec=matches)
     names = {name: None for checkpoint in checkpoints[1].values() for name in checkpoint}
     by_role = {role: checkpoint.with_counters(names) for role, checkpoint in checkpoints[1].items()}
     _check_alike(list(by_role.values()))
-    job = open_job(method, (checkpoints[0], by_role), like, like, settings, config)
+    job = open_job(method, (checkpoints[0], by_role), like, like, settings, config or {})
     job = job.check_room(out, settings.get("max_memory"), copies=IN_MEMORY_COPIES, matches=matches, resume=resume)
-    check = job.value_check(summed=0 if method == "match" else len(paths))
+    check = job.value_check(summed=0 if config is None else len(paths))
     for name in job.checkpoints[job.like]:
         check(name, [checkpoint[name] for checkpoint in job.checkpoints.values()])
     return replace(job, layout=replace(job.layout, infinite=frozenset(check.infinite)))
@@ -177,7 +126,7 @@ def _check_alike(checkpoints: Sequence[CheckpointFile]) -> None:
                 )
 
 
-def _align(spec: PermutationSpec, networks: Mapping[str, Weights], role: str, part: Path, clock: Clock) -> Perm:
+def align(spec: PermutationSpec, networks: Mapping[str, Weights], role: str, part: Path, clock: Clock) -> Perm:
     """The permutation that brings a network onto the first."""
     first = next(iter(networks.values()))
     name = f"perm-{role}".replace(" ", "-")

@@ -135,6 +135,7 @@ class Job:
         assignment makes of them, and a pair of the largest tensors with copies; or one file, which is held twice as it
         is written, with the tensors that its last one is made of; or the model, run once to check its function."""
         sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in self.layout.tensors.items()}
+        alive = max(8, 2 + 2 * len(self.checkpoints))  # tensors of one name, with copies
         largest = self.dtype.itemsize * max((math.prod(shape) for _, shape in self.layout.tensors.values()), default=0)
         spec = None if self.model_spec is None or not matches else self.model_spec.spec
         families = () if spec is None else [[spec.groups[group] for group in family] for family in spec.families]
@@ -143,7 +144,7 @@ class Job:
         shard = max((sum(sizes[name] for name in names) for names in self.layout.shards), default=0)
         model = None if self.model_spec is None else self.model_spec.model
         own = 0 if model is None else 3 * FLOAT * sum(p.numel() for p in model.parameters())
-        return max(matching + 8 * largest, 2 * shard + 8 * largest, own)
+        return max(matching + alive * largest, 2 * shard + alive * largest, own)
 
     def describe(self) -> list[str]:
         """What was read, a sentence each."""

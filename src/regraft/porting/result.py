@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ class Made:
         tensors: to write, each made when it is asked for.
         perms: of each network that was aligned: pi, on the CPU.
         measured: quantities by name; those of one kind in a dictionary.
+        texts: of further files, by name.
     """
 
     tensors: Mapping[str, Tensor]
     perms: tuple[Perm, ...]
     measured: dict[str, Any]
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def run_job(job: Job, out: Path | str, make: Callable[[Path, Clock], Made], cloc
             write_shards(part, job.layout, made.tensors)
         for file in job.travelling:
             shutil.copyfile(file, part / file.name)
+        for name, text in made.texts.items():
+            write_text(part / name, text)
         write_card(part, job, hashes, made.measured, clock.seconds)
     return Result(out, job, made.perms, made.measured, clock.seconds)
 

@@ -22,7 +22,9 @@ WEIGHTS = {
     ".pkl",
 }
 
-OURS_OR_LEFT = re.compile(r"\..*|README\.md|identity\.json|.*\.(index\.json|log|kept|part)|\w+_(results|state)\.json")
+OURS_OR_LEFT = re.compile(
+    r"\..*|README\.md|recipe\.yaml|identity\.json|.*\.(index\.json|log|kept|part)|\w+_(results|state)\.json"
+)
 """Hidden files, what `regraft` itself writes, indices of weights, and the records of a training."""
 
 USUAL = re.compile(
