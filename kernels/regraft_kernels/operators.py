@@ -79,9 +79,18 @@ def define(
     backward: Callable[..., Any],
 ) -> None:
     """Make `run` the operator torch.ops.regraft.<name of the schema>: shapes without values by `fake`, gradients by
-    `save` and `backward`."""
+    `save` and `backward`. Called directly where forward-mode derivatives are taken it raises NotImplementedError."""
     name, arguments = schema.split("(", 1)
-    operator = torch.library.custom_op(f"regraft::{name}", run, mutates_args=(), schema=f"({arguments}")
+
+    def run_primals(*args: Any) -> list[Tensor]:
+        # Tangents never arrive here, so that nothing tells which calls would drop one.
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                f"torch.ops.regraft.{name} has no forward-mode derivative; call regraft_kernels.{name}, which has one"
+            )
+        return run(*args)
+
+    operator = torch.library.custom_op(f"regraft::{name}", run_primals, mutates_args=(), schema=f"({arguments}")
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=save)
 

@@ -179,6 +179,25 @@ def test_all_transformations_of_torch_func(name, generator):
             assert [len(part) for part in found] == [size] * len(found)
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("permute", lambda t: torch.ops.regraft.permute([t], [torch.arange(4)], [0, -1], False, False, "auto")),
+        ("graft", lambda t: torch.ops.regraft.graft([t], [t], [t], torch.ones(1), [], [-1, -1], False, "auto")),
+        ("combine", lambda t: torch.ops.regraft.combine([t], torch.ones(1, 1), "auto")),
+        ("similarity", lambda t: torch.ops.regraft.similarity([t], [t], [0], [None], [None], [1], "ieee", "auto")),
+    ],
+)
+def test_operators_called_directly_refuse_forward_mode(name, call, generator):
+    """They would drop the tangent in silence."""
+    value, tangent = torch.randn(2, 4, 3, generator=generator)
+    for run in (torch.func.jvp, lambda f, x, t: torch.func.jacfwd(f)(*x)):
+        with pytest.raises(NotImplementedError, match=f"call regraft_kernels.{name}, which has one"):
+            run(lambda t: call(t)[0], (value,), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"torch.ops.regraft.{name}"):
+        call(forward_ad.make_dual(value, tangent))
+
+
 def test_transformations_check_their_indices(inputs):
     base, bad = inputs[0], {**inputs[3], "a": torch.tensor([0, 0, 1, 2])}
     with pytest.raises(ValueError, match="slot 'a' is not a permutation"):
