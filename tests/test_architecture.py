@@ -62,6 +62,15 @@ assert not found, found
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_no_module_needs_what_one_system_alone_has():
+    """A module of Python's that Windows lacks is imported inside a function, which says what it gives instead."""
+    posix = {"fcntl", "grp", "pwd", "resource", "syslog", "termios"}
+    for path in (path for package in (KERNELS, LIBRARY, SUITE) for path in package.rglob("*.py")):
+        imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {getattr(node, "module", None) or alias.name for node in imports for alias in node.names}
+        assert not names & posix, path
+
+
 def test_type_checkers_see_the_public_names():
     tree = ast.parse((ROOT / "src" / "regraft" / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))

@@ -202,15 +202,12 @@ def append(path: Path | str, row: Row) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = encode(row)
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        lock_file(handle, path)
-        end = os.lseek(handle, 0, os.SEEK_END)
-        torn = end > 0 and os.pread(handle, 1, end - 1) != b"\n"
-        _write_all(handle, b"\n" * torn + line + b"\n", path, end)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with path.open("a+b", buffering=0) as file:
+        lock_file(file.fileno(), path)
+        end = file.seek(0, os.SEEK_END)
+        torn = end > 0 and file.seek(end - 1) >= 0 and file.read(1) != b"\n"
+        _write_all(file.fileno(), b"\n" * torn + line + b"\n", path, end)
+        os.fsync(file.fileno())
 
 
 def _write_all(handle: int, data: bytes, path: Path, end: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -146,7 +147,18 @@ def _pages(kept: bool) -> Iterator[None]:
 
 def _keep_pages(keep: bool) -> None:
     """Does nothing where the C library is not glibc."""
+    if sys.platform == "win32":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
     mallopt(M_MMAP_THRESHOLD, 1 << 17)
     mallopt(M_MMAP_MAX, 0 if keep else 1 << 16)
     mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1 if keep else 1 << 17)
+
+
+def peak_resident() -> int | None:
+    """Bytes that this process has held in memory at most; None where the system does not say."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

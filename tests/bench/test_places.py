@@ -37,7 +37,7 @@ def test_a_bench_without_a_cache_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     assert main([*BENCH, "--results", str(tmp_path / "results")]) == 0
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert not list((tmp_path / "tmp").glob("regraft-*"))  # torch keeps what it compiles there
 
 
 @pytest.mark.parametrize(("address", "node"), [(None, "127.0.0.1"), ("10.0.0.1:6379", None)])

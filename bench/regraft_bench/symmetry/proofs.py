@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import subprocess
 import sys
 import warnings
@@ -31,6 +30,7 @@ from regraft.symmetry import PermutationSpec, apply, parameters_moved, trace, ve
 from regraft.symmetry.spec import like_state
 from regraft_bench.study import Measured, Method, Setting
 from regraft_bench.symmetry import zoo
+from regraft_bench.timing import peak_resident
 
 TOLERANCE = 1e-9
 """Of the largest difference of any output, over the largest output, in float64."""
@@ -87,7 +87,6 @@ def prove(name: str, threads: int) -> dict[str, Any]:
         error, control = loaded_error(spec, lambda: zoo.make_model(name)[0], inputs)
     if not error < TOLERANCE:
         raise ValueError(f"the permuted state dictionary computes another function (relative error {error:.1e})")
-    unit = 1 if sys.platform == "darwin" else 1024
     values = {
         "error": error,
         "verify's error": verified,
@@ -98,7 +97,7 @@ def prove(name: str, threads: int) -> dict[str, Any]:
         "blocks": sum(spec.groups[outer] for outer in {around[0] for around in spec.blocks.values()}),
         "units": sum(spec.groups.values()),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "peak_memory [bytes]": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_memory [bytes]": peak_resident(),
     }
     cost = {phase: {"wall": c.wall, "cpu": c.cpu} for phase, c in clock.seconds.items()}
     texts = sorted({str(w.message) for w in caught if w.category is UserWarning})

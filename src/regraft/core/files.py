@@ -7,7 +7,6 @@ the new one. JSON is parsed against a type (`parse_json`); files that only the l
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,12 +15,13 @@ import re
 import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from filelock import lock_descriptor
 
 _T = TypeVar("_T")
 
@@ -126,6 +126,8 @@ def clean(path: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # signal 0 is Ctrl-C there
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -147,8 +149,12 @@ def only_writer(folder: Path, lock: Path | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        if os.name != "nt":
+            lock.unlink(missing_ok=True)
         os.close(handle)
+        if os.name == "nt":  # no open file can be removed there, and so not one that the next has
+            with suppress(OSError):
+                lock.unlink()
 
 
 def _open_locked(lock: Path, folder: Path) -> int:
@@ -179,11 +185,11 @@ def lock_file(handle: int, path: Path, *, wait: bool = True) -> None:
     """Lock an open file. Raises OSError, naming the path, where somebody else has it (unless it waits), or where the
     file system has no locks."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise BlockingIOError(errno.EWOULDBLOCK, f"{path} is being written by somebody else") from None
+        locked = lock_descriptor(handle, blocking=wait, poll_interval=0.01)
     except OSError as problem:
         raise OSError(problem.errno, f"{path} cannot be locked here ({problem.strerror})") from problem
+    if not locked:
+        raise BlockingIOError(errno.EWOULDBLOCK, f"{path} is being written by somebody else")
 
 
 # ---------------------------------------------------------------- reading

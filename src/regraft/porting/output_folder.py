@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -125,7 +126,7 @@ def check_output(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(errno.EEXIST, "there is something already", str(out))
-    if out.is_symlink() or out.name in ("", "..") or out.is_mount():
+    if out.is_symlink() or out.name in ("", "..") or os.path.ismount(out):
         raise OSError(errno.EINVAL, f"{out} is no place for a result: give the name of a new folder")
     _check_ours(part_of(out), _beside(out, "mark"))
     place = out.absolute().parent

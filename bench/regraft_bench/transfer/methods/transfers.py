@@ -8,8 +8,6 @@ validation, and is then trained on. Accuracies are shares of 1, on the test spli
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -26,6 +24,7 @@ from regraft.symmetry import apply
 from regraft.training.evaluation import accuracy
 from regraft.training.loop import Training
 from regraft_bench.study import Measured, Method, Series, first_paragraph
+from regraft_bench.timing import peak_resident
 from regraft_bench.transfer.setting import TransferSetting, count_updates
 
 
@@ -200,9 +199,8 @@ def forget_peak_memory(device: str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_memory(device: str) -> int:
+def peak_memory(device: str) -> int | None:
     """Bytes: allocated at most on the GPU since :func:`forget_peak_memory`, or resident in this process so far."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident()
