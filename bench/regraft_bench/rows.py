@@ -114,11 +114,6 @@ class Code:
         return self.trees == other.trees
 
 
-def now() -> str:
-    """The time of a row."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
 @dataclass(frozen=True)
 class Row:
     """One run. values, series, cost, notes: see :class:`regraft_bench.study.Measured`.
@@ -138,7 +133,7 @@ class Row:
     failure: str | None
     environment: Environment
     code: Code
-    time: str = field(default_factory=now)
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="microseconds"))
 
     @property
     def identity(self) -> str:

@@ -25,6 +25,7 @@ from regraft.core.files import alone
 from regraft.data import Dataset, draw_per_class, load
 from regraft.training.loop import Recipe, Training, train
 from regraft_bench.rows import Environment, Series, code, digest, environment, plain_data
+from regraft_bench.text import STANDARD_LIBRARY, load_text
 
 if TYPE_CHECKING:
     from regraft_bench.report.figures import Figure
@@ -57,14 +58,11 @@ class RunPaths:
     """Where a run finds and leaves things. It does not affect results, except the kind of device.
 
     data: folder of the data sets (None: the library's default). cache: finished and interrupted trainings.
-    begun: since when rows of other runners on the same file need not be measured again (UTC, as in rows; None: since
-        the call of the runner).
     tell: is called with (what, done, total) during work that takes long.
     """
 
     data: Path | None = None
     cache: Path = field(kw_only=True)
-    begun: str | None = None
     device: str = "cpu"
     tell: Callable[[str, int, int], None] = lambda what, done, total: None
 
@@ -267,6 +265,8 @@ def _describe_data(data: Dataset) -> list[Any]:
 
 @lru_cache(maxsize=4)
 def _load_task(task: Task, seed: int, root: Path | None) -> Dataset:
+    if task.data == STANDARD_LIBRARY:
+        return load_text([str(module) for module in task.classes or ()], seed, task.validation)
     return load(
         task.data,
         root=root,

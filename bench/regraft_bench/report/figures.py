@@ -39,7 +39,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over one axis; axis titles name their units."""
+    """Lines over one axis; axis titles name their units. bars: deviations are drawn as bars, not as a band."""
 
     title: str
     x: str
@@ -48,6 +48,7 @@ class Panel:
     x_log: bool = False
     y_log: bool = False
     markers: bool = False
+    bars: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,13 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a study, made of the current rows of its scenarios."""
+    """A figure of a study, made of the current rows of its scenarios. columns: of panels; two, or three of grids."""
 
     name: str
     title: str
     scenarios: tuple[str, ...]
     panels: tuple[Panel | Heatmap, ...]
+    columns: int | None = None
 
     def collect_panels(self, rows: Rows) -> list[tuple[Panel | Heatmap, Any]]:
         """Every panel with its lines or cells; those without any are left out."""
@@ -152,7 +154,7 @@ def vega_lite_spec(figure: Figure, rows: Rows) -> dict[str, Any] | None:
         _draw_lines(panel, data, colours, number) if isinstance(panel, Panel) else _draw_cells(panel, data)
         for number, (panel, data) in enumerate(panels)
     ]
-    columns = 3 if any(isinstance(panel, Heatmap) for panel, _ in panels) else 2
+    columns = figure.columns or (3 if any(isinstance(panel, Heatmap) for panel, _ in panels) else 2)
     spec = {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "title": {"text": figure.title, "anchor": "start", "fontSize": 14},
@@ -201,11 +203,11 @@ def _draw_lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], nu
         axis = _channel("x", "quantitative", panel.x, scale={**_scale(panel.x_log), "nice": False})
     scale = {"domain": names, "range": [colours[name] for name in names]}
     colour = _channel("n", "nominal", None, sort=names, legend={"symbolOpacity": 1}, scale=scale)
-    base: dict[str, Any] = {"x": axis, "color": colour, "detail": {"field": "d"}}
+    base: dict[str, Any] = {"x": axis, "color": colour, "detail": [{"field": "d"}, {"field": "s"}]}
     height = {"type": "quantitative", "title": panel.y, "scale": _scale(panel.y_log)}
     band = {
         "transform": [{"filter": "isValid(datum.l)"}],
-        "mark": {"type": "area", "opacity": 0.15},
+        "mark": {"type": "rule", "opacity": 0.5} if panel.bars else {"type": "area", "opacity": 0.15},
         "encoding": {**base, "y": {**height, "field": "l"}, "y2": {"field": "h"}},
     }
     picked, size = f"picked_{number}", 18 if any(len(line.x) > 1 for line in lines) else 90
@@ -222,7 +224,7 @@ def _draw_lines(panel: Panel, lines: Sequence[Line], colours: dict[str, str], nu
         },
     }
     layers = [band, curve] if any(line.low for line in lines) else [curve]
-    values = [point for line in lines for point in _points(line)]
+    values = [point for number, line in enumerate(lines) for point in _points(line, _count_earlier(lines, number))]
     return {"title": panel.title, "data": {"values": values}, "layer": layers}
 
 
@@ -238,9 +240,17 @@ def _scale(log: bool) -> dict[str, Any]:
     return {"type": "log"} if log else {"type": "linear", "zero": False}
 
 
-def _points(line: Line) -> list[dict[str, Any]]:
-    """Name, x, y, and only where there are any low (l), high (h) and that it is dashed (d): a page has many."""
-    same = {"n": line.name, **({"d": 1} if line.dashed else {})}
+def _count_earlier(lines: Sequence[Line], number: int) -> int:
+    """Lines before this one that would be joined to it."""
+    own = lines[number]
+    return sum((line.name, line.dashed) == (own.name, own.dashed) for line in lines[:number])
+
+
+def _points(line: Line, earlier: int) -> list[dict[str, Any]]:
+    """Name, x, y, and only where there are any low (l), high (h), that it is dashed (d) and how many lines of its name
+    come before it (s): a page has many.
+    """
+    same = {"n": line.name, **({"d": 1} if line.dashed else {}), **({"s": earlier} if earlier else {})}
     points = [{**same, "x": x, "y": _short(y)} for x, y in zip(line.x, line.y, strict=True)]
     if line.low:
         for point, low, high in zip(points, line.low, line.high, strict=True):

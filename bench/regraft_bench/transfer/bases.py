@@ -15,7 +15,8 @@ from regraft.data import CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW
 from regraft.networks import papers as networks
 from regraft.training.loop import Recipe
 from regraft_bench.study import Task
-from regraft_bench.transfer.setting import PortSettings, Pretraining, TransferSettings
+from regraft_bench.text import STANDARD_LIBRARY, text_transformer
+from regraft_bench.transfer.setting import Branching, PortSettings, Pretraining, Stage, TransferSettings
 
 
 def follow(recipe: Recipe, **changes: Any) -> Recipe:
@@ -216,3 +217,73 @@ port_vit = replace(
     pretraining=Pretraining(Task("cifar10", size=16), Recipe(epochs=4, lr=1e-3, optimizer="adam")),
 )
 PORT_BASES = {"resnet": port_resnet, "vit": port_vit}
+
+# ---------------------------------------------------------------- ports between related bases
+
+
+def schedule_stages(task: Task, recipe: Recipe) -> tuple[Stage, ...]:
+    """A pre-training of ten epochs in five stages, which end after 10, 30, 60, 90 and 100 % of it."""
+    parts = ((1, 1.0), (2, 1.0), (3, 1.0), (3, 0.5), (1, 0.1))
+    return tuple(
+        Stage(task, replace(recipe, epochs=epochs, lr=share * recipe.lr, schedule="constant"))
+        for epochs, share in parts
+    )
+
+
+def relate(half: Task, recipe: Recipe) -> dict[str, Branching]:
+    """The ladder from a base of its own seed to one that left the old one late, and old bases trained further.
+
+    half: the task of the pre-training, with half as many images of each class as there are.
+    """
+    assert half.per_class is not None
+    stages, again = schedule_stages(half, recipe), Stage(half, replace(recipe, epochs=10))
+    few = replace(half, classes=(half.classes or tuple(range(10)))[:5], per_class=2 * half.per_class)
+    on_few = tuple(replace(stage, task=few) for stage in stages)
+    augmented = replace(again, recipe=replace(again.recipe, augment=True))
+    return {
+        "independent": Branching(stages, None, stages),
+        **{f"{share}%": Branching(stages, n, stages[n:]) for n, share in enumerate((0, 10, 30, 60, 90))},
+        "twice": Branching(stages, len(stages), (again,)),
+        "other-images": Branching(stages, len(stages), (replace(again, others=True),)),
+        "augmented": Branching(stages, len(stages), (augmented,)),
+        "four-times": Branching(stages, len(stages), (again,) * 3),
+        "more-classes": Branching(on_few, len(stages), (again,)),
+    }
+
+
+TEXT_PRETRAINING = (
+    *("_pydecimal", "turtle", "inspect", "typing", "pydoc"),
+    *("tarfile", "doctest", "argparse", "_pyio", "pickletools"),
+)
+TEXT_FINE_TUNING = (
+    *("zipfile", "datetime", "subprocess", "difflib", "enum"),
+    *("mailbox", "ipaddress", "pickle", "pdb", "ast"),
+)
+FEW_TO_MANY = (1, 5, 50, 200)
+text_recipe = Recipe(epochs=10, lr=2e-3, optimizer="adam")
+RELATED_NETWORKS = {
+    "resnet": replace(port_resnet, images=FEW_TO_MANY),
+    "vit": replace(port_vit, images=FEW_TO_MANY),
+    "text": replace(
+        port_vit,
+        images=FEW_TO_MANY,
+        task=Task(STANDARD_LIBRARY, TEXT_FINE_TUNING),
+        model=text_transformer,
+        arguments={"num_classes": 10},
+        recipe=replace(text_recipe, epochs=6, lr=1e-3),
+    ),
+}
+CIFAR10_PART = Task("cifar10", size=16, per_class=900)
+LADDER = ("independent", "0%", "10%", "30%", "60%", "90%")
+TRAINED_FURTHER = ("twice", "other-images", "four-times", "more-classes", "augmented")
+RELATED_BASES = {
+    f"{name}-{relation}": replace(RELATED_NETWORKS[name], pretraining=branching)
+    for name, half, recipe, left_out in (
+        ("resnet", CIFAR10_PART, port_recipe, ()),
+        ("vit", CIFAR10_PART, port_vit.recipe, ("10%", "60%", "four-times", "more-classes", "augmented")),
+        ("text", Task(STANDARD_LIBRARY, TEXT_PRETRAINING, per_class=320), text_recipe, ("four-times", "augmented")),
+    )
+    for relation, branching in relate(half, recipe).items()
+    if relation not in left_out
+}
+"""A fine-tune's base and the new base, by how the two are related: network-relation. The transformers have fewer."""

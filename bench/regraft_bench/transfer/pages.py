@@ -223,11 +223,11 @@ def list_ports(rows: Rows) -> Iterator[Sheet]:
         yield from by_method(columns)(own)
 
 
-def compare_ports(rows: Rows) -> Iterator[Sheet]:
+def compare_ports(rows: Rows, questions: Sequence[tuple[str, str]] | None = None) -> Iterator[Sheet]:
     """Who is ahead of whom, number of images by number: mean difference and p of the paired test."""
     for scenario, own in by_scenario(rows).items():
         counts, lines = _counts(own), []
-        for one, other in PORT_QUESTIONS:
+        for one, other in questions or PORT_QUESTIONS:
             comparisons = [compare_methods(own, one, other, metric_name(count)) for count in counts]
             if any(comparisons):
                 pairs = max(each.n for each in comparisons if each)

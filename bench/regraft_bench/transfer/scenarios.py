@@ -15,6 +15,8 @@ from regraft_bench.study import Method, Scenario, Task
 from regraft_bench.transfer.bases import (
     BASES,
     PORT_BASES,
+    RELATED_BASES,
+    RELATED_NETWORKS,
     digits_conv_half,
     digits_recipe,
     follow,
@@ -23,6 +25,7 @@ from regraft_bench.transfer.bases import (
 from regraft_bench.transfer.methods.assumption import FIRST_GRADIENTS, UPDATES
 from regraft_bench.transfer.methods.cost import COUNTS
 from regraft_bench.transfer.methods.ensembles import ENSEMBLES
+from regraft_bench.transfer.methods.label_free import LABEL_FREE, related_methods
 from regraft_bench.transfer.methods.landscape import LINES, PLANE
 from regraft_bench.transfer.methods.leads import LEADS
 from regraft_bench.transfer.methods.peers import PEERS
@@ -299,10 +302,20 @@ def ask_ports(name: str) -> Scenarios:
         "cifar100-half": pretrain(base, source_task=Task("cifar10", size=16, per_class=2250)),
     }
     rates = [share * base.recipe.lr for share in (0.3, 1.0, 3.0, 10.0)]
-    return ask("port", port_methods(rates), vary(name, base, changes))
+    return ask("port", (*port_methods(rates), *LABEL_FREE), vary(name, base, changes))
 
 
 PORTS = (*ask_ports("resnet"), *ask_ports("vit"))
+
+
+def ask_related(network: str) -> Scenarios:
+    """A fine-tune moved to a base that is related to its own, without labels."""
+    settings = {name: base for name, base in RELATED_BASES.items() if name.startswith(network)}
+    few_shot_rate = 3 * RELATED_NETWORKS[network].recipe.lr  # what was the best in all scenarios of `PORTS`
+    return ask("related", related_methods(few_shot_rate), settings)
+
+
+RELATED_PORTS = (*ask_related("resnet"), *ask_related("vit"), *ask_related("text"))
 
 TRANSFER_SCENARIOS = (
     *COMPARISONS,
@@ -320,4 +333,5 @@ TRANSFER_SCENARIOS = (
     *COSTS,
     *NORMALISED,
     *PORTS,
+    *RELATED_PORTS,
 )

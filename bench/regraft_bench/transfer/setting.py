@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, repeat
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regraft.core.clock import Clock, Cost
 from regraft.core.tensors import Pair, Tensors, fill_, state, use_generator
-from regraft.data import Dataset
+from regraft.data import Dataset, draw_per_class
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.networks.heads import adopt
 from regraft.networks.papers import build
@@ -22,8 +22,18 @@ from regraft.symmetry import PermutationSpec, trace
 from regraft.training.gradients import gradients
 from regraft.training.loop import Recipe, Training, train
 from regraft_bench.study import Setting, Task
+from regraft_bench.transfer.relatedness import measure_relatedness
 
 EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a pre-training. others: on as many images of each class that a stage of the same task does not see."""
+
+    task: Task
+    recipe: Recipe
+    others: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,42 @@ class Pretraining:
     recipe: Recipe
     source_task: Task | None = None
     source_recipe: Recipe | None = None
+
+    def name_start(self, role: str) -> str:
+        """Whose initial values a role has."""
+        return role
+
+    def list_stages(self, role: str) -> list[tuple[str, Stage]]:
+        """The trainings of a role, and their purposes, which name the order of the images."""
+        own = Stage(self.task, self.recipe)
+        if role == "source":
+            own = Stage(self.source_task or self.task, self.source_recipe or self.recipe)
+        return [(f"{role} pretraining", own)]
+
+
+@dataclass(frozen=True)
+class Branching:
+    """A pre-training that the target leaves: both learn the first ``shared`` of the source's stages together.
+
+    stages: the source's, one after the other. own: the target's after those that are shared. shared: None where not
+    even the initial values are.
+    """
+
+    stages: tuple[Stage, ...]
+    shared: int | None
+    own: tuple[Stage, ...]
+
+    def name_start(self, role: str) -> str:
+        """Whose initial values a role has."""
+        return role if self.shared is None else "source"
+
+    def list_stages(self, role: str) -> list[tuple[str, Stage]]:
+        """As `Pretraining.list_stages`; one that is shared has one purpose, and so is trained once."""
+        source = [(f"source stage {number}", stage) for number, stage in enumerate(self.stages)]
+        if role == "source":
+            return source
+        shared = self.shared or 0
+        return [*source[:shared], *((f"{role} stage {number}", stage) for number, stage in enumerate(self.own, shared))]
 
 
 @dataclass(frozen=True)
@@ -63,7 +109,7 @@ class TransferSettings:
     gradient_batches: int = 1
     gradient_batch: int | None = None
     bn_batches: int = 0
-    pretraining: Pretraining | None = None
+    pretraining: Pretraining | Branching | None = None
     from_identity: bool = False
     init_scale: float = 1.0
     source_task: Task | None = None
@@ -120,23 +166,48 @@ class TransferSetting(Setting):
         return state(self._make_network("source"))
 
     def _make_network(self, role: str) -> nn.Module:
-        settings, data = self.settings, self.data
-        model = build(lambda: settings.model(**settings.arguments), self.generator("values", role))
-        model = model.to(self.device)
+        model = self.build(role)
+        if self.settings.pretraining is not None:
+            fill_(model, self.pretrain(role))
+            with use_generator(self.generator("head", role), self.device):
+                adopt(model, self.data.num_classes).head.reset_parameters()
+        return model
+
+    def build(self, role: str) -> nn.Module:
+        """The network before any training, with the head of the pre-training where there is one."""
+        settings = self.settings
+        start = role if settings.pretraining is None else settings.pretraining.name_start(role)
+        model = build(lambda: settings.model(**settings.arguments), self.generator("values", start)).to(self.device)
         if settings.init_scale != 1.0:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.mul_(settings.init_scale if parameter.dim() > 1 else 1.0)
-        if settings.pretraining is not None:
-            task, recipe = settings.pretraining.task, settings.pretraining.recipe
-            if role == "source":
-                task = settings.pretraining.source_task or task
-                recipe = settings.pretraining.source_recipe or recipe
-            earlier = self.dataset(task, self.seed)
-            fill_(model, self.train(f"{role} pretraining", model, state(model), earlier, recipe).tensors)
-            with use_generator(self.generator("head", role), self.device):
-                adopt(model, data.num_classes).head.reset_parameters()
         return model
+
+    def pretrain(self, role: str) -> Tensors:
+        """What a role's pre-training comes to, with its head."""
+        assert self.settings.pretraining is not None
+        model = self.build(role)
+        theta = state(model)
+        for purpose, stage in self.settings.pretraining.list_stages(role):
+            theta = self.train(purpose, model, theta, self.stage_data(stage), stage.recipe).tensors
+        return theta
+
+    @cached_property
+    def relatedness(self) -> dict[str, float]:
+        """Of the two bases: see `measure_relatedness`."""
+        return measure_relatedness(self)
+
+    def stage_data(self, stage: Stage) -> Dataset:
+        """The images of a stage of pre-training."""
+        task = stage.task
+        if not stage.others:
+            return self.dataset(task, self.seed)
+        assert task.per_class is not None
+        data = self.dataset(replace(task, per_class=None), self.seed)
+        labels, drawn = data.train.labels, ("per class", task.data, task.classes)
+        once, twice = (draw_per_class(labels, n * task.per_class, self.generator(*drawn)) for n in (1, 2))
+        return replace(data, train=data.train.subset(twice[~torch.isin(twice, once)]))
 
     def parameters(self, theta: Mapping[str, torch.Tensor]) -> Tensors:
         """The model's parameters among ``theta``, in the model's order."""

@@ -301,7 +301,11 @@ def _measure(
     if setting.tuning:
         return Measured({"validation": mean}, cost=seconds)
     return Measured(
-        values={"accuracy": mean, **dict(zip(map(metric_name, counts), accuracies, strict=True))},
+        values={
+            "accuracy": mean,
+            **dict(zip(map(metric_name, counts), accuracies, strict=True)),
+            **setting.relatedness,
+        },
         series={
             "accuracy by images": Series.over("images a class", counts, accuracies),
             "cost by images [CPU s]": Series.over("images a class", counts, [cost.cpu for cost in costs]),
@@ -327,18 +331,19 @@ def eval_batches(setting: TransferSetting) -> list[Pair]:
 # ---------------------------------------------------------------- all of them
 
 
-def _port(name: str, port: Port, about: str) -> Method:
+def make_method(name: str, port: Port, about: str) -> Method:
     return Method(name, partial(measure_port, port), about=about)
 
 
 def _vectors(find: Find, *rows: tuple[str, Keep, str]) -> tuple[Method, ...]:
-    return tuple(_port(name, partial(add_task_vector, find, keep), about) for name, keep, about in rows)
+    return tuple(make_method(name, partial(add_task_vector, find, keep), about) for name, keep, about in rows)
 
 
-def _few_shot(name: str, start: Port, rates: Sequence[float], about: str, times: int = 1) -> Method:
+def make_few_shot(name: str, start: Port, rates: Sequence[float], about: str, times: int = 1) -> Method:
     """At its best rate."""
     candidates = tuple(
-        replace(_port(name, partial(few_shot_finetune, start, lr, times), about), config={"lr": lr}) for lr in rates
+        replace(make_method(name, partial(few_shot_finetune, start, lr, times), about), config={"lr": lr})
+        for lr in rates
     )
     return replace(candidates[0], config={}, candidates=candidates)
 
@@ -353,8 +358,8 @@ def port_methods(rates: Sequence[float]) -> tuple[Method, ...]:
     return (
         Method("own base", own_base, about="The fine-tune on the base where it was made."),
         Method("all images", all_images, about="The new base fine-tuned on everything."),
-        _port("probe", fit_probe, "Logistic regression on the new base's features of the few images."),
-        _few_shot("few-shot", keep_new_base, rates, "The new base trained on the few images: 2 T updates."),
+        make_method("probe", fit_probe, "Logistic regression on the new base's features of the few images."),
+        make_few_shot("few-shot", keep_new_base, rates, "The new base trained on the few images: 2 T updates."),
         *_vectors(
             leave_in_place,
             ("head alone", head_only, "The new base with the fine-tune's head as it is."),
@@ -373,12 +378,12 @@ def port_methods(rates: Sequence[float]) -> tuple[Method, ...]:
             ("fgmt, head alone", head_only, "The fine-tune's head, permuted as by fgmt."),
             ("fgmt", full_task_vector, "Permuted by gradients along the line from base to fine-tune."),
         ),
-        _port("fgmt, by the command", port_by_command, "`regraft port` as it is: from files to a file."),
+        make_method("fgmt, by the command", port_by_command, "`regraft port` as it is: from files to a file."),
         *_vectors(
             match_gradients,
             ("fgmt + gradfix", keep_by_majority, "Permuted by fgmt, then masked by majority."),
             ("fgmt + gradfix, mean", keep_by_mean, "Permuted by fgmt, then masked by the mean gradient."),
         ),
-        _few_shot("fgmt, then few-shot", fgmt, rates, "Moved by fgmt, then trained on the few images."),
-        _few_shot("few-shot, twice as long", keep_new_base, rates, "The new base trained for 4 T updates.", 2),
+        make_few_shot("fgmt, then few-shot", fgmt, rates, "Moved by fgmt, then trained on the few images."),
+        make_few_shot("few-shot, twice as long", keep_new_base, rates, "The new base trained for 4 T updates.", 2),
     )

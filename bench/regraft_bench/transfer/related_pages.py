@@ -1,0 +1,159 @@
+"""Ports between related bases: their tables and figures, functions of rows and of nothing else."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+from regraft_bench.report.figures import Figure, Line, Panel
+from regraft_bench.report.tables import (
+    Column,
+    Group,
+    Rows,
+    Sheet,
+    Table,
+    by_scenario,
+    groups,
+    make_sheet,
+    spread,
+    value,
+)
+from regraft_bench.rows import Row
+from regraft_bench.transfer import scenarios
+from regraft_bench.transfer.bases import LADDER, RELATED_NETWORKS
+from regraft_bench.transfer.methods.ports import metric_name
+from regraft_bench.transfer.pages import compare_ports, list_ports
+from regraft_bench.transfer.relatedness import BARRIER, COSINE, MATCHED
+
+METHODS = ("naive", "fgmt", "head", "functional", "distil", "few-shot")
+"""The lines of the figures."""
+
+QUESTIONS = (
+    *((method, "naive") for method in ("gradfix, mean", "weights", "fgmt", "theseus")),
+    *((method, "head") for method in ("naive", "fgmt", "functional", "distil")),
+    ("functional", "distil"),
+    *((method, "few-shot") for method in ("naive", "head", "functional", "distil")),
+)
+COUNTS = scenarios.RELATED_PORTS[0].settings.images
+
+
+def share_of_gain(own: Row, fine_tune: Row, images: int) -> float:
+    """What a port keeps of what fine-tuning gained over chance, on the base where it was made."""
+    chance = 1 / len(own.config["settings"]["task"]["classes"])
+    values = own.values[metric_name(images)], fine_tune.values["accuracy"]
+    kept, gained = (float(accuracy or 0) - chance for accuracy in values)
+    return kept / gained
+
+
+def share_by_method(rows: Rows, images: int) -> dict[str, list[float]]:
+    """Of one scenario, over the seeds that have the method's row and the fine-tune's."""
+    return {
+        method: [share_of_gain(*pair, images) for pair in pairs]
+        for method, group in groups(rows).items()
+        if method != "own base" and (pairs := [p for p in group.beside("own base") if not p[0].failure])
+    }
+
+
+def split_relations(rows: Rows, network: str) -> dict[str, Rows]:
+    """A network's scenarios, by how the bases are related."""
+    beginning = f"related-{network}-"
+    return {n.removeprefix(beginning): own for n, own in by_scenario(rows).items() if n.startswith(beginning)}
+
+
+# ---------------------------------------------------------------- tables
+
+
+def list_relations(rows: Rows) -> Iterator[Sheet]:
+    """A sheet a network and number of images; a line for each relation: how related, and what each method keeps."""
+    for network in RELATED_NETWORKS:
+        relations = split_relations(rows, network)
+        methods = list(dict.fromkeys(r.method for own in relations.values() for r in own if r.method != "own base"))
+        for images in COUNTS if relations else ():
+            columns = [
+                *(Column(heading, partial(_format_value, name)) for heading, name in MEASURES.items()),
+                *(Column(method, partial(_format_share, method, images)) for method in methods),
+            ]
+            title = f"{network}, {images} images of each class"
+            yield make_sheet(title, "the bases share", columns, relations)
+
+
+MEASURES = {
+    "cosine": COSINE,
+    "matched": COSINE + MATCHED,
+    "barrier [nats]": BARRIER,
+    "matched [nats]": BARRIER + MATCHED,
+}
+
+
+def _format_value(name: str, rows: Rows) -> str:
+    return value(name, "{:.2f}")(Group("", [row for row in rows if row.method == rows[0].method], rows))
+
+
+def _format_share(method: str, images: int, rows: Rows) -> str:
+    return spread(share_by_method(rows, images).get(method, []), "{:.2f}")
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw_relations(network: str, images: int, measure: str, rows: Rows) -> Iterator[Line]:
+    """A line a method along the ladder, and a point for each base that was trained further."""
+    relations = split_relations(rows, network)
+    at = {name: _mean_measure(own, measure) for name, own in relations.items()}
+    shares = {name: share_by_method(own, images) for name, own in relations.items()}
+    for method in METHODS:
+        there = sorted((name for name in relations if shares[name].get(method)), key=at.__getitem__)
+        ladder = [name for name in there if name in LADDER]
+        for joined in (ladder, *([name] for name in there if name not in LADDER)):
+            if joined:
+                yield _draw_line(method, [at[name] for name in joined], [shares[name][method] for name in joined])
+
+
+def _mean_measure(rows: Rows, measure: str) -> float:
+    by_seed: Mapping[int, float | None] = {row.seed: row.values.get(measure) for row in rows}
+    return statistics.fmean(v for v in by_seed.values() if v is not None)
+
+
+def _draw_line(method: str, x: Sequence[float], seeds: Sequence[Sequence[float]]) -> Line:
+    y = tuple(map(statistics.fmean, seeds))
+    if min(map(len, seeds)) == 1:
+        return Line(method, tuple(x), y)
+    low, high = (tuple(m + s * statistics.stdev(v) for m, v in zip(y, seeds, strict=True)) for s in (-1, 1))
+    return Line(method, tuple(x), y, low, high)
+
+
+def _figure(name: str, measure: str, x: str) -> Figure:
+    panels = tuple(
+        Panel(
+            f"{network}, {images} images of each class",
+            x,
+            "share of the fine-tune's gain kept",
+            partial(draw_relations, network, images, measure),
+            markers=True,
+            bars=True,
+        )
+        for network in RELATED_NETWORKS
+        for images in COUNTS[1:]
+    )
+    title = "What a port keeps of a fine-tune, without labels (few-shot: with), by how related the bases are"
+    return Figure(name, title, scenarios.list_names(scenarios.RELATED_PORTS), panels, columns=3)
+
+
+RELATED_FIGURES = (
+    _figure("related", COSINE, "cosine of the bases' weights"),
+    _figure("related-barrier", BARRIER, "barrier between the bases [nats]"),
+)
+
+
+def _table(name: str, title: str, sheets: Callable[[Rows], Iterator[Sheet]]) -> Table:
+    return Table(name, title, scenarios.list_names(scenarios.RELATED_PORTS), sheets)
+
+
+RELATED_TABLES = (
+    _table("related", "Share of the fine-tune's gain that a port keeps, by how related the bases are", list_relations),
+    _table("related-ports", "Test accuracy between related bases, by images of each class", list_ports),
+    _table(
+        "related-questions", "Which port between related bases is ahead", partial(compare_ports, questions=QUESTIONS)
+    ),
+)
