@@ -5,7 +5,7 @@ PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet
 # More for pytest, as in: make bench ARGS="--scenario digits-mlp2 --seeds 3"
 ARGS ?=
 
-.PHONY: help bench baseline test test-oldest campaigns kills mutants wheels report docs gpu lint types clean
+.PHONY: help bench baseline test test-oldest campaigns kills mutants wheels report docs gpu lint lock audit licences types clean
 
 help:
 	@echo "make bench        every study's short scenarios on embedded data, with one summary (ARGS=... for pytest)"
@@ -21,6 +21,9 @@ help:
 	@echo "make types        mypy on the public interface"
 	@echo "make gpu          kernels and FGMT on a CUDA device: correctness, ceilings, speed (ten minutes)"
 	@echo "make lint         style"
+	@echo "make lock         requirements.lock anew, of pyproject.toml (ARGS=--upgrade for newer versions)"
+	@echo "make audit        known vulnerabilities of what the lock names"
+	@echo "make licences     docs/licences.txt anew"
 	@echo "make clean        remove the environments and the caches"
 
 bench: .venv/installed
@@ -52,7 +55,6 @@ baseline: .venv/installed
 		--results results/baseline --rows-only
 
 docs: .venv/installed
-	@$(PIP) -c constraints.txt -e '.[docs]'
 	.venv/bin/mkdocs build
 
 types: .venv/installed
@@ -69,11 +71,23 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest tests/kernels $(ARGS)
 
 # The stamp is the last thing made: an interrupted installation is taken up again.
-.venv/installed: pyproject.toml constraints.txt
+# Nothing is installed whose hash is not in the lock: hatchling, which builds the package itself, is there then.
+.venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	@echo "installing regraft and what it needs into .venv (once; a minute or more)"
-	@$(PIP) -c constraints.txt -e '.[assignment,test]'
+	@echo "installing what regraft needs into .venv, by version and hash (once; a minute or more)"
+	@$(PIP) --require-hashes -r requirements.lock
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
+
+lock: .venv/installed
+	.venv/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --custom-compile-command "make lock" --no-annotate --quiet --output-file requirements.lock $(ARGS)
+
+audit: .venv/installed
+	.venv/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock $(ARGS)
+
+licences: .venv/installed
+	.venv/bin/pip-licenses --order=license --ignore-packages regraft | sed 's/ *$$//' >docs/licences.txt
 
 .venv-oldest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest

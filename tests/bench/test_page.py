@@ -13,7 +13,7 @@ from regraft_bench.studies import STUDIES, study
 
 webdriver = pytest.importorskip("selenium.webdriver")
 RESULTS = Path(__file__).parents[2] / "results"
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium with its chromedriver here")
 
 

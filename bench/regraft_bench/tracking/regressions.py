@@ -90,8 +90,8 @@ SPEED = (
     *("--method", "fast: by hand", "--method", "fast: regraft"),
 )
 ACCURACY = ("--scenario", "digits-mlp", "--method", "plain", "--method", "fgmt", "--seeds", "3")
-NORMALISED = ("--scenario", "digits-batchnorm", "--method", "plain", "--method", "fgmt", "--seeds", "2")
-MATCHING = (*ACCURACY, "--method", "weights", "--method", "gmt")
+_NORMALISED = ("--scenario", "digits-batchnorm", "--method", "plain", "--method", "fgmt", "--seeds", "2")
+_MATCHING = (*ACCURACY, "--method", "weights", "--method", "gmt")
 ONCE = Limits(least=1, most=1)
 SLOWER = "Training waits for 15 % of its time after every call."
 LESS_ACCURATE = "Every evaluation spoils one answer in a hundred, at random."
@@ -104,7 +104,7 @@ FAULTS = {
         "matching/descent.py",
         slow_down(1.0, "similarity", "similarity_update_", "assign_many"),
         ("cost of assignment", None),
-        MATCHING,
+        _MATCHING,
         Limits(slowdown=1, least=2, most=4),
         "Similarity and assignment wait for as long as they took; a method's whole cost may double here, as in CI.",
     ),
@@ -112,7 +112,7 @@ FAULTS = {
         "training/evaluation.py",
         TRAINING_MODE,
         ("error", None),
-        NORMALISED,
+        _NORMALISED,
         ONCE,
         "Every evaluation normalises by its own batch.",
     ),
