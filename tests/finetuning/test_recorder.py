@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from itertools import takewhile
 
 import pytest
 import torch
@@ -12,7 +14,15 @@ from regraft.core.clock import Cost
 from regraft.core.tensors import state
 from regraft.finetuning import fast
 from regraft.finetuning import recorder as module
-from regraft.finetuning.recorder import Record, Recorder, Source, fibonacci, growing_gaps, scores
+from regraft.finetuning.record import Record
+from regraft.finetuning.recorder import (
+    Recorder,
+    Source,
+    checkpoints_and_tenths,
+    fibonacci,
+    growing_gaps,
+    scores,
+)
 
 STEPS = 24
 
@@ -55,17 +65,73 @@ def test_when():
     steps = [next(gaps) for _ in range(60)]
     assert steps[:14] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18]
     assert {b - a for a, b in zip(steps[-20:], steps[-19:], strict=False)} == {10}
+    steps = list(takewhile(lambda step: step <= 60, by_default()))
+    assert steps == [1, 2, 3, 5, 8, 13, 20, 21, 30, 34, 40, 50, 55, 60]
 
 
+def test_the_first_steps_take_half_as_many_validations_as_the_papers():
+    """What the recorder costs: images that are evaluated, by default and as often as in the paper."""
+    count = {}
+    for name, options in {"default": {}, "paper": {"validate_at": growing_gaps}}.items():
+        record = run(steps=20, **options)[1].finish()
+        count[name] = len(record.validations) - 1
+    assert count == {"default": 7, "paper": 15}
+
+
+def test_a_record_as_rows_and_in_a_plot():
+    """One row a deployment; a plot of what is deployed, and of what is left of the source task."""
+    record = run()[1].finish()
+    rows = record.rows()
+    assert [row["step"] for row in rows] == [row.step for row in record.deployments]
+    assert rows[3]["top1"] == record.deployments[3].scores.top1
+    assert rows[3]["source_top1"] == record.deployments[3].source.top1
+    assert rows[3]["cpu"] == record.deployments[3].cost.cpu
+
+    class Axes:
+        def __init__(self):
+            self.drawn = {}
+
+        def step(self, steps, values, *, label, **_):
+            self.drawn[label] = (list(steps), list(values))
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    axes = record.plot(Axes())
+    steps = [row.step for row in record.deployments]
+    assert axes.drawn["new task"] == (steps, [row.scores.top1 for row in record.deployments])
+    assert axes.drawn["source task"] == (steps, [row.source.top1 for row in record.deployments])
+
+
+def test_a_record_as_a_table():
+    pandas = pytest.importorskip("pandas")
+    record = run()[1].finish()
+    frame = record.frame()
+    assert isinstance(frame, pandas.DataFrame) and list(frame["top1"]) == [r["top1"] for r in record.rows()]
+
+
+def test_a_plot_by_matplotlib(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    axes = run()[1].finish().plot()
+    axes.figure.savefig(tmp_path / "record.png")
+    assert axes.get_xscale() == "symlog" and len(axes.get_lines()) == 2
+
+
+def by_default() -> Iterator[int]:
+    return checkpoints_and_tenths(iter(fibonacci(10**6)))
+
+
+@pytest.mark.parametrize("when", [growing_gaps, by_default])
 @pytest.mark.parametrize("hold", [1, 2, 16])
-def test_deployments_are_those_of_the_definition(hold):
+def test_deployments_are_those_of_the_definition(hold, when):
     """Section 6.1, spelled out: at each checkpoint, the test performance of the best validated state so far."""
     model = network()
     source_head = fast.adopt(model, 3).source_head
     states = [state(model)]
     train(model, STEPS, lambda: states.append(state(model)))
     own = {f"3.{name}": value for name, value in source_head.state_dict().items()}
-    validate_at = [s for s, _ in zip(growing_gaps(), range(99), strict=False) if s <= STEPS]
+    validate_at = [s for s, _ in zip(when(), range(99), strict=False) if s <= STEPS]
     expected = []
     for checkpoint in [*fibonacci(STEPS), STEPS]:
         best, best_accuracy = 0, -1.0
@@ -78,12 +144,12 @@ def test_deployments_are_those_of_the_definition(hold):
         source = scores(model, [{**states[best], **own}], batches(3))[0]
         expected.append((checkpoint, best, target, source))
 
-    _, recorder = run(hold=hold)
+    _, recorder = run(hold=hold, **({} if when is by_default else {"validate_at": when}))
     record = recorder.finish()
     found = [(row.step, row.state_step, row.scores, row.source) for row in record.deployments]
     assert found[0][:2] == (0, 0)
     assert found[1:] == expected
-    assert len({best for _, best, _, _ in expected}) >= 3
+    assert len({best for _, best, _, _ in expected}) >= (3 if when is growing_gaps else 2)
     assert [row.step for row in record.validations] == [0, *validate_at]
     assert record.area() == pytest.approx(sum(row[2].top1 for row in expected[:-1]) / len(expected[:-1]))
     assert record.source_area() == pytest.approx(sum(row[3].top1 for row in expected[:-1]) / len(expected[:-1]))
@@ -180,10 +246,10 @@ def test_evaluation_is_timed_apart(monkeypatch):
         now[0] += 2.0
         recorder.after_step()
     record = recorder.finish()
-    assert record.seconds == {"train": Cost(14.0, 28.0), "evaluation": Cost(9000.0, 18000.0)}
+    assert record.seconds == {"train": Cost(14.0, 28.0), "evaluation": Cost(6000.0, 12000.0)}
     assert record.cost == Cost(14.0, 28.0)
     assert [row.cost.wall for row in record.deployments] == [0.0, 2.0, 4.0, 6.0, 10.0, 14.0]
-    assert [row.cost.wall for row in record.validations] == [2.0 * step for step in range(8)]
+    assert [row.cost.wall for row in record.validations] == [2.0 * step for step in (0, 1, 2, 3, 5)]
 
 
 def test_a_run_that_ended_early_is_judged_at_every_checkpoint():

@@ -185,3 +185,52 @@ def test_the_library_refuses_the_same_places(tmp_path):
     with pytest.raises(OSError, match="out"):
         regraft.fuse_checkpoints([path], [1.0], tmp_path / "out")
     assert not (tmp_path / ".out.part").exists() and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("flag", [[], ["--resume"]])
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_a_failed_rename_left_does_not_stand_in_the_way(verb, flag, tmp_path, run, words, monkeypatch):
+    """The finished folder keeps our mark, so that the next run takes its place instead of refusing it for ever."""
+
+    def refuse(source, target, **options):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "rename", refuse)
+        said = one_line(run(*words(verb, tmp_path / "out")), ".out.part")
+    assert "the finished result is in" in said
+    assert run(*words(verb, tmp_path / "out"), *flag).status == 0 and written(tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("name", [".out.mark", ".out.lock"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_files_of_somebody_else_with_names_of_ours_stay(name, kind, tmp_path, run, words):
+    """`.OUT.mark` and `.OUT.lock` with a content, or as links, are neither overwritten nor removed."""
+    (tmp_path / "thesis.txt").write_text("years of work")
+    if kind == "link":
+        (tmp_path / name).symlink_to(tmp_path / "thesis.txt")
+    else:
+        (tmp_path / name).write_text("years of work")
+    one_line(run(*words("fuse", tmp_path / "out")), name)
+    assert (tmp_path / name).read_text() == "years of work" and (tmp_path / name).is_symlink() == (kind == "link")
+
+
+def test_a_mark_that_outlived_its_folder_makes_no_other_ours(tmp_path, run, words, monkeypatch):
+    """A kill after the rename leaves `.OUT.mark`: a folder that somebody makes later stays."""
+    unlink = Path.unlink
+
+    def die(path, **options):
+        if path.name == ".out.mark" and path.exists():
+            raise RuntimeError("killed")
+        unlink(path, **options)
+
+    with monkeypatch.context() as dying, pytest.raises(RuntimeError):
+        dying.setattr(Path, "unlink", die)
+        run(*words("fuse", tmp_path / "out"))
+    assert (tmp_path / ".out.mark").exists()
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "thesis.txt").write_text("years of work")
+    one_line(run(*words("fuse", tmp_path / "out")), ".out.part")
+    assert files(tmp_path / ".out.part") == {"thesis.txt"}

@@ -60,6 +60,16 @@ STEPS = {
     "attention": lambda m, h, g: attend(h, g),
     "outer product": lambda m, h, g: h + (h[..., :, None] * g[..., None, :]).sum(-1),
     "winner": lambda m, h, g: F.one_hot(h.argmax(-1), 6).to(h.dtype) * g,
+    "product of weights": lambda m, h, g: F.linear(h, m.weight @ m.second.weight),
+    "normalised weight": lambda m, h, g: F.linear(h, F.normalize(m.weight, dim=0) * m.scale),
+    "pairs": lambda m, h, g: ((h[..., :, None] - g[..., None, :]) * m.weight).sum(-1),
+    "distances": lambda m, h, g: (-((h[:, :, None] - m.weight) ** 2).sum(-1)).exp(),
+    "pairs of branches": lambda m, h, g: torch.stack([h[..., None] * m.scale, g[..., None] * m.scale], 1).sum((1, -1)),
+    "pairs in a row": lambda m, h, g: (h[..., None] * m.scale).flatten(2)[..., 3:33:5],
+    "places are mixed": lambda m, h, g: m.places(h.mT).mT,
+    "stacked weights": lambda m, h, g: torch.einsum("bti,eoi->bteo", h, m.weight.view(2, 3, 6)).flatten(2),
+    "quadratic": lambda m, h, g: torch.einsum("bti,ij,btj->bti", h, m.weight, g),
+    "pairs along time": lambda m, h, g: (h[..., None] * m.scale).cumsum(1).amax(-1),
     "constants": lambda m, h, g: h + torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0, 1.0]),
 }  # fmt: skip
 
@@ -82,7 +92,7 @@ def test_what_is_traced_of_a_random_program_is_proved(program):
             made.append(STEPS[name](m, made[-1 - i % len(made)], made[-1 - j % len(made)]))
         return m.out(made[-1] + made[-2])
 
-    layers = {"stem": (4, 6), "other": (4, 6), "first": (6, 6), "second": (6, 6), "out": (6, 2)}
+    layers = {"stem": (4, 6), "other": (4, 6), "first": (6, 6), "second": (6, 6), "out": (6, 2), "places": (5, 5)}
     net = Net(forward, **layers, scale=parameter(6), alpha=parameter(2), weight=parameter(6, 6))
     x = torch.rand(2, 5, 4)
     with warnings.catch_warnings():

@@ -124,7 +124,7 @@ def test_integer_buffers_stay():
     [
         ("cumsum", lambda x: x.cumsum(-1)),
         ("fft", lambda x: torch.fft.rfft(x, dim=-1).abs()),
-        ("inv", lambda x: torch.linalg.inv(torch.eye(6) + 0.1 * x.unsqueeze(-1) * x.unsqueeze(-2)).sum(-1)),
+        ("inv", lambda x: torch.linalg.inv(0.1 * x.unsqueeze(-1) * x.unsqueeze(-2) + x.mean() + 1).sum(-1)),
         ("cumprod", lambda x: x.cumprod(-1)),
     ],
 )
@@ -189,11 +189,8 @@ def test_a_learned_initial_state_moves_with_the_units(kind):
     assert spec.groups[group] == 6 and {(name, 0) for name in names} < set(spec.tensors_of(group))
 
 
-@pytest.mark.parametrize("equation", ["bi,bi,bi->bi", "bi,ci->b"], ids=["three operands", "summed alone"])
-def test_an_einsum_that_is_no_matrix_product_is_frozen(equation):
-    operands = equation.count(",") + 1
-    net = Net(lambda m, x: torch.einsum(equation, *[m.stem(x)] * operands).reshape(3, -1), stem=(4, 6), front=(4, 4))
-    net.function = lambda m, x, f=net.function: f(m, m.front(x).relu())
+def test_an_einsum_with_a_diagonal_is_frozen():
+    net = Net(lambda m, x: torch.einsum("bii->bi", m.stem(m.front(x).relu()).view(3, 2, 2)), stem=(4, 4), front=(4, 4))
     with pytest.warns(UserWarning, match="operator .*einsum.* such operands is not known"):
         spec = trace(net, torch.rand(3, 4))
     assert spec.groups == {"front": 4}

@@ -21,7 +21,7 @@ from regraft.core.tensors import fill_, use_generator
 from regraft.finetuning import fast
 from regraft.finetuning.fast import Adoption, Initialiser, NoGain, Normal
 from regraft.finetuning.phases import Groups, Optimiser, Outcome, Phase, fine_tune, sgd, sgd_as_in_the_paper
-from regraft.finetuning.recorder import Record
+from regraft.finetuning.record import Record
 from regraft.learning_transfer.driver import transfer
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.networks.papers import initialise

@@ -13,7 +13,7 @@ from torch import nn
 from regraft.core.tensors import Tensors, fill_, state
 from regraft.data import Batches, Dataset, Split
 from regraft.finetuning.fast import Adoption, Stratified, adopt, kaiming_fan_in
-from regraft.finetuning.recorder import Recorder, Source
+from regraft.finetuning.recorder import Recorder, Source, growing_gaps
 from regraft.networks.papers import build
 from regraft.training.loop import Recipe, train
 from regraft_bench.study import Setting, Task, seeded_generator
@@ -117,7 +117,10 @@ class FastSetting(Setting):
             if self.source.data is not None:
                 images = self._some(self.source.data.test, settings.source_images)
                 source = Source(adopted.source_head, images)
-        return Recorder(model, validation=validation, test=test, head=adopted.name, source=source)
+        # As often as in the paper, whose numbers these stand beside.
+        return Recorder(
+            model, validation=validation, test=test, head=adopted.name, source=source, validate_at=growing_gaps
+        )
 
     def _some(self, split: Split, count: int | None) -> Batches:
         """Batches of the split, or of ``count`` images of it: every k-th, the same for all."""

@@ -138,14 +138,14 @@ def _is_alive(process: int) -> bool:
 
 
 @contextmanager
-def only_writer(folder: Path, lock: Path | None = None) -> Iterator[None]:
+def only_writer(folder: Path, lock: Path | None = None, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a folder: of a file in it, or of ``lock``, which is removed afterwards.
 
-    Network file systems lock no folders. Raises BlockingIOError, naming the folder, if another process holds it, and
-    OSError, naming it too, where the file system has no locks.
+    Network file systems lock no folders. Raises BlockingIOError, naming the folder, if another process holds it (unless
+    it waits), and OSError, naming it too, where the file system has no locks.
     """
     lock = lock or folder / ".lock"
-    handle = _open_locked(lock, folder)
+    handle = _open_locked(lock, folder, wait)
     try:
         yield
     finally:
@@ -157,11 +157,13 @@ def only_writer(folder: Path, lock: Path | None = None) -> Iterator[None]:
                 lock.unlink()
 
 
-def _open_locked(lock: Path, folder: Path) -> int:
+def _open_locked(lock: Path, folder: Path, wait: bool) -> int:
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            lock_file(handle, folder, wait=False)
+            if not stat.S_ISREG(os.fstat(handle).st_mode) or os.fstat(handle).st_size:
+                raise FileExistsError(errno.EEXIST, f"{lock} is no lock that regraft made: move it away")
+            lock_file(handle, folder, wait=wait)
             if os.path.samestat(os.fstat(handle), lock.stat()):
                 return handle
         except FileNotFoundError:  # its holder has removed it between the two calls

@@ -29,7 +29,9 @@ from regraft.core.labels import check_labels
 from regraft.core.registry import register
 from regraft.core.tensors import Inputs, Pair, check_finite, copies, live_state
 from regraft.data import Split, normalise
-from regraft.finetuning.recorder import Record, Recorder, Source
+from regraft.finetuning.callbacks import make_lightning_callback, make_trainer_callback
+from regraft.finetuning.record import Record
+from regraft.finetuning.recorder import Recorder, Source
 from regraft.networks.heads import (
     Adoption,
     Initialiser,
@@ -43,7 +45,7 @@ from regraft.networks.heads import (
 __all__ = [
     "Adoption", "ClassMeans", "Initialiser", "NoGain", "Normal", "Record", "Recorder", "Source", "Stratified",
     "adopt", "check_labels", "class_means", "features_of", "find_head", "kaiming_fan_in", "kaiming_fan_out",
-    "param_groups", "start_momentum_at_zero_", "xavier", "zero"
+    "make_lightning_callback", "make_trainer_callback", "param_groups", "start_momentum_at_zero_", "xavier", "zero"
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------

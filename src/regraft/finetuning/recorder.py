@@ -7,9 +7,9 @@
     record = recorder.finish()
     record.area(), record.steps_to_reach(0.9), record.deployments
 
-Validations come one step apart at first and ten later; the best state on validation is kept; at the Fibonacci
-numbers 1, 2, 3, 5, 8, ... the best state so far is deployed, that is, tested. Tests of several states are done in one
-pass over the data. Evaluation is timed apart from training.
+The Fibonacci numbers 1, 2, 3, 5, 8, ... are the checkpoints. There, and later at every tenth step, the state is
+validated, and the best one so far is kept and deployed, that is, tested. Tests of several states are done in one pass
+over the data. Evaluation is timed apart from training.
 
 Forgetting is the score of the features, through the detached source head, on the source's test set.
 """
@@ -21,18 +21,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from heapq import merge
+from itertools import count, groupby, takewhile
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.core.arguments import check_arguments
-from regraft.core.clock import EVALUATION, Clock, Cost, synchronise, total_charge
+from regraft.core.clock import EVALUATION, Clock, Cost, synchronise
 from regraft.core.forward import call, split
 from regraft.core.guard import evaluating, same_streams
 from regraft.core.labels import rows_that_count
 from regraft.core.tensors import Batch, Tensors, live_state, norm
+from regraft.finetuning.record import Deployment, Record, Scores, Validation
 from regraft.networks.heads import check_head, find_head, linear_of
 from regraft.training.evaluation import check_batches
 
@@ -55,7 +57,8 @@ def _all_fibonacci() -> Iterator[int]:
 def growing_gaps() -> Iterator[int]:
     """Validation steps: 1 apart at first, 2 apart after step 10, 3 after step 20, ..., never more than 10.
 
-    (The paper says that the gap grows gradually from 1 to 10, but not how.)
+    (The paper says that the gap grows gradually from 1 to 10, but not how.) In the first 20 steps these are 15
+    validations, which can take longer than the training itself.
     """
     step = 0
     while True:
@@ -63,111 +66,13 @@ def growing_gaps() -> Iterator[int]:
         yield step
 
 
+def checkpoints_and_tenths(checkpoints: Iterator[int]) -> Iterator[int]:
+    """Each checkpoint, and from step 20 on every tenth step: what is deployed is chosen among these states."""
+    return (step for step, _ in groupby(merge(checkpoints, count(20, 10))))
+
+
 # ---------------------------------------------------------------------------------------------------
 # What is measured
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of one network on some images.
-
-    top1, top5: shares of right answers (top5: 1 where there are five classes or fewer). loss: cross-entropy.
-    entropy: of the predictions, in nats. error_variance: mean squared length of the error y - y_hat (equation 19).
-    All are means over images.
-    """
-
-    top1: float
-    top5: float
-    loss: float
-    entropy: float
-    error_variance: float
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The current state at one step (0: before training).
-
-    cost: of training so far, evaluation apart. head_norm: ||W||_F. distance: ||theta - theta_source||_2, over all
-    parameters but the head's.
-    """
-
-    step: int
-    cost: Cost
-    scores: Scores
-    head_norm: float
-    distance: float
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """The state that is deployed at a checkpoint: the best on validation up to ``step``, reached at ``state_step``.
-
-    cost: of training until the checkpoint. scores: on the target's test images. source: on the source's, through the
-    source's head (what is not forgotten); None where that is not measured. head_norm, distance: of the deployed state.
-    """
-
-    step: int
-    state_step: int
-    cost: Cost
-    scores: Scores
-    source: Scores | None
-    head_norm: float
-    distance: float
-
-
-@dataclass(frozen=True)
-class Record:
-    """A run. ``deployments`` begin with step 0, the state before training, and end with the last step.
-
-    seconds: by phase, "train" and "evaluation".
-    """
-
-    validations: tuple[Validation, ...]
-    deployments: tuple[Deployment, ...]
-    checkpoints: tuple[int, ...]
-    seconds: dict[str, Cost]
-
-    @property
-    def cost(self) -> Cost:
-        """Of training, evaluation apart."""
-        return total_charge(self.seconds)
-
-    def at_checkpoints(self) -> tuple[Deployment, ...]:
-        """The deployments at the checkpoints proper."""
-        return tuple(row for row in self.deployments if row.step in self.checkpoints)
-
-    def area(self) -> float:
-        """Area under the ADP curve, from 0 to 1: the mean top-1 over the checkpoints.
-
-        That is the area over the checkpoint's number, nearly the logarithm of the step: early steps count much.
-        """
-        return _mean(row.scores.top1 for row in self.at_checkpoints())
-
-    def source_area(self) -> float:
-        """The same of the source task. Raises ValueError where that was not measured."""
-        checkpoints = self.at_checkpoints()
-        rows = [row.source for row in checkpoints if row.source is not None]
-        if len(rows) < len(checkpoints):
-            raise ValueError("the source task was not measured: give the recorder a source")
-        return _mean(row.top1 for row in rows)
-
-    def validation_area(self) -> float:
-        """The same of validation: what rates may be chosen by. At each checkpoint, the best accuracy so far."""
-        return _mean(
-            max(row.scores.top1 for row in self.validations if 0 < row.step <= checkpoint)
-            for checkpoint in self.checkpoints
-        )
-
-    def steps_to_reach(self, accuracy: float) -> int | None:
-        """The first checkpoint whose deployment has this target accuracy; None if none has."""
-        return next((row.step for row in self.deployments if row.scores.top1 >= accuracy), None)
-
-
-def _mean(values: Iterable[float]) -> float:
-    areas = list(values)
-    if not areas:
-        raise ValueError("the run ended before its first checkpoint")
-    return sum(areas) / len(areas)
 
 
 def _check_classes(validation: Iterable[Batch], num_classes: int) -> None:
@@ -252,7 +157,8 @@ class Recorder:
         source: to measure forgetting too.
         origin: theta_source, to measure distances from; the model's values as they are now when not given.
         checkpoints: steps at which to deploy; the Fibonacci numbers when not given.
-        validate_at: increasing steps at which to validate.
+        validate_at: increasing steps at which to validate; `checkpoints_and_tenths` when not given. The paper's are
+            `growing_gaps`: twice as many at first.
         hold: states kept for testing before a test pass is made; a pass tests them all.
 
     Deployed states are kept as copies. A call at which nothing is due is one comparison.
@@ -271,7 +177,7 @@ class Recorder:
         source: Source | None = None,
         origin: Mapping[str, Tensor] | None = None,
         checkpoints: Sequence[int] | None = None,
-        validate_at: Callable[[], Iterator[int]] = growing_gaps,
+        validate_at: Callable[[], Iterator[int]] | None = None,
         hold: int = 16,
     ) -> None:
         if hold < 1:
@@ -290,8 +196,10 @@ class Recorder:
             for name in parameters
             if not name.startswith(f"{self.head}.")
         }
-        self._deploy_at = _Cursor(_all_fibonacci() if self.checkpoints is None else iter(self.checkpoints))
-        self._validate_at = _Cursor(validate_at())
+        self._deploy_at = _Cursor(self._all_checkpoints())
+        self._validate_at = _Cursor(
+            checkpoints_and_tenths(self._all_checkpoints()) if validate_at is None else validate_at()
+        )
         self._states: dict[int, Tensors] = {}  # by step: the best so far, and those that wait for their test
         self._best, self._best_accuracy = 0, -math.inf
         self._validations: list[Validation] = []
@@ -326,6 +234,9 @@ class Recorder:
             tuple(step for step in checkpoints if step <= last),
             dict(self._clock.seconds),
         )
+
+    def _all_checkpoints(self) -> Iterator[int]:
+        return _all_fibonacci() if self.checkpoints is None else iter(self.checkpoints)
 
     def _look(self) -> Validation | None:
         """Validate and deploy what is due at this step; at step 0, both."""

@@ -2,7 +2,7 @@
 
 Of a result OUT, all in the same folder: ``.OUT.part`` is filled, ``.OUT.lock`` is held meanwhile, and ``.OUT.mark``
 has the mark of the filled folder while that is renamed. The mark, ``identity.json`` in ``.OUT.part``, says that the
-folder is ours, and what it is made of; beside a finished file, ``.NAME.sha256`` has its digest.
+folder is ours, which one (its inode), and what it is made of; beside a finished file, ``.NAME.sha256`` has its digest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from regraft.core.files import only_writer, read_sealed, write_sealed, write_ten
 from regraft.core.tensors import Tensors
 
 PART_FORMAT, DIGEST_FORMAT = "regraft-part-1", "regraft-digest-1"
-MARK = "identity.json"
+MARK, FOLDER = "identity.json", "folder"
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def beside(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[
 
     What fails leaves nothing; a kill or an interruption leaves the folder, hidden, for ``resume``, which goes on where
     it was made for an equal ``identity`` (JSON data), or else for the next run to clear away. A failure of the last
-    rename leaves the finished folder, and says where.
+    rename leaves the finished folder with its mark, and says where: the next run may clear it away.
 
     Raises as `check_output`, and ValueError, saying what differs, where what is to be resumed was made for something
     else.
@@ -40,8 +40,9 @@ def beside(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[
     out.parent.mkdir(parents=True, exist_ok=True)
     part, moved = part_of(out), _beside(out, "mark")
     with only_writer(out, _beside(out, "lock")):
-        if moved.exists():  # a run was killed between its last two steps
-            moved.replace(part / MARK) if part.is_dir() else moved.unlink()
+        if _is_mark_of(part, moved):
+            moved.replace(part / MARK)
+        moved.unlink(missing_ok=True)
         part.mkdir(exist_ok=True)
         _prepare(part, identity, resume)
         try:
@@ -59,8 +60,8 @@ def beside(out: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterator[
                 out.rmdir()
             part.rename(out)
         except OSError as problem:
-            moved.unlink()
-            said = f"{out}: cannot be put in its place ({problem.strerror}); the finished result is in {part}"
+            moved.replace(part / MARK)
+            said = f"{out}: cannot be put in its place ({problem.strerror}); the finished result is in {part}: move it"
             raise OSError(problem.errno, said) from problem
         moved.unlink()
 
@@ -88,7 +89,7 @@ def _prepare(part: Path, identity: Mapping[str, Any], resume: bool) -> None:
     finished = {mark, *([] if begun is None else _list_finished(part))}
     _clear(part, finished)
     if begun is None:
-        write_sealed(mark, PART_FORMAT, dict(identity))
+        write_sealed(mark, PART_FORMAT, {**identity, FOLDER: part.stat().st_ino})
 
 
 def _clear(folder: Path, kept: Collection[Path]) -> None:
@@ -137,18 +138,26 @@ def check_output(out: Path) -> None:
 
 
 def _check_ours(part: Path, moved: Path) -> None:
-    """Raise OSError for a folder that we have not made, or of which that cannot be told."""
-    not_ours = f"{part} is not a folder that regraft made: move it away, or choose another place for the result"
-    if part.is_symlink() or (part.exists() and not part.is_dir()):
-        raise FileExistsError(errno.EEXIST, not_ours)
-    if not part.is_dir() or moved.exists() or all(f.name.startswith(f".{MARK}.") for f in part.iterdir()):
-        return
-    try:
-        read_sealed(part / MARK, PART_FORMAT, dict[str, Any])
-    except FileNotFoundError:
-        raise FileExistsError(errno.EEXIST, not_ours) from None
-    except ValueError as problem:
-        raise FileExistsError(errno.EEXIST, f"{not_ours} ({problem})") from problem
+    """Raise OSError for what we have not made, or of which that cannot be told."""
+    not_ours = "is not what regraft made: move it away, or choose another place for the result"
+    for place, mark in ((moved, moved), (part, part / MARK)):
+        try:
+            if place.is_symlink():
+                raise ValueError("a symbolic link")
+            read_sealed(mark, PART_FORMAT, dict[str, Any])
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError) as problem:
+            raise FileExistsError(errno.EEXIST, f"{place} {not_ours} ({problem})") from problem
+    known = not part.is_dir() or (part / MARK).exists() or _is_mark_of(part, moved)
+    if not known and not all(file.name.startswith(f".{MARK}.") for file in part.iterdir()):
+        raise FileExistsError(errno.EEXIST, f"{part} {not_ours}")
+
+
+def _is_mark_of(part: Path, moved: Path) -> bool:
+    """Whether a mark was moved out of this very folder: a run was killed between its last two steps."""
+    begun = read_sealed(moved, PART_FORMAT, dict[str, Any]) if moved.exists() and part.is_dir() else {}
+    return bool(begun) and begun.get(FOLDER) == part.stat().st_ino
 
 
 def write_once(path: Path, make: Callable[[], Tensors], metadata: dict[str, str] | None = None) -> None:

@@ -75,6 +75,9 @@ def double(model: nn.Module) -> nn.Module:
     """A deep copy in float64: also of buffers that are not saved, and of tensors that are plain attributes. What shares
     memory in the model does so in the copy."""
     copied = _copy(model, lambda tensor: to_double(tensor.detach()).clone()).double()
+    for parameter in copied.parameters():
+        if parameter.is_complex():  # which double() leaves as they are
+            parameter.data = to_double(parameter.data)
     for module in copied.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

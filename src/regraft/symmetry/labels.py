@@ -128,6 +128,7 @@ class Leaf:
     learned: bool
     axes: list[Tensor | None] = field(init=False)
     scalars: Tensor | None = None  # labels of single scalars, where it is used element by element
+    computed: bool = False  # a value with units along several dimensions (see `sheets`)
 
     def __post_init__(self) -> None:
         self.axes = [None] * len(self.shape)
@@ -250,6 +251,7 @@ class Flow:
         self.operator = self.module = ""  # what is being passed through
         self.wanted: set[Any] = set()  # which of its several results are used
         self.lengths = Lengths()
+        self.sizes: dict[Any, int] = {}  # of symbols in shapes that constants decide
         self.node: Node | None = None  # what is being passed through, in its graph
 
     # -- labels of values
@@ -293,10 +295,22 @@ class Flow:
                 leaf.scalars = torch.zeros(leaf.shape, dtype=torch.int32)
             elif len(long) == 1:
                 leaf.scalars = self.axis(leaf, long[0]).view(leaf.shape)
+            elif leaf.computed:
+                leaf.scalars = self._keep_one_axis(leaf)
             else:
                 leaf.scalars = self.units.fresh(*leaf.shape)
             self.produce(leaf, leaf.scalars)
         return leaf.scalars
+
+    def _keep_one_axis(self, leaf: Leaf) -> Tensor:
+        """int32 of the leaf's shape: its longest axis that moves keeps its units, the others are frozen."""
+        units = [0 if self.is_fixed(self.axis(leaf, a)) else n for a, n in enumerate(leaf.shape)]
+        kept = units.index(max(units))
+        for a in range(len(leaf.shape)):
+            if a != kept:
+                self.freeze(self.axis(leaf, a))
+        labels = self.axis(leaf, kept).view([-1 if a == kept else 1 for a in range(len(leaf.shape))])
+        return labels.expand(leaf.shape)
 
     def labels(self, value: Value) -> Tensor:
         """int32 of the value's shape, tied to its base."""

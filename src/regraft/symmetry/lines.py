@@ -11,15 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from regraft.symmetry.labels import Flow, Value, places
+from regraft.symmetry.labels import Flow, Value, first, places, varying
 from regraft.symmetry.pointwise import join_operands, reduce
-from regraft.symmetry.rules import Operation, each_size, rule
+from regraft.symmetry.rules import Operation, each_size, is_size, rule
+from regraft.symmetry.sheets import is_sheet, pass_factors
 
 
 def pass_lines(flow: Flow, op: Operation, x: Any, dims: int | Sequence[int] | None) -> Any:
     """Every result has the units of x, dimensions ``dims`` are of any length or gone; NotImplemented where some line
     holds several units."""
+    if is_sheet(x) and dims is not None:
+        along = [dims] if isinstance(dims, int) else dims
+        passed = [pass_factors(flow, size, x, along) for size in tree_leaves(op.out, is_leaf=is_size)]
+        if all(p is not None for p in passed):
+            return passed[0] if is_size(op.out) else passed
     lines = line_units(flow, x, dims)
     if lines is None:
         return NotImplemented
@@ -87,6 +94,63 @@ def _index_add(flow: Flow, op: Operation, x: Any, dim: int, index: Any, source: 
     if not isinstance(source, Value) or not _is_the_same_for_all(flow, index):
         return NotImplemented
     return _write_lines(flow, op, x, dim, line_units(flow, source, dim))
+
+
+@rule("index_put", "_index_put_impl", "_unsafe_index_put")
+def _index_put(flow: Flow, op: Operation, x: Any, indices: Sequence[Any], values: Any, *_: Any) -> Any:
+    """Whole lines of every unit are written, to places that are the same for all."""
+    covered, behind = _indexed_dims(flow, indices)
+    if not covered or not all(_is_the_same_for_all(flow, i) for i in indices if i is not None):
+        return NotImplemented
+    if isinstance(x, Value) and line_units(flow, x, covered) is None:
+        return NotImplemented
+    if isinstance(values, Value) and values.shape:
+        after = len(op.out) - max(covered) - 1
+        written = range(max(len(values.shape) - after - behind, 0), len(values.shape) - after)
+        if written and line_units(flow, values, written) is None:
+            return NotImplemented
+        lengths = list(values.shape)
+        lengths[max(len(lengths) - after - behind, 0) : len(lengths) - after] = [1] * min(len(covered), len(op.out))
+        values = values.rearrange(lambda p: first(p, written).reshape(lengths).expand(op.out))
+    elif isinstance(values, Tensor) and bool((values != values.reshape(-1)[:1]).any()):
+        return NotImplemented
+    written_to = [x] if isinstance(values, Tensor) else [values, x]
+    result = join_operands(flow, op.out, written_to)
+    if flow.is_fixed(flow.labels(result)):
+        return flow.fixed_value(op.out)
+    return result if all(flow.passes(result, d) for d in covered) else NotImplemented
+
+
+def _indexed_dims(flow: Flow, indices: Sequence[Any]) -> tuple[list[int], int]:
+    """The dimensions that adjacent indices look up, and how many stand in their place; none where indices are not
+    adjacent. A mask covers as many as it has."""
+    nodes = flow.node.args[1] if flow.node is not None else indices
+    covered: list[int] = []
+    behind, dim = 0, 0
+    for index, node in zip(indices, nodes, strict=True):  # type: ignore[arg-type]
+        mask = index is not None and (index if isinstance(index, Tensor) else node.meta["val"]).dtype is torch.bool
+        length = len(index.shape) if mask else 1
+        if index is not None:
+            covered += range(dim, dim + length)
+            behind = max(behind, 1 if mask else len(index.shape))
+        dim += length
+    if covered and covered != list(range(covered[0], covered[-1] + 1)):
+        return [], 0
+    return covered, behind
+
+
+@rule("masked_scatter")
+def _masked_scatter(flow: Flow, op: Operation, x: Any, mask: Any, source: Any) -> Any:
+    """Rows of the last dimension are written, one after the other, where a mask that is the same for all units says."""
+    whole_rows = (
+        isinstance(mask, Value) and mask.positions is not None and -1 % len(mask.shape) not in varying(mask.positions)
+    )
+    if not whole_rows or not flow.is_fixed(flow.labels(mask)) or source.shape[-1] != op.out[-1]:
+        return NotImplemented
+    rows = [line_units(flow, t, range(len(t.shape) - 1)) for t in (x, source)]
+    if any(r is None for r in rows):
+        return NotImplemented
+    return join_operands(flow, op.out, [flow.new(r.reshape(-1).expand(op.out)) for r in rows if r is not None])
 
 
 def _write_lines(flow: Flow, op: Operation, x: Any, dim: int, lines: Tensor | None) -> Any:

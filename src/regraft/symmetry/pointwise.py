@@ -24,8 +24,12 @@ from regraft.symmetry.labels import (
     varying,
 )
 from regraft.symmetry.rules import Operation, each_size, first_of, rule, words
+from regraft.symmetry.sheets import is_sheet, meet, reduce_factors
 
-UNARY = words("dropout feature_dropout alpha_dropout to _to_copy type_as hardswish log_sigmoid celu rrelu zero fill")
+UNARY = words(
+    "dropout feature_dropout alpha_dropout to _to_copy type_as hardswish log_sigmoid celu rrelu zero fill "
+    "real imag conj _conj conj_physical resolve_conj resolve_neg"
+)
 """Operators that compute every scalar from the one at its place (beside those that torch tags pointwise). A constant
 that is filled in keeps the labels of what it replaces."""
 
@@ -74,11 +78,14 @@ def join_operands(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor
         return mark_changed(flow, values[0])
     if scaled := _scale_weight(flow, out, operands):
         return scaled
+    by_factors = any(map(is_sheet, values)) or _are_crossed(values)
+    if by_factors and (met := meet(flow, out, operands)) is not None:
+        return met
     _freeze_scalars(flow, out, values)
     fixed = [v for v in values if flow.is_fixed(_read_labels(flow, v))]
     moving = [v for v in values if not any(v is f for f in fixed)]
     if not moving:
-        return flow.fixed_value(out)
+        return _fixed_result(flow, out, operands)
     constants = [x for x in operands if isinstance(x, Tensor) and not _is_uniform_constant(flow, x)]
     result = _join_where_met(flow, [(value, _broadcast(flow, value, out)) for value in moving])
     for x in constants:
@@ -90,6 +97,33 @@ def join_operands(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor
         else:
             flow.tie(result, seen)
     return flow.new(result)
+
+
+def _fixed_result(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor]) -> Value:
+    """Of what does not move; broadcast where all operands are."""
+    real = [d for d in range(len(out)) if out[d] > 1 and any(_is_real(x, d - len(out)) for x in operands)]
+    lengths = [n if d in real else 1 for d, n in enumerate(out)]
+    if lengths == list(out):
+        return flow.fixed_value(out)
+    return replace(flow.fixed_value(lengths), shape=tuple(out), positions=places(lengths).expand(out))
+
+
+def _is_real(x: Value | Tensor, dim: int) -> bool:
+    """Whether an operand is not the same along a dimension, counted from the last."""
+    if len(x.shape) < -dim or x.shape[dim] == 1:
+        return False
+    if isinstance(x, Tensor):
+        return bool((x != x.narrow(dim, 0, 1)).any())
+    return x.positions is None or x.positions.stride(dim) != 0
+
+
+def _are_crossed(values: Sequence[Value]) -> bool:
+    """Whether each of two is broadcast along a dimension of the other, as in an outer product."""
+    real = [
+        {d - len(v.shape) for d, n in enumerate(v.shape) if n > 1 and (v.positions is None or v.positions.stride(d))}
+        for v in values
+    ]
+    return any(a - b and b - a for i, a in enumerate(real) for b in real[:i])
 
 
 def _is_uniform_constant(flow: Flow, x: Tensor) -> bool:
@@ -194,6 +228,17 @@ def _prelu(flow: Flow, op: Operation, x: Any, slope: Any) -> Value:
     return flow.new(flow.labels(x))
 
 
+@rule("__and", "__or", "__xor", "__lshift", "__rshift", "complex", "polar", "heaviside")
+def _pointwise_without_tag(flow: Flow, op: Operation, *_: Any) -> Value:
+    return pointwise(flow, op)
+
+
+@rule("tril", "triu")
+def _triangle(flow: Flow, op: Operation, x: Any, *_: Any) -> Value:
+    kept = op.run([torch.ones(x.shape), *list(op.arguments.values())[1:]])
+    return join_operands(flow, op.out, [x, kept])
+
+
 @rule("where")
 def _where(flow: Flow, op: Operation, *operands: Any) -> Any:
     """torch tags only some of its overloads."""
@@ -228,8 +273,6 @@ def _reduction(flow: Flow, op: Operation, *_: Any) -> Any:
         return NotImplemented
     dims = op.arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else dims or ()
-    if weight := _whole_weight(flow, op.values[0]):
-        return _weight_statistic(flow, op, weight, dims)
     return each_size(lambda size: reduce(flow, size, op.values[0], dims), op.out)
 
 
@@ -238,22 +281,11 @@ def _whole_weight(flow: Flow, x: Value) -> Leaf | None:
     return weight if weight and x.shape == weight.shape else None
 
 
-def _weight_statistic(flow: Flow, op: Operation, weight: Leaf, dims: Sequence[int]) -> Any:
-    """A statistic of a weight, of all of it or one for each place along an axis: no order of the others changes it."""
-    ndim = len(weight.shape)
-    summed = {d % ndim for d in dims} or set(range(ndim))
-    kept = [d for d in range(ndim) if d not in summed and weight.shape[d] > 1]
-    if len(kept) > 1:
-        return NotImplemented
-    if not kept:
-        return each_size(flow.fixed_value, op.out)
-    units = flow.axis(weight, kept[0])
-    return each_size(lambda size: Value(units.reshape(size), tuple(size)), op.out)
-
-
 def reduce(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value:
     """A slice of a single unit passes it on; a slice of several gives what no exchange inside it changes. The units of
     a few branches that are added become one."""
+    if is_sheet(x) and (reduced := reduce_factors(flow, out, x, dims)) is not None:
+        return reduced
     labels = flow.labels(x)
     if flow.is_fixed(labels):
         return flow.fixed_value(out)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from regraft.symmetry.labels import Flow, Leaf, Value, is_repeating, places, unexpand
 from regraft.symmetry.pointwise import channel_units, join_operands, spread
-from regraft.symmetry.rules import Operation, each_size, freeze, freeze_operator, rule
+from regraft.symmetry.rules import Operation, each_size, first_of, freeze, freeze_operator, rule
+from regraft.symmetry.sheets import contract_factors, is_sheet
 
 # ---- an activation with a weight
 
@@ -31,6 +32,12 @@ def contract(
     flow: Flow, out: torch.Size, x: Any, weight: Any, bias: Any = None, *, dims: tuple[int, int] = (1, 0)
 ) -> Value:
     """x [..., I] and a weight whose ``dims`` are (input, output) give [..., O]: the last axis is contracted."""
+    leaf = isinstance(weight, Value) and isinstance(weight.base, Leaf)
+    if is_sheet(x) or not leaf or (isinstance(x, Value) and is_uniform(flow, flow.labels(x), -1)):
+        terms = [string.ascii_letters[: len(x.shape)], _weight_term(weight, len(x.shape), *dims)]
+        result = terms[0][:-1] + terms[1][dims[1]]
+        if (made := contract_factors(flow, out, terms, [x, weight], result)) is not None:
+            return made if bias is None else join_operands(flow, out, [made, bias])
     inward, outward = planes(flow, weight, *dims)
     if inward is None or outward is None:
         return freeze(flow, out, [x, weight, bias], " with such a weight")
@@ -43,6 +50,14 @@ def contract(
     flow.join(labels, inward)
     flow.produce(weight.base, outward)
     return spread(flow, out, outward, bias)
+
+
+def _weight_term(weight: Value | Tensor, ndim: int, inward: int, outward: int) -> str:
+    """The letters of a weight's dimensions, beside an operand of ``ndim`` dimensions, the last of which is summed."""
+    free = iter(reversed(string.ascii_letters))
+    names = [next(free) for _ in weight.shape]
+    names[inward] = string.ascii_letters[ndim - 1]
+    return "".join(names)
 
 
 def planes(flow: Flow, weight: Any, *dims: int) -> list[Tensor | None]:
@@ -126,6 +141,20 @@ def _embedding(flow: Flow, op: Operation, weight: Any, tokens: Any, *_: Any) -> 
     return spread(flow, op.out, columns)
 
 
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def _bag(flow: Flow, op: Operation, weight: Any, indices: Any, offsets: Any, *_: Any) -> Any:
+    """Sums, means or maxima of rows; per_sample_weights weigh whole rows."""
+    rows, columns = planes(flow, weight, 0, 1)
+    if rows is None or columns is None:
+        return freeze_operator(flow, op, op.values)
+    flow.freeze(rows)
+    for x in (indices, offsets, op.arguments["per_sample_weights"]):
+        if isinstance(x, Value):
+            flow.freeze(x)
+    flow.produce(weight.base, columns)
+    return first_of(flow, op.out, spread(flow, op.out[0], columns))
+
+
 # ---- recurrent layers
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -144,16 +173,13 @@ def _recurrent(flow: Flow, op: Operation, x: Any, hidden: Any, weights: Any, *_:
     each = 4 if arguments["has_biases"] else 2
     if len(weights) != layers * directions * each:  # such as projections
         return freeze_operator(flow, op, [x, *states, *weights])
-    states = [flow.as_value(s) for s in states]
-    for state in states:
-        labels = flow.labels(state)  # [layers, B, H]: the units of one layer are the same for all samples
-        flow.join(labels, labels[:, :1])
+    initial_units = [_state_units(flow, s) for s in states]  # [layers, B, H]
     ends: list[Tensor] = []
     for layer in range(layers):
         made = []
         for direction in range(directions):
             k = layer * directions + direction
-            initial = [flow.labels(s)[k] for s in states]
+            initial = [units[k] for units in initial_units]
             units = _cell(flow, GATES[op.name], x, weights[each * k : each * (k + 1)], initial)
             if units is None:
                 return freeze_operator(flow, op, [x, *states, *weights])
@@ -163,6 +189,17 @@ def _recurrent(flow: Flow, op: Operation, x: Any, hidden: Any, weights: Any, *_:
         x = Value(channels.expand((*x.shape[:-1], len(channels))), (*x.shape[:-1], len(channels)))
     last = [torch.stack([u.expand(size[-2:]) for u in ends]) for size in op.out[1:]]
     return [x, *map(flow.new, last)]
+
+
+def _state_units(flow: Flow, state: Any) -> Tensor:
+    """int32 [layers, B, H]: the units of one layer are the same for all samples; those of one parameter for several
+    layers are the same for all layers."""
+    units = flow.plane(state, 2) if is_sheet(state) else None
+    if units is not None:
+        return units.expand(state.shape)
+    labels = flow.labels(flow.as_value(state))
+    flow.join(labels, labels[:, :1])
+    return labels
 
 
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
@@ -219,6 +256,38 @@ def _dot(flow: Flow, op: Operation, a: Any, b: Any) -> Any:
     return flow.fixed_value(op.out)
 
 
+@rule("bilinear")
+def _bilinear(flow: Flow, op: Operation, a: Any, b: Any, weight: Any, bias: Any) -> Any:
+    batch = string.ascii_letters[: len(op.out) - 1]
+    made = contract_factors(flow, op.out, [batch + "X", batch + "Y", "ZXY"], [a, b, weight], batch + "Z")
+    if made is None:
+        return NotImplemented
+    return made if bias is None else join_operands(flow, op.out, [made, bias])
+
+
+@rule("tensordot")
+def _tensordot(flow: Flow, op: Operation, a: Any, b: Any, dims_a: Sequence[int], dims_b: Sequence[int], *_: Any) -> Any:
+    names = [list(string.ascii_lowercase[: len(a.shape)]), list(string.ascii_uppercase[: len(b.shape)])]
+    for i, j in zip(dims_a, dims_b, strict=True):
+        names[1][j] = names[0][i]
+    kept = [[i for i in name if i not in other] for name, other in (names, names[::-1])]
+    made = contract_factors(flow, op.out, ["".join(n) for n in names], [a, b], "".join(kept[0] + kept[1]))
+    return NotImplemented if made is None else made
+
+
+@rule("outer", "ger")
+def _outer(flow: Flow, op: Operation, a: Any, b: Any) -> Any:
+    made = contract_factors(flow, op.out, ["a", "b"], [a, b], "ab")
+    return NotImplemented if made is None else made
+
+
+@rule("cdist", "_cdist_forward")
+def _cdist(flow: Flow, op: Operation, a: Any, b: Any, *_: Any) -> Any:
+    """Of every row of one to every row of the other, the sum over columns in any order."""
+    made = _multiply_factors(flow, op.out, a, b.rearrange(_flip) if isinstance(b, Value) else _flip(b))
+    return NotImplemented if made is None else made
+
+
 @rule("baddbmm")
 def _baddbmm(flow: Flow, op: Operation, bias: Any, a: Any, b: Any, *_: Any) -> Value:
     return join_operands(flow, op.out, [multiply(flow, op.out, a, b), bias])
@@ -226,6 +295,12 @@ def _baddbmm(flow: Flow, op: Operation, bias: Any, a: Any, b: Any, *_: Any) -> V
 
 def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
     """a [..., N, K] and b [..., K, M] give [..., N, M], of which one may be a weight, and one a constant."""
+    if min(len(a.shape), len(b.shape)) < 2:
+        made = _multiply_vector(flow, out, a, b)
+        return freeze(flow, out, [a, b]) if made is None else made
+    many = _is_many(a) or _is_many(b) or (is_sheet(a) and is_sheet(b))
+    if many and (made := _multiply_factors(flow, out, a, b)) is not None:
+        return made
     a, b = (flow.fixed_value(x.shape) if isinstance(x, Tensor) else x for x in (a, b))
     if _is_weight(b):
         return contract(flow, out, a, b, dims=(len(b.shape) - 2, len(b.shape) - 1))
@@ -233,7 +308,7 @@ def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
         flipped = torch.Size((*out[:-2], out[-1], out[-2]))
         dims = (len(a.shape) - 1, len(a.shape) - 2)
         return contract(flow, flipped, b.rearrange(_flip), a, dims=dims).rearrange(_flip)
-    if not (isinstance(a, Value) and isinstance(b, Value)) or len(a.shape) < 2 or len(b.shape) < 2:
+    if not (isinstance(a, Value) and isinstance(b, Value)):
         return freeze(flow, out, [a, b])
     left, right = flow.labels(a), flow.labels(b)
     batch = left.shape[:-2]
@@ -243,6 +318,9 @@ def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
         return _mix_places(flow, out, _give_copies_own_units(flow, b, right, -1), by=left, dim=-2)
     if _is_one_block(flow, right) and is_uniform(flow, left, -1):
         return _mix_places(flow, out, _give_copies_own_units(flow, a, left, -2), by=right, dim=-1)
+    uniform = is_uniform(flow, left, -1) or is_uniform(flow, right, -2)
+    if uniform and (made := _multiply_factors(flow, out, a, b)) is not None:
+        return made
     # Units are contracted with units: those of one side are those of the other, and stay inside their matrix.
     left, right = _give_copies_own_units(flow, a, left, -1), _give_copies_own_units(flow, b, right, -2)
     flow.join(left, right.transpose(-2, -1).narrow(-2, 0, 1))
@@ -251,6 +329,31 @@ def multiply(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value:
     flow.relate(left, blocks.expand(*batch, left.shape[-2], 1), "within")
     flow.relate(right, blocks.expand(*batch, 1, right.shape[-1]), "within")
     return Value(blocks.expand(out), tuple(out))
+
+
+def _is_many(x: Any) -> bool:
+    """Whether it has units along several dimensions, and is no weight: a stack of weights, or computed."""
+    return is_sheet(x) and (x.base.computed or not _is_weight(x))
+
+
+def _multiply_factors(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value | None:
+    """A matrix product by factors; the batch dimensions of both are those at the end of the result's."""
+    letters = string.ascii_letters[: len(out) - 2]
+    terms = [letters[len(letters) - (len(x.shape) - 2) :] + end for x, end in ((a, "YZ"), (b, "ZX"))]
+    return contract_factors(flow, out, terms, [a, b], letters + "YX")
+
+
+def _multiply_vector(flow: Flow, out: torch.Size, a: Any, b: Any) -> Value | None:
+    """A matrix product with one dimension on one side at least."""
+    letters = string.ascii_letters
+    if len(a.shape) > 1:
+        terms = [letters[: len(a.shape) - 1] + "Z", "Z"]
+    elif len(b.shape) == 1:
+        terms = ["Z", "Z"]
+    else:
+        terms = ["Z", letters[: len(b.shape) - 2] + "ZX"]
+    result = "".join(i for i in dict.fromkeys("".join(terms)) if i != "Z")
+    return contract_factors(flow, out, terms, [a, b], result)
 
 
 def _give_copies_own_units(flow: Flow, x: Value, labels: Tensor, dim: int) -> Tensor:
@@ -317,8 +420,11 @@ def _attention(flow: Flow, op: Operation, q: Any, k: Any, v: Any, mask: Any = No
 @rule("einsum")
 def _einsum(flow: Flow, op: Operation, equation: str, operands: Sequence[Any], *_: Any) -> Value:
     """Two operands: each is brought to [batch, rows, contracted], and it is a matrix product."""
-    operands = [flow.fixed_value(x.shape) if isinstance(x, Tensor) else x for x in operands]
     names, result = _spell_out(equation, [len(x.shape) for x in operands])
+    by_factors = any(map(_is_many, operands)) or not _is_matrix_product(names, result)
+    if by_factors and (made := contract_factors(flow, op.out, names, operands, result)) is not None:
+        return made
+    operands = [flow.fixed_value(x.shape) if isinstance(x, Tensor) else x for x in operands]
     if not _is_matrix_product(names, result) or not all(isinstance(x, Value) for x in operands):
         return freeze(flow, op.out, operands)
     a, b = names

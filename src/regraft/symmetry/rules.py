@@ -93,15 +93,15 @@ def words(text: str) -> frozenset[str]:
 
 def each_size(make: Callable[[torch.Size], Any], out: Any) -> Any:
     """``make`` of the shape of every result."""
-    return pytree.tree_map(make, out, is_leaf=_is_size)
+    return pytree.tree_map(make, out, is_leaf=is_size)
 
 
 def first_of(flow: Flow, out: Any, value: Value) -> Any:
     """The result alone, or the first of several (the others are saved for a backward pass)."""
-    return value if _is_size(out) else [value, *(flow.fixed_value(size) for size in out[1:])]
+    return value if is_size(out) else [value, *(flow.fixed_value(size) for size in out[1:])]
 
 
-def _is_size(x: Any) -> bool:
+def is_size(x: Any) -> bool:
     return isinstance(x, torch.Size)
 
 

@@ -246,6 +246,16 @@ def _freeze_shared(flow: Flow, model: nn.Module, leaves: Mapping[Hashable, Leaf]
         flow.notes.append(f"{', '.join(named)} show the same memory in different layouts: they stay fixed")
 
 
+def _write_to(flow: Flow, result: Value, leaf: Leaf) -> None:
+    """What is written to a parameter or a buffer has its units: of every axis, where it is a function of a weight."""
+    weight = flow.weight(result)
+    if weight is None or result.shape != weight.shape:
+        flow.join(flow.labels(result), flow.scalars(leaf))
+        return
+    for a in range(len(leaf.shape)):
+        flow.join(flow.axis(weight, a), flow.axis(leaf, a))
+
+
 def walk(flow: Flow, module: GraphModule, values: dict[Node, Any]) -> Any:
     """What comes out of a graph; ``values``: what goes in, at its placeholders."""
     for node in module.graph.nodes:
@@ -261,9 +271,9 @@ def walk(flow: Flow, module: GraphModule, values: dict[Node, Any]) -> Any:
 def _module(node: Node) -> str:
     """The innermost module in which a node was made, and its class."""
     path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", "")}).values()))
-    path = path.rpartition("model.")[2] if path.endswith("model") else path.partition("model.")[2]
-    kind = kind if isinstance(kind, str) else kind.__name__
-    return f"{path!r} ({kind.rpartition('.')[2]})" if path else ""
+    path = path.removeprefix("model").removeprefix(".")
+    kind = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+    return f"{path!r} ({kind})" if path else f"the model ({kind})" if kind not in ("", "Caller") else "the model"
 
 
 def _placeholder_values(
@@ -274,7 +284,7 @@ def _placeholder_values(
     for spec, node in _inputs(program):
         tensor = tensors.get(spec.target)
         leaf = _leaf_of(leaves, tensor)
-        if leaf is not None and isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
+        if leaf is not None and isinstance(tensor, Tensor) and (_is_floating(tensor) or _is_quantised(tensor, node)):
             values[node] = Value(leaf, leaf.shape)
         elif isinstance(tensor, Tensor):
             values[node] = tensor.detach().cpu().clone()  # operators may write into it
@@ -282,6 +292,19 @@ def _placeholder_values(
             content = node.meta.get("val")
             values[node] = flow.fixed_value(content.shape) if isinstance(content, Tensor) else content
     return values
+
+
+def _is_floating(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _is_quantised(tensor: Tensor, node: Node) -> bool:
+    """Whether a small integer or a mask stands for a weight: nothing is done with it but casts and products."""
+    targets = [user.target for user in node.users if isinstance(user.target, OpOverload)]
+    used = {operator_name(target) for target in targets if target._schema.returns}
+    return (
+        tensor.ndim > 1 and tensor.dtype in (torch.int8, torch.uint8, torch.bool) and used <= {"to", "_to_copy", "mul"}
+    )
 
 
 def _finish(flow: Flow, exported: Exported, results: Sequence[Any], leaf_of: Callable[[Any], Leaf | None]) -> None:
@@ -294,7 +317,7 @@ def _finish(flow: Flow, exported: Exported, results: Sequence[Any], leaf_of: Cal
                 continue
         result, leaf = resolve(flow, result), leaf_of(spec.target)
         if isinstance(result, Value) and leaf is not None and tuple(leaf.shape) == result.shape:
-            flow.join(flow.labels(result), flow.scalars(leaf))
+            _write_to(flow, result, leaf)
         elif isinstance(result, Value):
             flow.freeze(result)
 
@@ -315,6 +338,8 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
         return target(*args)
     if target is torch.ops.aten.sym_size.int:
         return args[0].shape[args[1]]
+    if isinstance(target, OpOverload):
+        _bind_sizes(flow, node, args)
     out = pytree.tree_map(lambda x: _size(flow, node, x) if isinstance(x, Tensor) else None, node.meta.get("val"))
     if str(target) in REGIONS:
         part = next(i for i, x in enumerate(args) if isinstance(x, GraphModule))
@@ -349,16 +374,35 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     return result
 
 
+def _bind_sizes(flow: Flow, node: Node, args: Sequence[Any]) -> None:
+    """What looks up a mask that is a constant has the size that it says."""
+    made = node.meta.get("val")
+    if not isinstance(made, Tensor) or not any(map(free_unbacked_symbols, made.shape)):
+        return
+    if node.target is torch.ops.aten.index.Tensor and all(i is None or isinstance(i, Tensor) for i in args[1]):
+        sizes = torch.ops.aten.index.Tensor(torch.empty(args[0].shape), args[1]).shape
+    elif node.target in (torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default) and all(
+        isinstance(x, Tensor) for x in args
+    ):
+        sizes = node.target(*args).shape
+    else:
+        return
+    for symbolic, size in zip(made.shape, sizes, strict=True):
+        if isinstance(symbolic, torch.SymInt) and symbolic.node.expr.is_Symbol:
+            flow.sizes[symbolic.node.expr] = size
+
+
 def _size(flow: Flow, node: Node, result: Tensor) -> torch.Size:
     """The shape of a result. Raises ValueError where it depends on the values of the inputs."""
-    if any(map(free_unbacked_symbols, result.shape)):
+    known = [n.node.expr.subs(flow.sizes) if isinstance(n, torch.SymInt) else n for n in result.shape]
+    if not all(isinstance(n, int) or n.is_Integer for n in known):
         where = f" in {flow.module}" if flow.module else ""
         raise ValueError(
             f"the size of the result of {node.target}{where} depends on the values of the inputs, and the tracer "
             "knows fixed sizes only; call the model in a form without it (a mask that multiplies), or write its "
             "specification by hand (PermutationSpec.build)"
         )
-    return torch.Size(map(int, result.shape))
+    return torch.Size(map(int, known))
 
 
 def _choices(flow: Flow, operation: Operation) -> Any:

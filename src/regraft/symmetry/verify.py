@@ -19,7 +19,7 @@ from regraft.core.forward import cause
 from regraft.core.tensors import Perm, check_finite, live_state, use_generator
 from regraft.symmetry.axes import Segment, groups_of
 from regraft.symmetry.calls import Call, Forward, Output, check_placed, ready
-from regraft.symmetry.copies import double
+from regraft.symmetry.copies import double, to_double
 from regraft.symmetry.spec import PermutationSpec, apply, like_state
 from regraft_kernels import permute
 
@@ -218,7 +218,7 @@ def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 # ---- exact computing
 
-LOW = {torch.float32, torch.float16, torch.bfloat16}
+LOW = {torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex32}
 
 
 class _Exact(TorchDispatchMode):
@@ -233,9 +233,7 @@ class _Exact(TorchDispatchMode):
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         self.read |= set(map(id, tensors))
         if kwargs.get("dtype") in LOW:
-            kwargs["dtype"] = torch.float64
-        elif kwargs.get("dtype") is torch.complex64:
-            kwargs["dtype"] = torch.complex128
+            kwargs["dtype"] = torch.complex128 if kwargs["dtype"].is_complex else torch.float64
         low = [x for x in tensors if x.dtype in LOW]
         if low and len(low) < len(tensors) and not function._schema.is_mutable:
             args, kwargs = pytree.tree_map(lambda x: _lift(x), (args, kwargs))
@@ -243,7 +241,7 @@ class _Exact(TorchDispatchMode):
 
 
 def _lift(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.dtype in LOW else x
+    return to_double(x) if isinstance(x, Tensor) and x.dtype in LOW else x
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from regraft.symmetry.labels import Choice, Flow, Leaf, Value, is_repeating, line, places, unexpand, varying
 from regraft.symmetry.lines import pass_lines
 from regraft.symmetry.rules import Operation, Rule, each_size, freeze_operands, operator_name, rule, words
+from regraft.symmetry.sheets import assemble, is_sheet
 
 ALIASES = words("alias clone contiguous detach lift lift_fresh lift_fresh_copy positive")
 """Operators that give back what they are given."""
@@ -131,6 +132,10 @@ def _pad(flow: Flow, op: Operation, x: Value, pad: list[int], *options: Any) -> 
 @rule("cat", "concat", "concatenate", "hstack", "select_scatter", "slice_scatter", "stack", "vstack")
 def _assemble(flow: Flow, op: Operation, *arguments: Any) -> Value:
     """Several tensors become one: run on positions in all that they come from, one after the other."""
+    if op.name in ("cat", "concat", "concatenate", "stack") and any(map(is_sheet, op.values)):
+        behind = assemble(flow, op.out, arguments[0], op.arguments["dim"], new=op.name == "stack")
+        if behind is not None:
+            return behind
     leaves, structure = pytree.tree_flatten(list(arguments))
     bases: dict[int, Tensor] = {}
     starts: dict[int, int] = {}
@@ -259,4 +264,8 @@ def _scatter(flow: Flow, op: Operation, x: Any, dim: int, index: Choice, source:
     return Value(index.line.view(shape).expand(op.out), tuple(op.out))
 
 
-LOOKUPS: dict[str, Rule] = {"index": _index, "gather": _gather, "scatter": _scatter}
+def _embedding(flow: Flow, op: Operation, weight: Any, chosen: Choice, *_: Any) -> Any:
+    return _index(flow, op, weight, [chosen])
+
+
+LOOKUPS: dict[str, Rule] = {"index": _index, "embedding": _embedding, "gather": _gather, "scatter": _scatter}
