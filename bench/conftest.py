@@ -11,12 +11,14 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from rich.console import Console
 
+from regraft.core.text import describe_error
 from regraft_bench import session
 from regraft_bench.cli import Options, Selection
 from regraft_bench.rows import Row
-from regraft_bench.study import RunPaths
+from regraft_bench.study import RunPaths, Scenario, Study
 
 RESULTS = Path(__file__).parents[1] / "results" / "local"
+CHOSEN = pytest.StashKey[list[tuple[Study, Scenario]]]()
 MEASURED = pytest.StashKey[dict[str, list[Row]]]()
 ARGUMENTS: dict[Any, dict[str, Any]] = {
     bool: {"action": "store_true"},
@@ -53,20 +55,16 @@ def read_options(config: pytest.Config) -> Options:
 def pytest_configure(config: pytest.Config) -> None:
     try:
         session.prepare(read_options(config))
-    except ValueError as problem:
-        raise pytest.UsageError(str(problem)) from None
+        config.stash[CHOSEN] = session.choose(*(config.getoption(field.name) for field in fields(Selection)))
+    except (ValueError, OSError) as problem:
+        raise pytest.UsageError(describe_error(problem)) from None
     config.stash[MEASURED] = {}
     if hasattr(config.option, "benchmark_quiet"):
         config.option.benchmark_quiet = True  # the summary below says more, in fewer lines
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    selection = (metafunc.config.getoption(field.name) for field in fields(Selection))
-    try:
-        chosen = session.choose(*selection)
-    except ValueError as problem:
-        raise pytest.UsageError(str(problem)) from None
-    metafunc.parametrize("chosen", chosen, ids=lambda pair: f"{pair[0].name}-{pair[1].name}")
+    metafunc.parametrize("chosen", metafunc.config.stash[CHOSEN], ids=lambda pair: f"{pair[0].name}-{pair[1].name}")
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +80,10 @@ def place(options: Options, pytestconfig: pytest.Config, capsys: pytest.CaptureF
     console = Console(file=screen._file, force_terminal=screen.hasmarkup)
     with session.run_paths(options) as paths, session.progress(paths, console) as shown:
         yield shown
+
+
+def pytest_keyboard_interrupt() -> None:
+    print("\ninterrupted; finished rows are kept, continue with --resume")
 
 
 @pytest.hookimpl(trylast=True)

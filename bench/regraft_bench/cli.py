@@ -167,6 +167,8 @@ def report(documents: Positional[tuple[Path, ...]] = (), /, *, results: Path = R
 
     from regraft_bench import session
 
+    if not results.is_dir():
+        raise FileNotFoundError(f"{results}: there is no such folder of results")
     with Console(stderr=True).status("tables, figures and the page"):
         written = session.regenerate(results, documents, papers)
     for path in written:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -289,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     from regraft import __version__
     from regraft.core.files import BadFile
-    from regraft.core.text import clean_text
+    from regraft.core.text import describe_error
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -310,8 +309,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("regraft: interrupted; finished work is kept, continue with --resume", file=sys.stderr)
         return 130
     except (ValueError, OSError) as problem:
-        said = re.sub(r"^\[Errno \d+\] ", "", str(problem))
-        if isinstance(problem, OSError) and problem.filename is not None and problem.strerror:
-            said = f"{problem.filename}: {problem.strerror}"  # without the number of the error
-        print(f"regraft: {clean_text(said)}", file=sys.stderr)
+        print(f"regraft: {describe_error(problem)}", file=sys.stderr)
         return 1 if isinstance(problem, BadFile | OSError) else 2

@@ -1,11 +1,17 @@
 """The suite's verbs: bench, reproduce, report."""
 
+import runpy
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from regraft import cli
 from regraft_bench import session
+from regraft_bench.cli import Options, Selection
+
+FRONT = Path(__file__).parents[2] / "bench" / "conftest.py"
 
 
 @pytest.mark.parametrize(
@@ -53,3 +59,43 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
 def test_reports_of_an_empty_folder_make_a_page(tmp_path, capsys):
     assert cli.main(["report", "--results", str(tmp_path)]) == 0
     assert (tmp_path / "index.html").read_text().startswith("<!doctype html>")
+
+
+def test_reports_of_a_folder_that_is_not_there_are_refused(tmp_path, capsys):
+    assert cli.main(["report", "--results", str(tmp_path / "gone")]) == 1
+    assert "gone: there is no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"scenario": ["digits-mpl"]}, "there is no scenario 'digits-mpl'; did you mean digits-mlp"),
+        ({"results": Path("/proc/none")}, "/proc/none: No such file or directory"),
+        ({"seeds": 0}, "--seeds must be from 1"),
+    ],
+)
+def test_pytest_says_what_is_wrong_in_one_sentence_before_it_collects(options, said, tmp_path):
+    class Config:
+        def __init__(self):
+            self.stash = pytest.Stash()
+
+        def getoption(self, name):
+            defaults = {field.name: field.default for of in (Selection, Options) for field in fields(of)}
+            return {**defaults, "results": tmp_path, **options}[name]
+
+    with pytest.raises(pytest.UsageError) as refused:
+        runpy.run_path(str(FRONT))["pytest_configure"](Config())
+    assert said in str(refused.value) and "Errno" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_interrupted_pytest_says_how_to_go_on(capsys):
+    runpy.run_path(str(FRONT))["pytest_keyboard_interrupt"]()
+    assert "--resume" in capsys.readouterr().out
+
+
+def test_missing_data_names_the_options_of_the_command(tmp_path, capsys):
+    words = ["--scenario", "mnist-mlp-512", "--data", str(tmp_path), "--rows-only", "--results", str(tmp_path / "rows")]
+    assert cli.main(["bench", *words]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--data" in said and "You can use download=True" not in said

@@ -12,6 +12,14 @@ def clean_text(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def describe_error(problem: Exception) -> str:
+    """Its message in one line for a terminal: of an error of the system the path and the reason, without its number."""
+    said = re.sub(r"^\[Errno \d+\] ", "", str(problem))
+    if isinstance(problem, OSError) and problem.filename is not None and problem.strerror:
+        said = f"{problem.filename}: {problem.strerror}"
+    return clean_text(said)
+
+
 def clean_markdown(text: str) -> str:
     """The same for a cell, an item or a heading: no cell, link or HTML of its own."""
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", clean_text(text))

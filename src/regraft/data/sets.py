@@ -74,11 +74,15 @@ class DataSource:
 
     def missing(self, looked_for: str, how: str, cause: Exception | None = None) -> MissingData:
         """The exception to raise: where the set was expected, and how to get it."""
-        reason = f" ({str(cause).splitlines()[0].rstrip('.')})" if cause is not None and str(cause) else ""
+        reason = (
+            f" ({str(cause).splitlines()[0].partition('. ')[0].rstrip('.')})"
+            if cause is not None and str(cause)
+            else ""
+        )
         return MissingData(
             f"{self.name} is missing{' or damaged' if cause else ''}: "
             f"looked for {self.root / looked_for}{reason}. {how} "
-            f"Another folder is chosen with root=... or the environment variable {ROOT_VARIABLE}."
+            f"Another folder is chosen with --data (in Python: root=...) or the environment variable {ROOT_VARIABLE}."
         )
 
     def construct(self, cls: str, looked_for: str, how: str | None, *args: Any, **options: Any) -> Any:
@@ -90,7 +94,9 @@ class DataSource:
 
         if how is None:
             options["download"] = self.download
-            how = "The download failed." if self.download else "Fetch it with download=True."
+            how = (
+                "The download failed." if self.download else f"Fetch it in Python: load({self.name!r}, download=True)."
+            )
         try:
             return getattr(datasets, cls)(*args, **options)
         except Exception as cause:  # torchvision raises whatever its parsers do for a bad file
