@@ -35,7 +35,7 @@ from regraft_bench.fast.pages import (
 )
 from regraft_bench.fast.scenarios import DIGITS_CONV, HIGH
 from regraft_bench.fast.setting import FastSetting, FastSettings
-from regraft_bench.report.figures import svg
+from regraft_bench.report.drawing import svg
 from regraft_bench.report.tables import current, groups
 from regraft_bench.rows import Code, Environment, Row, Series, plain_data, read_rows
 from regraft_bench.run import run

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from regraft_bench.report.figures import svg
+from regraft_bench.report.drawing import svg
 from regraft_bench.report.page import page
 from regraft_bench.report.render import (
     fill_tables,

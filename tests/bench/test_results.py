@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from regraft_bench.report.figures import svg
+from regraft_bench.report.drawing import svg
 from regraft_bench.report.render import fill_tables, load_rows, write_pages
 from regraft_bench.studies import STUDIES, study
 

@@ -12,7 +12,7 @@ from regraft.data import MissingData
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.networks import papers as networks
 from regraft.training.loop import Recipe
-from regraft_bench.report.figures import svg
+from regraft_bench.report.drawing import svg
 from regraft_bench.report.tables import Group, groups
 from regraft_bench.rows import Code, Environment, Row, Series, digest, plain_data, read_rows
 from regraft_bench.run import run

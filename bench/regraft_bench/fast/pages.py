@@ -293,6 +293,24 @@ def _compare_networks(densenet: str, vgg: str, *optimisers: str) -> tuple[Panel,
     )
 
 
+CAPTIONS = {
+    3: "A line is the scale of the first classifier; the source task is measured with the same features.",
+    4: "Whether a small first classifier grows to the norm of the others, and how soon.",
+    5: "As figure 3, with a target task that has nothing to do with the source.",
+    6: "alpha: the rate of the features; with a classifier that is never trained only they can learn.",
+    7: "warm-up trains the classifier alone first; statistics: those of BatchNorm follow the target, too.",
+    8: "Pairs are the rates of features and classifier, in units of those that a search chose.",
+    9: "Pairs are the rates of features and classifier, in units of those that a search chose.",
+    10: "FAST, and fan-in baselines at five rates of the classifier.",
+    11: "FAST, and fan-in baselines at five rates of the classifier.",
+    12: "FAST, and fan-in baselines at five rates of the classifier.",
+    13: "Lines that lie close together say that the choice of the optimiser matters little.",
+    14: "The baseline at five rates; early accuracy is what FAST is for.",
+    15: "The baseline at five rates; early accuracy is what FAST is for.",
+}
+"""What to see in each figure."""
+
+
 def _make_figures(size: str, first: str, second: str) -> Iterator[Figure]:
     """Figures 3 to 15 in one size; first, second: the scenarios of the longest runs."""
     same, other, frozen, warm, resnet, vgg, *both = (
@@ -323,7 +341,8 @@ def _make_figures(size: str, first: str, second: str) -> Iterator[Figure]:
         15: ("Convergence: the second data set", (second,), (_draw_target(second, ""),)),
     }
     for number, (title, scenarios, panels) in figures.items():
-        yield Figure(f"figure_{number}{size}", f"Figure {number}. {title}", tuple(scenarios), panels)
+        name = f"figure_{number}{size}"
+        yield Figure(name, f"Figure {number}. {title}", tuple(scenarios), panels, CAPTIONS[number])
 
 
 FAST_FIGURES = (*_make_figures("", *LONGEST), *_make_figures("-paper", *LONGEST_PAPER))

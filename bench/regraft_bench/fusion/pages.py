@@ -246,7 +246,8 @@ def _make_heatmaps(paper: Published) -> Figure:
         for which, low in (("ours", 0.0), ("paper", 0.0), ("ours - paper", -1.0))
     )
     name = f"table-{paper.table}"
-    return Figure(name, f"Table {paper.table}: {paper.what}", (name,), panels)
+    caption = "Accuracy of every sum; on the right red cells are below the paper's, blue ones above."
+    return Figure(name, f"Table {paper.table}: {paper.what}", (name,), panels, caption)
 
 
 def _draw_curves(number: str, panel: str, rows: Rows) -> list[Line]:
@@ -278,6 +279,7 @@ def _make_figure(number: str) -> Figure:
         f"Figure {number}: {formula}, {onto} targets (dashed: the paper's)",
         (scenario.name,),
         panels,
+        "Accuracy on the gradient's task. Lines that reach g alone say that the target is overwritten. One seed.",
     )
 
 
@@ -287,7 +289,8 @@ FUSION_FIGURES = (
         "recipes",
         "What theta_A + theta_B retains",
         tuple(s.name for s in RECIPE_SCENARIOS),
-        (Panel("", "‖g‖ / ‖theta_0‖", "accuracy", draw_retained, x_log=True, markers=True),),
+        (Panel("", "‖g‖ / ‖theta_0‖", "accuracy", draw_retained, x_log=True, joined=False),),
+        "A point is a training recipe: a sum keeps both tasks where training moved the weights little.",
     ),
     *(_make_heatmaps(paper) for paper in load_published().values() if paper.column_name == "alpha"),
 )

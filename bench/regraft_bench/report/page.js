@@ -3,6 +3,11 @@ const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream
 const data = await new Response(unpacked).json();
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
+/* Lines of at most so many letters. */
+function wrapped(text, letters) {
+  return [text].flat().join(" ").match(new RegExp(`.{1,${Math.floor(letters)}}(\\s|$)|\\S+`, "g")) ?? [];
+}
+
 /* A figure as wide as its place: one column and the legend below on a narrow screen. */
 function fitted(spec, width) {
   const copy = structuredClone(spec), narrow = width < 760;
@@ -13,7 +18,8 @@ function fitted(spec, width) {
   copy.columns = columns;
   copy.config = { ...copy.config, background: null, view: { continuousWidth: inner, continuousHeight: 210 } };
   if (narrow) copy.config.legend = { orient: "bottom", columns: 2, labelLimit: 140 };
-  copy.config.axis = { gridOpacity: dark.matches ? 0.25 : 1 };
+  copy.config.axis = { ...copy.config.axis, gridOpacity: dark.matches ? 0.25 : 1 };
+  if (copy.title?.text) copy.title = { ...copy.title, text: wrapped(copy.title.text, width / 9), subtitle: wrapped(copy.title.subtitle, width / 7) };
   for (const panel of panels) if (panel.width) panel.width = narrow ? inner : Math.min(panel.width, inner);
   return copy;
 }
@@ -41,7 +47,8 @@ function leaderboard() {
   const x = { field: "seconds", type: "quantitative", title: data.clock, scale: { type: "log", nice: false } };
   const names = values.map(point => point.method);
   const color = { field: "method", type: "nominal", title: null, sort: names, legend: { symbolLimit: 60, symbolOpacity: 1 },
-                  scale: { domain: names, range: data.colours } };
+                  scale: { domain: names, range: values.map(point => point.colour) } };
+  const shape = { ...color, scale: { domain: names, range: values.map(point => point.shape) } };
   const y = { field: "accuracy", type: "quantitative", title: "accuracy", scale: { zero: false } };
   const told = ["method", "about", "accuracy", "deviation", "seconds", "share", "seeds", "commit", "configuration"];
   place.spec = {
@@ -52,7 +59,7 @@ function leaderboard() {
       { mark: { type: "rule", opacity: 0.6 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color } },
       {
         mark: { type: "point", filled: true, size: 90, opacity: 1 },
-        encoding: { x, y, color,
+        encoding: { x, y, color, shape,
                     tooltip: told.map(field => ({ field, type: "nominal" })) },
       },
     ],

@@ -17,8 +17,9 @@ from string import Template
 from typing import Any
 
 from regraft.core.text import clean_html as escape
-from regraft_bench.report.figures import COLOURS, VEGA_LITE, vega_lite_spec
+from regraft_bench.report.drawing import VEGA_LITE, vega_lite_spec
 from regraft_bench.report.render import glossary, load_rows
+from regraft_bench.report.styles import choose_styles
 from regraft_bench.report.tables import Group, Sheet, by_scenario, current, groups
 from regraft_bench.rows import Row
 from regraft_bench.study import Study
@@ -45,7 +46,7 @@ def page(folder: Path, studies: Sequence[Study]) -> str:
         body += f'<h2 id="history">History</h2>{_table(history.tracks_sheet(tracks), "history", True)}'
     names = ["leaderboard"] * bool(leaders) + measured + ["history"] * bool(tracks)
     clock = "CPU seconds (wall clock on a GPU), evaluation apart"
-    data = {"figures": figures, "leaders": leaders, "colours": COLOURS, "clock": clock}
+    data = {"figures": figures, "leaders": leaders, "clock": clock}
     packed = gzip.compress(json.dumps(data, allow_nan=False).encode(), mtime=0)
     library = vl_convert.javascript_bundle(LIBRARY, vl_version=VEGA_LITE) if measured else ""
     parts = {kind: (files("regraft_bench.report") / f"page.{kind}").read_text("utf-8") for kind in PAGE_PARTS}
@@ -121,7 +122,10 @@ def _leaders(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         for point in sorted(points, key=lambda p: (p["seconds"], -p["accuracy"])):
             point["best"] = point["accuracy"] > best
             best = max(best, point["accuracy"])
-        yield from ({"scenario": f"{study.name}: {scenario}", **point} for point in points if len(points) > 1)
+        styles = choose_styles(point["method"] for point in points)
+        for point in points if len(points) > 1 else ():
+            colour, shape = styles[point["method"]]
+            yield {"scenario": f"{study.name}: {scenario}", **point, "colour": colour, "shape": shape}
 
 
 def _point(group: Group, about: str) -> dict[str, Any] | None:

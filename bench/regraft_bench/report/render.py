@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from regraft.core.files import write_bytes, write_text
-from regraft_bench.report.figures import Figure, svg
+from regraft_bench.report.drawing import svg
+from regraft_bench.report.figures import Figure
 from regraft_bench.report.tables import COMMON, Column, Sheet, Table, by_method, current
 from regraft_bench.rows import Row, read_rows
 from regraft_bench.study import Study

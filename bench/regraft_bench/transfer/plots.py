@@ -96,7 +96,7 @@ def draw_plane(scenario: str, rows: Rows) -> Cells | None:
 
 # ---------------------------------------------------------------- figures
 
-log_panel = partial(Panel, x_log=True, markers=True)
+log_panel = partial(Panel, x_log=True)
 REGIME_BASES = ("mlp", "conv", "resnet")
 LEADERBOARD = [
     scenario
@@ -110,10 +110,12 @@ PORT_LINES = (
 )
 
 
-def _figure(name: str, title: str, asked: Sequence[Scenario], make_panel: Callable[[str], Panel | Heatmap]) -> Figure:
+def _figure(
+    name: str, title: str, asked: Sequence[Scenario], make_panel: Callable[[str], Panel | Heatmap], caption: str
+) -> Figure:
     """A panel for each scenario; those without rows are left out when the figure is drawn."""
     names = scenarios.list_names(asked)
-    return Figure(name, title, names, tuple(map(make_panel, names)))
+    return Figure(name, title, names, tuple(map(make_panel, names)), caption)
 
 
 TRANSFER_FIGURES = (
@@ -122,24 +124,28 @@ TRANSFER_FIGURES = (
         "Accuracy of a network that was never trained (plain: trained), and what it costs",
         LEADERBOARD,
         lambda name: log_panel(name, "CPU seconds", "test accuracy", leaders(name)),
+        "Only plain and oracle train the target; the others add another network's training. Best: high, left.",
     ),
     _figure(
         "path",
         "Along the transferred path, no training",
         scenarios.COMPARISONS,
         lambda name: Panel(name, "step t", "validation accuracy", curves("validation", scenario=name)),
+        "Accuracy while the source's training is added to the target step by step; nothing is trained.",
     ),
     _figure(
         "subsequent",
         "The training that follows, and plain training",
         scenarios.COMPARISONS,
         lambda name: Panel(name, "epoch", "test accuracy", curves("subsequent", scenario=name, first=1), x_log=True),
+        "What a transferred start saves: its curve begins where plain training arrives later.",
     ),
     _figure(
         "settling",
         "Lemma 3.2: how far step t's permutation moves the path from where the last one does",
         scenarios.COMPARISONS,
         lambda name: Panel(name, "step t", "‖π_t Δ − π_T Δ‖ / ‖Δ‖", curves("unsettled", scenario=name)),
+        "A line that falls early says that early steps find the last permutation already.",
     ),
     Figure(
         "regime",
@@ -166,6 +172,7 @@ TRANSFER_FIGURES = (
                 for base in REGIME_BASES
             ),
         ),
+        "1 means as accurate as plain training. To the right the source's training moved its weights farther.",
     ),
     Figure(
         "schedules",
@@ -176,6 +183,7 @@ TRANSFER_FIGURES = (
             for base in ("mlp2", "conv", "pretrained2", "cifar10")
             for method in ("fgmt", "gmt")
         ),
+        "The straight line from start to end, in even or cosine steps, and the checkpoints that the training passed.",
     ),
     Figure(
         "sensitivity",
@@ -195,12 +203,14 @@ TRANSFER_FIGURES = (
                 ("images a batch", "size", 128),
             )
         ),
+        "What the three settings of FGMT and GMT change: a flat line is a setting that one need not search.",
     ),
     _figure(
         "assumption",
         "Assumption (P): distance of what two runs learn, and 1 for unrelated runs",
         scenarios.ASSUMPTION,
         lambda name: log_panel(name, "updates", "distance", curves("distance", scenario=name)),
+        "The method assumes that a permutation brings the distance near 0; near 1 two runs have nothing in common.",
     ),
     Figure(
         "theorem",
@@ -210,6 +220,7 @@ TRANSFER_FIGURES = (
             log_panel(f"{side * side} inputs", "hidden units", "distance", partial(draw_widths, side))
             for side in scenarios.SIDES
         ),
+        "By the theorem the distance under the right permutation falls with the width.",
     ),
     Figure(
         "basins",
@@ -225,12 +236,14 @@ TRANSFER_FIGURES = (
             for name in scenarios.list_names(scenarios.BASINS)
             for beginning in ("source", "target")
         ),
+        "A bump between two networks says that they lie in different basins.",
     ),
     _figure(
         "plane",
         "Accuracy on the plane of target (origin), oracle and FGMT, seed 0",
         scenarios.BASINS,
         lambda name: Heatmap(name, "distance", "distance", partial(draw_plane, name)),
+        "Networks between the corners keep their accuracy only where the plane is flat.",
     ),
     _figure(
         "ports",
@@ -242,5 +255,6 @@ TRANSFER_FIGURES = (
             "test accuracy",
             curves("accuracy by images", methods=PORT_LINES, scenario=name),
         ),
+        "own base: the fine-tune where it was made. A port pays where it is above few-shot training.",
     ),
 )

@@ -123,26 +123,26 @@ def _draw_line(method: str, x: Sequence[float], seeds: Sequence[Sequence[float]]
     return Line(method, tuple(x), y, low, high)
 
 
-def _figure(name: str, measure: str, x: str) -> Figure:
+def _figure(name: str, measure: str, x: str, direction: str) -> Figure:
     panels = tuple(
         Panel(
             f"{network}, {images} images of each class",
             x,
             "share of the fine-tune's gain kept",
             partial(draw_relations, network, images, measure),
-            markers=True,
             bars=True,
         )
         for network in RELATED_NETWORKS
         for images in COUNTS[1:]
     )
     title = "What a port keeps of a fine-tune, without labels (few-shot: with), by how related the bases are"
-    return Figure(name, title, scenarios.list_names(scenarios.RELATED_PORTS), panels, columns=3)
+    caption = f"1: all that fine-tuning gained over chance is kept. To the right the bases have {direction} in common."
+    return Figure(name, title, scenarios.list_names(scenarios.RELATED_PORTS), panels, caption, columns=3)
 
 
 RELATED_FIGURES = (
-    _figure("related", COSINE, "cosine of the bases' weights"),
-    _figure("related-barrier", BARRIER, "barrier between the bases [nats]"),
+    _figure("related", COSINE, "cosine of the bases' weights", "more"),
+    _figure("related-barrier", BARRIER, "barrier between the bases [nats]", "less"),
 )
 
 
