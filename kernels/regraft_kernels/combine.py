@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import accumulator, resolve, tl, triton, triton_dtype, use_device
+from regraft_kernels.backend import accumulator, resolve, tl, triton, triton_dtype
 from regraft_kernels.launch import (
     RUN_TIME,
     FlatTile,
@@ -37,6 +37,7 @@ from regraft_kernels.packing import (
     check_addable,
     lay_out,
 )
+from regraft_kernels.plans import Plan, Step, check_bindable, finish_binding
 
 SMALL_SUM = 1 << 14
 """Up to so many elements, the number of calls costs more than the passes over memory."""
@@ -168,7 +169,7 @@ def _flat_packing(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Packing:
     return Packing.build(dict(shapes))
 
 
-def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]], out: Tensors) -> None:
+def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]], out: Tensors) -> list[Step]:
     """A launch for each dtype among the tensors, and for each alignment."""
     names = tuple(sources[0])
     device = sources[0][names[0]].device
@@ -187,25 +188,28 @@ def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]]
 
     layout = packing.layouts.get((dtypes, aligned16.tobytes(), len(pointers), device), make)
     buffer = upload_words(pointers.ravel()[layout.order], device)
-    with use_device(device):
-        for launch in layout.launches:
-            wide = accumulator(launch.kind.dtype)
-            _combine_kernel[(len(launch.tiles),)](
-                buffer[launch.start : launch.end],
-                launch.count,
-                launch.segments,
-                launch.tiles,
-                float((len(sources) + len(table)) * launch.size * launch.kind.dtype.itemsize),
-                upload_numbers(table, wide, device),
-                len(table),
-                len(sources),
-                DTYPE=triton_dtype(launch.kind.dtype),
-                WIDE=triton_dtype(wide),
-                VEC=launch.kind.vector,
-                PAIR=len(sources) == 2,
-                BLOCK=block_of(tile, launch.kind),
-                num_warps=tile.warps,
-            )
+    launches: list[Step] = []
+    for launch in layout.launches:
+        wide = accumulator(launch.kind.dtype)
+        prepared = partial(
+            _combine_kernel[(len(launch.tiles),)],
+            buffer[launch.start : launch.end],
+            launch.count,
+            launch.segments,
+            launch.tiles,
+            float((len(sources) + len(table)) * launch.size * launch.kind.dtype.itemsize),
+            upload_numbers(table, wide, device),
+            len(table),
+            len(sources),
+            DTYPE=triton_dtype(launch.kind.dtype),
+            WIDE=triton_dtype(wide),
+            VEC=launch.kind.vector,
+            PAIR=len(sources) == 2,
+            BLOCK=block_of(tile, launch.kind),
+            num_warps=tile.warps,
+        )
+        launches.append(prepared)
+    return launches
 
 
 # ---------------------------------------------------------------- the function, and the operator
@@ -230,22 +234,15 @@ def combine(
     Raises ValueError for no source, sources that differ, coefficients of another shape or not finite, tensors
     without memory (DTensor), and for `out` where gradients or a compiler are at work.
     """
-    if not sources:
-        raise ValueError("combine needs at least one source")
-    table = coefficients if isinstance(coefficients, Tensor) else torch.tensor(coefficients, dtype=torch.float64)
+    table = _as_table(coefficients, len(sources))
     route = choose_route([*sources, {"coefficients": table}], out)
     _check_sources(sources)
     first = sources[0]
-    check_addable(first, "sources")
-    if table.numel() == 0 and table.ndim < 2:
-        table = table.reshape(0, len(sources))
-    if table.ndim != 2 or table.shape[1] != len(sources):
-        raise ValueError(f"coefficients have shape {tuple(table.shape)}, expected (K, {len(sources)})")
     if not first:
         return {}
     chosen = resolve(backend, next(iter(first.values())).device)
     if route == "launch":
-        return _run_combine(sources, table, chosen, out)
+        return _bind(sources, table, chosen, out)()
     if route == "definition":
         return combine_reference(sources, table)
     floating = [name for name, tensor in first.items() if tensor.is_floating_point()]
@@ -256,10 +253,29 @@ def combine(
     return {n: results[n] if n in results else t.expand(steps, *t.shape).clone() for n, t in first.items()}
 
 
+def plan_combine(
+    sources: Sequence[Tensors],
+    coefficients: Tensor | Sequence[Sequence[float]],
+    *,
+    backend: str = "auto",
+    out: dict[str, Tensor] | None = None,
+) -> Plan:
+    """`combine` with the same arguments, to be called many times: `plan()` does what is left, on a GPU the launches.
+
+    The coefficients are those of now. Waits for the device. Raises ValueError as `combine` does, and for tensors that
+    are not contiguous or that gradients are wanted of.
+    """
+    table = _as_table(coefficients, len(sources))
+    check_bindable(sources)
+    _check_sources(sources)
+    if not sources[0]:
+        return Plan({}, torch.device("cpu"), (), ())
+    chosen = resolve(backend, next(iter(sources[0].values())).device)
+    return finish_binding(_bind(sources, table, chosen, out))
+
+
 @torch.no_grad()
-def _run_combine(
-    sources: Sequence[Tensors], table: Tensor, chosen: str, out: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def _bind(sources: Sequence[Tensors], table: Tensor, chosen: str, out: dict[str, Tensor] | None = None) -> Plan:
     rows = table.tolist()
     if not all(math.isfinite(number) for row in rows for number in row):
         raise ValueError("coefficients must be finite")
@@ -267,13 +283,24 @@ def _run_combine(
     shapes = {name: (len(rows), *tensor.shape) for name, tensor in first.items()}
     results = allocate(shapes, first, out, sources)
     floating = [name for name in first if first[name].is_floating_point()]
-    for name in first.keys() - set(floating):
-        results[name].copy_(first[name].expand(shapes[name]))
+    others = first.keys() - set(floating)
+    steps: list[Step] = [partial(results[name].copy_, first[name].expand(shapes[name])) for name in others]
     if floating and rows:
         floats = [{name: source[name] for name in floating} for source in sources]  # all in one order
-        run = _combine_triton if chosen == "triton" else _combine_torch
-        run(floats, rows, results)
-    return results
+        given = floats, rows, results
+        steps += _combine_triton(*given) if chosen == "triton" else [partial(_combine_torch, *given)]
+    return Plan(results, next(iter(first.values())).device, steps, sources)
+
+
+def _as_table(coefficients: Tensor | Sequence[Sequence[float]], count: int) -> Tensor:
+    if not count:
+        raise ValueError("combine needs at least one source")
+    table = coefficients if isinstance(coefficients, Tensor) else torch.tensor(coefficients, dtype=torch.float64)
+    if table.numel() == 0 and table.ndim < 2:
+        table = table.reshape(0, count)
+    if table.ndim != 2 or table.shape[1] != count:
+        raise ValueError(f"coefficients have shape {tuple(table.shape)}, expected (K, {count})")
+    return table
 
 
 def _check_sources(sources: Sequence[Tensors]) -> None:
@@ -291,12 +318,13 @@ def _check_sources(sources: Sequence[Tensors]) -> None:
                 ours, theirs = (str(getattr(t, kind)).removeprefix("torch.Size") for t in (tensor, wanted))
                 if ours != theirs:
                     raise ValueError(f"{name!r}: {kind} is {ours} in source {number}, {theirs} in source 0")
+    check_addable(first, "sources")
 
 
 def _operator(sources: list[Tensor], coefficients: Tensor, backend: str) -> list[Tensor]:
     """`sources`: the floating tensors of the first source, then of the second, and so on."""
     chosen = resolve(backend, sources[0].device)
-    return list(_run_combine(_by_source(sources, coefficients), coefficients, chosen).values())
+    return list(_bind(_by_source(sources, coefficients), coefficients, chosen)().values())
 
 
 def _by_source(tensors: Sequence[Tensor], coefficients: Tensor) -> list[dict[str, Tensor]]:

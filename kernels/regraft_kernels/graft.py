@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from regraft_kernels.launch import (
     RUN_TIME,
     find_tile,
     launch_bytes,
-    launch_moves,
     layout_of,
+    prepare_moves,
     tensor_pointer,
     vector_pointer,
 )
@@ -32,6 +33,7 @@ from regraft_kernels.operators import (
 )
 from regraft_kernels.packing import Packing, Tensors, allocate, check_addable
 from regraft_kernels.permute import permute_reference
+from regraft_kernels.plans import Plan, Step, check_bindable, finish_binding
 
 SMALL_GRAFT = 1 << 16
 """Up to so many elements, the number of calls costs more than the passes over memory."""
@@ -205,11 +207,11 @@ def _graft_triton(
     out: Tensors,
     indices: Indices,
     packing: Packing,
-) -> None:
+) -> list[Step]:
     """A launch for each kind among the tensors."""
     names = tuple(sources[0])
     if not scales or indices.targets == 0:
-        return
+        return []
     columns = [as_in_memory(tensors.values()) for tensors in sources]
     columns.append([out[name] for name in names])
     pointers = np.array([[tensor.data_ptr() for tensor in column] for column in columns])
@@ -221,7 +223,7 @@ def _graft_triton(
         return (numbers, len(scales)), {"WIDE": triton_dtype(wide)}
 
     targets = 1 if indices.targets is None else indices.targets
-    launch_moves(_graft_kernel, layout, pointers, indices, targets, _LIVE_VALUES, extra)
+    return prepare_moves(_graft_kernel, layout, pointers, indices, targets, _LIVE_VALUES, extra)
 
 
 # ---------------------------------------------------------------- the function, and the operator
@@ -250,22 +252,16 @@ def graft(
     Differentiable in `base`, `start`, `end` and `scales`, and an operator of PyTorch (`torch.ops.regraft.graft`).
     Raises ValueError for names, shapes, dtypes or devices that do not fit, and as `permute` does.
     """
-    floating = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
+    floating = _select_floating(base)
     moves = [_select(tensors, floating, what) for what, tensors in (("start", start), ("end", end))]
-    factors = scales if isinstance(scales, Tensor) else torch.tensor(scales, dtype=torch.float64)
+    factors = _as_factors(scales)
     route = choose_route([base, *moves, {"scales": factors}], out)
-    batch = packing.check(base, "base")
-    check_addable(base, "base")
-    for what, move in zip(("start", "end"), moves, strict=True):
-        _check_move(move, floating, packing, what)
-    if factors.ndim > 1:
-        raise ValueError(f"scales have shape {tuple(factors.shape)}, expected (K,)")
-    factors = factors if factors.ndim else factors[None]
+    batch = _check_graft(base, moves, packing)
     if not base:
         return {}
     chosen = resolve(backend, next(iter(base.values())).device)
     if route == "launch":
-        return _run_graft(base, moves, _check_scales(factors), indices, packing, chosen, out)
+        return _bind(base, moves, _check_scales(factors), indices, packing, chosen, out)()
     vectors = slot_vectors(packing, floating, indices, route, targets=batch[0] if batch else None)
     if route == "definition":
         define_graft = _graft_targets if batch else graft_reference
@@ -282,8 +278,34 @@ def graft(
     }
 
 
+def plan_graft(
+    base: Tensors,
+    start: Tensors,
+    end: Tensors,
+    scales: Sequence[float] | Tensor,
+    indices: Mapping[str, Tensor] | Indices,
+    packing: Packing,
+    *,
+    backend: str = "auto",
+    out: dict[str, Tensor] | None = None,
+) -> Plan:
+    """`graft` with the same arguments, to be called many times: `plan()` does what is left, on a GPU the launches.
+
+    The scales are those of now. Waits for the device. Raises ValueError as `graft` does, and for tensors that are not
+    contiguous or that gradients are wanted of.
+    """
+    floating, factors = _select_floating(base), _as_factors(scales)
+    moves = [_select(tensors, floating, what) for what, tensors in (("start", start), ("end", end))]
+    check_bindable([base, *moves])
+    _check_graft(base, moves, packing)
+    if not base:
+        return Plan({}, torch.device("cpu"), (), ())
+    chosen = resolve(backend, next(iter(base.values())).device)
+    return finish_binding(_bind(base, moves, _check_scales(factors), indices, packing, chosen, out))
+
+
 @torch.no_grad()
-def _run_graft(
+def _bind(
     base: Tensors,
     moves: Sequence[Tensors],
     scales: Sequence[float],
@@ -291,20 +313,19 @@ def _run_graft(
     packing: Packing,
     chosen: str,
     out: dict[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
+) -> Plan:
     first = next(iter(base))
     batch = tuple(base[first].shape[: base[first].ndim - len(packing.shapes[first])])
     shapes = {name: (*batch, len(scales), *packing.shapes[name]) for name in base}
     results = allocate(shapes, base, out, [base, *moves])
-    floating = {name: tensor for name, tensor in base.items() if tensor.is_floating_point()}
-    for name in base.keys() - floating.keys():
-        results[name].copy_(base[name].unsqueeze(len(batch)))
+    floating, device = _select_floating(base), base[first].device
+    others = base.keys() - floating.keys()
+    steps: list[Step] = [partial(results[name].copy_, base[name].unsqueeze(len(batch))) for name in others]
     if floating:
-        device, targets = base[first].device, batch[0] if batch else None
-        vectors = packing.indices_for(tuple(floating), indices, device, targets, False, chosen)
-        run = _graft_triton if chosen == "triton" else _graft_torch
-        run([floating, *moves], scales, results, vectors, packing)
-    return results
+        vectors = packing.indices_for(tuple(floating), indices, device, batch[0] if batch else None, False, chosen)
+        given = [floating, *moves], scales, results, vectors, packing
+        steps += _graft_triton(*given) if chosen == "triton" else [partial(_graft_torch, *given)]
+    return Plan(results, device, steps, (base, *moves))
 
 
 def _operator(
@@ -321,7 +342,7 @@ def _operator(
     packing, chosen = unflatten_packing(start, axes, False), resolve(backend, start[0].device)
     moves = [by_number(start), by_number(end)]
     factors = _check_scales(scales)
-    return list(_run_graft(by_number(base), moves, factors, by_number(indices), packing, chosen).values())
+    return list(_bind(by_number(base), moves, factors, by_number(indices), packing, chosen)().values())
 
 
 def _fake(base: list[Tensor], start: list[Tensor], end: Any, scales: Tensor, *rest: Any) -> list[Tensor]:
@@ -371,6 +392,27 @@ define(
     save=_save,
     backward=_backward,
 )
+
+
+def _select_floating(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+def _as_factors(scales: Sequence[float] | Tensor) -> Tensor:
+    factors = scales if isinstance(scales, Tensor) else torch.tensor(scales, dtype=torch.float64)
+    if factors.ndim > 1:
+        raise ValueError(f"scales have shape {tuple(factors.shape)}, expected (K,)")
+    return factors if factors.ndim else factors[None]
+
+
+def _check_graft(base: Tensors, moves: Sequence[Tensors], packing: Packing) -> tuple[int, ...]:
+    """The leading batch dimension of `base`, once all tensors were found to fit."""
+    batch = packing.check(base, "base")
+    check_addable(base, "base")
+    floating = _select_floating(base)
+    for what, move in zip(("start", "end"), moves, strict=True):
+        _check_move(move, floating, packing, what)
+    return batch
 
 
 def _check_scales(scales: Tensor) -> list[float]:

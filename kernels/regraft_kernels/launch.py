@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -233,7 +233,7 @@ def layout_of(
     return packing.layouts.get(key, make)
 
 
-def launch_moves(
+def prepare_moves(
     kernel: Any,
     layout: Layout,
     pointers: np.ndarray,
@@ -241,8 +241,8 @@ def launch_moves(
     programs: int,
     live_values: int,
     extra: Callable[[torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]],
-) -> None:
-    """Launch each part of a layout, for so many models or targets.
+) -> list[Callable[[], object]]:
+    """The launches of a layout, for so many models or targets.
 
     `live_values`: see `tile_of`. `extra`: what else the kernel takes for a dtype, its arguments and its compile-time
     ones.
@@ -251,25 +251,29 @@ def launch_moves(
     buffer = upload_words(pointers.ravel()[layout.order], device)
     with use_device(device):
         tables = indices.compose_tables(layout.gather_table, layout)
-        for launch in layout.launches:
-            kind = launch.kind
-            arguments, constants = extra(kind.dtype)
-            tile = tile_of(device_family(device), kind, live_values)
-            kernel[len(launch.tiles), min(programs, GRID)](
-                buffer[launch.start : launch.end],
-                launch.count,
-                launch.segments,
-                launch.tiles,
-                tables,
-                tables.shape[1],
-                programs,
-                float(programs * len(pointers) * launch.size * kind.dtype.itemsize),
-                *arguments,
-                DTYPE=triton_dtype(kind.dtype),
-                **constants,
-                **shape_of(tile, kind),
-                num_warps=tile.warps,
-            )
+    launches: list[Callable[[], object]] = []
+    for launch in layout.launches:
+        kind = launch.kind
+        arguments, constants = extra(kind.dtype)
+        tile = tile_of(device_family(device), kind, live_values)
+        prepared = partial(
+            kernel[len(launch.tiles), min(programs, GRID)],
+            buffer[launch.start : launch.end],
+            launch.count,
+            launch.segments,
+            launch.tiles,
+            tables,
+            tables.shape[1],
+            programs,
+            float(programs * len(pointers) * launch.size * kind.dtype.itemsize),
+            *arguments,
+            DTYPE=triton_dtype(kind.dtype),
+            **constants,
+            **shape_of(tile, kind),
+            num_warps=tile.warps,
+        )
+        launches.append(prepared)
+    return launches
 
 
 def tile_of(tiles: DeviceFamily, kind: MoveKind, live_values: int) -> MoveTile:

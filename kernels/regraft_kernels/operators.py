@@ -57,17 +57,14 @@ def _all_direct(groups: Iterable[Tensors]) -> bool:
                     kind = type(tensor).__name__
                     raise ValueError(f"{name!r} is a {kind}, which has no memory of its own; give plain tensors")
                 direct = False
-            elif (gradients and tensor.requires_grad) or not _has_memory(tensor):
+            elif gradients and tensor.requires_grad:
                 direct = False
+            else:
+                try:  # not the values of meta tensors, nor those inside torch.func's transformations
+                    direct = direct and (tensor.data_ptr() != 0 or not tensor.numel())
+                except RuntimeError:
+                    direct = False
     return direct
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether the values can be read: not those of meta tensors, nor inside torch.func's transformations."""
-    try:
-        return tensor.data_ptr() != 0 or not tensor.numel()
-    except RuntimeError:
-        return False
 
 
 def define(

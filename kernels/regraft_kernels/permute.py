@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from regraft_kernels.launch import (
     RUN_TIME,
     find_tile,
     launch_bytes,
-    launch_moves,
     layout_of,
+    prepare_moves,
     tensor_pointer,
     vector_pointer,
 )
@@ -31,6 +31,7 @@ from regraft_kernels.operators import (
     unflatten_packing,
 )
 from regraft_kernels.packing import Packing, Tensors, allocate
+from regraft_kernels.plans import Plan, Step, check_bindable, finish_binding
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 SELECTABLE = (*FLOATS, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
@@ -129,7 +130,7 @@ def _permute_kernel(  # type: ignore[no-untyped-def]
             tl.store(result + (i.to(tl.int64) * length)[:, None] + j[None, :], value, mask=inside)
 
 
-def _permute_triton(tensors: Tensors, out: Tensors, indices: Indices, packing: Packing) -> None:
+def _permute_triton(tensors: Tensors, out: Tensors, indices: Indices, packing: Packing) -> Sequence[Step]:
     """A launch for each kind among the tensors: mostly one or two; in units of the smallest element size."""
     names = tuple(tensors)
     sources = as_in_memory(tensors.values())
@@ -137,9 +138,10 @@ def _permute_triton(tensors: Tensors, out: Tensors, indices: Indices, packing: P
     units = _units(tuple([t.element_size() for t in sources]))
     layout = layout_of(packing, names, units, pointers, indices)
     full = next((n for n, source in enumerate(sources) if source.numel()), None)
-    if full is not None:
-        models = sources[full].numel() // packing.segments[names[full]].size
-        launch_moves(_permute_kernel, layout, pointers, indices, models, _LIVE_VALUES, lambda dtype: ((), {}))
+    if full is None:
+        return ()
+    models = sources[full].numel() // packing.segments[names[full]].size
+    return prepare_moves(_permute_kernel, layout, pointers, indices, models, _LIVE_VALUES, lambda dtype: ((), {}))
 
 
 @lru_cache(maxsize=32)
@@ -179,7 +181,7 @@ def permute(
         return {}
     chosen = resolve(backend, next(iter(tensors.values())).device)
     if route == "launch":
-        return _run_permute(tensors, indices, packing, inverse, chosen, out)
+        return _bind(tensors, indices, packing, inverse, chosen, out)()
     vectors = slot_vectors(packing, tensors, indices, route, inverse)
     if route == "definition":
         return permute_reference(tensors, vectors, packing, inverse=inverse)
@@ -187,21 +189,43 @@ def permute(
     return dict(zip(tensors, torch.ops.regraft.permute(*flat, bool(batch), inverse, backend), strict=True))
 
 
+def plan_permute(
+    tensors: Tensors,
+    indices: Mapping[str, Tensor] | Indices,
+    packing: Packing,
+    *,
+    inverse: bool = False,
+    backend: str = "auto",
+    out: dict[str, Tensor] | None = None,
+) -> Plan:
+    """`permute` with the same arguments, to be called many times: `plan()` does what is left, on a GPU the launches.
+
+    Waits for the device. Raises ValueError as `permute` does, and for tensors that are not contiguous or that gradients
+    are wanted of.
+    """
+    check_bindable([tensors])
+    packing.check(tensors)
+    if not tensors:
+        return Plan({}, torch.device("cpu"), (), ())
+    chosen = resolve(backend, next(iter(tensors.values())).device)
+    return finish_binding(_bind(tensors, indices, packing, inverse, chosen, out))
+
+
 @torch.no_grad()
-def _run_permute(
+def _bind(
     tensors: Tensors,
     indices: Mapping[str, Tensor] | Indices,
     packing: Packing,
     inverse: bool,
     chosen: str,
     out: dict[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
+) -> Plan:
     results = allocate({n: t.shape for n, t in tensors.items()}, tensors, out, [tensors])
     device = next(iter(tensors.values())).device
     vectors = packing.indices_for(tuple(tensors), indices, device, None, inverse, chosen)
-    run = _permute_triton if chosen == "triton" else _permute_torch
-    run(tensors, results, vectors, packing)
-    return results
+    given = tensors, results, vectors, packing
+    steps = _permute_triton(*given) if chosen == "triton" else [partial(_permute_torch, *given)]
+    return Plan(results, device, steps, (tensors,))
 
 
 def _operator(
@@ -209,7 +233,7 @@ def _operator(
 ) -> list[Tensor]:
     """`axes`: for each tensor the place of each axis's vector in `indices`, -1 for none."""
     packing, chosen = unflatten_packing(tensors, axes, batched), resolve(backend, tensors[0].device)
-    return list(_run_permute(by_number(tensors), by_number(indices), packing, inverse, chosen).values())
+    return list(_bind(by_number(tensors), by_number(indices), packing, inverse, chosen)().values())
 
 
 def _fake(tensors: list[Tensor], *_: Any) -> list[Tensor]:
