@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def install(project: Path, folder: Path):
-    """Build and install a project's wheel. Returns a function that runs Python with it, in the folder."""
+def install(what: list[str], folder: Path):
+    """Build the wheels of what pip is asked for, and install them. Returns a function that runs Python with them, in
+    the folder."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     wheels, site = folder / "wheels", folder / "site"
-    build = [*pip, "wheel", str(project), "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels)]
+    build = [*pip, "wheel", *what, "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels)]
     subprocess.run(build, check=True)
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), *map(str, wheels.iterdir())], check=True)
 
@@ -30,7 +31,7 @@ def install(project: Path, folder: Path):
 
 
 def test_the_wheel_of_all_three_packages(tmp_path):
-    run = install(ROOT, tmp_path)
+    run = install([str(ROOT)], tmp_path)
     code = "import regraft as a, regraft_kernels as b, regraft_bench as c; print(a.__file__, b.__file__, c.__file__)"
     assert all(file.startswith(str(tmp_path / "site")) for file in run("-c", code).split())
     text = run("-m", "regraft", "--help")
@@ -39,9 +40,16 @@ def test_the_wheel_of_all_three_packages(tmp_path):
     assert list(tmp_path.glob("rows/*/rows.jsonl"))
 
 
-def test_the_wheel_of_the_kernels(tmp_path):
-    run = install(ROOT / "kernels", tmp_path)
+def test_the_kernels_are_one_line_of_another_projects_requirements(tmp_path):
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text(f"regraft-kernels @ {(ROOT / 'kernels').as_uri()}\n")
+    run = install(["-r", str(requirements)], tmp_path)
     assert not (tmp_path / "site" / "regraft").exists()
-    code = "import regraft_kernels as rk, torch; print(rk.__file__, rk.assign(torch.eye(2)).perm.tolist())"
-    file, _, perm = run("-c", code).strip().partition(" ")
-    assert file.startswith(str(tmp_path / "site")) and perm == "[0, 1]"
+    code = """
+import torch, regraft_kernels as rk
+perm = rk.assign(torch.eye(3).roll(1, 1)).perm
+packing = rk.Packing.build({"w": (3,)}, {"w": ("units",)})
+print(rk.__file__, rk.permute({"w": torch.arange(3)}, {"units": perm}, packing)["w"].tolist())
+"""
+    file, _, moved = run("-c", code).strip().partition(" ")
+    assert file.startswith(str(tmp_path / "site")) and moved == "[1, 2, 0]"

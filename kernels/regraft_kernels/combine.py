@@ -173,7 +173,7 @@ def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]]
     """A launch for each dtype among the tensors, and for each alignment."""
     names = tuple(sources[0])
     device = sources[0][names[0]].device
-    columns = [as_in_memory(source.values()) for source in sources]
+    columns = [list(source.values()) for source in sources]
     packing = _flat_packing(tuple((name, tuple(t.shape)) for name, t in zip(names, columns[0], strict=True)))
     columns.append([out[name] for name in names])
     pointers = np.array([[tensor.data_ptr() for tensor in column] for column in columns])
@@ -269,7 +269,7 @@ def plan_combine(
     check_bindable(sources)
     _check_sources(sources)
     if not sources[0]:
-        return Plan({}, torch.device("cpu"), (), ())
+        return Plan({}, "torch", torch.device("cpu"), (), ())
     chosen = resolve(backend, next(iter(sources[0].values())).device)
     return finish_binding(_bind(sources, table, chosen, out))
 
@@ -285,11 +285,12 @@ def _bind(sources: Sequence[Tensors], table: Tensor, chosen: str, out: dict[str,
     floating = [name for name in first if first[name].is_floating_point()]
     others = first.keys() - set(floating)
     steps: list[Step] = [partial(results[name].copy_, first[name].expand(shapes[name])) for name in others]
+    floats = [{name: source[name] for name in floating} for source in sources]  # all in one order
     if floating and rows:
-        floats = [{name: source[name] for name in floating} for source in sources]  # all in one order
+        floats = [as_in_memory(source) if chosen == "triton" else source for source in floats]
         given = floats, rows, results
         steps += _combine_triton(*given) if chosen == "triton" else [partial(_combine_torch, *given)]
-    return Plan(results, next(iter(first.values())).device, steps, sources)
+    return Plan(results, chosen, next(iter(first.values())).device, steps, floats)
 
 
 def _as_table(coefficients: Tensor | Sequence[Sequence[float]], count: int) -> Tensor:
@@ -362,4 +363,5 @@ define(
     fake=_fake,
     save=_save,
     backward=_backward,
+    flops=lambda sources, table, *_, **__: sum(2 * table[0] * math.prod(shape) for shape in sources),
 )

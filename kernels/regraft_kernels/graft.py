@@ -212,7 +212,7 @@ def _graft_triton(
     names = tuple(sources[0])
     if not scales or indices.targets == 0:
         return []
-    columns = [as_in_memory(tensors.values()) for tensors in sources]
+    columns = [list(tensors.values()) for tensors in sources]
     columns.append([out[name] for name in names])
     pointers = np.array([[tensor.data_ptr() for tensor in column] for column in columns])
     layout = layout_of(packing, names, tuple([(t.dtype, 1) for t in columns[0]]), pointers, indices)
@@ -299,7 +299,7 @@ def plan_graft(
     check_bindable([base, *moves])
     _check_graft(base, moves, packing)
     if not base:
-        return Plan({}, torch.device("cpu"), (), ())
+        return Plan({}, "torch", torch.device("cpu"), (), ())
     chosen = resolve(backend, next(iter(base.values())).device)
     return finish_binding(_bind(base, moves, _check_scales(factors), indices, packing, chosen, out))
 
@@ -323,9 +323,10 @@ def _bind(
     steps: list[Step] = [partial(results[name].copy_, base[name].unsqueeze(len(batch))) for name in others]
     if floating:
         vectors = packing.indices_for(tuple(floating), indices, device, batch[0] if batch else None, False, chosen)
-        given = [floating, *moves], scales, results, vectors, packing
+        moves = [as_in_memory(s) if chosen == "triton" else s for s in (floating, *moves)]
+        given = moves, scales, results, vectors, packing
         steps += _graft_triton(*given) if chosen == "triton" else [partial(_graft_torch, *given)]
-    return Plan(results, device, steps, (base, *moves))
+    return Plan(results, chosen, device, steps, moves)
 
 
 def _operator(
@@ -348,6 +349,11 @@ def _operator(
 def _fake(base: list[Tensor], start: list[Tensor], end: Any, scales: Tensor, *rest: Any) -> list[Tensor]:
     batched, steps = rest[2], scales.shape[0]
     return [b.new_empty((*b.shape[: int(batched)], steps, *s.shape)) for b, s in zip(base, start, strict=True)]
+
+
+def _count_flops(base: list[Any], start: Any, end: Any, scales: Any, *_: Any, **__: Any) -> int:
+    """A difference; for each scale a product and a sum."""
+    return sum((1 + 2 * scales[0]) * math.prod(shape) for shape in base)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -391,6 +397,7 @@ define(
     fake=_fake,
     save=_save,
     backward=_backward,
+    flops=_count_flops,
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -69,14 +69,15 @@ def row_blocks(matrix: Tensor | np.ndarray) -> list[slice]:
     return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
 
 
-def as_in_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The same values, contiguous, negative and conjugate views resolved: what a kernel can read by address."""
-    return [
-        tensor
+def as_in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, contiguous, negative and conjugate views resolved: what a kernel can read by address for as
+    long as the result is kept."""
+    return {
+        name: tensor
         if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
         else tensor.resolve_conj().resolve_neg().contiguous()
-        for tensor in tensors
-    ]
+        for name, tensor in tensors.items()
+    }
 
 
 _UPLOADS: LRUCache[tuple[int, Tensor]] = LRUCache(64)

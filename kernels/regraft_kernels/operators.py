@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.flop_counter import _FlopCounterMode, register_flop_formula
 
 from regraft_kernels.indices import Indices
 from regraft_kernels.packing import Packing, Tensors
@@ -24,20 +26,29 @@ def choose_route(groups: Iterable[Tensors], out: Tensors | None = None) -> Route
     """How an operation runs.
 
     "launch": its kernels directly, which saves a fifth to a third of the time on small networks, checks prepared
-    indices no second time and can write to `out`. "operator": where PyTorch must see it, because something traces or
-    differentiates it, or there is no memory to read. "definition": in plain PyTorch, inside the transformations of
-    torch.func and where forward-mode derivatives are taken; `torch.library` has no rule for these.
+    indices no second time and can write to `out`. "operator": where PyTorch must see it, because something traces,
+    differentiates or counts it, or there is no memory to read. "definition": in plain PyTorch, inside the
+    transformations of torch.func and where forward-mode derivatives are taken; `torch.library` has no rule for these.
 
     Raises ValueError, naming the tensor, for one that is not dense or has its values in other tensors (DTensor), and
     where `out` is given although gradients are wanted or a compiler traces.
     """
-    route: Route = "launch" if is_readable(groups) else "operator"
+    readable, transformed = is_readable(groups), is_transformed()
+    if out is not None:
+        if transformed or not readable:
+            raise ValueError("out cannot be given where gradients are wanted, or where PyTorch traces")
+        return "launch"
+    if transformed:
+        return "definition"
+    if not readable or isinstance(_get_current_dispatch_mode(), _FlopCounterMode):
+        return "operator"
+    return "launch"
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms, or forward-mode derivatives are taken."""
     # What torch.autograd.Function asks too; no public function tells.
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        route = "definition"
-    if route != "launch" and out is not None:
-        raise ValueError("out cannot be given where gradients are wanted, or where PyTorch traces")
-    return route
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_readable(groups: Iterable[Tensors]) -> bool:
@@ -74,9 +85,11 @@ def define(
     fake: Callable[..., list[Tensor]],
     save: Callable[..., None],
     backward: Callable[..., Any],
+    flops: Callable[..., int],
 ) -> None:
     """Make `run` the operator torch.ops.regraft.<name of the schema>: shapes without values by `fake`, gradients by
-    `save` and `backward`. Called directly where forward-mode derivatives are taken it raises NotImplementedError."""
+    `save` and `backward`; `flops`, of shapes in place of tensors, is what torch.utils.flop_counter counts. Called
+    directly where forward-mode derivatives are taken it raises NotImplementedError."""
     name, arguments = schema.split("(", 1)
 
     def run_primals(*args: Any) -> list[Tensor]:
@@ -90,6 +103,7 @@ def define(
     operator = torch.library.custom_op(f"regraft::{name}", run_primals, mutates_args=(), schema=f"({arguments}")
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=save)
+    register_flop_formula(getattr(torch.ops.regraft, name))(flops)
 
 
 # ---------------------------------------------------------------- packings as arguments

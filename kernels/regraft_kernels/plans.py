@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft_kernels.backend import use_device, wait_for
-from regraft_kernels.operators import choose_route
+from regraft_kernels.operators import is_readable, is_transformed
 from regraft_kernels.packing import Tensors
 
 Step = Callable[[], object]
@@ -22,10 +22,12 @@ class Plan:
 
     It reads and writes the memory that the tensors had when they were bound, keeps them alive, and checks nothing
     again: change values in place (`copy_`, an optimizer's step), do not resize tensors or assign to `.data`. Calls on
-    any stream are allowed. A CUDA graph can capture one; keep the plan as long as the graph.
+    any stream are allowed. A CUDA graph can capture one; keep the plan as long as the graph. `backend`: "torch" or
+    "triton", what was chosen.
     """
 
     results: dict[str, Tensor]
+    backend: str
     device: torch.device
     _steps: Sequence[Step] = field(repr=False)
     _bound: Sequence[Tensors] = field(repr=False)
@@ -40,7 +42,7 @@ class Plan:
 
 def check_bindable(groups: Sequence[Tensors]) -> None:
     """Raise ValueError, naming the tensor, unless all can be read where they stand at every later call."""
-    if choose_route(groups) != "launch":
+    if is_transformed() or not is_readable(groups):
         raise ValueError("a plan cannot be made where gradients are wanted, PyTorch traces, or values cannot be read")
     for tensors in groups:
         for name, tensor in tensors.items():

@@ -15,7 +15,8 @@ from regraft_kernels.backend import INTERPRETING, accumulator, resolve, tl, trit
 from regraft_kernels.indices import check_index, check_ranges
 from regraft_kernels.launch import DotTile, choose_dot, device_family, has_matrix_units
 from regraft_kernels.memory import Scratch
-from regraft_kernels.operators import Route, choose_route, define, is_readable
+from regraft_kernels.operators import choose_route, define, is_readable, is_transformed
+from regraft_kernels.packing import Tensors
 from regraft_kernels.terms import (
     Operand,
     Runs,
@@ -23,6 +24,7 @@ from regraft_kernels.terms import (
     bring_units_together,
     check_entries,
     check_terms,
+    count_flops,
     flatten_terms,
     fold,
     operands_of,
@@ -331,7 +333,7 @@ def similarity_many(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     if not groups:
         return []
-    route = _choose_route([term for terms in groups for term in terms])
+    route = choose_route(_stacks_of([term for terms in groups for term in terms]))
     for terms in groups:
         check_terms(terms)
     first = groups[0][0].target
@@ -351,9 +353,8 @@ def similarity_many(
     return list(torch.ops.regraft.similarity(*flat, precision, backend))
 
 
-def _choose_route(terms: Sequence[Term], **others: Tensor) -> Route:
-    stacks = [{f"{side} of term {n}": getattr(t, side) for n, t in enumerate(terms)} for side in SIDES]
-    return choose_route([*stacks, others])
+def _stacks_of(terms: Sequence[Term], **others: Tensor) -> list[Tensors]:
+    return [*({f"{side} of term {n}": getattr(t, side) for n, t in enumerate(terms)} for side in SIDES), others]
 
 
 @torch.no_grad()
@@ -388,7 +389,7 @@ def similarity_update_(
     """
     if torch.compiler.is_compiling():  # torch.compiler.disable would import the compiler with this package
         torch._dynamo.graph_break("similarity_update_ works in place and reads its index vectors")
-    elif _choose_route([term], S=S) != "launch":
+    elif is_transformed() or not is_readable(_stacks_of([term], S=S)):
         raise ValueError("similarity_update_ has no derivative and reads values: build S anew by similarity")
     check_terms([term])
     check_entries([term])
@@ -488,4 +489,5 @@ define(
     fake=_fake,
     save=_save,
     backward=_backward,
+    flops=count_flops,
 )

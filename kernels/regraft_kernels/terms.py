@@ -325,3 +325,9 @@ def unflatten_terms(
         terms.append(Term(target, source, axis, place, own if any(index is not None for index in own) else ()))
     following = iter(terms)
     return [[next(following) for _ in range(count)] for count in counts]
+
+
+def count_flops(targets: list[Any], sources: Any, axes: Any, positions: list[Any], *_: Any, **__: Any) -> int:
+    """Of these terms, as shapes: a product and a sum for each unit of one side and each entry of the other."""
+    units = (t[axis + 1] if p is None else p[0] for t, axis, p in zip(targets, axes, positions, strict=True))
+    return sum(2 * n * math.prod(shape) for n, shape in zip(units, targets, strict=True))

@@ -1,6 +1,7 @@
 """The distribution of its own: what it needs and carries, and that it works without triton, lapx, lapjv and regraft."""
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -58,6 +59,18 @@ def test_works_without_its_optional_packages_and_without_regraft():
 def test_the_example_of_its_readme_runs_alone():
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "kernels" / "README.md").read_text(), re.DOTALL)
     run(REFUSE + example)
+
+
+def test_its_script_times_every_kernel(tmp_path, monkeypatch, capsys):
+    script = ROOT / "kernels" / "examples" / "time_kernels.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--sizes", "4", "8", "--seconds", "1e-4", "--out", str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    for kernel in ("permute", "graft", "combine", "similarity", "assign"):
+        rows = (tmp_path / f"{kernel}.csv").read_text().splitlines()
+        assert [row.split(",")[:2] for row in rows[1::2]] == [["4", "regraft_kernels"], ["8", "regraft_kernels"]]
+        assert float(rows[2].split(",")[2]) > 0 and f"{kernel:12} n = 8" in printed
+        assert "<svg" in (tmp_path / f"{kernel}.svg").read_text()
 
 
 def test_importing_it_loads_nothing_but_its_dependencies():

@@ -5,8 +5,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
-from regraft_kernels import Packing, Term, assign, combine, graft, permute, similarity_many
+from regraft_kernels import Packing, Term, assign, combine, graft, permute, similarity_many, similarity_update_
 
 PACKING = Packing.build({"w": (4, 3, 2), "v": (4,), "n": ()}, {"w": ("a", "b", None), "v": ("a",)})
 
@@ -58,6 +59,30 @@ def test_exports_and_runs_without_values(inputs):
     with FakeTensorMode() as mode:
         fake = [{n: mode.from_tensor(t) for n, t in tensors.items()} for tensors in inputs]
         assert everything(*fake)["w"].shape == expected["w"].shape
+
+
+def test_pytorch_counts_their_operations(generator, inputs):
+    base, start, end, indices = inputs
+    elements = sum(tensor.numel() for tensor in base.values())
+    a, b = (torch.randn(5, 6, 2, 7, generator=generator) for _ in range(2))
+    place = torch.arange(6).view(3, 2)
+    batch, many = draw(generator, 2), vectors(generator, 2)
+    terms, S = [Term(a, b, 0), Term(a.transpose(1, 3), b.transpose(1, 3), 2)], torch.zeros(6, 6)
+    for expected, call in (
+        (0, lambda: permute(base, indices, PACKING)),
+        (2 * (1 + 2 * 3) * elements, lambda: graft(batch, start, end, [0.5, 1.0, 2.0], many, PACKING)),
+        (2 * 2 * 3 * elements, lambda: combine([base, start], [[0.5, 1.0]] * 3)),
+        (2 * 2 * 6 * a.numel(), lambda: similarity_many([terms])),
+        (2 * 3 * a.numel(), lambda: similarity_many([[Term(a, b, 0, place)]])),
+    ):
+        without = call()
+        with FlopCounterMode(display=False) as counter:
+            counted = call()
+        assert counter.get_total_flops() == expected
+        torch.testing.assert_close(counted, without)
+        with counter:  # what writes to given memory launches as ever
+            permute(base, indices, PACKING, out={name: torch.empty_like(tensor) for name, tensor in base.items()})
+            similarity_update_(S, terms[0], 1, torch.tensor([0, 1]), torch.tensor([1, 0]))
 
 
 @pytest.mark.parametrize("targets", [(), (2,)])

@@ -30,6 +30,7 @@ def test_a_plan_computes_from_what_the_tensors_hold_by_then(backend, model, inve
             tensor.copy_(tensor.flip(0) if tensor.ndim else tensor + 1)
     for plan, (run, _, given_, more) in zip(plans, calls, strict=True):
         expected, results = run(*given_, **more, backend="torch"), plan()
+        assert plan.backend == (backend if model.shapes else "torch")
         assert results is plan.results and results.keys() == expected.keys()
         for name in expected:
             torch.testing.assert_close(results[name], expected[name])
