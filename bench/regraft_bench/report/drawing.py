@@ -141,7 +141,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     decades = math.log10(high / low)
     digits = (1,) if decades >= 2 else (1, 2, 5) if decades >= 1 else (1, 2, 3, 5, 7)
-    step = max(1, (last - first) // 5)
+    step = math.ceil((last - first) / 6)
     ticks = [float(f"{d}e{power}") for power in range(first, last + 1, step) for d in digits]
     return [tick for tick in ticks if low <= tick <= high]
 
