@@ -112,6 +112,17 @@ def _one_pass(row: Sequence[float]) -> bool:
 # ---------------------------------------------------------------- Triton
 
 
+MOST_IN_REGISTERS = 4
+"""So many sources a program keeps in registers; more it reads again for each result."""
+
+
+@triton.jit
+def _read(addresses, first, here, inside, DTYPE: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The block that begins at `first` of the tensor whose address stands there."""
+    source = vector_pointer(tensor_pointer(addresses, DTYPE), first, DTYPE, VEC)
+    return tl.load(source + here, mask=inside).to(WIDE)
+
+
 @triton.jit(do_not_specialize=RUN_TIME, launch_metadata=launch_bytes)
 def _combine_kernel(  # type: ignore[no-untyped-def]
     addresses,  # int64 [m + 1, N]: of the sources, of the results
@@ -125,11 +136,11 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     VEC: tl.constexpr,
-    PAIR: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of one tensor, all K results of it. Two sources (PAIR) are read once and kept in registers; more
-    come from the cache after the first result."""
+    """One block of one tensor, all K results of it. m = HELD sources are read once and kept in registers; where HELD is
+    0 they come from the cache after the first result."""
     tile = tiles + tl.program_id(0) * TILE_FIELDS
     number = tl.load(tile + T_SEGMENT)
     size = tl.multiple_of(tl.load(segments + number * FIELDS + S_SIZE), VEC)
@@ -138,30 +149,42 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     inside = here < tl.multiple_of(tl.minimum(size - first, BLOCK).to(tl.int32), VEC)
     result = tensor_pointer(addresses + sources * count + number, DTYPE)
     result = vector_pointer(result, first, DTYPE, VEC)
-    if PAIR:
-        one = vector_pointer(tensor_pointer(addresses + number, DTYPE), first, DTYPE, VEC)
-        two = vector_pointer(tensor_pointer(addresses + count + number, DTYPE), first, DTYPE, VEC)
-        a = tl.load(one + here, mask=inside).to(WIDE)
-        b = tl.load(two + here, mask=inside).to(WIDE)
-        for k in range(steps):
-            total = tl.load(coefficients + 2 * k) * a + tl.load(coefficients + 2 * k + 1) * b
-            tl.store(result + here, total.to(DTYPE), mask=inside)
-            result = vector_pointer(result, size, DTYPE, VEC)
-    else:
-        for k in range(steps):
+    own = addresses + number
+    if HELD > 0:
+        a = _read(own, first, here, inside, DTYPE, WIDE, VEC)
+    if HELD > 1:
+        b = _read(own + count, first, here, inside, DTYPE, WIDE, VEC)
+    if HELD > 2:
+        c = _read(own + 2 * count, first, here, inside, DTYPE, WIDE, VEC)
+    if HELD > 3:
+        d = _read(own + 3 * count, first, here, inside, DTYPE, WIDE, VEC)
+    for k in range(steps):
+        row = coefficients + k * sources
+        if HELD > 0:
+            total = tl.load(row) * a
+            if HELD > 1:
+                total += tl.load(row + 1) * b
+            if HELD > 2:
+                total += tl.load(row + 2) * c
+            if HELD > 3:
+                total += tl.load(row + 3) * d
+        else:
             total = tl.zeros((BLOCK,), WIDE)
             for s in range(sources):
-                source = tensor_pointer(addresses + s * count + number, DTYPE)
-                source = vector_pointer(source, first, DTYPE, VEC)
-                value = tl.load(source + here, mask=inside).to(WIDE)
-                total += tl.load(coefficients + k * sources + s) * value
-            tl.store(result + here, total.to(DTYPE), mask=inside)
-            result = vector_pointer(result, size, DTYPE, VEC)
+                total += tl.load(row + s) * _read(own + s * count, first, here, inside, DTYPE, WIDE, VEC)
+        tl.store(result + here, total.to(DTYPE), mask=inside)
+        result = vector_pointer(result, size, DTYPE, VEC)
 
 
-def block_of(tile: FlatTile, kind: MoveKind) -> int:
-    """Elements a program; half of them where they move one by one, so that registers suffice."""
-    return tile.block if kind.aligned16 else tile.block // 2
+def count_held(sources: int) -> int:
+    """How many of so many sources the kernel keeps in registers: all or none."""
+    return sources if sources <= MOST_IN_REGISTERS else 0
+
+
+def block_of(tile: FlatTile, kind: MoveKind, held: int) -> int:
+    """Elements a program; half of them where they move one by one, and where more than two sources are kept, so that
+    registers suffice."""
+    return tile.block // ((1 if kind.aligned16 else 2) * (2 if held > 2 else 1))
 
 
 @lru_cache(maxsize=32)
@@ -179,12 +202,12 @@ def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]]
     pointers = np.array([[tensor.data_ptr() for tensor in column] for column in columns])
     dtypes = tuple([tensor.dtype for tensor in columns[0]])
     aligned16 = (pointers % ALIGNMENT == 0).all(axis=0)
-    tile = device_family(device).flat
+    tile, held = device_family(device).flat, count_held(len(sources))
 
     def make() -> Layout:
         parts = zip(packing.segments.values(), dtypes, aligned16.tolist(), strict=True)
         pieces = [Piece(segment, dtype, 1, is_aligned, fold=False) for segment, dtype, is_aligned in parts]
-        return lay_out(pieces, len(pointers), lambda kind: (1, block_of(tile, kind)), {}, device)
+        return lay_out(pieces, len(pointers), lambda kind, _: (1, block_of(tile, kind, held)), {}, device)
 
     layout = packing.layouts.get((dtypes, aligned16.tobytes(), len(pointers), device), make)
     buffer = upload_words(pointers.ravel()[layout.order], device)
@@ -204,8 +227,8 @@ def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]]
             DTYPE=triton_dtype(launch.kind.dtype),
             WIDE=triton_dtype(wide),
             VEC=launch.kind.vector,
-            PAIR=len(sources) == 2,
-            BLOCK=block_of(tile, launch.kind),
+            HELD=held,
+            BLOCK=block_of(tile, launch.kind, held),
             num_warps=tile.warps,
         )
         launches.append(prepared)

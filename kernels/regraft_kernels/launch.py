@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -51,6 +51,10 @@ class MoveTile:
         times = min(times, self.rows)
         return MoveTile(self.rows // times, self.columns, self.repeat * times, self.warps)
 
+    def for_size(self, itemsize: int) -> MoveTile:
+        """The same tile for elements of so many bytes, where it is one for four: 16 bytes a thread and step."""
+        return replace(self, warps=max(1, self.warps * itemsize // 4))
+
 
 @dataclass(frozen=True)
 class FlatTile:
@@ -73,13 +77,13 @@ class DotTile:
 
 @dataclass(frozen=True)
 class DeviceFamily:
-    """The tiles of one GPU family: `move` for rows as they stand, `gather` for gathered columns, `dot` by precision,
-    from small to large, where "half" stands for bf16 and fp16; `substitutes` names what is multiplied instead where
-    the hardware lacks a precision: never a lesser one."""
+    """The tiles of one GPU family: `move` for rows as they stand, `gather` for gathered columns, from narrow to wide;
+    `dot` by precision, from small to large, where "half" stands for bf16 and fp16; `substitutes` names what is
+    multiplied instead where the hardware lacks a precision: never a lesser one."""
 
     name: str
     move: MoveTile
-    gather: MoveTile
+    gather: tuple[MoveTile, ...]
     flat: FlatTile
     dot: Mapping[str, tuple[DotTile, ...]]
     substitutes: dict[str, str] = field(default_factory=dict)
@@ -104,7 +108,10 @@ _CDNA3_DOT = {
     "ieee": (DotTile(64, 64, 16, 4, 2), DotTile(128, 64, 16, 8, 2)),
 }
 
-MOVE, GATHER, FLAT = MoveTile(8, 512, 4, 4), MoveTile(16, 128, 4, 4), FlatTile(2048, 4)
+MOVE, FLAT = MoveTile(8, 512, 4, 4), FlatTile(2048, 4)
+# A narrow tile of a long row reads nearly every 32-byte sector of it for a few entries of each: with 128 columns
+# ResNet-50 fetches 3.4 times its bytes from the second-level cache and ViT-B/16 5.5 times, with 1024 1.4 and 1.7 times.
+GATHER = (MoveTile(2, 256, 16, 4), MoveTile(1, 1024, 8, 8))
 
 # Chosen so that nothing spills (results/micro/tables.md); not yet tuned by measurement on any GPU.
 FAMILIES = {
@@ -118,7 +125,7 @@ FAMILIES = {
 INTERPRETER = DeviceFamily(
     "interpreter",
     MoveTile(2, 16, 2, 1),
-    MoveTile(4, 8, 2, 1),
+    (MoveTile(2, 4, 2, 1), MoveTile(1, 8, 4, 1)),
     FlatTile(32, 1),
     {p: (DotTile(16, 16, 16, 1, 1),) for p in ("half", "tf32", "tf32x3", "ieee")},
 )
@@ -221,8 +228,8 @@ def layout_of(
     aligned16, device = (pointers % ALIGNMENT == 0).all(axis=0), indices.joined.device
     key = names, units, aligned16.tobytes(), len(pointers), tuple(indices.places.items()), device
 
-    def tile_shape(kind: MoveKind) -> tuple[int, int]:
-        tile = tile_of(device_family(device), kind, 1)
+    def tile_shape(kind: MoveKind, longest: int) -> tuple[int, int]:
+        tile = tile_of(device_family(device), kind, longest, 1)
         return tile.rows * tile.repeat, tile.columns
 
     def make() -> Layout:
@@ -255,7 +262,7 @@ def prepare_moves(
     for launch in layout.launches:
         kind = launch.kind
         arguments, constants = extra(kind.dtype)
-        tile = tile_of(device_family(device), kind, live_values)
+        tile = tile_of(device_family(device), kind, launch.longest, live_values)
         prepared = partial(
             kernel[len(launch.tiles), min(programs, GRID)],
             buffer[launch.start : launch.end],
@@ -276,10 +283,14 @@ def prepare_moves(
     return launches
 
 
-def tile_of(tiles: DeviceFamily, kind: MoveKind, live_values: int) -> MoveTile:
-    """The tile that moves a kind, where a kernel has so many values of each element in registers at a time."""
-    tile = tiles.gather if kind.gathered else tiles.move
-    return tile.in_steps(live_values if kind.aligned16 else 2 * live_values)
+def tile_of(tiles: DeviceFamily, kind: MoveKind, longest: int, live_values: int) -> MoveTile:
+    """The tile that moves a kind with rows of up to `longest`, where a kernel has so many values of each element in
+    registers at a time. However many they are, the tile covers the same elements."""
+    if kind.gathered:
+        wide = next((tile for tile in tiles.gather if longest <= tile.columns), tiles.gather[-1])
+        return wide.for_size(kind.dtype.itemsize)
+    steps = live_values if kind.aligned16 else 2 * live_values
+    return tiles.move.in_steps(max(steps, 2 // kind.dtype.itemsize))  # bytes in half the rows: nothing spills
 
 
 def shape_of(tile: MoveTile, kind: MoveKind) -> dict[str, Any]:

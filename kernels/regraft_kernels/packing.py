@@ -257,7 +257,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Launch:
-    """Segments [N, FIELDS] and tiles [programs, TILE_FIELDS] of one kind, on the device; `size`: units of all.
+    """Segments [N, FIELDS] and tiles [programs, TILE_FIELDS] of one kind, on the device; `size`: units of all;
+    `longest`: of the longest row.
 
     `start`, `end`: where its addresses stand in the buffer of the whole call.
     """
@@ -266,6 +267,7 @@ class Launch:
     segments: Tensor
     tiles: Tensor
     size: int
+    longest: int
     start: int
     end: int
 
@@ -289,14 +291,15 @@ class Layout:
 def lay_out(
     pieces: Sequence[Piece],
     columns: int,
-    tile_shape: Callable[[MoveKind], tuple[int, int]],
+    tile_shape: Callable[[MoveKind, int], tuple[int, int]],
     places: Mapping[str, tuple[int, int]],
     device: torch.device,
 ) -> Layout:
     """Sort tensors into launches and lay tiles over them, in Python integers, beyond 2^31 elements.
 
-    `columns`: how many addresses each tensor has; `tile_shape`: rows and columns of a program's work, by kind. Raises
-    ValueError, naming the tensor, where a row that is gathered exceeds INT32_LIMIT, or their number MOST_ROWS.
+    `columns`: how many addresses each tensor has; `tile_shape`: rows and columns of a program's work, by kind and
+    longest row. Raises ValueError, naming the tensor, where a row that is gathered exceeds INT32_LIMIT, or their
+    number MOST_ROWS.
     """
     members: dict[MoveKind, list[int]] = {}
     for number, piece in enumerate(pieces):
@@ -308,7 +311,8 @@ def lay_out(
     for kind, numbers in members.items():
         own = [pieces[number] for number in numbers]
         table = [_segment_row(piece, starts) for piece in own]
-        tiles = [_tile_rows(place, piece, *tile_shape(kind)) for place, piece in enumerate(own)]
+        longest = max(piece.matrix[1] for piece in own)
+        tiles = [_tile_rows(place, piece, *tile_shape(kind, longest)) for place, piece in enumerate(own)]
         block = (np.arange(columns)[:, None] * len(pieces) + np.array(numbers)).ravel()
         padding = block.size % 2  # so that every launch's addresses start at a multiple of 16 bytes
         order += [block, block[:padding]]
@@ -318,6 +322,7 @@ def lay_out(
                 torch.tensor(table, dtype=torch.int64).to(device),
                 torch.from_numpy(np.concatenate(tiles)).to(device),
                 sum(piece.segment.size * piece.width for piece in own),
+                longest,
                 start,
                 start + block.size,
             )

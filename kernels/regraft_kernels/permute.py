@@ -131,7 +131,7 @@ def _permute_kernel(  # type: ignore[no-untyped-def]
 
 
 def _permute_triton(tensors: Tensors, out: Tensors, indices: Indices, packing: Packing) -> Sequence[Step]:
-    """A launch for each kind among the tensors: mostly one or two; in units of the smallest element size."""
+    """A launch for each kind among the tensors: mostly one or two."""
     names = tuple(tensors)
     sources = list(tensors.values())
     pointers = np.array([[t.data_ptr() for t in sources], [out[name].data_ptr() for name in names]])
@@ -146,10 +146,11 @@ def _permute_triton(tensors: Tensors, out: Tensors, indices: Indices, packing: P
 
 @lru_cache(maxsize=32)
 def _units(sizes: tuple[int, ...]) -> tuple[tuple[torch.dtype, int], ...]:
-    """What moves elements of these sizes, and how many of it make one: bytes, or units of the smallest larger size."""
-    wide = min([8, *(size for size in sizes if size > 1)])
+    """What moves elements of these sizes, and how many of it make one: elements of more than four bytes, mostly a few
+    counters, move in the launch of smaller ones, where there is one."""
     units = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tuple((units[1], 1) if size == 1 else (units[wide], size // wide) for size in sizes)
+    shared = max((size for size in sizes if size in (2, 4)), default=8)
+    return tuple((units[size], 1) if size <= 4 else (units[shared], size // shared) for size in sizes)
 
 
 # ---------------------------------------------------------------- the function, and the operator

@@ -91,7 +91,7 @@ def test_the_sides_of_every_tile_are_powers_of_two(family):
     """Triton's ranges have no other lengths; on a GPU a kernel would not compile."""
     tiles = [
         family.move,
-        family.gather,
+        *family.gather,
         family.flat,
         *(tile for kind in family.dot.values() for tile in kind),
     ]

@@ -38,7 +38,7 @@ def test_segments_and_tiles_cover_every_element_once(model):
         assert segment.size == math.prod(model.shapes[name])
         offset += segment.size
     segments = list(packing.segments.values())
-    layout = lay_out(float_pieces(segments), 1, lambda kind: (2, 4), spans(packing), CPU)
+    layout = lay_out(float_pieces(segments), 1, lambda kind, longest: (2, 4), spans(packing), CPU)
     seen = {segment.name: torch.zeros(segment.size, dtype=torch.int64) for segment in segments}
     for launch in layout.launches:
         numbers = layout.order[launch.start : launch.end]
@@ -55,7 +55,7 @@ def test_offsets_go_beyond_32_bits():
     assert packing.segments["head"].offset == 200_000 * 16_384 > 2**31
     assert packing.segments["bias"].offset == 2 * 200_000 * 16_384 > 2**32
     segments = list(packing.segments.values())
-    layout = lay_out(float_pieces(segments), 1, lambda kind: (1024, 16_384), spans(packing), CPU)
+    layout = lay_out(float_pieces(segments), 1, lambda kind, longest: (1024, 16_384), spans(packing), CPU)
     launch = next(launch for launch in layout.launches if launch.kind.gathered)
     assert launch.segments[:, 2].tolist() == [packing.segments["head"].size]
     number, row, column = launch.tiles[-1].tolist()
@@ -65,14 +65,14 @@ def test_offsets_go_beyond_32_bits():
     assert (rows - 1) * length + length - 1 == packing.segments["head"].size - 1 > 2**31
     huge = Packing.build({"w": (2, 2**31)}, {"w": ("a", "b")})
     with pytest.raises(ValueError, match="'w' has 2 rows of 2147483648"):
-        lay_out(float_pieces(huge.segments.values()), 1, lambda kind: (1, 1), {}, CPU)
+        lay_out(float_pieces(huge.segments.values()), 1, lambda kind, longest: (1, 1), {}, CPU)
 
 
 def test_rows_that_a_tile_would_count_beyond_32_bits_are_refused():
     packing = Packing.build({"w": (2**31 - 32, 4)}, {"w": (None, "a")})
     with pytest.raises(ValueError, match="'w' has 2147483616 rows of 4, beyond what a kernel counts"):
         packing_module._segment_row(Piece(packing.segments["w"], torch.int32), {})
-    tiles = [tile for family in (*FAMILIES.values(), INTERPRETER) for tile in (family.move, family.gather)]
+    tiles = [tile for family in (*FAMILIES.values(), INTERPRETER) for tile in (family.move, *family.gather)]
     assert max(tile.rows * tile.repeat for tile in tiles) <= 2**31 - packing_module.MOST_ROWS
 
 
@@ -81,7 +81,7 @@ def test_kinds_follow_addresses_and_lengths():
     axes = {"a": ("x", "x"), "b": ("x", "x"), "c": ("y", None), "d": ("x", None)}
     segments = list(Packing.build(shapes, axes).segments.values())
     pieces = [Piece(segment, torch.float32, aligned16=segment.name != "b") for segment in segments]
-    layout = lay_out(pieces, 2, lambda kind: (4, 64), {"x": (0, 8), "y": (8, 15)}, CPU)
+    layout = lay_out(pieces, 2, lambda kind, longest: (4, 64), {"x": (0, 8), "y": (8, 15)}, CPU)
     names = {}
     for launch in layout.launches:
         assert launch.start % 2 == 0

@@ -11,7 +11,7 @@ from random_models import models, same_bits
 from regraft_kernels import Packing, graft, permute
 from regraft_kernels import backend as backend_module
 from regraft_kernels import indices as indices_module
-from regraft_kernels.permute import permute_reference
+from regraft_kernels.permute import _units, permute_reference
 
 
 @settings(max_examples=25)
@@ -195,3 +195,10 @@ def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="backend must be one of"):
         permute({"w": fine}, {"a": index}, packing, backend="numba")
     assert permute({}, {}, packing) == {}
+
+
+def test_each_tensor_moves_by_its_own_element_size():
+    """One tensor of two bytes makes no other move as pairs; a counter of eight bytes needs no launch of its own."""
+    assert _units((4, 2, 8, 1)) == ((torch.int32, 1), (torch.int16, 1), (torch.int32, 2), (torch.int8, 1))
+    assert _units((2, 8, 16)) == ((torch.int16, 1), (torch.int16, 4), (torch.int16, 8))
+    assert _units((8, 16, 1)) == ((torch.int64, 1), (torch.int64, 2), (torch.int8, 1))

@@ -32,19 +32,20 @@ def _variants(target: str) -> list[Variant]:
     for dtype in FLOATING:
         wide = accumulator(dtype)
         signature = {**_SIGNATURE, "coefficients": "*fp64" if wide == torch.float64 else "*fp32"}
-        for pair in (True, False):
+        for held, label in ((2, "two"), (4, "four"), (0, "many")):
             for kind in (MoveKind(dtype, False, True), MoveKind(dtype, False, False)):
-                block = block_of(tile, kind)
+                block = block_of(tile, kind, held)
+                reads = held or 2  # with one result; of two sources where there may be any number
                 variants.append(
                     Variant(
                         _combine_kernel,
                         target,
-                        f"combine {'two' if pair else 'many'} {dtype_name(dtype)} {kind.alignment}",
+                        f"combine {label} {dtype_name(dtype)} {kind.alignment}",
                         signature,
-                        {"DTYPE": dtype, "WIDE": wide, "VEC": kind.vector, "PAIR": pair, "BLOCK": block},
+                        {"DTYPE": dtype, "WIDE": wide, "VEC": kind.vector, "HELD": held, "BLOCK": block},
                         tile.warps,
-                        moved=3 * block * dtype.itemsize,
-                        reads=2,  # of two sources
+                        moved=(1 + reads) * block * dtype.itemsize,
+                        reads=reads,
                     )
                 )
     return variants

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from regraft.core.clock import Clock
 from regraft.data import MissingData
 from regraft_bench.kernels.machine_code import MachineCode, read_machine_code
+from regraft_bench.kernels.networks import resnet50, vit_b_16
 from regraft_bench.kernels.variants import Variant, operators
 from regraft_bench.study import Measured, Method, Setting
 from regraft_kernels.backend import HAS_TRITON, INTERPRETING, triton_dtype
+from regraft_kernels.launch import FAMILIES, tile_of
+from regraft_kernels.packing import MoveKind
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -72,6 +76,8 @@ def values_of(variant: Variant, code: MachineCode) -> dict[str, float]:
     }
     if variant.reads:
         values["instructions per 16 bytes"] = _per_16_bytes(variant, code)
+    if variant.gathered:
+        values["cache bytes over used"] = _fetched_over_used(variant)
     if variant.target == "sm_90":
         share = _share_of_copy if variant.reads else _share_of_products
         values |= {f"predicted share, {name}": share(variant, code, machine) for name, machine in MACHINES.items()}
@@ -114,7 +120,8 @@ GOALS = (
     Goal("", "spilled [bytes]", most=0),
     Goal("", "divisions", most=0),
     Goal(f"sm.* {_MOVES} .*aligned|similarity", "narrower stores", most=0),
-    Goal("sm.* permute int(32|64) .* aligned", "16-byte stores", least=4),
+    Goal("sm.* permute int(32|64) rows aligned", "16-byte stores", least=4),
+    Goal("sm.* permute int(32|64) .*columns aligned", "16-byte stores", least=1),  # a step's, of many programs
     Goal("sm_90 permute int32 rows aligned", "instructions per 16 bytes", most=16),
     Goal("sm_90 permute int32 columns aligned", "instructions per 16 bytes", most=40),
     Goal("sm_90 combine two float32 aligned", "instructions per 16 bytes", most=16),
@@ -170,14 +177,37 @@ def _share_of_copy(variant: Variant, code: MachineCode, machine: Machine) -> flo
 
     Issue: 4 x 32 threads' instructions a clock on each multiprocessor, each 16 bytes moved costing `_per_16_bytes`. In
     flight (Little's law): a thread's loads, 16 bytes each and as many as it stores, of all resident threads, once every
-    latency.
+    latency. Second-level cache: all bytes that are used, and what else is in the sectors of gathered columns.
     """
     threads, reads = 32 * variant.warps, variant.reads
     issue = 128 * machine.multiprocessors * machine.hertz * 16 / _per_16_bytes(variant, code)
     loaded = sum(code.stored_in_loop or code.stored) / 8 * reads
     resident = machine.resident(threads, code) * threads * machine.multiprocessors
     fetched = (1 + 1 / reads) * resident * loaded / machine.latency
-    return min(1.0, issue / machine.memory, fetched / machine.memory)
+    unused = variant.gathered * (_fetched_over_used(variant) - 1) if variant.gathered else 0
+    cached = machine.cache * (1 + reads) / (1 + reads + unused)
+    return min(1.0, min(issue, fetched, cached) / machine.memory)
+
+
+SECTOR = 32
+"""Bytes that the second-level cache gives at least."""
+
+
+def _fetched_over_used(variant: Variant) -> float:
+    """Bytes of the sectors that this tile's gathered columns touch, over those that it uses: of the rows of ResNet-50
+    and ViT-B/16 that such a tile moves, at random permutations."""
+    kind = MoveKind(variant.constants["DTYPE"], True, True)
+    fetched, used, g = 0, 0, np.random.default_rng(0)
+    for segment in (*resnet50().segments.values(), *vit_b_16().segments.values()):
+        length, columns = segment.columns * segment.tail, variant.constants["COLUMNS"]
+        if segment.column_factors and tile_of(FAMILIES[variant.target], kind, length, 1).columns == columns:
+            sources = (g.permutation(segment.columns)[:, None] * segment.tail + np.arange(segment.tail)).ravel()
+            sectors = sources * kind.dtype.itemsize // SECTOR
+            fetched += (
+                segment.rows * SECTOR * sum(len(set(sectors[n : n + columns])) for n in range(0, length, columns))
+            )
+            used += segment.size * kind.dtype.itemsize
+    return fetched / used
 
 
 def _share_of_products(variant: Variant, code: MachineCode, machine: Machine) -> float:

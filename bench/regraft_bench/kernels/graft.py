@@ -9,13 +9,12 @@ from torch import Tensor
 
 from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
 from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
-from regraft_bench.kernels.variants import FLOATING, MOVE_SIGNATURE, Variant, register_operator
+from regraft_bench.kernels.variants import FLOATING, MOVE_SIGNATURE, Variant, move_tiles, register_operator
 from regraft_bench.timing import Contender
 from regraft_kernels import graft
 from regraft_kernels.backend import accumulator
 from regraft_kernels.graft import _LIVE_VALUES, _graft_kernel
-from regraft_kernels.launch import FAMILIES, shape_of, tile_of
-from regraft_kernels.packing import MoveKind
+from regraft_kernels.launch import shape_of
 
 
 def _variants(target: str) -> list[Variant]:
@@ -27,18 +26,18 @@ def _variants(target: str) -> list[Variant]:
             "scales": "*fp64" if wide == torch.float64 else "*fp32",
             "steps": "i32",
         }
-        for kind in (MoveKind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
-            tile = tile_of(FAMILIES[target], kind, _LIVE_VALUES)
+        for label, kind, tile in move_tiles(target, dtype, _LIVE_VALUES):
             variants.append(
                 Variant(
                     _graft_kernel,
                     target,
-                    f"graft {kind.label}",
+                    f"graft {label}",
                     signature,
                     {"DTYPE": dtype, "WIDE": wide, **shape_of(tile, kind)},
                     tile.warps,
                     moved=4 * tile.size * dtype.itemsize,
                     reads=3,  # with one scale
+                    gathered=2 * kind.gathered,
                 )
             )
     return variants

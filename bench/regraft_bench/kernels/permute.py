@@ -8,29 +8,28 @@ import torch
 
 from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
 from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
-from regraft_bench.kernels.variants import MOVE_SIGNATURE, Variant, register_operator
+from regraft_bench.kernels.variants import MOVE_SIGNATURE, Variant, move_tiles, register_operator
 from regraft_bench.timing import Contender
 from regraft_kernels import permute
-from regraft_kernels.launch import FAMILIES, shape_of, tile_of
-from regraft_kernels.packing import MoveKind
+from regraft_kernels.launch import shape_of
 from regraft_kernels.permute import _LIVE_VALUES, _permute_kernel
 
 
 def _variants(target: str) -> list[Variant]:
     variants = []
     for dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
-        for kind in (MoveKind(dtype, gathered, whole) for gathered in (False, True) for whole in (True, False)):
-            tile = tile_of(FAMILIES[target], kind, _LIVE_VALUES)
+        for label, kind, tile in move_tiles(target, dtype, _LIVE_VALUES):
             variants.append(
                 Variant(
                     _permute_kernel,
                     target,
-                    f"permute {kind.label}",
+                    f"permute {label}",
                     MOVE_SIGNATURE,
                     {"DTYPE": dtype, **shape_of(tile, kind)},
                     tile.warps,
                     moved=2 * tile.size * dtype.itemsize,
                     reads=1,
+                    gathered=int(kind.gathered),
                 )
             )
     return variants

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
@@ -12,7 +12,8 @@ import torch
 
 import regraft_bench.kernels
 from regraft_bench.contests import Contest
-from regraft_kernels.launch import FAMILIES
+from regraft_kernels.launch import FAMILIES, MoveTile, tile_of
+from regraft_kernels.packing import MoveKind
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -35,7 +36,8 @@ class Variant:
     """A kernel with one set of compile-time arguments, for one GPU family (a name in FAMILIES).
 
     `signature`: argument -> Triton's name of its type; `constants`: argument -> value, dtypes as torch's. For a kernel
-    that moves tensors, `moved` is the bytes that a program reads and writes, `reads` the bytes read for each stored.
+    that moves tensors, `moved` is the bytes that a program reads and writes, `reads` the bytes read for each stored,
+    and `gathered` how many of those are read by gathered columns.
     """
 
     kernel: Any
@@ -47,6 +49,7 @@ class Variant:
     stages: int = 3
     moved: int = 0
     reads: int = 0
+    gathered: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,17 @@ def operators() -> dict[str, Operator]:
     for module in iter_modules(package.__path__):
         import_module(f"{package.__name__}.{module.name}")
     return dict(sorted(_OPERATORS.items()))
+
+
+def move_tiles(target: str, dtype: torch.dtype, live_values: int) -> Iterator[tuple[str, MoveKind, MoveTile]]:
+    """Every tile that a family moves a dtype by, with its label and kind."""
+    widths = [tile.columns for tile in FAMILIES[target].gather]
+    for gathered in (False, True):
+        for aligned16 in (True, False):
+            kind = MoveKind(dtype, gathered, aligned16)
+            for width in widths if gathered else [0]:
+                label = kind.label if width in (0, widths[-1]) else kind.label.replace("columns", "narrow columns")
+                yield label, kind, tile_of(FAMILIES[target], kind, width, live_values)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

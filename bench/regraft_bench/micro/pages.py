@@ -92,6 +92,7 @@ COMPILED = (
         )
     ),
     Column("instructions per 16 bytes", value("instructions per 16 bytes", "{:.1f}")),
+    Column("cache bytes over used", value("cache bytes over used", "{:.2f}")),
     *(Column(f"predicted share, {name}", value(f"predicted share, {name}", "{:.0%}")) for name in ("H100", "H200")),
 )
 MATCHING = (*SUMMARY, Column("objective", value("objective", "{:.4f}")))
@@ -136,7 +137,8 @@ def of_models(rows: Rows) -> Iterator[Sheet]:
 MODEL = (
     "Predicted, not measured: the share of the copy's bandwidth (permute, graft with one scale, combine of two) or of "
     "the matrix unit's rate (similarity) that the sm_90 code allows. Moves: the lesser of what can be issued (4 x 32 "
-    "threads' instructions a clock and multiprocessor) and what loads in flight fetch (600 ns latency). Products: a "
+    "threads' instructions a clock and multiprocessor), what loads in flight fetch (600 ns latency) and what the "
+    "second-level cache gives (5.5 TB/s), which reads whole sectors of gathered columns. Products: a "
     "step takes as long as its products, its instructions, or its bytes from the second-level cache (5.5 TB/s)."
 )
 
