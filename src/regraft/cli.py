@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -103,8 +103,11 @@ def run_port(
     /,
     *,
     out: Path = Path("ported"),
-    method: str = "fgmt",
-    steps: int = 30,
+    method: Text = None,
+    steps: Annotated[int | None, arg(metavar="INT")] = None,
+    lr: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    labels: Literal["given", "none"] = "given",
+    new_model: Text = None,
     dry_run: bool = False,
     checkpoint: OmitArgPrefixes[CheckpointOptions] = OPTIONS,
 ) -> int:
@@ -115,13 +118,25 @@ def run_port(
         tuned: the fine-tune of BASE.
         new_base: the checkpoint to move it to.
         out: the folder to write (shards, index, README.md); it must not exist yet.
-        method: naive or weights; or fgmt, gmt, gradfix, fgmt+gradfix, weights+gradfix, which need data and memory.
-        steps: number of steps along the path of fgmt and gmt.
+        method: naive or weights; with data head, functional, functional+distil, distil, theseus, which need no labels,
+            auto, which measures which to take, fgmt, gmt, gradfix, fgmt+gradfix, weights+gradfix, few-shot. Without a
+            choice fgmt where the data have labels, else auto.
+        steps: number of steps along the path of fgmt and gmt (30), updates of what trains (100).
+        lr: learning rate of what trains; chosen among three if not given.
+        labels: none uses the fine-tune's predictions in place of the labels, as where the data have none.
+        new_model: the model of NEW_BASE where it is another one, for head, distil, theseus and auto.
         dry_run: check everything, and print what would be done.
     """
     from regraft import porting
 
-    settings: PortSettings = {**checkpoint.settings(), "method": method, "steps": steps}
+    settings: PortSettings = {
+        **checkpoint.settings(),
+        "method": method,
+        "steps": steps,
+        "lr": lr,
+        "labels": labels,
+        "new_model": new_model,
+    }
     if dry_run:
         return _print_plan(porting.plan(base, tuned, new_base, out, **settings), checkpoint.json)
     result = porting.port(base, tuned, new_base, out, resume=checkpoint.resume, **settings)
@@ -260,11 +275,17 @@ def _print_result(result: Result, as_json: bool) -> int:
     print("\n".join(map(clean_text, result.plan.lines())))
     for name, value in result.measured.items():
         for part, number in value.items() if isinstance(value, Mapping) else [("", value)]:
-            shown = f"{number:.4g}" if isinstance(number, float) else number
-            print(f"{name.replace('_', ' ')}{part and ', '}{part}: {shown}")
+            print(f"{name.replace('_', ' ')}{part and ', '}{part}: {_show(number)}")
     files = list(result.out.glob("*.safetensors"))
     print(clean_text(f"written: {files[0] if len(files) == 1 else result.out}"))
     return 0
+
+
+def _show(value: object) -> str:
+    """A measured value, or several by name, on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')} {_show(part)}" for name, part in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 LIBRARY: dict[str, Callable[..., int]] = {

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import regraft
 from regraft import networks
+from regraft.core.files import BadFile
 from regraft.core.tensors import Tensors
+from regraft.porting import data_by_name
 from regraft.porting.label_free import distil, fit_head, predict
 from regraft.porting.label_free.head import Sums
+from regraft.porting.models import NamedModel
 from regraft.training.evaluation import NotFinite
 
 
@@ -79,8 +86,8 @@ def test_chosen_ridge_has_the_least_score_of_generalised_cross_validation() -> N
 
 def test_too_few_inputs_other_classes_and_bad_values_are_refused() -> None:
     base, tuned = draw(MLP, 0), draw(MLP, 1)
-    with pytest.raises(ValueError, match="4 inputs are too few to fit a head of 5 classes"):
-        fit_head(MLP, tuned, base, [BATCHES[0][:4]])
+    with pytest.raises(ValueError, match="2 inputs are too few to fit a head of 5 classes: give at least 3"):
+        fit_head(MLP, tuned, base, [BATCHES[0][:2]])
     wider = networks.mlp([16, 24, 7])
     with pytest.raises(ValueError, match=r"'layers.1' has 7 outputs, the fine-tune has 5 classes"):
         fit_head(MLP, tuned, draw(wider, 0), BATCHES, new_model=wider)
@@ -116,3 +123,81 @@ def test_distilling_the_fine_tune_itself_leaves_it() -> None:
     tuned = draw(MLP, 1)
     trained = distil(MLP, tuned, tuned, BATCHES, steps=1, lr=0.0)
     assert all(torch.equal(trained[name], tensor) for name, tensor in tuned.items())
+
+
+# ---------------------------------------------------------------- by the command's function
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    """BASE, a fine-tune of it, and NEW_BASE that was permuted: what "functional" ports all but exactly."""
+    base = draw(MLP, 0)
+    tuned = {name: torch.lerp(tensor, draw(MLP, 1)[name], 0.3) for name, tensor in base.items()}
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    new = base | {"layers.0.weight": base["layers.0.weight"][order], "layers.0.bias": base["layers.0.bias"][order]}
+    new["layers.1.weight"] = base["layers.1.weight"][:, order]
+    paths = []
+    for name, tensors in {"base": base, "tuned": tuned, "new": new}.items():
+        paths.append(tmp_path / f"{name}.safetensors")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, paths[-1])
+    return paths
+
+
+def test_data_without_labels_are_ported_by_auto_and_judged_by_agreement(three: list[Path], tmp_path: Path) -> None:
+    done = regraft.port(*three, tmp_path / "out", model=MLP, inputs=torch.randn(2, 16), data=inputs(40, 16))
+    assert done.plan.method == "auto"
+    assert done.measured["chosen"] in done.measured["candidates"]
+    assert "few-shot" not in done.measured["candidates"]  # which wants labels
+    assert done.measured["agreement"]["result"] > 0.9
+    assert done.measured["relation"]["cosine_matched"] > 0.999 > done.measured["relation"]["cosine"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "agreement with the fine-tune, on validation" in card and "| functional |" in card
+
+
+def test_labels_are_left_aside_on_request(three: list[Path], tmp_path: Path) -> None:
+    labelled = [(batch, torch.zeros(40, dtype=torch.long)) for batch in inputs(40, 16)]  # which say nothing
+    settings = {"model": MLP, "inputs": torch.randn(2, 16), "data": {"train": labelled}}
+    done = regraft.port(*three, tmp_path / "out", method="functional", labels="none", **settings)
+    assert done.measured["agreement"]["result"] > 0.9
+    with pytest.raises(ValueError, match="'few-shot' trains on labels"):
+        regraft.port(*three, tmp_path / "other", method="few-shot", labels="none", **settings)
+
+
+@pytest.mark.parametrize("method", ["head", "functional", "distil", "functional+distil", "theseus", "fgmt+gradfix"])
+def test_every_method_works_without_labels(method: str, three: list[Path], tmp_path: Path) -> None:
+    data = [batch if "gradfix" in method else {"images": batch} for batch in inputs(40, 16)]
+    done = regraft.port(
+        *three, tmp_path / "out", model=MLP, inputs=torch.randn(2, 16), data=data, method=method, steps=4
+    )
+    agreement = done.measured["agreement"]
+    assert agreement["result"] >= agreement["new base"] - 0.1
+
+
+def test_predictions_of_one_class_are_warned_of(three: list[Path], tmp_path: Path) -> None:
+    data = [torch.full((40, 16), 3.0) + 0.01 * batch for batch in inputs(40, 16)]
+    done = regraft.port(*three, tmp_path / "out", model=MLP, inputs=torch.randn(2, 16), data=data, method="head")
+    assert "puts all of" in done.measured["warning"]
+    assert done.measured["warning"] in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_folders_of_images_without_classes_are_read(three: list[Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(30):
+        pixels = torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    named = NamedModel(networks.residual8(5, 3, 0.125), torch.randn(1, 3, 8, 8))
+    data = data_by_name(str(folder), named)
+    assert data.unlabelled == {"train"} and next(iter(data.train))[0].shape == (30, 3, 8, 8)
+    held = data.hold_out()
+    assert [len(next(iter(part))[0]) for part in (held.train, held.validation)] == [24, 6]
+    (folder / "readme.txt").write_text("no image")
+    assert len(list(data_by_name(str(folder), named).train)) == 1
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "readme.txt").write_text("no image")
+    with pytest.raises(BadFile, match="holds no image"):
+        data_by_name(str(empty), named)

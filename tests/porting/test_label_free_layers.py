@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regraft import networks
 from regraft.core.tensors import Tensors
 from regraft.porting.label_free import match_functions, predict, transport_by_activations
-from regraft.porting.label_free.activations import LinearMap, align, choose_rows, observe, record
+from regraft.porting.label_free.activations import LinearMap, align_activations, choose_rows, observe, record
 from regraft.symmetry import apply, trace
 from regraft.training.evaluation import NotFinite
 
@@ -153,8 +153,8 @@ def test_align_finds_a_rotation_and_leaves_what_it_does_not_see() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
-    torch.testing.assert_close(align(x, x @ rotation.T), rotation, rtol=0, atol=1e-4)
+    torch.testing.assert_close(align_activations(x, x @ rotation.T), rotation, rtol=0, atol=1e-4)
     dead = x * torch.tensor([1, 1, 1, 1, 0, 0])
-    torch.testing.assert_close(align(dead, dead), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(align_activations(dead, dead), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
     wider = torch.linalg.qr(torch.randn(9, 6, generator=generator, dtype=torch.float64))[0]
-    torch.testing.assert_close(align(x, x @ wider.T), wider, rtol=0, atol=1e-9)
+    torch.testing.assert_close(align_activations(x, x @ wider.T), wider, rtol=0, atol=1e-9)

@@ -55,6 +55,22 @@ def split(batch: Batch, number: int = 0) -> tuple[Inputs, Tensor]:
     return inputs, labels.long() if are_integers(labels) else labels
 
 
+def is_labelled(batch: Any) -> bool:
+    """Whether a batch has labels. One of inputs alone is a tensor, a mapping without "labels", or one tensor in a
+    tuple or list."""
+    if isinstance(batch, Mapping):
+        return "labels" in batch
+    return not isinstance(batch, Tensor) and not (isinstance(batch, tuple | list) and len(batch) == 1)
+
+
+def inputs_of(batch: Any, number: int = 0) -> Inputs:
+    """The inputs of a batch with or without labels. Raises as `split`."""
+    if is_labelled(batch):
+        return split(batch, number)[0]
+    inputs: Inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    return inputs
+
+
 def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments: one tensor, a sequence of positional ones, or a mapping of keyword ones."""
     if isinstance(inputs, Mapping):

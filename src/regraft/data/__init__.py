@@ -9,7 +9,7 @@ set of image files is streamed from disk behind the same interface. Normalisatio
 the training split alone.
 """
 
-from regraft.data.load import Dataset, default_root, load
+from regraft.data.load import Dataset, default_root, load, load_unlabelled
 from regraft.data.sets import CIFAR100_FUSION, CIFAR100_TRANSFER, DIGITS_HIGH, DIGITS_LOW, MissingData
 from regraft.data.splits import (
     Batches,
@@ -23,6 +23,6 @@ from regraft.data.splits import (
 
 __all__ = [
     "CIFAR100_FUSION", "CIFAR100_TRANSFER", "DIGITS_HIGH", "DIGITS_LOW", "Batches", "Dataset", "ImageFiles",
-    "MissingData", "Split", "default_root", "draw_per_class", "flip_and_crop", "load", "normalise",
-    "stratified_split"
+    "MissingData", "Split", "default_root", "draw_per_class", "flip_and_crop", "load", "load_unlabelled",
+    "normalise", "stratified_split"
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regraft.core.arguments import Count, CountOrNone, check_arguments
-from regraft.data.sets import READERS, ROOT_VARIABLE, DataSource, Raw
+from regraft.data.sets import READERS, ROOT_VARIABLE, DataSource, Raw, list_images
 from regraft.data.splits import ImageFiles, Split, normalise, stratified_split
 
 FILE_SAMPLE = 2000  # image files that are decoded for mean and deviation
@@ -108,6 +108,27 @@ def load(
         replace(split, mean=mean, std=std) for split in (everything.subset(kept), everything.subset(held), test)
     )
     return Dataset(name, train, held_out, test, raw.classes, mean, std)
+
+
+@check_arguments
+def load_unlabelled(folder: str | Path, *, image_size: Count = 224, channels: Count = 3) -> dict[str, Split]:
+    """Images that lie in ``folder`` itself ("train"), or in its ``train`` and ``test`` (or ``val``), by part.
+
+    They have no classes: all labels are 0. Normalised by the mean and deviation of "train". Raises ValueError where a
+    part holds no image, OSError for a folder that is not there.
+    """
+    root = Path(folder)
+    held_out = next((name for name in ("test", "val") if (root / name).is_dir()), None)
+    folders = {"train": root / "train" if (root / "train").is_dir() else root}
+    if held_out is not None and folders["train"] != root:
+        folders["test"] = root / held_out
+    parts = {}
+    for part, place in folders.items():
+        files = list_images(place)
+        images = ImageFiles(files, torch.arange(len(files.samples)), image_size, channels)
+        parts[part] = Split(images, torch.zeros(len(files.samples), dtype=torch.int64))
+    mean, std = _statistics(parts["train"])
+    return {part: replace(split, mean=mean, std=std) for part, split in parts.items()}
 
 
 def _choose_classes(raw: Raw, wanted: Sequence[str | int]) -> Raw:

@@ -195,6 +195,26 @@ def _check_links(folder: Path, above: frozenset[str] = frozenset()) -> None:
                 _check_links(folder / entry.name, above | {real})
 
 
+@dataclass(frozen=True)
+class ImageList:
+    """Image files without classes, as `ImageFiles` reads them. samples: (path, 0) of each."""
+
+    samples: Sequence[tuple[str, int]]
+
+    def __getitem__(self, number: int) -> tuple[Any, int]:
+        return open_image(self.samples[number][0]), 0
+
+
+def list_images(folder: Path) -> ImageList:
+    """The image files that lie in a folder, by name. Raises ValueError where there is none."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    files = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise ValueError(f"{folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
+    return ImageList([(file, 0) for file in files])
+
+
 def open_image(path: str | Path) -> Any:
     """The PIL image of a file, decoded. Raises OSError for what is no file, which could block for ever, and for pixels
     of more than 8 bits, which would be clipped."""

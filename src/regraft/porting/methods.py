@@ -7,17 +7,18 @@ base to the fine-tune; and of every method NAME there is NAME+gradfix, which mas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regraft.core.clock import Clock
-from regraft.core.forward import split
-from regraft.core.tensors import Batch, Perm, Tensors, is_finite
+from regraft.core.forward import examples, inputs_of, split
+from regraft.core.tensors import Batch, Inputs, Perm, Tensors, is_finite
 from regraft.learning_transfer.driver import transfer
 from regraft.learning_transfer.methods import TRANSFER_METHODS
 from regraft.learning_transfer.trajectory import Trajectory
@@ -33,6 +34,9 @@ Weights = Mapping[str, Tensor]
 STATISTICS_BATCHES = 20
 """From which BatchNorm statistics are estimated anew."""
 
+INPUTS = 1024
+"""That a method without labels looks at."""
+
 VOTING_BATCHES = 4
 """Batches of whose images GradFix asks each."""
 
@@ -42,13 +46,15 @@ class PortProblem:
     """What is to be brought where: three networks of equal names and shapes, floating in one dtype, on one device.
 
     They may read a tensor each time one is asked for. A head that the fine-tune has and the bases have not is zero in
-    these, so that it is carried over as a change from zero.
+    these, so that it is carried over as a change from zero. ``carried``: such tensors by name, where they are known.
+    The new base may be of another model (`PortWork.new_model`), under names and shapes of its own.
     """
 
     spec: PermutationSpec
     base: Weights
     tuned: Weights
     new_base: Weights
+    carried: Collection[str] = ()
 
 
 def _make_anew(name: str, make: Callable[[], Tensors]) -> Tensors:
@@ -63,7 +69,11 @@ class PortWork:
         model: the network as a function of its inputs' first; None where no method that is asked for runs it.
         train: batches to take gradients on, iterated over again when they end.
         validation: batches by which the best step is chosen.
-        steps: T of a path.
+        inputs: unlabelled batches, of which methods without labels look at the first `INPUTS`; of ``train`` if None.
+        new_model: the new base's network, where it is another one.
+        steps: T of a path; the updates of a training.
+        lr: the learning rate of a training; chosen if None.
+        labelled: whether the labels are the task's own, not the fine-tune's predictions.
         keep: ``keep(name, make)`` gives what ``make()`` does, or did in a run that was interrupted.
         clock: what it took.
     """
@@ -71,7 +81,11 @@ class PortWork:
     model: nn.Module | None = None
     train: Iterable[Batch] | None = None
     validation: Iterable[Batch] | None = None
+    inputs: Iterable[Inputs] | None = None
+    new_model: nn.Module | None = None
     steps: int = 30
+    lr: float | None = None
+    labelled: bool = True
     keep: Callable[[str, Callable[[], Tensors]], Tensors] = _make_anew
     clock: Clock = field(default_factory=Clock)
 
@@ -81,13 +95,33 @@ class PortWork:
             raise ValueError(f"{method} takes gradients: it needs a model and data")
         return self.model, self.train
 
+    def model_and_inputs(self, method: str) -> tuple[nn.Module, list[Inputs]]:
+        """For methods that look at inputs alone: the batches that hold the first `INPUTS`. Raises ValueError as
+        `model_and_batches`."""
+        if self.model is None or (self.train is None and self.inputs is None):
+            raise ValueError(f"{method} looks at inputs of the task: it needs a model and data, labelled or not")
+        batches = map(inputs_of, self.train) if self.inputs is None else iter(self.inputs)  # type: ignore[arg-type]
+        seen: list[Inputs] = []
+        while sum(map(examples, seen)) < INPUTS and (batch := next(batches, None)) is not None:
+            seen.append(batch)
+        return self.model, seen
+
 
 @dataclass(frozen=True)
 class Ported:
-    """What a method gives: the tensors, made one by one when they are asked for, and the permutation behind them."""
+    """What a method gives.
+
+    Attributes:
+        tensors: made one by one when they are asked for.
+        perm: the permutation behind them.
+        keeps_statistics: whether the BatchNorm statistics among them are meant, not to be estimated anew.
+        measured: what was measured on the way, by name, as JSON.
+    """
 
     tensors: Weights
     perm: Perm
+    keeps_statistics: bool = False
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 PortMethod = Callable[[PortProblem, PortWork], Ported]
@@ -121,13 +155,22 @@ def mask_by_gradients(method: PortMethod, problem: PortProblem, work: PortWork) 
         return Ported(transport(model, start, change, batches), ported.perm)
 
 
-def port_method(name: str, *, streamed: bool = False) -> Callable[[PortMethod], PortMethod]:
-    """Decorator: the method has this name. streamed: it needs neither data nor a model in memory."""
+ANY_MODEL: set[str] = set()
+"""The methods for which the new base may be of another model."""
+
+
+def port_method(
+    name: str, *, streamed: bool = False, masked: bool = True, any_model: bool = False
+) -> Callable[[PortMethod], PortMethod]:
+    """Decorator: the method has this name. streamed: it needs neither data nor a model in memory. masked: what it moves
+    is a task vector, of which GradFix may keep a part. any_model: the new base may be of another model."""
 
     def register(method: PortMethod) -> PortMethod:
         PORT_METHODS[name] = method
-        PORT_METHODS["gradfix" if name == "naive" else f"{name}+gradfix"] = partial(mask_by_gradients, method)
+        if masked:
+            PORT_METHODS["gradfix" if name == "naive" else f"{name}+gradfix"] = partial(mask_by_gradients, method)
         STREAMED.update({name} if streamed else ())
+        ANY_MODEL.update({name} if any_model else ())
         return method
 
     return register

@@ -6,20 +6,30 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
-from regraft.core.arguments import Count, check_arguments
+import torch
+from torch import Tensor, nn
+
+from regraft.core.arguments import Count, NotNegative, check_arguments
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.forward import split
-from regraft.core.tensors import Tensors
+from regraft.core.tensors import Inputs, Tensors
 from regraft.porting.alignment import IN_MEMORY_COPIES, measure_accuracies
+from regraft.porting.auto import AUTO
 from regraft.porting.checkpoint_files import CheckpointFile, Lazy
+from regraft.porting.data import Unlabelled
 from regraft.porting.fitting import measure_distances
+from regraft.porting.function_ports import FITTED, TRAINED, UPDATES
 from regraft.porting.job import Job, open_job, read_checkpoints
+from regraft.porting.label_free import predict
 from regraft.porting.methods import (
+    ANY_MODEL,
     PORT_METHODS,
     STREAMED,
+    VOTING_BATCHES,
     Ported,
     PortProblem,
     PortWork,
@@ -37,13 +47,21 @@ BASE, TUNED, NEW_BASE = ROLES = "base", "fine-tune", "new base"
 class PortSettings(Settings, total=False):
     """What `port` takes besides the checkpoints: `Settings`, and
 
-    method: of `PORT_METHODS`; "fgmt" if not given. All but "naive" and "weights" take gradients, and need ``data``.
-        Where there are data, with any method accuracies are measured and BatchNorm statistics estimated anew.
-    steps: T of the path of "fgmt"; 30 if not given.
+    method: of `PORT_METHODS`; "fgmt" if not given, "auto" where the data have no labels. All but "naive" and "weights"
+        need ``data``. Where there are data, with any method accuracies are measured and, where the method has not
+        made its own, BatchNorm statistics estimated anew.
+    steps: T of the path of "fgmt", 30 if not given; updates of what trains, 100 if not given.
+    lr: the learning rate of what trains; chosen among three if not given.
+    labels: "none" leaves the labels of the data for training aside: the fine-tune's predictions stand in for them, as
+        where the data have none. Test data keep theirs.
+    new_model: the new base's model, where it is another one than ``model``, as that is given.
     """
 
-    method: str
-    steps: Count
+    method: str | None
+    steps: Count | None
+    lr: NotNegative | None
+    labels: Literal["given", "none"]
+    new_model: str | nn.Module | None
 
 
 def port(
@@ -89,29 +107,55 @@ def plan(
     **settings: Unpack[PortSettings],
 ) -> Job:
     """Everything that is checked before a port, and what it would do. Raises as `port` does."""
-    method, steps = settings.get("method", "fgmt"), settings.get("steps", 30)
+    method, steps = settings.get("method"), settings.get("steps")
     _check_settings(method, settings)
     if out is not None:
         check_output(Path(out))
     paths = list(zip(ROLES, (base, tuned, new_base), strict=True))
     model_spec, checkpoints = read_checkpoints(paths, TUNED, settings)
-    config = {} if method in STREAMED else {"steps": steps}
-    job = open_job(method, (model_spec, _drop_uncommon(checkpoints)), TUNED, NEW_BASE, settings, config)
+    job = open_job(method or "fgmt", (model_spec, _drop_uncommon(checkpoints)), TUNED, NEW_BASE, settings, {})
+    job = _settle(job, method, settings)
+    steps = job.config.get("steps", 1)
     # FGMT stacks a pair of gradients a step.
-    copies = IN_MEMORY_COPIES + 2 * steps * ("gmt" in method)
-    job = job.check_room(out, settings.get("max_memory"), copies=copies, matches=method != "naive", resume=resume)
+    copies = IN_MEMORY_COPIES + 2 * steps * ("gmt" in job.method)
+    job = job.check_room(out, settings.get("max_memory"), copies=copies, matches=job.method != "naive", resume=resume)
     networks, check = job.networks(), job.value_check(summed=2)
     distances = measure_distances([networks[role] for role in ROLES], check)
     return replace(job, distances=distances, layout=replace(job.layout, infinite=frozenset(check.infinite)))
 
 
-def _check_settings(method: str, settings: PortSettings) -> None:
-    if method not in PORT_METHODS:
+def _check_settings(method: str | None, settings: PortSettings) -> None:
+    if method is not None and method not in PORT_METHODS:
         raise ValueError(f"unknown method {method!r}; there are {', '.join(PORT_METHODS)}")
     if method not in STREAMED and settings.get("data") is None:
         raise ValueError(
-            f"method {method!r} takes gradients: it needs data (--data; --method weights and naive need none)"
+            f"method {method or 'fgmt'!r} looks at inputs of the task: it needs data, with labels or without (--data; "
+            "--method weights and naive need none)"
         )
+    if settings.get("new_model") is not None and method not in (None, *ANY_MODEL):
+        raise ValueError(
+            f"method {method!r} needs a new base of the fine-tune's model; for another one there are "
+            f"{', '.join(sorted(ANY_MODEL))}"
+        )
+
+
+def _settle(job: Job, method: str | None, settings: PortSettings) -> Job:
+    """The job with its method and what that needs, which may depend on whether the data have labels."""
+    data = job.data
+    if data is not None and settings.get("labels") == "none":
+        data = data.without_labels()
+    labelled = data is None or "train" not in data.unlabelled
+    if method is None:
+        method = "fgmt" if labelled and settings.get("new_model") is None else AUTO
+    if method == "few-shot" and not labelled:
+        raise ValueError("method 'few-shot' trains on labels, and there are none: distil trains on the fine-tune's")
+    steps = settings.get("steps") or (UPDATES if method in TRAINED else 30)
+    config: dict[str, Any] = {} if method in STREAMED else {"steps": steps}
+    config |= {"lr": settings["lr"]} if settings.get("lr") is not None and method in TRAINED else {}
+    config |= {} if labelled else {"labels": "the fine-tune's predictions"}
+    if data is not None and (method in FITTED or not labelled):
+        data = data.hold_out()
+    return replace(job, method=method, data=data, config=config | dict(job.config))
 
 
 def _drop_uncommon(checkpoints: Mapping[str, CheckpointFile]) -> dict[str, CheckpointFile]:
@@ -130,26 +174,53 @@ def _drop_uncommon(checkpoints: Mapping[str, CheckpointFile]) -> dict[str, Check
 
 def _make(job: Job, part: Path, clock: Clock) -> Made:
     """The result, its statistics and what was measured of it."""
-    assert job.model_spec is not None
-    networks = job.networks(job.model_spec.device)
-    work = PortWork(steps=job.config.get("steps", 1), keep=partial(keep_tensors, part), clock=clock)
+    model_spec = job.model_spec
+    assert model_spec is not None
+    networks = job.networks(model_spec.device)
+    work = PortWork(
+        steps=job.config.get("steps", 1), lr=job.config.get("lr"), keep=partial(keep_tensors, part), clock=clock
+    )
+    measured: dict[str, Any] = {}
     if job.data is not None:
-        model = job.model_spec.require_model().model
+        model, raw = model_spec.require_model().model, job.data
+        job = replace(job, data=raw.label(partial(_predict_classes, model, networks[TUNED])))
+        assert job.data is not None
         work = replace(work, model=model, train=job.data.train, validation=job.data.validation)
-    problem = PortProblem(job.spec, *(networks[role] for role in ROLES))
+        if "train" in raw.unlabelled:
+            work = replace(work, inputs=Unlabelled(raw.train), labelled=False)
+            measured |= _warn_of_one_class(work)
+    base, tuned, new_base = (networks[role] for role in ROLES)
+    problem = PortProblem(job.spec, base, tuned, new_base, job.head)
     ported = PORT_METHODS[job.method](problem, work)
     ported = replace(ported, tensors=with_singular_vectors(ported.tensors))
-    measured: dict[str, Any] = {}
-    if job.model_spec.model is not None:
+    measured |= ported.measured
+    if model_spec.model is not None:
         with clock.phase("checks"):
             # With the fine-tune's head where the base has none: zeros would compute the same in any order.
             whole: Tensors = {n: networks[TUNED if n in job.head else BASE][n] for n in networks[TUNED]}
-            measured["function_error"] = job.model_spec.check_function(whole, ported.perm)
+            measured["function_error"] = model_spec.check_function(whole, ported.perm)
     if job.data is not None:
-        ported = replace(ported, tensors=with_statistics(ported.tensors, work))
+        if not ported.keeps_statistics:
+            ported = replace(ported, tensors=with_statistics(ported.tensors, work))
         with clock.phase(EVALUATION):
             measured |= _compare(job, problem, ported, work)
+            if raw.measured_on[0] in raw.unlabelled:
+                measured["agreement"] = measured.pop("accuracy")
     return Made(ported.tensors, (ported.perm,), measured)
+
+
+def _predict_classes(model: nn.Module, tuned: Weights, inputs: Inputs) -> Tensor:
+    return predict(model, dict(tuned.items()), [inputs])[0].argmax(-1)
+
+
+def _warn_of_one_class(work: PortWork) -> dict[str, Any]:
+    """What is to be said where the fine-tune gives all inputs that are looked at one class."""
+    assert work.train is not None
+    classes = torch.cat([split(batch)[1].flatten() for batch in islice(work.train, VOTING_BATCHES)])
+    if len(classes) < 10 or len(classes.unique()) > 1:
+        return {}
+    said = f"the fine-tune puts all of {len(classes)} inputs into class {int(classes[0])}: are these data of its task?"
+    return {"warning": said}
 
 
 def _compare(job: Job, problem: PortProblem, ported: Ported, work: PortWork) -> dict[str, Any]:

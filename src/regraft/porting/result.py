@@ -136,11 +136,26 @@ def _describe(job: Job, hashes: Mapping[str, str], measured: Mapping[str, Any], 
         )
     if "verdict" in measured:
         lines.append(f"- the result is {measured['verdict']}")
-    if "accuracy" in measured:
-        lines += ["", f"| accuracy, on {measured['measured_on']} | |", "|---|---:|"]
-        lines += [f"| {network} | {value:.4f} |" for network, value in measured["accuracy"].items()]
+    if "warning" in measured:
+        lines.append(f"- {measured['warning']}")
+    for kind, what in (("accuracy", "accuracy"), ("agreement", "agreement with the fine-tune")):
+        if kind in measured:
+            lines += ["", f"| {what}, on {measured['measured_on']} | |", "|---|---:|"]
+            lines += [f"| {network} | {value:.4f} |" for network, value in measured[kind].items()]
+    lines += _describe_choice(measured)
     lines += ["", "| cost | wall s | CPU s |", "|---|---:|---:|"]
     return lines + [f"| {phase} | {c.wall:.1f} | {c.cpu:.1f} |" for phase, c in cost.items()]
+
+
+def _describe_choice(measured: Mapping[str, Any]) -> list[str]:
+    """What `auto` tried, and what it chose."""
+    if "candidates" not in measured:
+        return []
+    head = f"| tried on {measured['tried_on']} inputs, judged by {measured['judged_by']} | score | CPU s |"
+    rows = [f"| {name} | {t['score']:.4f} | {t['cpu_seconds']:.2f} |" for name, t in measured["candidates"].items()]
+    related = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in measured.get("relation", {}).items())
+    lines = ["", f"Chosen: {measured['chosen']}.", "", head, "|---|---:|---:|", *rows]
+    return [*lines, *(["", f"How related the bases are: {related}."] if related else [])]
 
 
 def _seconds(cost: Mapping[str, Cost]) -> dict[str, dict[str, float]]:

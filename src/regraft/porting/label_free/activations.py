@@ -101,12 +101,12 @@ class LinearMap:
         return patches.reshape(len(rows), -1, taps)[..., int(middle @ sizes)]
 
 
-See = Callable[[LinearMap, Tensor, Tensor], Tensor | None]
+SeeMap = Callable[[LinearMap, Tensor, Tensor], Tensor | None]
 """(map, its inputs, its output) -> None, or what replaces the output."""
 
 
 @contextmanager
-def observe(model: nn.Module, see: See) -> Iterator[None]:
+def observe(model: nn.Module, see: SeeMap) -> Iterator[None]:
     """Call ``see`` after every linear map of the model that is run.
 
     Attention of torch (`nn.MultiheadAttention`) is seen as its projections where query, key and value are one tensor;
@@ -115,21 +115,21 @@ def observe(model: nn.Module, see: See) -> Iterator[None]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | _ConvNd)}
     layers = {name: module for name, module in layers.items() if not getattr(module, "transposed", False)}
 
-    def seen(name: str, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+    def pass_on(name: str, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         module = layers[name]
         bias = None if module.bias is None else f"{name}.bias".removeprefix(".")
         return see(LinearMap(f"{name}.weight".removeprefix("."), bias, module), inputs[0], output)
 
     with ExitStack() as stack:
-        stack.enter_context(hooks(layers, seen))
+        stack.enter_context(hooks(layers, pass_on))
         for name, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
-                stack.enter_context(_unfolded(module, name, see))
+                stack.enter_context(unfold_attention(module, name, see))
         yield
 
 
 @contextmanager
-def _unfolded(module: nn.MultiheadAttention, name: str, see: See) -> Iterator[None]:
+def unfold_attention(module: nn.MultiheadAttention, name: str, see: SeeMap) -> Iterator[None]:
     """The attention computed step by step, its projections seen."""
     folded, prefix = module.forward, f"{name}." if name else ""
     bias = module.in_proj_bias is not None
@@ -180,7 +180,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Record:
+class MapRecord:
     """What was seen of one map.
 
     Attributes:
@@ -198,7 +198,7 @@ class Record:
 
 def record(
     model: nn.Module, tensors: Mapping[str, Tensor], batches: Sequence[Inputs], *, with_inputs: bool = False
-) -> dict[str, Record]:
+) -> dict[str, MapRecord]:
     """By name, in the order in which they are run, what goes through the maps that are run once a call.
 
     Raises ValueError for inputs that are not finite, `NotFinite` for outputs that are not, naming the layer.
@@ -235,7 +235,7 @@ def record(
             check_finite(name_inputs(batch), f"batch {number}")
             call(model, values, batch, f"batch {number}")
     return {
-        name: Record(
+        name: MapRecord(
             linear, torch.cat(inputs[name]) if with_inputs else None, torch.cat(outputs[name]), norms.get(name)
         )
         for name, linear in maps.items()
@@ -268,7 +268,7 @@ def _check_shapes(tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"inputs of one shape are needed, not of {sorted(shapes)[:3]}: pad them to one length")
 
 
-def align(source: Tensor, target: Tensor) -> Tensor:
+def align_activations(source: Tensor, target: Tensor) -> Tensor:
     """T [d_target, d_source] with orthonormal rows or columns, ``target ~ source T^T``: orthogonal Procrustes.
 
     source: [R, d_source], target: [R, d_target], centred here. Of equal widths, what the rows do not determine is as in

@@ -12,7 +12,15 @@ from regraft.core.forward import call
 from regraft.core.guard import evaluating
 from regraft.core.tensors import Inputs, Tensors, check_alike, complete
 from regraft.networks.heads import find_head
-from regraft.porting.label_free.activations import LinearMap, Record, align, choose_rows, join, observe, record
+from regraft.porting.label_free.activations import (
+    LinearMap,
+    MapRecord,
+    align_activations,
+    choose_rows,
+    join,
+    observe,
+    record,
+)
 from regraft.porting.label_free.head import Sums
 from regraft.porting.label_free.outputs import predict
 
@@ -62,7 +70,7 @@ def match_functions(
             return None
         if name not in own:
             return None
-        aligned = align(before[name].outputs, own[name].outputs)
+        aligned = align_activations(before[name].outputs, own[name].outputs)
         change = after[name].outputs - before[name].outputs
         target = own[name].outputs + (change.double() @ aligned.T).to(output)
         return _solve(linear, own[name], x, target, result, ridge)
@@ -81,7 +89,7 @@ def _fit_head(linear: LinearMap, x: Tensor, logits: Tensor, result: Tensors) -> 
         result[linear.bias] = bias.to(x)
 
 
-def _solve(linear: LinearMap, own: Record, x: Tensor, target: Tensor, result: Tensors, ridge: float) -> Tensor:
+def _solve(linear: LinearMap, own: MapRecord, x: Tensor, target: Tensor, result: Tensors, ridge: float) -> Tensor:
     """Put the weight whose outputs are nearest to the target [R, fan_out] into ``result``; the map's output with it."""
     weight = linear.of_tensor(result[linear.weight])
     bias = None if linear.bias is None else linear.of_tensor(result[linear.bias])

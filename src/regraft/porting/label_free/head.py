@@ -45,8 +45,8 @@ def fit_head(
         ridge: its strength, relative to the features' mean square; chosen by generalised cross-validation (Golub,
             Heath and Wahba, 1979) if not given.
 
-    Raises ValueError where there are fewer inputs than classes, for a head of another number of classes, or as
-    `regraft.networks.heads.find_head`; `NotFinite` for features or logits that are not finite.
+    Raises ValueError where there are fewer inputs than half of the classes, for a head of another number of classes,
+    or as `regraft.networks.heads.find_head`; `NotFinite` for features or logits that are not finite.
     """
     own = model if new_model is None else new_model
     name = find_head(own)
@@ -64,10 +64,10 @@ def fit_head(
                 f"{list(logits.shape)}: one answer is wanted for each row"
             )
         sums.add(features.flatten(0, -2), logits.flatten(0, -2))
-    if sums.count < layer.out_features:
+    if 2 * sums.count < layer.out_features:
         raise ValueError(
-            f"{sums.count} inputs are too few to fit a head of {layer.out_features} classes: give at least as many as "
-            "there are classes, better twenty a class"
+            f"{sums.count} inputs are too few to fit a head of {layer.out_features} classes: give at least "
+            f"{-(-layer.out_features // 2)}, better {20 * layer.out_features}"
         )
     weight, bias = sums.solve(ridge)
     like = new_base[f"{name}.weight"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regraft.core.arguments import Finite, check_arguments
 from regraft.core.tensors import Inputs, Tensors, complete
-from regraft.porting.label_free.activations import LinearMap, Record, align, record
+from regraft.porting.label_free.activations import LinearMap, MapRecord, align_activations, record
 
 
 @check_arguments
@@ -53,8 +53,10 @@ def transport_by_activations(
     for name, old in before.items():
         new = own[name]
         assert old.inputs is not None and new.inputs is not None
-        into = align(old.inputs, new.inputs)
-        out = align(old.outputs, new.outputs) if name != outputs else torch.eye(old.outputs.shape[1]).to(into)
+        into = align_activations(old.inputs, new.inputs)
+        out = (
+            align_activations(old.outputs, new.outputs) if name != outputs else torch.eye(old.outputs.shape[1]).to(into)
+        )
         moved: list[tuple[str | None, str | None, Callable[[Tensor], Tensor]]] = [
             (old.map.weight, new.map.weight, partial(_transport, out, into, new.map)),
             (old.map.bias, new.map.bias, out.matmul),
@@ -91,7 +93,7 @@ def _transport(out: Tensor, into: Tensor, linear: LinearMap, change: Tensor) -> 
     return torch.cat(moved)
 
 
-def _check_layers(before: Mapping[str, Record], own: Mapping[str, Record]) -> None:
+def _check_layers(before: Mapping[str, MapRecord], own: Mapping[str, MapRecord]) -> None:
     if odd := before.keys() ^ own.keys():
         raise ValueError(
             f"layer {min(odd).removesuffix('.weight')!r} is in only one of the two networks: a change is carried "
