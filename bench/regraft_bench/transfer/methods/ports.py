@@ -77,9 +77,10 @@ def port_settings(setting: TransferSetting) -> PortSettings:
 
 
 def few_shot_data(setting: TransferSetting, count: int) -> FewShotData:
-    """``count`` images of each class; a smaller number's are among a larger one's."""
+    """``count`` images of each class, mixed; a smaller number's are among a larger one's."""
     split = setting.dataset(replace(setting.settings.task, per_class=count), setting.seed).train
-    return FewShotData(split.to(setting.device), setting.generator("few", count))
+    mixed = split.subset(torch.randperm(len(split), generator=setting.generator("few mixed", count)))
+    return FewShotData(mixed.to(setting.device), setting.generator("few", count))
 
 
 def base(setting: TransferSetting) -> Tensors:
