@@ -77,6 +77,7 @@ def test_type_checkers_see_the_public_names():
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.asname: f"{node.module}.{alias.name}" for node in imports for alias in node.names if alias.asname}
     table = {name: f"regraft.{path.replace(':', '.')}" for name, path in regraft._PUBLIC.items()}
+    table |= {name: f"regraft_bench.studies.{name}" for name in regraft._OF_THE_SUITE}
     assert seen | {"activations": "regraft.fusion.repair"} == table
 
 

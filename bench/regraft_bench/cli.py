@@ -176,6 +176,88 @@ def report(documents: Positional[tuple[Path, ...]] = (), /, *, results: Path = R
     return 0
 
 
+def list_all(
+    study: Annotated[str | None, Positional, arg(metavar="STUDY")] = None,
+    /,
+    *,
+    results: Path = Path("results"),
+    data: Folder = None,
+) -> int:
+    """Show what there is to measure: studies and data sets; of one study its scenarios, methods, tables and figures.
+
+    Args:
+        study: transfer, fusion, fast or micro.
+        results: the folder whose rows say how long a scenario takes.
+        data: folder of the data sets (default: REGRAFT_DATA, else ./data).
+    """
+    from rich.console import Console
+
+    from regraft_bench import catalogue, studies
+
+    console = Console(markup=False)
+    if study is None:
+        sheets = catalogue.list_studies(results, data)
+    else:
+        sheets = catalogue.list_study(studies.study(study), results)
+    for sheet in sheets:
+        console.print(sheet)
+        console.print()
+    return 0
+
+
+def tables(
+    study: Positional[str],
+    /,
+    *,
+    table: Names = (),
+    format: Literal["markdown", "latex", "csv"] = "markdown",
+    results: Path = Path("results"),
+) -> int:
+    """Print a study's tables for a paper or a program, made of the rows in a results folder.
+
+    Args:
+        study: transfer, fusion, fast or micro.
+        table: one of its tables (`regraft list STUDY`); may be given several times. All if none is named.
+        format: markdown, latex (LuaLaTeX, XeLaTeX) or csv.
+        results: the folder of the rows.
+    """
+    from regraft_bench import session, studies
+    from regraft_bench.report.render import format_tables
+
+    one = studies.study(study)
+    chosen = session.select_items(one, table, one.tables) or one.tables
+    print(format_tables(chosen, session.load_known_rows(results, one), format))
+    return 0
+
+
+def figures(
+    study: Positional[str],
+    /,
+    *,
+    figure: Names = (),
+    format: Literal["svg", "png", "pdf"] = "svg",
+    results: Path = Path("results"),
+    out: Path = Path("figures"),
+) -> int:
+    """Write a study's figures, made of the rows in a results folder.
+
+    Args:
+        study: transfer, fusion, fast or micro.
+        figure: one of its figures (`regraft list STUDY`); may be given several times. All if none is named.
+        format: svg, png (twice the size) or pdf.
+        results: the folder of the rows.
+        out: the folder to write to; files of the same names are replaced.
+    """
+    from regraft_bench import session, studies
+    from regraft_bench.report.render import write_figures
+
+    one = studies.study(study)
+    chosen = session.select_items(one, figure, one.figures) or one.figures
+    for path in write_figures(chosen, session.load_known_rows(results, one), out, format):
+        print(path)
+    return 0
+
+
 def compare(
     before: Positional[str],
     after: Positional[str],

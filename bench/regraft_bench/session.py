@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
@@ -25,6 +25,8 @@ from regraft_bench.study import RunPaths, Scenario, Study, nearest
 
 if TYPE_CHECKING:
     from regraft_bench.cli import Options
+
+Item = TypeVar("Item", Table, Figure)
 
 
 def prepare(options: Options) -> None:
@@ -132,7 +134,7 @@ def conclude(rows: Mapping[str, Sequence[Row]], results: Path, console: Console)
     """Print the summary of the rows of each study, write the pages of all that lies in the folder, and say where."""
     for name, own in rows.items():
         for sheet in summary(study(name), own):
-            console.print(sheet.rich())
+            console.print(sheet)
             console.print()
     regenerate(results)
     console.print(f"rows, tables and figures: {results}; the page: {results / 'index.html'}")
@@ -165,7 +167,7 @@ def reproduce_study(name: str, tables: Sequence[str], figures: Sequence[str], *,
     rows = load_rows(options.results, one)
     for item in pages:
         for sheet in item.make_sheets(rows) if isinstance(item, Table) else ():
-            console.print(sheet.rich())
+            console.print(sheet)
     for path in regenerate(options.results):
         console.print(str(path))
     return int(None in measured)
@@ -173,11 +175,22 @@ def reproduce_study(name: str, tables: Sequence[str], figures: Sequence[str], *,
 
 def select_pages(one: Study, tables: Sequence[str], figures: Sequence[str]) -> list[Table | Figure]:
     """A study's tables and figures of these names; all of both where none is named."""
-    chosen: list[Table | Figure] = []
-    for names, known in ((tables, one.tables), (figures, one.figures)):
-        by_name: dict[str, Table | Figure] = {item.name: item for item in known}
-        for name in names:
-            if name not in by_name:
-                raise ValueError(f"study {one.name} has no {name!r}{nearest(name, by_name)}")
-        chosen += [by_name[name] for name in names]
-    return chosen or [*one.tables, *one.figures]
+    if not tables and not figures:
+        return [*one.tables, *one.figures]
+    return [*select_items(one, tables, one.tables), *select_items(one, figures, one.figures)]
+
+
+def select_items(one: Study, names: Sequence[str], items: Sequence[Item]) -> list[Item]:
+    """The tables or figures of these names. Raises ValueError, with the nearest ones, for an unknown name."""
+    by_name = {item.name: item for item in items}
+    for name in names:
+        if name not in by_name:
+            raise ValueError(f"study {one.name} has no {name!r}{nearest(name, list(by_name))}")
+    return [by_name[name] for name in names]
+
+
+def load_known_rows(results: Path, one: Study) -> list[Row]:
+    """A study's rows in a results folder. Raises ValueError, naming the file, where there are none."""
+    if not (rows := load_rows(results, one)):
+        raise ValueError(f"there are no rows in {results / one.name / ROWS}: give another --results")
+    return rows

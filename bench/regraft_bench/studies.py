@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from regraft_bench.report.render import ROWS
 from regraft_bench.rows import Row, read_rows
 from regraft_bench.study import Study, nearest
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 STUDIES = ("transfer", "fusion", "fast", "micro")
 
@@ -23,6 +27,26 @@ def all_rows(folder: Path) -> list[Row]:
     """All rows of a folder and of the studies in it, by file."""
     files = [folder / ROWS, *(folder / name / ROWS for name in STUDIES)]
     return [row for path in files if path.is_file() for row in read_rows(path)]
+
+
+def load_results(folder: Path | str) -> DataFrame:
+    """All rows of a results folder as a table: a line for each run.
+
+    Columns: study, scenario, method, seed, each value by its name, seconds (the charge: CPU seconds on a CPU), failure,
+    commit, time. Raises ValueError where the folder has no rows, ImportError without pandas.
+    """
+    import pandas as pd
+
+    rows = find_rows(str(folder), Path(folder))
+    lines = [
+        {
+            **{"study": row.study, "scenario": row.scenario, "method": row.method, "seed": row.seed},
+            **row.values,
+            **{"seconds": row.seconds, "failure": row.failure, "commit": row.code.commit, "time": row.time},
+        }
+        for row in rows
+    ]
+    return pd.DataFrame(lines)
 
 
 def find_rows(side: str, results: Path) -> list[Row]:

@@ -37,6 +37,9 @@ _PUBLIC = {
 }
 """Public name -> the module that it is, or module:name."""
 
+_OF_THE_SUITE = ("load_results",)
+"""Functions that the benchmark suite brings, by the entry points ``regraft.functions``."""
+
 if TYPE_CHECKING:  # the same for type checkers, which read no table: a test compares the two
     from regraft import fusion as fusion
     from regraft import porting as porting
@@ -62,12 +65,19 @@ if TYPE_CHECKING:  # the same for type checkers, which read no table: a test com
     from regraft.symmetry import inverse as inverse
     from regraft.symmetry import trace as trace
     from regraft.symmetry import verify as verify
+    from regraft_bench.studies import load_results as load_results
 
     activations = repair
 else:
-    __all__ = ["__version__", *_PUBLIC]
+    __all__ = ["__version__", *_PUBLIC, *_OF_THE_SUITE]
 
     def __getattr__(name: str) -> object:
+        if name in _OF_THE_SUITE:
+            from importlib.metadata import entry_points
+
+            for entry in entry_points(group="regraft.functions", name=name):
+                return entry.load()
+            raise AttributeError(f"regraft.{name} belongs to the benchmark suite: install regraft[bench]")
         if name not in _PUBLIC:
             raise AttributeError(f"module 'regraft' has no attribute {name!r}")
         module, _, attribute = _PUBLIC[name].partition(":")

@@ -296,6 +296,19 @@ LIBRARY: dict[str, Callable[..., int]] = {
 }
 
 
+GREETING = """\
+regraft moves what one neural network has learned into another without training it again.
+
+  regraft port BASE TUNED NEW_BASE --model resnet18   a fine-tune follows a new base
+  regraft match A B --model resnet18                  B with its units in the order of A's
+  regraft fuse A B --weights 0.5 0.5                  one network of several
+  regraft symmetry resnet18                           which units may trade places, and the proof
+  regraft bench                                       what every method is worth (regraft list: all)
+
+regraft VERB --help tells the options of one, regraft --help lists every verb.\
+"""
+
+
 def verbs() -> dict[str, Callable[..., int]]:
     """Every verb: those that other distributions bring (the suite's bench, report, ...), then the library's own."""
     return {entry.name: entry.load() for entry in entry_points(group="regraft.verbs")} | LIBRARY
@@ -315,8 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     argv = sys.argv[1:] if arguments is None else list(arguments)
-    if argv == ["--version"]:
-        print(f"regraft {__version__}")
+    if argv in ([], ["--version"]):
+        print(f"regraft {__version__}" if argv else GREETING)
         return 0
     try:
         status: int = tyro.extras.subcommand_cli_from_dict(

@@ -30,7 +30,7 @@ def test_a_name_is_one_line_of_printable_text_in_each_medium(name):
         assert clean(name).isprintable()
     sheet = Sheet(name, (name, "other"), ((name, name),), (name,))
     stream = io.StringIO()
-    Console(file=stream, markup=False, width=200).print(sheet.rich())
+    Console(file=stream, markup=False, width=200).print(sheet)
     page = sheet.markdown()
     for text in (stream.getvalue(), page, sheet.latex()):
         assert all(line.isprintable() for line in text.split("\n"))

@@ -54,23 +54,40 @@ def write_pages(folder: Path, studies: Sequence[Study], documents: Sequence[Path
 
 def for_papers(folder: Path, studies: Sequence[Study]) -> list[Path]:
     """Write every study's tables in LaTeX (``tables.tex``) and its figures as pixels (``<figure>.png``), beside those
-    of `write_pages`, which made the figures. Returns what was written.
+    of `write_pages`. Returns what was written.
+    """
+    written = []
+    for study in studies:
+        if rows := load_rows(folder, study):
+            place = folder / study.name
+            write_text(place / "tables.tex", format_tables(study.tables, rows, "latex"))
+            written += [place / "tables.tex", *write_figures(study.figures, rows, place, "png")]
+    return written
+
+
+def format_tables(tables: Sequence[Table], rows: Sequence[Row], form: str) -> str:
+    """Tables as text. form: "markdown", "latex" or "csv" (with a line for each title and note)."""
+    sheets = [sheet for table in tables for sheet in table.make_sheets(rows)]
+    return "\n".join({"markdown": Sheet.markdown, "latex": Sheet.latex, "csv": Sheet.csv}[form](s) for s in sheets)
+
+
+def write_figures(figures: Sequence[Figure], rows: Sequence[Row], folder: Path, form: str) -> list[Path]:
+    """Write those figures that have rows to ``folder/<figure>.<form>``; returns the files.
+
+    form: "svg", "png" (two pixels a unit) or "pdf".
     """
     import vl_convert
 
     written = []
-    for study in studies:
-        rows, place = load_rows(folder, study), folder / study.name
-        if not rows:
-            continue
-        sheets = (sheet for table in study.tables for sheet in table.make_sheets(rows))
-        write_text(place / "tables.tex", "\n".join(sheet.latex() for sheet in sheets))
-        written.append(place / "tables.tex")
-        drawings = (place / f"{figure.name}.svg" for figure in study.figures)
-        for path in filter(Path.is_file, drawings):
-            pixels = vl_convert.svg_to_png(path.read_text(encoding="utf-8"), scale=2)
-            write_bytes(path.with_suffix(".png"), pixels)
-            written.append(path.with_suffix(".png"))
+    for figure in figures:
+        if (drawing := svg(figure, rows)) is not None:
+            path = folder / f"{figure.name}.{form}"
+            if form == "svg":
+                write_text(path, drawing)
+            else:
+                pixels = vl_convert.svg_to_png(drawing, scale=2) if form == "png" else vl_convert.svg_to_pdf(drawing)
+                write_bytes(path, pixels)
+            written.append(path)
     return written
 
 
@@ -85,13 +102,13 @@ def markdown(study: Study, rows: Sequence[Row]) -> str:
     return "\n".join([*parts, "## The methods", "", *methods]).rstrip() + "\n"
 
 
-def glossary(study: Study, rows: Sequence[Row]) -> dict[str, str]:
-    """What a study's methods do that have rows: a sentence, and the names of those of which it is true."""
-    measured = {(row.scenario, row.method) for row in rows}
+def glossary(study: Study, rows: Sequence[Row] | None = None) -> dict[str, str]:
+    """What a study's methods do (with rows: those that have any): a sentence, and the names of which it is true."""
+    measured = None if rows is None else {(row.scenario, row.method) for row in rows}
     names: dict[str, dict[str, None]] = {}
     for scenario in study.scenarios:
         for method in scenario.methods:
-            if (scenario.name, method.name) in measured:
+            if measured is None or (scenario.name, method.name) in measured:
                 name = method.name.removeprefix(f"{method.config.get('contest')}: ")
                 names.setdefault(method.about, {})[name] = None
     return {about: _shorten(list(own)) for about, own in names.items()}

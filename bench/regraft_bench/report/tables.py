@@ -7,18 +7,27 @@ A sheet is what a table says of one scenario: a heading, lines of cells, and not
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.core.text import clean_markdown, clean_text
 from regraft_bench.rows import Row
 from regraft_bench.study import TUNING_SEED
 
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
 Rows = Sequence[Row]
+
+
+LONGEST_NAME = 30
+"""Letters: a longer cell is a sentence, which may be wrapped."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +59,47 @@ class Sheet:
         frame = pd.DataFrame(lines, columns=header)  # as to_latex's header, {} in names would be filled
         return frame.to_latex(index=False, column_format=align, caption=title)
 
-    def rich(self) -> Any:
-        """A rich Table."""
+    def csv(self) -> str:
+        """Lines of comma-separated cells, after a comment with the title and before comments with the notes."""
+        out = io.StringIO()
+        out.write(f"# {clean_text(self.title)}\n")
+        csv.writer(out, lineterminator="\n").writerows([map(clean_text, line) for line in (self.heading, *self.lines)])
+        out.writelines(f"# {clean_text(note)}\n" for note in self.notes)
+        return out.getvalue()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """A table where its words fit into the terminal, else a paragraph for each line."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=Text(clean_text(self.title)), title_style="bold", title_justify="left")
-        table.caption = "\n".join(map(clean_text, self.notes))
-        for number, heading in enumerate(map(clean_text, self.heading)):
-            table.add_column(heading, justify="right" if number else "left", overflow="fold")
-        for line in self.lines:
-            table.add_row(*map(clean_text, line))
-        return table
+        columns = list(zip(*(map(clean_text, line) for line in (self.heading, *self.lines)), strict=True))
+        widths = [max([_longest_word(heading), *map(_unbroken, cells)]) for heading, *cells in columns]
+        notes = Text("\n".join(map(clean_text, self.notes)), style="italic")
+        if sum(widths) + 3 * len(widths) + 1 > options.max_width:
+            yield Text(clean_text(self.title), style="bold")
+            for first, *cells in zip(*(column[1:] for column in columns), strict=True):
+                pairs = zip(columns[1:], cells, strict=True)
+                yield Text(first, style="cyan")
+                yield Text("  " + "; ".join(f"{name} {cell}" for (name, *_), cell in pairs if cell != "–"))
+            yield notes
+            return
+        table = RichTable(title=Text(clean_text(self.title)), title_style="bold", title_justify="left", caption=notes)
+        for number, ((heading, *cells), width) in enumerate(zip(columns, widths, strict=True)):
+            wraps = any(len(cell) > LONGEST_NAME for cell in cells)
+            side: Any = "right" if number and not wraps else "left"
+            table.add_column(heading, justify=side, width=None if wraps else width)
+        for line in zip(*(column[1:] for column in columns), strict=True):
+            table.add_row(*line)
+        yield table
+
+
+def _unbroken(cell: str) -> int:
+    """Letters that stay in one line: all of a number or name, the longest word of a sentence."""
+    return len(cell) if len(cell) <= LONGEST_NAME else _longest_word(cell)
+
+
+def _longest_word(text: str) -> int:
+    return max(map(len, text.split()), default=0)
 
 
 @dataclass(frozen=True)

@@ -470,7 +470,7 @@ def print_changes(
         print(json.dumps({"changes": list(map(asdict, changes)), "beyond": list(map(asdict, beyond))}, indent=1))
         return int(bool(beyond))
     sheet = changes_sheet(changes, everything)
-    Console(markup=False).print(sheet.rich() if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
+    Console(markup=False).print(sheet if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
     for change in exceeded:
         excuse = "" if change in beyond else "; the renewed baseline says so, too"
         said = f"{_name(change)}: {change.quantity} {_describe_excess(change, limits)}{excuse}"

@@ -108,4 +108,4 @@ def print_history(tracks: Sequence[Track], *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps([asdict(track) for track in tracks], indent=1))
     else:
-        Console(markup=False).print(tracks_sheet(tracks).rich())
+        Console(markup=False).print(tracks_sheet(tracks))
