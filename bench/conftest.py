@@ -14,7 +14,7 @@ from rich.console import Console
 from regraft.core.text import describe_error
 from regraft_bench import session
 from regraft_bench.cli import Options, Selection
-from regraft_bench.rows import Row
+from regraft_bench.rows import Row, now
 from regraft_bench.study import RunPaths, Scenario, Study
 
 RESULTS = Path(__file__).parents[1] / "results" / "local"
@@ -73,13 +73,21 @@ def options(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactor
     return found if found.cache else replace(found, cache=tmp_path_factory.mktemp("trainings"))
 
 
+@pytest.fixture(scope="session")
+def begun() -> str:
+    """When the whole bench began: another that began with it may be a scenario ahead."""
+    return now()
+
+
 @pytest.fixture
-def place(options: Options, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) -> Iterator[RunPaths]:
+def place(
+    options: Options, begun: str, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
+) -> Iterator[RunPaths]:
     """With progress on the terminal that pytest itself writes to."""
     screen = pytestconfig.get_terminal_writer()
     console = Console(file=screen._file, force_terminal=screen.hasmarkup)
     with session.run_paths(options) as paths, session.progress(paths, console) as shown:
-        yield shown
+        yield replace(shown, begun=begun)
 
 
 def pytest_keyboard_interrupt() -> None:

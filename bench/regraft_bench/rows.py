@@ -21,15 +21,19 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from regraft.core.clock import EVALUATION, Cost, total_charge
 from regraft.core.files import lock_file, tree_hash
 from regraft.core.registry import registered_name
+from regraft.core.text import clean_text
 
 SCHEMA = 1
+Name = Annotated[str, msgspec.Meta(max_length=200)]
+"""No page could show a longer one."""
+
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scipy", "lapx", "lapjv")
 
 
@@ -126,9 +130,9 @@ class Row:
     failure: None, or in one sentence how the run ended instead ("diverged at step 12", "ValueError: ...").
     """
 
-    study: str
-    scenario: str
-    method: str
+    study: Name
+    scenario: Name
+    method: Name
     seed: int
     config: dict[str, Any]
     values: dict[str, float | None]
@@ -262,7 +266,7 @@ def _parse(line: bytes, where: str) -> Row | None:
         text = line.strip(b"\0\r\n")  # a lost page of a file is zeros
         if text.startswith(_HEAD) or _HEAD.startswith(text):
             kind = "a damaged row" if text.endswith(b"}") else "an unfinished row of a writer that was killed"
-            warnings.warn(f"{where}: {kind} is skipped", stacklevel=3)
+            warnings.warn(clean_text(f"{where}: {kind} is skipped"), stacklevel=3)
             return None
         raise ValueError(f"{where}: not a row ({problem})") from None
     schema = record.get("schema") if isinstance(record, dict) else None

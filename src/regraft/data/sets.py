@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.core.text import clean_text
 from regraft.data.splits import ImageFiles, Split, stratified_split
 
 ROOT_VARIABLE = "REGRAFT_DATA"
@@ -251,8 +252,10 @@ def cifar100(source: DataSource) -> Raw:
             there = ", ".join(sorted(folder.name for folder in extract.iterdir()))
             raise MissingData(f"{missing} Choose by name among the classes that are there: {there}.") from missing
         warnings.warn(
-            f"{missing} Its 18-class extract in {extract.parent} has the classes asked for and is used; "
-            "the images are the same, their order is not.",
+            clean_text(
+                f"{missing} Its 18-class extract in {extract.parent} has the classes asked for and is used; "
+                "the images are the same, their order is not."
+            ),
             stacklevel=3,
         )
         return cifar100_extract(source)

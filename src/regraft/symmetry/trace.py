@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from regraft.core.arguments import check_arguments
 from regraft.core.forward import cause
 from regraft.core.tensors import live_state
+from regraft.core.text import clean_text
 from regraft.symmetry import lines, products  # noqa: F401 (register their rules)
 from regraft.symmetry.axes import Segment
 from regraft.symmetry.calls import Call, Caller, Forward, Output, check_placed, ready
@@ -102,7 +103,7 @@ def trace(
 
 def _warn(message: str) -> None:
     """A warning that points at the caller of :func:`trace`."""
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(clean_text(message), stacklevel=4)
 
 
 def _name_everything(spec: PermutationSpec, model: nn.Module, leaves: Mapping[Hashable, Leaf]) -> PermutationSpec:
