@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 if TYPE_CHECKING:
-    from regraft_bench.tracking.compare import Limits
+    from regraft_bench.tracking.compare import Change, Limits
 
 Names = UseAppendAction[tuple[str, ...]]
 Folder = Annotated[Path | None, arg(metavar="PATH")]
@@ -269,22 +269,23 @@ def compare(
     """Say what became slower or less accurate between two sets of rows; exit status 1 where it is more than allowed.
 
     Args:
-        before: a file or folder of rows, a commit, "last" (the newest code's) or "baseline" (RESULTS/baseline).
+        before: a file or folder of rows or of pytest-benchmark's JSON, a commit as git calls it, "last" (the newest
+            code's) or "baseline" (RESULTS/baseline).
         after: the same.
         results: the folder in which commits, "last" and "baseline" are looked for.
     """
     from regraft.core.text import clean_text
     from regraft_bench.studies import find_rows
-    from regraft_bench.tracking.compare import find_changes, machines, print_changes
+    from regraft_bench.tracking.compare import explain_uncompared, find_changes
+    from regraft_bench.tracking.shown import print_changes
 
     sides = [find_rows(side, results) for side in (before, after)]
-    changes = find_changes(*sides)
-    status = print_changes(changes, allowed.limits(), **allowed.display)
-    apart = [" and ".join(sorted(machines(side))) for side in sides]
-    if apart[0] != apart[1] and not allowed.json:
-        said = f"other machines, so that costs are not compared where they differ: {apart[0]}; {apart[1]}"
-        print(clean_text(said))
-    return status
+    beyond = print_changes(find_changes(*sides), allowed.limits(), **allowed.display)
+    if not allowed.json:
+        for said in explain_uncompared(*sides):
+            print(clean_text(said))
+        _print_advice(beyond, max(sides[0], key=lambda row: row.time).code.commit)
+    return int(bool(beyond))
 
 
 def against(
@@ -312,7 +313,7 @@ def against(
     from regraft_bench import session
     from regraft_bench.study import RunPaths
     from regraft_bench.tracking.against import find_meant, measure_against
-    from regraft_bench.tracking.compare import print_changes
+    from regraft_bench.tracking.shown import print_changes
 
     scenarios = selection.scenario or (() if selection.study else ("systems",))
     session.choose(selection.study, scenarios, selection.method)  # a wrong name is said before any work
@@ -323,18 +324,43 @@ def against(
     with session.progress(RunPaths(cache=Path()), Console(stderr=True)) as place:
         changes = measure_against(commit, argv, limits, lambda done, most: place.tell("turns", done, most))
     meant = () if baseline is None else find_meant(commit, baseline, limits)
-    return print_changes(changes, limits, meant=meant, **allowed.display)
+    beyond = print_changes(changes, limits, meant=meant, **allowed.display)
+    if not allowed.json:
+        _print_advice(beyond, commit)
+    return int(bool(beyond))
 
 
-def history(*, results: Path = Results, json: bool = False) -> int:
+def _print_advice(beyond: list[Change], commit: str | None) -> None:
+    from regraft_bench.studies import STUDIES
+    from regraft_bench.tracking.shown import advise
+
+    if beyond and all(change.study in STUDIES for change in beyond):
+        print(advise(beyond, commit))
+
+
+def history(
+    rows: Positional[tuple[str, ...]] = (),
+    /,
+    *,
+    results: Path = Results,
+    max_slowdown: float = 0.1,
+    max_error_rise: float = 0.005,
+    json: bool = False,
+) -> int:
     """Error and cost of every method over the codes that it was measured with, and where they made a step.
 
+    Exit status 1 where the last step of any was for the worse.
+
     Args:
+        rows: files or folders of rows or of pytest-benchmark's JSON, instead of the results.
         results: the folder of the rows.
+        max_slowdown: what a cost may rise by, as a share; smaller steps are not shown.
+        max_error_rise: what an error may rise by, in shares of 1; smaller steps are not shown.
         json: print it as JSON, for machines.
     """
-    from regraft_bench.studies import all_rows
+    from regraft_bench.studies import all_rows, find_rows
+    from regraft_bench.tracking.compare import Limits
     from regraft_bench.tracking.history import find_tracks, print_history
 
-    print_history(find_tracks(all_rows(results)), as_json=json)
-    return 0
+    own = [row for side in rows for row in find_rows(side, results)] if rows else all_rows(results)
+    return print_history(find_tracks(own, Limits(max_slowdown, max_error_rise)), as_json=json)

@@ -20,8 +20,9 @@ from regraft_bench.tracking.against import (
     find_meant,
     measure_by_turns,
 )
-from regraft_bench.tracking.compare import CHANGED, NO_EVIDENCE, WORSE, Change, Limits, print_changes
+from regraft_bench.tracking.compare import CHANGED, NO_EVIDENCE, WORSE, Change, Limits
 from regraft_bench.tracking.regressions import FAULTS, judge_changes, plant_fault
+from regraft_bench.tracking.shown import print_changes
 
 
 def change(quantity: str, size: float, verdict: str = NO_EVIDENCE, method: str = "fgmt") -> Change:
@@ -124,10 +125,10 @@ def test_a_renewed_baseline_excuses_what_it_says_and_nothing_else(checkout, caps
         for quantity in ("error", "cost")
     )
     cost = replace(cost, change=0.9)
-    assert print_changes([error], limits, meant=meant) == 0
+    assert print_changes([error], limits, meant=meant) == []
     assert "error +0.1 (allowed: 0.005); the renewed baseline says so, too" in capsys.readouterr().out
-    assert print_changes([error, cost], limits, meant=meant) == 1
-    assert print_changes([replace(error, study="micro")], limits, meant=meant) == 1
+    assert print_changes([error, cost], limits, meant=meant) == [cost]
+    assert print_changes([replace(error, study="micro")], limits, meant=meant)
 
 
 def test_ci_measures_against_the_last_commit_with_other_code(checkout):

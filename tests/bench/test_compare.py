@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -24,11 +25,11 @@ from regraft_bench.tracking.compare import (
     VANISHED,
     WORSE,
     Limits,
-    changes_sheet,
     find_changes,
     relative_costs,
 )
 from regraft_bench.tracking.history import find_tracks, steps
+from regraft_bench.tracking.shown import changes_sheet
 
 RESULTS = Path(__file__).parents[2] / "results"
 METHODS = ("plain", "naive", "weights", "fgmt", "gmt")
@@ -131,7 +132,7 @@ def test_costs_of_different_machines_are_not_compared():
 
 def test_what_improved_is_better_and_no_alarm():
     draw = random.Random(0)
-    found = find_changes(measured(draw), elsewhere(measured(draw, slower=0.7, lost=-0.02), versions={}))
+    found = find_changes(measured(draw), elsewhere(measured(draw, slower=0.7, lost=-0.02), device="cpu:0"))
     assert {(c.method, c.quantity): c.verdict for c in found if c.verdict != NO_EVIDENCE} == {
         ("fgmt", "cost"): BETTER,
         ("fgmt", "error"): BETTER,
@@ -141,7 +142,7 @@ def test_what_improved_is_better_and_no_alarm():
 def test_one_seed_and_one_round_prove_nothing_and_say_so():
     draw = random.Random(0)
     few = {"seeds": 1, "turns": 1}
-    found = find_changes(measured(draw, **few), elsewhere(measured(draw, slower=2, lost=0.1, **few), versions={}))
+    found = find_changes(measured(draw, **few), elsewhere(measured(draw, slower=2, lost=0.1, **few), device="cpu:0"))
     assert {c.verdict for c in found} == {NO_EVIDENCE}
     assert all(c.low is None for c in found)
     assert "one measurement a side, which proves nothing" in " ".join(changes_sheet(found).notes)
@@ -350,8 +351,24 @@ def test_history_keeps_older_code_and_marks_the_step(results, capsys):
     assert tracks["fgmt", "cost"].steps == (1,)
     assert tracks["gmt", "cost"].steps == ()
     assert tracks["fgmt", "error"].steps == ()
-    assert cli.main(["history", "--results", str(results)]) == 0
+    assert cli.main(["history", "--results", str(results)]) == 1, "the last step is for the worse"
     assert "at bbbbbbbbbb" in capsys.readouterr().out
+    assert cli.main(["history", "--results", str(results), "--max-slowdown", "0.6"]) == 0
+    assert cli.main(["history", str(results / "transfer" / "rows.jsonl")]) == 1
+
+
+def test_history_reports_no_step_of_costs_for_which_compare_has_no_evidence():
+    draw = random.Random(0)
+    rows = measured(draw, seeds=1, turns=1) + measured(draw, seeds=1, turns=1, commit="b" * 40, slower=1.5)
+    assert {c.verdict for c in find_changes(rows[:5], rows[5:]) if c.is_cost} == {NO_EVIDENCE}
+    assert all(track.steps == () for track in find_tracks(rows) if track.quantity == "cost")
+
+
+def test_history_does_not_join_rows_of_other_packages():
+    draw = random.Random(0)
+    before = measured(draw)
+    after = elsewhere(measured(draw, commit="b" * 40, slower=2), versions={"lapx": "0.11"})
+    assert find_tracks(before + after) == []
 
 
 @pytest.mark.parametrize("at", [3, 6])
@@ -360,3 +377,95 @@ def test_steps_are_where_the_level_changes_and_noise_is_none(at):
     level = [0.5 * (1.0 if number < at else 1.3) * draw.lognormvariate(0, 0.02) for number in range(9)]
     assert steps(level, "cost") == (at,)
     assert steps([0.5 * draw.lognormvariate(0, 0.02) for _ in range(9)], "cost") == ()
+
+
+def test_costs_with_other_packages_are_named_and_not_compared(tmp_path, capsys):
+    """As a baseline with lapx, and rows without it."""
+    draw = random.Random(0)
+    with_lapx = elsewhere(measured(draw), versions={"torch": "2.11", "lapx": "0.11"})
+    without = elsewhere(measured(draw, slower=2), versions={"torch": "2.11"})
+    assert "cost" not in {c.quantity for c in find_changes(with_lapx, without)}
+    for name, rows in (("with", with_lapx), ("without", without)):
+        for row in rows:
+            append(tmp_path / name / "transfer" / "rows.jsonl", row)
+    assert cli.main(["compare", str(tmp_path / "with"), str(tmp_path / "without")]) == 0
+    assert "lapx 0.11 and none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["renamed", "deleted"])
+def test_one_scenario_that_is_renamed_or_deleted_does_not_pass(how, tmp_path, capsys):
+    draw = random.Random(0)
+    toy = measured(draw)
+    other = [replace(row, scenario="other") for row in toy]
+    after = {"renamed": toy + [replace(row, scenario="new name") for row in toy], "deleted": toy}[how]
+    for name, rows in (("before", toy + other), ("after", after)):
+        for row in rows:
+            append(tmp_path / f"{name}.jsonl", row)
+    assert cli.main(["compare", str(tmp_path / "before.jsonl"), str(tmp_path / "after.jsonl")]) == 1
+    assert "transfer, other, fgmt: runs vanished" in capsys.readouterr().out
+
+
+def test_a_commit_is_found_by_what_git_calls_it(tmp_path, monkeypatch, capsys):
+    def git(*words: str) -> str:
+        own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+        return subprocess.run(
+            ["git", *own, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    git("init", "-q")
+    commits = []
+    for number in range(3):
+        git("commit", "-q", "--allow-empty", "-m", str(number))
+        commits.append(git("rev-parse", "HEAD"))
+    draw = random.Random(0)
+    for commit, slower in ((commits[0], 1.0), (commits[2], 1.4)):
+        for row in measured(draw, commit=commit, slower=slower):
+            append(tmp_path / "rows" / "transfer" / "rows.jsonl", row)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "HEAD~2", "main", "--results", "rows"]) == 1
+    assert f"regraft against {commits[0]} --scenario toy" in capsys.readouterr().out
+    assert cli.main(["compare", "HEAD~1", "main", "--results", "rows"]) == 2
+    assert commits[1][:10] in capsys.readouterr().err
+
+
+def save_benches(path: Path, draw: random.Random, slower: float = 1.0, commit: str = "a" * 40) -> None:
+    """A file as pytest-benchmark writes it."""
+    rounds = {name: [draw.lognormvariate(-7, 0.02) * factor for _ in range(5)] for name, factor in
+              (("test_sort", slower), ("test_sum[3]", 1.0))}  # fmt: skip
+    benches = [
+        {"name": name, "fullname": f"benches/test_own.py::{name}", "group": None, "params": None,
+         "stats": {"min": min(times), "mean": sum(times) / 5, "rounds": 5, "data": times}}
+        for name, times in rounds.items()
+    ]  # fmt: skip
+    saved = {
+        "machine_info": {"node": "here", "python_version": "3.11.2", "cpu": {"brand_raw": "A CPU", "count": 2}},
+        "commit_info": {"id": commit, "dirty": False, "time": "2026-01-01T00:00:00+00:00"},
+        "benchmarks": benches, "datetime": f"2026-01-{1 + (commit > 'b'):02d}T00:00:00+00:00", "version": "5.1.0",
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(saved))
+
+
+def test_benches_of_ones_own_are_compared_and_have_a_history(tmp_path, capsys):
+    """Files of pytest-benchmark: one proves nothing, several runs do; a folder of them is a side."""
+    draw = random.Random(0)
+    for number in range(6):
+        save_benches(tmp_path / "before" / f"{number}.json", draw)
+        save_benches(tmp_path / "after" / f"{number}.json", draw, slower=1.3, commit="b" * 40)
+    one = [str(tmp_path / side / "0.json") for side in ("before", "after")]
+    assert cli.main(["compare", *one]) == 0
+    assert "one measurement a side" in capsys.readouterr().out
+    both = [str(tmp_path / side) for side in ("before", "after")]
+    assert cli.main(["compare", *both]) == 1
+    said = capsys.readouterr().out
+    assert "pytest-benchmark, benches/test_own.py, test_sort: cost +" in said and "test_sum[3]: cost" not in said
+    assert "make baseline" not in said
+    assert cli.main(["history", *both]) == 1
+    assert "at bbbbbbbbbb" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"benchmarks": 3, "datetime": ""}'])
+def test_another_json_file_is_refused_by_name(text, tmp_path, capsys):
+    (tmp_path / "other.json").write_text(text)
+    assert cli.main(["compare", str(tmp_path / "other.json"), "baseline"]) == 1
+    assert "other.json: not pytest-benchmark's JSON" in capsys.readouterr().err

@@ -15,18 +15,13 @@ a small part of a run, and one scenario's seeds are too few to see it. What the 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from rich.console import Console
-
-from regraft.core.text import clean_text
-from regraft_bench.report.tables import Sheet
 from regraft_bench.rows import Row
 from regraft_bench.study import TUNING_SEED
 
@@ -294,7 +289,7 @@ def _pair_runs(old: dict[int, list[_Run]], new: dict[int, list[_Run]], one_machi
     """Runs whose costs may be compared: none where the machines are unlike, or not known to be alike."""
     rows = [[run.row for runs in side.values() for run in runs] for side in (old, new)]
     known = one_machine or all(row.environment.is_known for row in rows[0])
-    if not known or machines(rows[0]) != machines(rows[1]):
+    if not known or machines(rows[0]) != machines(rows[1]) or find_other_packages(*rows):
         return []
     return [pair for seed in old if seed in new for pair in zip(old[seed], new[seed], strict=False)]
 
@@ -326,6 +321,37 @@ def machines(rows: Iterable[Row]) -> set[str]:
     return {f"{row.environment.machine}, {row.environment.threads} thread(s)" for row in rows}
 
 
+def find_other_packages(before: Iterable[Row], after: Iterable[Row]) -> dict[str, tuple[str, str]]:
+    """The packages of which two sides have other versions, and which ones: a cost with lapx is none without it."""
+    sides: list[dict[str, set[str]]] = [{}, {}]
+    for versions, rows in zip(sides, (before, after), strict=True):
+        for own in {tuple(row.environment.versions.items()) for row in rows}:
+            for package, version in own:
+                versions.setdefault(package, set()).add(version)
+    old, new = sides
+    return {
+        package: (_list_versions(old, package), _list_versions(new, package))
+        for package in sorted(old.keys() | new.keys())
+        if old.get(package) != new.get(package)
+    }
+
+
+def _list_versions(versions: dict[str, set[str]], package: str) -> str:
+    return " and ".join(sorted(versions.get(package, ()))) or "none"
+
+
+def explain_uncompared(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
+    """Why costs are not compared, a sentence each: other machines, other packages."""
+    said = []
+    apart = [" and ".join(sorted(machines(side))) for side in (before, after)]
+    if apart[0] != apart[1]:
+        said.append(f"other machines, so that costs are not compared where they differ: {apart[0]}; {apart[1]}")
+    if packages := find_other_packages(before, after):
+        listed = ", ".join(f"{package} {old} and {new}" for package, (old, new) in packages.items())
+        said.append(f"other packages, so that costs are not compared where they differ: {listed}")
+    return said
+
+
 def _has_error(row: Row) -> bool:
     return row.failure is not None or _finite(row.values.get("accuracy")) is not None
 
@@ -342,7 +368,8 @@ def relative_costs(rows: Sequence[Row]) -> list[float | None]:
     """Of each row what it took over what its control took: of the same code and seed, its first run over the control's
     first, and so on. None without a control, and for a control itself.
 
-    The control is the method that the row's configuration names as ``beside``, else plain training.
+    The control is the method that the row's configuration names as ``beside``, else plain training; beside None, what a
+    row took counts as it is.
     """
     runs: dict[tuple[str | int, ...], list[Row]] = {}
     for row in rows:
@@ -351,6 +378,9 @@ def relative_costs(rows: Sequence[Row]) -> list[float | None]:
     costs: list[float | None] = []
     for row in rows:
         own, name = _run_of(row, row.method), row.config.get("method", {}).get("beside", "plain")
+        if name is None:
+            costs.append(least(row) if row.failure is None and row.seconds > 0 else None)
+            continue
         number = taken[own] = taken.get(own, -1) + 1
         controls = runs.get(_run_of(row, name), []) if name != row.method else []
         control = controls[min(number, len(controls) - 1)] if controls else row
@@ -401,80 +431,3 @@ def _half_width(values: Sequence[float], level: float) -> float | None:
         return None
     quantile = float(stats.t.ppf((1 + level) / 2, len(values) - 1))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-# ---------------------------------------------------------------- shown
-
-
-def changes_sheet(changes: Sequence[Change], everything: bool = False) -> Sheet:
-    """What changed, the worst first; with `everything` also what did not."""
-    order = (WORSE, VANISHED, CHANGED, ONE_SIDED, BETTER, NO_EVIDENCE, EQUAL)
-    shown = [c for c in changes if everything or c.verdict not in (NO_EVIDENCE, EQUAL)]
-    shown.sort(key=lambda c: (order.index(c.verdict), -abs(c.change or 0)))
-    few = sum(c.verdict == NO_EVIDENCE and c.low is None for c in changes)
-    notes = [f"{len(changes)} comparisons; {sum(c.verdict == WORSE for c in changes)} worse"]
-    if few:
-        notes.append(
-            f"{few} rest on one measurement a side, which proves nothing: run more seeds, or `regraft against`"
-        )
-    if any(c.verdict == CHANGED for c in changes):
-        notes.append(
-            "changed: the same machine and packages gave other numbers, so the code's arithmetic changed; "
-            "shown is the seed that moved most"
-        )
-    heading = ("study, scenario, method", "of", "before", "after", "change", "interval", "n", "verdict")
-    return Sheet("What changed", heading, tuple(map(_line, shown)), tuple(notes))
-
-
-def _name(change: Change) -> str:
-    return f"{change.study}, {change.scenario}, {change.method}"
-
-
-def _line(change: Change) -> tuple[str, ...]:
-    numbers = ["–"] * 4
-    if change.change is not None:
-        form = "{:+.1%}" if change.is_cost else "{:+.4f}"
-        interval = "–" if change.low is None else f"{form.format(change.low)} to {form.format(change.high)}"
-        means = (f"{value:.4g}" for value in (change.before, change.after))
-        numbers = [*means, form.format(change.change), interval]
-    return (_name(change), change.quantity, *numbers, str(change.n), change.verdict)
-
-
-def _describe_excess(change: Change, limits: Limits) -> str:
-    if change.change is None:
-        return "vanished" if change.verdict == VANISHED else "has a number where there was none"
-    form = "{:+.1%} (allowed: {:.0%})" if change.is_cost else "{:+.4g} (allowed: {:.4g})"
-    return form.format(change.change, limits.allowance(change))
-
-
-WHAT_NOW = """Measure it alone: regraft against COMMIT --scenario NAME --method NAME (its control among the methods).
-If intended, run `make baseline`, commit results/baseline with it and say why; otherwise fix it."""
-
-
-def print_changes(
-    changes: Sequence[Change],
-    limits: Limits,
-    *,
-    meant: Collection[Quantity] = (),
-    allow_missing: bool = False,
-    everything: bool = False,
-    as_json: bool = False,
-) -> int:
-    """Print changes; 1 where any is worse by more than is allowed, or has vanished, else 0.
-
-    meant: quantities that are told and do not count. allow_missing: nor do runs that only the first side has.
-    """
-    exceeded = [c for c in changes if limits.is_exceeded_by(c) and not (allow_missing and c.quantity == "runs")]
-    beyond = [change for change in exceeded if change.name not in meant]
-    if as_json:
-        print(json.dumps({"changes": list(map(asdict, changes)), "beyond": list(map(asdict, beyond))}, indent=1))
-        return int(bool(beyond))
-    sheet = changes_sheet(changes, everything)
-    Console(markup=False).print(sheet if sheet.lines else "; ".join(("nothing changed", *sheet.notes)))
-    for change in exceeded:
-        excuse = "" if change in beyond else "; the renewed baseline says so, too"
-        said = f"{_name(change)}: {change.quantity} {_describe_excess(change, limits)}{excuse}"
-        print(clean_text(said))
-    if beyond:
-        print(WHAT_NOW)
-    return int(bool(beyond))
