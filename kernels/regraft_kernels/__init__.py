@@ -12,6 +12,7 @@ from regraft_kernels.permute import permute, plan_permute
 from regraft_kernels.plans import Plan
 from regraft_kernels.similarity import similarity, similarity_many, similarity_update_
 from regraft_kernels.terms import Term
+from regraft_kernels.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -34,4 +35,5 @@ __all__ = [
     "similarity",
     "similarity_many",
     "similarity_update_",
+    "tune",
 ]

@@ -209,7 +209,7 @@ def _combine_triton(sources: Sequence[Tensors], table: Sequence[Sequence[float]]
         pieces = [Piece(segment, dtype, 1, is_aligned, fold=False) for segment, dtype, is_aligned in parts]
         return lay_out(pieces, len(pointers), lambda kind, _: (1, block_of(tile, kind, held)), {}, device)
 
-    layout = packing.layouts.get((dtypes, aligned16.tobytes(), len(pointers), device), make)
+    layout = packing.layouts.get((dtypes, aligned16.tobytes(), len(pointers), device, tile), make)
     buffer = upload_words(pointers.ravel()[layout.order], device)
     launches: list[Step] = []
     for launch in layout.launches:

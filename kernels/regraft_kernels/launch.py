@@ -132,9 +132,24 @@ INTERPRETER = DeviceFamily(
 """Small tiles for Triton's interpreter, so that small tests cross their borders."""
 
 
-@cache
+_TUNED: dict[torch.device, DeviceFamily] = {}
+
+
+def use_tiles(device: torch.device, tiles: DeviceFamily | None) -> None:
+    """Launch by these tiles on a device (one with an index) from now on; None: by those of the table again."""
+    if tiles is None:
+        _TUNED.pop(device, None)
+    else:
+        _TUNED[device] = tiles
+
+
 def device_family(device: torch.device) -> DeviceFamily:
     """The tiles for a device; those of the nearest older NVIDIA family where there are none of its own."""
+    return _TUNED.get(device) or _family_in_table(device)
+
+
+@cache
+def _family_in_table(device: torch.device) -> DeviceFamily:
     if device.type != "cuda":
         return INTERPRETER
     if torch.version.hip:
@@ -226,10 +241,20 @@ def layout_of(
     """The launches for these tensors; `units`: the dtype that moves each, and how many of it make an element;
     `pointers` [columns, tensors]. Kept for the next call that looks the same."""
     aligned16, device = (pointers % ALIGNMENT == 0).all(axis=0), indices.joined.device
-    key = names, units, aligned16.tobytes(), len(pointers), tuple(indices.places.items()), device
+    tiles = device_family(device)
+    key = (
+        names,
+        units,
+        aligned16.tobytes(),
+        len(pointers),
+        tuple(indices.places.items()),
+        device,
+        tiles.move,
+        tiles.gather,
+    )
 
     def tile_shape(kind: MoveKind, longest: int) -> tuple[int, int]:
-        tile = tile_of(device_family(device), kind, longest, 1)
+        tile = tile_of(tiles, kind, longest, 1)
         return tile.rows * tile.repeat, tile.columns
 
     def make() -> Layout:
