@@ -14,7 +14,7 @@ help:
 	@echo "make mutants      200 planted faults: which ones no test catches (hours; goes on where it was interrupted)"
 	@echo "make kills        a Ray cluster whose workers are killed twenty times, alone on the machine"
 	@echo "make wheels       both wheels, built, and run outside the checkout"
-	@echo "make test-oldest  the kernels' tests with the oldest torch that is served"
+	@echo "make test-oldest  tests of kernels, symmetry and matching with the lowest versions of all dependencies"
 	@echo "make report       the committed tables and figures anew, from the committed rows"
 	@echo "make baseline     results/baseline anew, after a change of accuracy or cost that is meant"
 	@echo "make docs         the documentation, into site/"
@@ -68,7 +68,7 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest tests/kernels $(ARGS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto tests/kernels tests/symmetry tests/matching $(ARGS)
 
 # The stamp is the last thing made: an interrupted installation is taken up again.
 # Nothing is installed whose hash is not in the lock: hatchling, which builds the package itself, is there then.
@@ -91,9 +91,10 @@ licences: .venv/installed
 
 .venv-oldest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
-	@echo "installing the oldest torch that is served into .venv-oldest (once)"
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-oldest/bin/python -m pip install --quiet \
-		'torch==2.11.*' 'torchvision==0.26.*' 'triton==3.6.*' 'numpy<2.4' -e '.[assignment,test]'
+	@echo "installing the lowest versions that pyproject.toml allows into .venv-oldest (once)"
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-oldest/bin/python -m pip install --quiet uv
+	@.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
+		-e '.[assignment,test]'
 	@touch $@
 
 clean:

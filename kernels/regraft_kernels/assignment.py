@@ -48,10 +48,19 @@ class Assignment:
         return self._problem.tight_duals(self.perm.numpy())
 
     @cached_property
+    def start(self) -> Duals | None:
+        """What a similar problem should start from: `duals`, or None where these cost more than they save, which is so
+        for few units, and where most rows have a best column of their own."""
+        n = len(self.perm)
+        if n <= SMALL_START or self._problem.rows.wanted_columns >= UNCONTESTED * n:
+            return None
+        return self.duals
+
+    @cached_property
     def gap(self) -> float:
         """The certificate: no assignment of S, as it was given, is better than this one by more than `gap` (rounding,
         if optimal): float64 throughout, the rounding of its own sums included."""
-        sign, exact = self._problem.sign, self._problem.feasible_duals(self.perm.numpy())
+        sign, exact = self._problem.rows.sign, self._problem.feasible_duals(self.perm.numpy())
         size = float(np.abs(exact.u).sum() + np.abs(exact.v).sum()) + abs(self.objective)
         rounding = 4 * np.finfo(np.float64).eps * size
         return max(0.0, sign * (float(exact.u.sum() + exact.v.sum()) - self.objective)) + rounding
@@ -164,7 +173,7 @@ def _solve_alike(stack: np.ndarray, names: Sequence[str], sign: float, backend: 
     if wrong.any():
         raise RuntimeError(f"{names[int(wrong.argmax())]}: backend {backend} returned no permutation")
     objectives = np.take_along_axis(stack, perms[:, :, None], 2).sum(axis=(1, 2), dtype=np.float64).tolist()
-    make = [partial(_Problem.build, matrix, sign, None, name) for matrix, name in zip(stack, names, strict=True)]
+    make = [partial(_Problem.cold, matrix, sign, name) for matrix, name in zip(stack, names, strict=True)]
     return [
         Assignment(perm, objective, backend, problem)
         for perm, objective, problem in zip(torch.from_numpy(perms).unbind(), objectives, make, strict=True)
@@ -216,11 +225,12 @@ def _check_reach(reach: float, name: str) -> None:
 def _solve(matrix: np.ndarray, name: str, maximize: bool, backend: str, warm: Duals | None) -> Assignment:
     n = len(matrix)
     _check_duals(warm, n, name)
+    rows = _Rows.of(matrix, 1.0 if maximize else -1.0, name)
     # lapjv's price war has no bound: from duals of another problem it was seen not to end
     start = None
     if backend != "lapjv":
-        start = _of_parts(matrix, name, maximize, backend) if warm is None else warm.v
-    problem = _Problem.build(matrix, 1.0 if maximize else -1.0, start, name)
+        start = _of_parts(rows, name, backend) if warm is None else warm.v
+    problem = _Problem.build(rows, start)
     perm = np.arange(n) if n < 2 else np.asarray(SOLVERS[backend](problem.cost), dtype=np.int64)
     if perm.shape != (n,) or not np.array_equal(np.sort(perm), np.arange(n)):
         raise RuntimeError(f"{name}: backend {backend} returned no permutation")
@@ -231,29 +241,67 @@ def _solve(matrix: np.ndarray, name: str, maximize: bool, backend: str, warm: Du
 PARTS = 4
 CONTESTED = 1 / 6
 """Rows whose best columns are fewer than this share of all compete for them, and a solver that starts cold is slow."""
-LARGE = 512
+LARGE = 256
 """From so many units on, the parts take less time than they save."""
+UNCONTESTED = 0.4
+SMALL_START = 128
+"""Where best columns are a larger share of all, or units are no more than these, finding duals costs more than they
+save (measured: Gaussian, heavy tails, integers; gradients have .2 to .27)."""
 
 
-def _of_parts(matrix: np.ndarray, name: str, maximize: bool, backend: str) -> np.ndarray | None:
+def _of_parts(rows: _Rows, name: str, backend: str) -> np.ndarray | None:
     """Column potentials to start a large contested problem from: those of its parts, every fourth row and column; None
     for any other problem, which a solver is done with sooner.
 
     Where rows compete, prices rise in many small steps. In a part they do so at a sixteenth of the cost, and end near
     the prices of the whole, whose rows and columns are like the part's.
     """
-    n = len(matrix)
-    if n < LARGE:
-        return None
-    best = matrix.argmax(axis=1) if maximize else matrix.argmin(axis=1)
-    if len(np.unique(best)) >= CONTESTED * n:
+    n = len(rows.matrix)
+    if n < LARGE or rows.wanted_columns >= CONTESTED * n:
         return None
     column = np.empty(n)
     for part in (slice(first, None, PARTS) for first in range(PARTS)):
-        own = _solve(matrix[part, part], name, maximize, backend, None).duals.v
+        own = _solve(rows.matrix[part, part], name, rows.sign > 0, backend, None).duals.v
         # Each part's are known but for a constant, which they must share.
         column[part] = own - np.median(own)
     return column
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A copy of S, each row's best entry and its column, the smallest and the largest entry, +1 to maximise or -1."""
+
+    matrix: np.ndarray
+    best: np.ndarray
+    best_column: np.ndarray
+    low: float
+    high: float
+    sign: float
+
+    @staticmethod
+    def of(matrix: np.ndarray, sign: float, name: str) -> _Rows:
+        """Raises ValueError for entries that are not finite, or too large to subtract."""
+        n = len(matrix)
+        kept, best, column = np.empty_like(matrix), np.empty(n, matrix.dtype), np.empty(n, np.int64)
+        if not n:
+            return _Rows(kept, best, column, 0.0, 0.0, sign)
+        other = []
+        for block in row_blocks(matrix):  # one pass over memory for all steps
+            part = kept[block]
+            part[:] = matrix[block]
+            column[block] = part.argmax(axis=1) if sign > 0 else part.argmin(axis=1)
+            best[block] = part[np.arange(len(part)), column[block]]
+            other.append(part.min() if sign > 0 else part.max())
+        extremes = [float(best.max()), float(min(other))] if sign > 0 else [float(best.min()), float(max(other))]
+        if not np.isfinite(extremes).all():
+            raise ValueError(f"{name} has entries that are not finite")
+        _check_reach(max(map(abs, extremes)), name)
+        return _Rows(kept, best, column, min(extremes), max(extremes), sign)
+
+    @property
+    def wanted_columns(self) -> int:
+        """How many columns are the best of a row."""
+        return int(np.count_nonzero(np.bincount(self.best_column, minlength=1)))
 
 
 @dataclass(frozen=True)
@@ -261,42 +309,36 @@ class _Problem:
     """cost[i, j] = row[i] + column[j] - sign * S[i, j], all of it >= 0 with a zero in every row: to be minimised.
 
     Differences from the row's maximum rather than -S, because the solvers' column reduction then has
-    something to start from, and float32 keeps its digits for the entries that matter. `matrix` is a copy of S.
+    something to start from, and float32 keeps its digits for the entries that matter.
     """
 
-    matrix: np.ndarray
+    rows: _Rows
     cost: np.ndarray
     row: np.ndarray
     column: np.ndarray
-    sign: float
 
     @staticmethod
-    def build(matrix: np.ndarray, sign: float, column: np.ndarray | None, name: str) -> _Problem:
-        n = len(matrix)
-        if n == 0:
-            return _Problem(matrix, matrix, np.zeros(0), np.zeros(0), sign)
-        low, high = float(matrix.min()), float(matrix.max())
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise ValueError(f"{name} has entries that are not finite")
-        reach = max(-low, high)
-        _check_reach(reach, name)
-        kept = matrix.copy()
-        if reach > float(np.finfo(np.float32).max) / 8:
-            matrix = matrix.astype(np.float64)
-        column = _possible(column, sign, high - low)
+    def cold(matrix: np.ndarray, sign: float, name: str) -> _Problem:
+        return _Problem.build(_Rows.of(matrix, sign, name), None)
+
+    @staticmethod
+    def build(rows: _Rows, column: np.ndarray | None) -> _Problem:
+        matrix, best, sign = rows.matrix, rows.best, rows.sign
+        if max(-rows.low, rows.high) > float(np.finfo(np.float32).max) / 8:
+            matrix, best = matrix.astype(np.float64), best.astype(np.float64)
+        column = _possible(column, sign, rows.high - rows.low)
         shift = None if column is None else column.astype(matrix.dtype)
-        cost, row = np.empty_like(matrix), np.empty(n, np.float64)
-        for block in row_blocks(matrix):  # one pass over memory for all steps
-            part, best = cost[block], matrix[block].max(axis=1) if sign > 0 else matrix[block].min(axis=1)
-            above, below = (best[:, None], matrix[block]) if sign > 0 else (matrix[block], best[:, None])
+        cost, row = np.empty_like(matrix), sign * best.astype(np.float64)
+        for block in row_blocks(matrix):
+            part, own = cost[block], best[block, None]
+            above, below = (own, matrix[block]) if sign > 0 else (matrix[block], own)
             np.subtract(above, below, out=part)
-            row[block] = sign * best
             if shift is not None:  # after the difference, so that a large mean of S costs no digits
                 part += shift
                 least = part.min(axis=1)
                 part -= least[:, None]
                 row[block] -= least
-        return _Problem(kept, cost, row, np.zeros(n) if column is None else column, sign)
+        return _Problem(rows, cost, row, np.zeros(len(row)) if column is None else column)
 
     def tight_duals(self, perm: np.ndarray) -> Duals:
         """Potentials that are tight on the assignment, and feasible to rounding where it is optimal."""
@@ -304,7 +346,7 @@ class _Problem:
             return Duals(np.zeros(0), np.zeros(0))
         v = _column_potentials(self.cost, perm)
         u = self.cost[np.arange(len(perm)), perm] - v[perm]
-        return Duals(self.sign * (self.row - u), self.sign * (self.column - v))
+        return Duals(self.rows.sign * (self.row - u), self.rows.sign * (self.column - v))
 
     def feasible_duals(self, perm: np.ndarray) -> Duals:
         """Potentials that are feasible for S to the last bit of float64, and tight on an optimal assignment to the
@@ -312,9 +354,10 @@ class _Problem:
         if len(perm) == 0:
             return Duals(np.zeros(0), np.zeros(0))
         v = self.column - _column_potentials(self.cost.astype(np.float64), perm)
-        blocks = (self.matrix[block].astype(np.float64) for block in row_blocks(self.matrix))
-        u = np.concatenate([(self.sign * block - v).max(axis=1) for block in blocks])
-        return Duals(self.sign * u, self.sign * v)
+        matrix, sign = self.rows.matrix, self.rows.sign
+        blocks = (matrix[block].astype(np.float64) for block in row_blocks(matrix))
+        u = np.concatenate([(sign * block - v).max(axis=1) for block in blocks])
+        return Duals(sign * u, sign * v)
 
 
 def _possible(v: np.ndarray | None, sign: float, spread: float) -> np.ndarray | None:
@@ -324,7 +367,7 @@ def _possible(v: np.ndarray | None, sign: float, spread: float) -> np.ndarray | 
     entries of S. Within twice that the reduced costs keep the digits that those of a cold start have, so that what a
     stale start may do to the result is rounding; beyond it they would be lost.
     """
-    if v is None:
+    if v is None or not len(v):
         return None
     with np.errstate(over="ignore"):
         low, high = float(v.min()), float(v.max())

@@ -337,7 +337,7 @@ def test_bad_ones_among_small_ones_are_named(monkeypatch):
 def test_the_problem_is_reduced_by_rows(sign):
     g = np.random.default_rng(0)
     matrix, column = g.standard_normal((700, 700)).astype(np.float32), g.standard_normal(700)
-    problem = module._Problem.build(matrix, sign, column, "similarity")
+    problem = module._Problem.build(module._Rows.of(matrix, sign, "similarity"), column)
     assert (problem.cost.min(axis=1) == 0).all()
     expected = problem.row[:, None] + problem.column - sign * matrix
     np.testing.assert_allclose(problem.cost, expected, atol=1e-5)
@@ -352,6 +352,16 @@ def test_lapjv_takes_no_duals_because_its_price_war_may_not_end():
     cold = assign(S, backend="lapjv")
     warm = assign(S, backend="lapjv", warm=foreign)
     assert torch.equal(warm.perm, cold.perm)
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_only_contested_problems_of_many_units_start_a_similar_one(maximize):
+    by_kind = dict(kinds(module.SMALL_START + 1))
+    for kind, starts in (("near rank one", True), ("gaussian", False)):
+        found = assign(by_kind[kind], maximize=maximize)
+        assert found.start is (found.duals if starts else None), kind
+    assert assign(by_kind["near rank one"][1:, 1:]).start is None
+    assert assign(np.eye(2)).start is assign(np.empty((0, 0))).start is None
 
 
 # ---------------------------------------------------------------- large ones, in which rows compete
@@ -379,8 +389,9 @@ def test_is_optimal_on_every_kind_where_it_is_large(solver, maximize):
 def test_a_large_contested_problem_starts_from_its_parts_and_no_other(monkeypatch):
     n = module.LARGE + 9
     by_kind = dict(kinds(n))
-    assert sizes_solved(monkeypatch, by_kind["near rank one"]) == [131, 130, 130, 130, n]
-    assert sizes_solved(monkeypatch, by_kind["near rank one"][1:, 1:][:500, :500]) == [500]
+    assert sizes_solved(monkeypatch, by_kind["near rank one"]) == [67, 66, 66, 66, n]
+    smaller = module.LARGE - 1
+    assert sizes_solved(monkeypatch, by_kind["near rank one"][:smaller, :smaller]) == [smaller]
     assert sizes_solved(monkeypatch, by_kind["gaussian"]) == [n]
 
 
@@ -388,9 +399,9 @@ def test_a_large_contested_problem_starts_from_its_parts_and_no_other(monkeypatc
 def test_the_parts_start_is_near_the_optimum(sign):
     """Rows that preferred the same columns no longer do, once the columns have these prices."""
     matrix = sign * dict(kinds(module.LARGE))["near rank one"].astype(np.float32)
-    column = module._of_parts(matrix, "similarity", sign > 0, "scipy")
-    warm = module._Problem.build(matrix, sign, column, "similarity").cost
-    cold = module._Problem.build(matrix, sign, None, "similarity").cost
+    rows = module._Rows.of(matrix, sign, "similarity")
+    warm = module._Problem.build(rows, module._of_parts(rows, "similarity", "scipy")).cost
+    cold = module._Problem.build(rows, None).cost
     preferred_cold, preferred_warm = (len(np.unique(cost.argmin(axis=1))) for cost in (cold, warm))
     assert preferred_warm > 5 * preferred_cold
 

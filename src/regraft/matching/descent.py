@@ -303,7 +303,7 @@ def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, assignment:
         solutions = assign_many(
             [scores[g] for g in stale],
             backend=assignment,
-            warm=[descent.solutions[g].duals if g in descent.solutions else None for g in stale],
+            warm=[descent.solutions[g].start if g in descent.solutions else None for g in stale],
             names=[f"similarity of group {g!r}" for g in stale],
         )
     improved = False

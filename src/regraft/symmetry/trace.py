@@ -80,7 +80,8 @@ def trace(
     try:
         flow, leaves = propagate_labels(programs, shadowed, length_one=alone)
     except Entangled:  # the functional form is slower to make: only where writing in place matters
-        functional = [p._replace(program=p.program.run_decompositions({})) for p in programs]
+        with _quiet():
+            functional = [p._replace(program=p.program.run_decompositions({})) for p in programs]
         flow, leaves = propagate_labels(functional, shadowed, length_one=alone)
     spec = _name_everything(specify(flow, list(leaves.values())), model, leaves)
     for note in flow.notes:
@@ -150,8 +151,7 @@ def export(model: nn.Module, call: Call) -> list[Exported]:
 
 
 def _export(model: nn.Module, call: Call, *, heads: bool = False) -> Exported:
-    with ready(model, heads=heads), _quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own, about what it does to the model
+    with ready(model, heads=heads), _quiet():
         caller = Caller(model, call, heads)
         program = torch.export.export(caller, call.args, call.kwargs, strict=False)
     program.graph.eliminate_dead_code()
@@ -162,11 +162,13 @@ def _export(model: nn.Module, call: Call, *, heads: bool = False) -> Exported:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Failures inside are reported by exceptions alone: no logs, no graphs that torch prints."""
+    """Failures inside are reported by exceptions alone: no logs, graphs or warnings of torch's own."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        streams = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with streams[0], streams[1], warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
