@@ -117,7 +117,7 @@ def test_the_mask_keeps_a_part_and_the_head_whole(place):
         ports.add_task_vector(ports.leave_in_place, keep, own, seen, Clock())
         for keep in (ports.full_task_vector, ports.keep_by_majority, ports.head_only)
     )
-    head = ports._head(own.model)
+    head = ports.head_names(own.model)
     for name, _ in own.model.named_parameters():
         if name in head:
             assert torch.equal(part[name], whole[name]) and torch.equal(part[name], none[name])

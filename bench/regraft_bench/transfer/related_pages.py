@@ -30,10 +30,9 @@ METHODS = ("naive", "fgmt", "head", "functional", "distil", "few-shot")
 """The lines of the figures."""
 
 QUESTIONS = (
-    *((method, "naive") for method in ("gradfix, mean", "weights", "fgmt", "theseus")),
-    *((method, "head") for method in ("naive", "fgmt", "functional", "distil")),
-    ("functional", "distil"),
-    *((method, "few-shot") for method in ("naive", "head", "functional", "distil")),
+    *((method, "naive") for method in ("gradfix", "weights", "fgmt", "theseus", "head", "functional", "distil")),
+    *((method, "distil") for method in ("head", "functional", "functional+distil")),
+    *((method, "few-shot") for method in ("naive", "head", "functional", "functional+distil", "auto")),
 )
 COUNTS = scenarios.RELATED_PORTS[0].settings.images
 
@@ -74,7 +73,7 @@ def list_relations(rows: Rows) -> Iterator[Sheet]:
                 *(Column(heading, partial(_format_value, name)) for heading, name in MEASURES.items()),
                 *(Column(method, partial(_format_share, method, images)) for method in methods),
             ]
-            title = f"{network}, {images} images of each class"
+            title = f"{network}-{images}"
             yield make_sheet(title, "the bases share", columns, relations)
 
 

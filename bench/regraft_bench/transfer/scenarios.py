@@ -25,7 +25,7 @@ from regraft_bench.transfer.bases import (
 from regraft_bench.transfer.methods.assumption import FIRST_GRADIENTS, UPDATES
 from regraft_bench.transfer.methods.cost import COUNTS
 from regraft_bench.transfer.methods.ensembles import ENSEMBLES
-from regraft_bench.transfer.methods.label_free import LABEL_FREE, related_methods
+from regraft_bench.transfer.methods.label_free import FITTED, related_methods
 from regraft_bench.transfer.methods.landscape import LINES, PLANE
 from regraft_bench.transfer.methods.leads import LEADS
 from regraft_bench.transfer.methods.peers import PEERS
@@ -302,7 +302,7 @@ def ask_ports(name: str) -> Scenarios:
         "cifar100-half": pretrain(base, source_task=Task("cifar10", size=16, per_class=2250)),
     }
     rates = [share * base.recipe.lr for share in (0.3, 1.0, 3.0, 10.0)]
-    return ask("port", (*port_methods(rates), *LABEL_FREE), vary(name, base, changes))
+    return ask("port", (*port_methods(rates), *FITTED), vary(name, base, changes))
 
 
 PORTS = (*ask_ports("resnet"), *ask_ports("vit"))

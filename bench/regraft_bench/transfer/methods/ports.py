@@ -100,10 +100,10 @@ def _fine_tune(setting: TransferSetting, purpose: str, start: Tensors) -> Traini
 
 
 def _zero_head(model: nn.Module, theta: Tensors) -> Tensors:
-    return theta | {name: torch.zeros_like(theta[name]) for name in _head(model)}
+    return theta | {name: torch.zeros_like(theta[name]) for name in head_names(model)}
 
 
-def _head(model: nn.Module) -> tuple[str, str]:
+def head_names(model: nn.Module) -> tuple[str, str]:
     name = find_head(model)
     return f"{name}.weight", f"{name}.bias"
 
@@ -179,7 +179,7 @@ def add_task_vector(find: Find, keep: Keep, setting: TransferSetting, seen: FewS
     perm = find(setting, seen, clock)
     with clock.phase("graft"):
         tau = apply(setting.spec, perm, tau)
-        start = new_base(setting) | {name: tau.pop(name) for name in _head(model)}
+        start = new_base(setting) | {name: tau.pop(name) for name in head_names(model)}
     with clock.phase("batchnorm"):
         start = estimate_statistics(setting, start, seen)
     with clock.phase("mask"):
@@ -202,7 +202,7 @@ def port_by_command(setting: TransferSetting, seen: FewShotData, clock: Clock) -
     """`regraft.port`, from files to a file; the bases have no heads there, and the step is chosen on the few images."""
     tuned = fine_tune_base(setting).tensors
     theta = {"base": base(setting), "tuned": tuned, "new_base": new_base(setting)}
-    head = _head(setting.model)
+    head = head_names(setting.model)
     with TemporaryDirectory() as folder:
         files = {name: Path(folder, f"{name}.safetensors") for name in theta}
         for name, file in files.items():
@@ -267,7 +267,7 @@ def fit_probe(setting: TransferSetting, seen: FewShotData, clock: Clock) -> Tens
         labels = torch.cat([labels for _, labels in seen.batches])
         fit = LogisticRegression(max_iter=1000).fit(torch.cat(features).cpu(), labels.cpu())
     values = map(torch.as_tensor, (fit.coef_, fit.intercept_))
-    return theta | {name: value.to(theta[name]) for name, value in zip(_head(model), values, strict=True)}
+    return theta | {name: value.to(theta[name]) for name, value in zip(head_names(model), values, strict=True)}
 
 
 # ---------------------------------------------------------------- what a row holds
