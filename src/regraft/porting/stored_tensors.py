@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from regraft.core.files import BadFile, check_file, parse_json, read_json
-from regraft.porting.torch_files import read_network
+from regraft.porting.torch_files import GATHER_FIRST, read_network
 
 IN_FOLDER = (
     "*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt"
@@ -100,6 +100,9 @@ def find_in_folder(folder: Path) -> Path:
     """The only checkpoint of a folder. Raises BadFile for several or an adapter's, FileNotFoundError for none."""
     if (folder / "adapter_config.json").exists():
         raise BadFile(f"{folder} holds an adapter: {MERGE_FIRST}")
+    if any(folder.glob("*.distcp")):
+        how = "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(FOLDER, FILE)"
+        raise BadFile(f"{folder} holds a distributed checkpoint: make one file of it first, by {how}")
     for pattern in IN_FOLDER:
         files = [f for f in sorted(folder.glob(pattern)) if not LEFT_BY_TRAINING.fullmatch(f.name)]
         if len(files) > 1:
@@ -171,6 +174,8 @@ def _list_safetensors(path: Path) -> dict[str, Entry]:
 
 def _explain_unserved(name: str, tensor: Tensor) -> str:
     """Why a tensor of a PyTorch file cannot be written to a safetensors file; "" where it can."""
+    if type(tensor).__module__.startswith("torch.distributed"):  # not imported for this: it takes a second
+        return f"is one process's part of a distributed tensor ({GATHER_FIRST})"
     if tensor.layout is not torch.strided or tensor.is_nested:
         return "is sparse or nested"
     if tensor.is_quantized:

@@ -22,6 +22,10 @@ NESTED = ("state_dict", "model_state_dict", "model")
 NO_NETWORK = re.compile(r"optim|sched|scaler|^(amp|callback|loops|hyper_?param|hparams|rng|random|metric|lr_)")
 """In the keys of what training loops keep beside a network, with tensors in it."""
 
+GATHER_FIRST = (
+    "gather it first: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+    "torch.distributed.checkpoint.state_dict"
+)
 HOW_TO_SAVE = "save the weights alone, by torch.save(model.state_dict(), PATH) or as safetensors"
 
 
@@ -152,6 +156,8 @@ def _explain(path: Path, said: str) -> str:
         names = sorted(get_unsafe_globals_in_checkpoint(path))
     except Exception:  # no zip file, or no whole one
         names = re.findall(r"GLOBAL ([\w.]+)", said)
+    if any("distributed" in name for name in names):
+        return f"{path} holds parts of distributed tensors ({list_first(names)}): {GATHER_FIRST}"
     if names:
         return f"{path} holds {list_first(names)}, which is no tensor and is not run: {HOW_TO_SAVE}"
     return f"{path} is damaged, or no PyTorch file of tensors alone: {HOW_TO_SAVE}"
