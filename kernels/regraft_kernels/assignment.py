@@ -158,25 +158,50 @@ def _stack(matrices: Sequence[Matrix]) -> Matrix:
     return np.stack(matrices)
 
 
-def _solve_alike(stack: np.ndarray, names: Sequence[str], sign: float, backend: str, workers: int) -> list[Assignment]:
+def assign_stack(
+    stack: Tensor, *, threads: int | None = None, maximize: bool = True, backend: str = "auto", name: str = "stack"
+) -> tuple[Tensor, Tensor]:
+    """The permutations int64 [B, n] of `assign` for each of [B, n, n], and their objectives float64 [B], on the CPU.
+
+    For thousands of small problems, of which nothing else is asked: no object is made for each. Raises as `assign`.
+    """
+    (host,) = _to_host([stack], [name], 3)
+    workers = torch.get_num_threads() if threads is None else threads
+    perms, objectives = _solve_stack(
+        host, lambda place: f"{name}[{place}]", 1.0 if maximize else -1.0, backend, workers
+    )
+    return torch.from_numpy(perms), torch.from_numpy(objectives)
+
+
+def _solve_stack(
+    stack: np.ndarray, name_of: Callable[[int], str], sign: float, backend: str, workers: int
+) -> tuple[np.ndarray, np.ndarray]:
     """`_solve` for [B, n, n] without a warm start: whatever can be is done for all at once."""
-    n = stack.shape[1]
+    backend, (count, n) = _resolve(backend), stack.shape[:2]
+    if not stack.size or n < 2:
+        zeros = np.zeros((count, n), np.int64)
+        return zeros, stack.sum(axis=(1, 2), dtype=np.float64)
     low, high = stack.min(axis=(1, 2)), stack.max(axis=(1, 2))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ValueError(f"{names[int(np.argmin(np.isfinite(low + high)))]} has entries that are not finite")
+        raise ValueError(f"{name_of(int(np.argmin(np.isfinite(low + high))))} has entries that are not finite")
     reach = np.maximum(-low.astype(np.float64), high.astype(np.float64))
-    _check_reach(float(reach.max()), names[int(reach.argmax())])
+    _check_reach(float(reach.max()), name_of(int(reach.argmax())))
     wide = stack.astype(np.float64) if reach.max() > np.finfo(np.float32).max / 4 else stack
     cost = wide.max(axis=2, keepdims=True) - wide if sign > 0 else wide - wide.min(axis=2, keepdims=True)
     perms = BATCHES.get(backend, partial(_one_by_one, SOLVERS[backend]))(cost, workers)
     wrong = (np.sort(perms, axis=1) != np.arange(n)).any(axis=1)
     if wrong.any():
-        raise RuntimeError(f"{names[int(wrong.argmax())]}: backend {backend} returned no permutation")
-    objectives = np.take_along_axis(stack, perms[:, :, None], 2).sum(axis=(1, 2), dtype=np.float64).tolist()
+        raise RuntimeError(f"{name_of(int(wrong.argmax()))}: backend {backend} returned no permutation")
+    return perms, np.take_along_axis(stack, perms[:, :, None], 2).sum(axis=(1, 2), dtype=np.float64)
+
+
+def _solve_alike(stack: np.ndarray, names: Sequence[str], sign: float, backend: str, workers: int) -> list[Assignment]:
+    """`_solve` for [B, n, n] without a warm start."""
+    perms, objectives = _solve_stack(stack, names.__getitem__, sign, backend, workers)
     make = [partial(_Problem.cold, matrix, sign, name) for matrix, name in zip(stack, names, strict=True)]
     return [
         Assignment(perm, objective, backend, problem)
-        for perm, objective, problem in zip(torch.from_numpy(perms).unbind(), objectives, make, strict=True)
+        for perm, objective, problem in zip(torch.from_numpy(perms).unbind(), objectives.tolist(), make, strict=True)
     ]
 
 

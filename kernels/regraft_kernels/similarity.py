@@ -40,6 +40,10 @@ SHORT_RUN = 8
 """With fewer elements than this behind a unit, reordering a block is cheaper than a product per run."""
 
 
+SMALL_TERM = 1 << 16
+"""Up to so many elements a copy takes less time than to find out how to do without."""
+
+
 def similarity_reference(terms: Sequence[Term]) -> Tensor:
     """The definition of `similarity`: gather, unfold to [units, everything else], multiply, add."""
     n = terms[0].units
@@ -58,7 +62,11 @@ def _similarity_torch(terms: Sequence[Term]) -> Tensor:
     n = terms[0].units
     total = torch.zeros((n, n), dtype=accumulator(terms[0].target.dtype), device=terms[0].target.device)
     for term in terms:
-        _accumulate_(total, term, *operands_of(term))
+        target, source = operands_of(term)
+        if term.target.numel() <= SMALL_TERM:
+            total.addmm_(unfold(target, term), unfold(source, term).T)
+        else:
+            _accumulate_(total, term, target, source)
     return total
 
 

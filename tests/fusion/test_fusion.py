@@ -8,8 +8,9 @@ from torch import nn
 from torch.func import functional_call
 
 import regraft.reference.fusion as reference
+from regraft.core.forward import hooks
 from regraft.core.tensors import state
-from regraft.fusion.repair import batch_statistics, hooks, reads_batches, repair_on, reset_on
+from regraft.fusion.repair import batch_statistics, reads_batches, repair_on, reset_on
 from regraft.fusion.sums import assign_gradient, fuse, fuse_many, gradient
 from regraft.networks.papers import initialise, mlp, residual8, small_cnn
 

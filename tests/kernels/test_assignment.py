@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 
 from regraft_kernels import Duals, assign, assign_many
 from regraft_kernels import assignment as module
+from regraft_kernels.assignment import assign_stack
 
 MODULES = {"scipy": "scipy", "lapx": "lap", "lapjv": "lapjv"}
 SOLVERS = [
@@ -411,3 +412,23 @@ def test_what_is_not_finite_outside_the_parts_is_named():
     matrix[0, 1] = np.nan
     with pytest.raises(ValueError, match="conv1 has entries that are not finite"):
         assign(matrix, name="conv1")
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 7), (3, 1, 1), (0, 4, 4), (2, 70, 70), (2, 0, 0)])
+@pytest.mark.parametrize("backend", ["auto", "scipy"])
+def test_a_stack_is_solved_as_its_matrices_are(shape, backend):
+    stack = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    perms, objectives = assign_stack(stack, backend=backend)
+    assert perms.shape == shape[:2] and perms.dtype == torch.int64 and objectives.dtype == torch.float64
+    for matrix, perm, objective in zip(stack, perms, objectives.tolist(), strict=True):
+        one = assign(matrix)
+        assert torch.equal(perm.sort().values, torch.arange(shape[1]))
+        assert objective == pytest.approx(one.objective, rel=1e-12)
+        assert float(matrix.gather(1, perm[:, None]).sum()) == pytest.approx(objective, rel=1e-12)
+
+
+def test_a_stacks_matrix_that_is_not_finite_is_named():
+    stack = torch.zeros(3, 4, 4)
+    stack[1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"heads\[1\] has entries that are not finite"):
+        assign_stack(stack, name="heads")

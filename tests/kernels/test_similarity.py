@@ -18,6 +18,12 @@ module = sys.modules["regraft_kernels.similarity"]
 terms_module = sys.modules["regraft_kernels.terms"]
 
 
+@pytest.fixture(autouse=True)
+def _in_parts(monkeypatch):
+    """These small terms are multiplied as large ones are."""
+    monkeypatch.setattr(module, "SMALL_TERM", 0)
+
+
 def widen(term):
     return replace(term, target=term.target.double(), source=term.source.double())
 
@@ -123,6 +129,16 @@ def test_update_equals_a_new_similarity(backend, data):
     expected = similarity_reference([widen(t) for t in [after, *terms[1:]]])
     size = 1 + max(float(expected.abs().max()), float(kept.abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-5 * size)
+
+
+def test_small_terms_are_unfolded_and_the_sum_is_the_same(monkeypatch, generator):
+    positions = torch.randperm(6, generator=generator).view(3, 2)
+    gathers = (torch.randperm(4, generator=generator), None)
+    target, source = (torch.randn(2, 4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    terms = [Term(target, source, 1, positions, gathers), Term(target[:, :3], source[:, :3], 0)]
+    in_parts = similarity(terms)
+    monkeypatch.setattr(module, "SMALL_TERM", 1 << 16)
+    torch.testing.assert_close(similarity(terms), in_parts, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])

@@ -10,9 +10,18 @@ from torch import Tensor, nn
 
 import regraft
 from regraft.core.clock import Cost
-from regraft.matching.descent import CORRECTIONS_BEFORE_REBUILD, Descent, colours
+from regraft.matching import kept
+from regraft.matching.descent import Descent, colours
+from regraft.matching.joint import JOINT_GAIN, JOINT_STEPS
+from regraft.matching.kept import CORRECTIONS_BEFORE_REBUILD
 from regraft.matching.stacks import Stacks
 from regraft.reference import matching as reference
+
+
+@pytest.fixture(autouse=True)
+def _corrections(monkeypatch):
+    """Similarities of these small networks are corrected as those of large ones are."""
+    monkeypatch.setattr(kept, "SMALL_REBUILD", 0)
 
 
 class Residual(nn.Module):
@@ -95,6 +104,14 @@ def test_the_fast_descent_finds_what_the_literal_one_finds(spec, seed):
         assert torch.equal(found.perm[group], perm[group])
 
 
+def test_small_similarities_are_built_anew_and_the_result_is_the_same(spec, monkeypatch):
+    target, source = normal(spec, 5), normal(spec, 6)
+    corrected = regraft.match(spec, target, source)
+    monkeypatch.setattr(kept, "SMALL_REBUILD", 1 << 30)
+    rebuilt = regraft.match(spec, target, source)
+    assert rebuilt.objective == pytest.approx(corrected.objective, rel=1e-12)
+
+
 def test_a_group_that_stands_twice_in_a_tensor_is_solved_until_it_rests():
     spec = regraft.trace(Residual(), (torch.zeros(2, 5),))
     for seed in range(8):
@@ -158,6 +175,45 @@ def test_the_placing_is_the_literal_one(spec):
         placed = reference.place(spec, unstack(target), unstack(source))
         one, two = (regraft.match(spec, target, source, start=start) for start in (None, placed))
         assert one.objective == pytest.approx(two.objective, rel=1e-12)
+
+
+def test_the_joint_start_is_the_literal_one(spec):
+    for seed in range(3):
+        target, source = normal(spec, seed), normal(spec, seed + 100)
+        literal = reference.frank_wolfe(spec, unstack(target), unstack(source), JOINT_STEPS, JOINT_GAIN)
+        one, two = (regraft.match(spec, target, source, start=start) for start in ("joint", literal))
+        assert one.objective == pytest.approx(two.objective, rel=1e-9)
+        assert all(torch.equal(one.perm[group], two.perm[group]) for group in spec.groups)
+
+
+def test_the_joint_start_finds_the_better_optimum_where_networks_have_something_in_common():
+    """As trained networks do: here a permuted copy beneath noise of six times its size."""
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 4))
+    spec = regraft.trace(model, (torch.zeros(2, 20),))
+    gains = []
+    for seed in range(6):
+        source = normal(spec, seed, 1)
+        copy = regraft.apply(spec, spec.random(torch.Generator().manual_seed(seed)), source)
+        noise = normal(spec, seed + 100, 1)
+        target = {name: tensor + 6 * noise[name] for name, tensor in copy.items()}
+        placed, joint = (regraft.match(spec, target, source, start=start) for start in ("placed", "joint"))
+        gains.append(joint.objective / placed.objective - 1)
+    assert sum(gains) / len(gains) > 0.005
+
+
+def test_restarts_never_lower_the_objective_and_are_drawn_by_the_generator(spec):
+    raised = 0
+    for seed in range(4):
+        target, source = normal(spec, seed), normal(spec, seed + 100)
+        once, *several = (
+            regraft.match(spec, target, source, restarts=k, generator=torch.Generator().manual_seed(seed))
+            for k in (0, 6, 6)
+        )
+        true = reference.objective(spec, unstack(target), unstack(source), several[0].perm)
+        assert several[0].objective == pytest.approx(true, rel=1e-9) and several[0].objective >= once.objective
+        assert all(torch.equal(several[0].perm[group], several[1].perm[group]) for group in spec.groups)
+        raised += several[0].objective > once.objective * (1 + 1e-9)
+    assert raised, "another start never led to a better end"
 
 
 @pytest.mark.filterwarnings("error")  # torch warns where a graph is recorded
@@ -246,8 +302,8 @@ def test_rounding_does_not_pile_up_over_many_corrections():
         found = descent.descend_()
     true = reference.objective(spec, unstack(target), unstack(source), found.perm)
     assert found.objective == pytest.approx(true, rel=1e-5)
-    assert any(cached.corrections for cached in descent.cached.values())
-    for group, cached in descent.cached.items():
+    assert any(cached.corrections for cached in descent.kept.entries.values())
+    for group, cached in descent.kept.entries.items():
         exact = reference.similarity(spec, group, unstack(target), unstack(source), found.perm)
         error = (cached.similarity.double() - exact).abs().max() / exact.abs().max()
         assert error < 1e-5
@@ -310,12 +366,12 @@ def test_a_similarity_is_built_anew_after_many_corrections(dtype, corrections, r
     for step in range(4):
         descent.stacks.append_({n: t[step] for n, t in target.items()}, {n: t[step] for n, t in source.items()})
         result = descent.descend_()
-        ((group, cached),) = descent.cached.items()
+        ((group, cached),) = descent.kept.entries.items()
         if step == 2:
             cached.similarity += 1000
             cached.corrections = corrections
     exact = reference.similarity(spec, group, unstack(target), unstack(source), result.perm)
-    error = float((descent.cached[group].similarity.double() - exact).abs().max())
+    error = float((descent.kept.entries[group].similarity.double() - exact).abs().max())
     assert error == pytest.approx(0 if rebuilt else 1000, abs=0.01)
 
 

@@ -270,3 +270,25 @@ def cause(error: BaseException, model: nn.Module) -> str:
 def _kinds(tensors: Mapping[str, Tensor], kind: str) -> set[str]:
     """The dtypes of the floating tensors, or the devices of all."""
     return {str(getattr(tensor, kind)) for tensor in tensors.values() if kind == "device" or tensor.is_floating_point()}
+
+
+# ---------------------------------------------------------------------------------------------------
+# What happens inside
+
+
+See = Callable[[str, tuple[Any, ...], Any], Any]
+"""(module's name, its inputs, its output) -> None, or what replaces the output."""
+
+
+@contextmanager
+def hooks(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
+    """Call `see` after every call of one of the modules; what it returns replaces the output."""
+    handles = [
+        module.register_forward_hook(lambda _module, inputs, output, name=name: see(name, inputs, output))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

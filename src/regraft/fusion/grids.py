@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from regraft.core.arguments import Count, check_arguments
 from regraft.core.files import clean, read_sealed, write_sealed
-from regraft.core.forward import call, examples, map_inputs, name_inputs, portion, run
+from regraft.core.forward import call, examples, hooks, map_inputs, name_inputs, portion, run
 from regraft.core.guard import same_settings, same_streams
 from regraft.core.labels import check_labels
 from regraft.core.tensors import Inputs, Tensors, check_finite, complete, digest_tensors, weighted_sum
-from regraft.fusion.repair import Finish, hooks, reads_batches
+from regraft.fusion.repair import Finish, reads_batches
 from regraft.fusion.sums import check, fuse_many
 
 MEMORY = 1 << 30  # bytes

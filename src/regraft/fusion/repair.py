@@ -15,8 +15,7 @@ Models run in evaluation mode and are left as they were: mode, statistics, rando
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from regraft.core.arguments import check_arguments
-from regraft.core.forward import portion, run
+from regraft.core.forward import See, hooks, portion, run
 from regraft.core.guard import evaluating
 from regraft.core.tensors import Batch, Inputs, Tensors, copies, weighted_sum
 from regraft.training.evaluation import check_batches
@@ -33,27 +32,10 @@ from regraft.training.statistics import reset_batchnorm
 Finish = Callable[[Tensors, Tensor], Tensors]
 """(summed tensors, their coefficients [m]) -> repaired tensors."""
 
-See = Callable[[str, tuple[Any, ...], Any], Any]
-"""(module's name, its inputs, its output) -> None, or what replaces the output."""
-
 Moments = dict[str, tuple[Tensor, Tensor]]
 """Layer -> mean and standard deviation of its channels, float64 [channels] each."""
 
 SMALLEST_DEVIATION = 1e-12  # a channel that never changes has nothing to rescale
-
-
-@contextmanager
-def hooks(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    """Call `see` after every call of one of the modules; what it returns replaces the output."""
-    handles = [
-        module.register_forward_hook(lambda _module, inputs, output, name=name: see(name, inputs, output))
-        for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class OwnStatistics(_BatchNorm):

@@ -26,34 +26,34 @@ All of these leave the result as it is: `regraft.reference.matching` finds the s
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regraft.core.arguments import CountOrNone, check_arguments
 from regraft.core.clock import Clock, Cost, total_charge
-from regraft.core.tensors import Perm
-from regraft.matching.nested import BlockAssignment, nested_families
-from regraft.matching.stacks import AxisIndices, Neighbourhood, Slot, Stacks, Streamed
+from regraft.core.tensors import Batch, Perm
+from regraft.matching.activations import correlate_units
+from regraft.matching.joint import find_joint_start
+from regraft.matching.kept import KeptSimilarities, measure_change
+from regraft.matching.nested import BlockAssignment, assign_groups, nested_families
+from regraft.matching.stacks import Neighbourhood, Slot, Stacks, Streamed
 from regraft.symmetry import PermutationSpec
-from regraft_kernels import Assignment, assign_many, similarity, similarity_update_
+from regraft_kernels import Assignment, assign_many, similarity
 
 # A new assignment must raise the objective by more than this part of the similarity that it collects: below lies
 # the rounding of float32 sums, and ties, where "improvements" would go round in circles.
 RELATIVE_GAIN = {torch.float32: 1e-7, torch.float64: 1e-12}
-# Each rank-m correction adds a rounding error of its own (40 of them, at 2048 units: 7e-7 of the largest entry, what a
-# product in float32 has too); float32 similarities are built anew after so many.
-CORRECTIONS_BEFORE_REBUILD = 64
-# From this part of a rebuild's products on, correcting (which gathers columns, too) gains nothing.
-WORTH_CORRECTING = 0.8
 # The duals of an assignment are recovered only where more than this part of it moved: older ones start the next solve
 # nearly as well, and recovering takes longer than a warm solve.
 RENEW_DUALS = 0.2
+
+# The part of every group's units that a restart shuffles.
+SHUFFLED = 0.25
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,10 @@ def match(
     target: Mapping[str, Tensor],
     source: Mapping[str, Tensor],
     *,
-    start: Perm | None = None,
+    start: Perm | Literal["joint", "placed"] | None = None,
+    restarts: CountOrNone = 0,
+    model: nn.Module | None = None,
+    batches: Iterable[Batch] | None = None,
     generator: torch.Generator | None = None,
     max_sweeps: CountOrNone = 100,
     backend: str = "auto",
@@ -97,20 +100,89 @@ def match(
         target, source: tensors by name, each of the model's shape (weights) or [T, *shape] (stacks, for example
             of gradients); the same names and floating dtypes on both sides (others do not count). Names that the
             spec knows and these lack do not take part: buffers, where parameters alone are matched.
-        start: where the descent begins; where the placing of the groups leads, or at the identity if that is better,
-            when not given.
-        generator: draws the order in which the sweeps visit the groups; without one it is the spec's.
+        start: where the descent begins. "placed" (when not given): where the placing of the groups leads, or at the
+            identity if that is better. "joint": where Frank-Wolfe over all groups at once leads (Crisostomi et al.,
+            C2M3, 2024; see `regraft.matching.joint`), in two to three times the time: of networks that were trained
+            the objective is higher, of initial values lower.
+        restarts: so many descents more, each from the best permutation so far after a quarter of every group's units
+            (in no blocks) were shuffled. The best objective wins. One takes about .7 of the first descent's time.
+        model, batches: with both, groups are matched by the correlation of their units' outputs on this data (see
+            `regraft.matching.activations`), and those that are not seen there by weights; `target` and `source` are
+            then whole networks, single, with buffers. `start` and `restarts` concern weights, and are not given.
+        generator: draws the order in which the sweeps visit the groups (without one it is the spec's), and what
+            restarts shuffle (without one, numbers of seed 0).
         max_sweeps: an upper bound that ends a descent early.
         backend: of the similarity, "auto", "torch" or "triton".
         assignment: of the linear assignment, "auto" or a name that `regraft_kernels.assign` knows.
 
     Raises:
         ValueError: names, shapes, dtypes or devices that differ, a tensor that the spec does not know, values that
-            are not finite, zero steps; the tensor is named.
+            are not finite, zero steps, and the tensor is named; no group that moves one of the tensors; a model
+            without batches, batches without a model, or either with a start or restarts.
     """
+    if model is not None or batches is not None:
+        if model is None or batches is None or start is not None or restarts:
+            raise ValueError("matching by activations takes a model and batches, and neither start nor restarts")
+        return _match_by_activations(spec, target, source, model, batches, assignment)
+    stacks, clock = _stack_both(spec, target, source), Clock()
+    begin = None if isinstance(start, str) else start
+    descent = Descent.over(stacks, start=begin, generator=generator, backend=backend)
+    if start == "joint" and stacks.steps:
+        descent.restart_(find_joint_start(stacks, descent.around, clock, backend, assignment))
+    best = descent.descend_(max_sweeps=max_sweeps, assignment=assignment)
+    clock.add(best.seconds)
+    generator = generator or torch.Generator().manual_seed(0)
+    for _ in range(restarts):
+        descent.restart_(_shuffle_some(spec, best.perm, generator))
+        again = descent.descend_(max_sweeps=max_sweeps, assignment=assignment)
+        clock.add(again.seconds)
+        best = max(best, again, key=lambda result: result.objective)
+    return replace(best, seconds=clock.seconds)
+
+
+def _stack_both(spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Stacks:
     stacks = Stacks.of(spec, target, source)
-    descent = Descent.over(stacks, start=start, generator=generator, backend=backend)
-    return descent.descend_(max_sweeps=max_sweeps, assignment=assignment)
+    if not stacks.groups:
+        raise ValueError("there is nothing to match: the specification has no group that moves one of these tensors")
+    return stacks
+
+
+def _match_by_activations(
+    spec: PermutationSpec,
+    target: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    model: nn.Module,
+    batches: Iterable[Batch],
+    assignment: str,
+) -> Match:
+    parameters = [{n: t for n, t in side.items() if n not in spec.optional} for side in (target, source)]
+    stacks, clock = _stack_both(spec, *parameters), Clock()
+    with clock.phase("similarity", stacks.device):
+        scores = correlate_units(spec, model, target, source, batches)
+    for family in nested_families(spec):
+        if any(spec.moves_freely(group) and group not in scores for group in family):  # then none by activations
+            scores = {group: score for group, score in scores.items() if group not in family}
+    with clock.phase("assignment", stacks.device):
+        start = {group: index.to(stacks.device) for group, index in spec.identity().items()}
+        perm, _ = assign_groups(spec, scores, start, assignment, {})
+    descent = Descent.over(stacks, start=perm)
+    descent.held = frozenset(scores)
+    rest = descent.descend_(assignment=assignment)
+    clock.add(rest.seconds)
+    return replace(rest, seconds=clock.seconds)
+
+
+def _shuffle_some(spec: PermutationSpec, perm: Perm, generator: torch.Generator) -> Perm:
+    """Another start: a few units of every group trade places; groups that are nested in one another stay."""
+    shuffled = dict(perm)
+    for group, *nested in spec.families:
+        if not nested:
+            size = spec.groups[group]
+            some = torch.randperm(size, generator=generator)[: max(2, round(SHUFFLED * size))]
+            index = perm[group].clone()
+            index[some] = perm[group][some[torch.randperm(len(some), generator=generator)]]
+            shuffled[group] = index
+    return shuffled
 
 
 def match_streamed(spec: PermutationSpec, target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Match:
@@ -124,19 +196,8 @@ def match_streamed(spec: PermutationSpec, target: Mapping[str, Tensor], source: 
     """
     descent = Descent.over(Streamed(spec, target, source))
     descent.colours = tuple((group,) for colour in descent.colours for group in colour)
-    descent.cached, descent.solutions = _Newest(), _Newest()
+    descent.kept.entries, descent.solutions = _Newest(), _Newest()
     return descent.descend_()
-
-
-@dataclass
-class _Cached:
-    """The similarity of one group and what it was built from."""
-
-    similarity: Tensor  # [n, n], the terms in which the group stands on one axis only
-    slots: tuple[Slot, ...]  # whose terms are in it
-    steps: int
-    indices: AxisIndices  # what the other axes were gathered with
-    corrections: int = 0
 
 
 class _Newest(dict[str, Any]):
@@ -155,8 +216,9 @@ class Descent:
         stacks: what is matched.
         colours: groups by colour; those of one colour share no tensor.
         perm: the current permutation.
-        backend: of the similarity kernels.
+        kept: the similarities of the last visits.
         unplaced: groups that have no permutation yet (in `perm` they stand as the identity).
+        held: groups that keep the permutation that they have.
         objective: the permutation's objective over the first `counted` steps.
         version: group -> how often its permutation changed.
         solved: group -> what its last solve looked at.
@@ -167,13 +229,13 @@ class Descent:
     colours: tuple[tuple[str, ...], ...]
     around: dict[str, Neighbourhood]
     perm: Perm
-    backend: str = "auto"
+    kept: KeptSimilarities
     unplaced: set[str] = field(default_factory=set)
+    held: frozenset[str] = frozenset()
     objective: float = 0.0
     counted: int = 0
     version: Counter[str] = field(default_factory=Counter)
     solved: dict[str, object] = field(default_factory=dict)
-    cached: dict[str, _Cached] = field(default_factory=dict)
     solutions: dict[str, Assignment] = field(default_factory=dict)
 
     @classmethod
@@ -194,7 +256,7 @@ class Descent:
             colours(stacks.spec, frozenset(stacks.target), generator),
             {group: stacks.around(group) for group in groups},
             {group: index.to(stacks.device) for group, index in perm.items()},
-            backend,
+            KeptSimilarities(stacks, backend),
             set(groups) if start is None else set(),
         )
 
@@ -213,7 +275,7 @@ class Descent:
         """Forget all steps and what was computed from them; keep the permutation and the duals to start from."""
         self.stacks.steps = 0
         self.counted, self.objective = 0, 0.0
-        self.cached.clear()
+        self.kept.entries.clear()
         self.solved.clear()
 
     def descend_(self, *, max_sweeps: int = 100, assignment: str = "auto") -> Match:
@@ -228,14 +290,16 @@ class Descent:
             raise ValueError(f"max_sweeps must be at least 1, got {max_sweeps}")
         if self.unplaced:
             _place_(self, clock, assignment)
-        with clock.phase("objective", stacks.device):
-            self.objective += stacks.objective(stacks.target, self.perm, self.counted)
-            self.counted = stacks.steps
+        if self.counted < stacks.steps:
+            with clock.phase("objective", stacks.device):
+                self.objective += stacks.objective(stacks.target, self.perm, self.counted)
+                self.counted = stacks.steps
         sweeps, improved = 0, True
         while improved and sweeps < max_sweeps:
             improved = any([_visit_(self, colour, clock, assignment) for colour in self.colours])
             for family in nested_families(stacks.spec):
-                improved |= _visit_family_(self, family, clock, assignment)
+                if self.held.isdisjoint(family):
+                    improved |= _visit_family_(self, family, clock, assignment)
             sweeps += 1
         return Match(dict(self.perm), self.objective, sweeps, clock.seconds)
 
@@ -253,9 +317,9 @@ def _place_(descent: Descent, clock: Clock, assignment: str) -> None:
         _visit_(descent, (group,), clock, assignment)
         descent.unplaced.discard(group)
         with clock.phase("objective", device):
-            slots = descent.cached[group].slots
+            slots = descent.kept.entries[group].slots
             if all(slot.whole for slot in slots):  # then all of their tensors' other axes have been placed before
-                objective += _sum_matched(descent.cached[group].similarity, descent.perm[group])
+                objective += _sum_matched(descent.kept.entries[group].similarity, descent.perm[group])
                 for slot in slots:
                     del rest[slot.name]
     with clock.phase("objective", device):
@@ -291,12 +355,13 @@ def colours(
 
 def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, assignment: str) -> bool:
     """Solve the groups of one colour anew where anything they depend on changed; true if one improved."""
-    stale = [group for group in colour if descent.solved.get(group) != _depends_on(descent, group)]
+    free = [group for group in colour if group not in descent.held]
+    stale = [group for group in free if descent.solved.get(group) != _depends_on(descent, group)]
     if not stale:
         return False
     device = descent.stacks.device
     with clock.phase("similarity", device):
-        own = _similarities_(descent, stale)
+        own = descent.kept.refresh_({group: _usable_slots(descent, group) for group in stale}, descent.perm)
         both = {group: _coupled_similarity(descent, group) for group in stale}
         scores = {g: own[g] if (more := both[g]) is None else own[g] + more for g in stale}
     with clock.phase("assignment", device):
@@ -309,7 +374,7 @@ def _visit_(descent: Descent, colour: tuple[str, ...], clock: Clock, assignment:
     improved = False
     with clock.phase("objective", device):
         for group, solution in zip(stale, solutions, strict=True):
-            changed = _share_changed(descent.perm[group].cpu(), solution.perm)
+            changed = measure_change(descent.perm[group].cpu(), solution.perm)
             if group not in descent.solutions or changed > RENEW_DUALS:
                 descent.solutions[group] = solution
             descent.solved[group] = _depends_on(descent, group)
@@ -328,20 +393,25 @@ def _visit_family_(descent: Descent, family: tuple[str, ...], clock: Clock, assi
     members = [g for g in around if slots[g]]
     with clock.phase("similarity", stacks.device):
         indices = [stacks.axis_indices(slots[g], descent.perm) for g in members]
-        scores = stacks.similarities([slots[g] for g in members], indices, descent.backend)
+        scores = stacks.similarities([slots[g] for g in members], indices, descent.kept.backend)
     descent.solved[family[0]] = depends
     if not scores:
         return False
     on_cpu = dict(zip(members, (score.cpu() for score in scores), strict=True))
     names, improved = sorted({slot.name for g in around for slot in slots[g]}), False
-    for part in BlockAssignment(stacks.spec, family, on_cpu, assignment).candidates(descent.perm):
+    with clock.phase("objective", stacks.device):
+        before = stacks.objective(names, descent.perm)
+    with clock.phase("assignment", stacks.device):
+        parts = list(BlockAssignment(stacks.spec, family, on_cpu, assignment).candidates(descent.perm))
+    for part in parts:
         candidate = descent.perm | {group: index.to(stacks.device) for group, index in part.items()}
         with clock.phase("objective", stacks.device):
-            before, after = (stacks.objective(names, perm) for perm in (descent.perm, candidate))
+            after = stacks.objective(names, candidate)
         if after - before > RELATIVE_GAIN[scores[0].dtype] * max(abs(before), abs(after)):
             for group in family:
                 descent.version[group] += not torch.equal(descent.perm[group], candidate[group])
-            descent.perm, descent.objective, improved = candidate, descent.objective + after - before, True
+            descent.perm, descent.objective = candidate, descent.objective + after - before
+            before, improved = after, True
     return improved
 
 
@@ -374,79 +444,13 @@ def _depends_on(descent: Descent, group: str) -> tuple[object, ...]:
     return descent.stacks.steps, len(_usable_slots(descent, group)), len(coupled), versions
 
 
-def _similarities_(descent: Descent, groups: Sequence[str]) -> dict[str, Tensor]:
-    """S [n, n] of each group, of the tensors in which it stands on one axis; kept up to date by what changed.
-
-    Correcting a tensor whose neighbour changed at m of n entries costs m/n of building its term (of both the old and
-    the new columns, one product); where that saves nothing, or rounding could pile up, all terms are built anew, those
-    of all such groups at once.
-    """
-    stacks = descent.stacks
-    slots = {group: _usable_slots(descent, group) for group in groups}
-    current = {group: stacks.axis_indices(slots[group], descent.perm) for group in groups}
-    anew = [group for group in groups if not _worth_correcting(descent, group, slots[group], current[group])]
-    known = [group for group in anew if slots[group]]
-    sums = stacks.similarities([slots[g] for g in known], [current[g] for g in known], descent.backend)
-    built = dict(zip(known, sums, strict=True))
-    for group in anew:
-        n = stacks.spec.groups[group]
-        total = built[group] if group in built else next(iter(stacks.target.values())).new_zeros(n, n)
-        descent.cached[group] = _Cached(total, slots[group], stacks.steps, current[group])
-    for group in groups:
-        if group not in anew:
-            _correct_(descent, group, slots[group], current[group])
-    return {group: descent.cached[group].similarity for group in groups}
-
-
-def _correct_(descent: Descent, group: str, slots: tuple[Slot, ...], current: AxisIndices) -> None:
-    """Bring a group's similarity up to date: first for changed neighbours over the old steps, then for new steps and
-    for tensors of which it had nothing."""
-    cached, stacks = descent.cached[group], descent.stacks
-    for slot in cached.slots:
-        for other in slot.others:
-            old, new = cached.indices[slot.name, other], current[slot.name, other]
-            if torch.equal(old, new):
-                continue
-            (term,) = stacks.terms([slot], 0, cached.steps, cached.indices)
-            similarity_update_(cached.similarity, term, other, old, new, backend=descent.backend)
-            cached.indices[slot.name, other] = new
-            cached.corrections += 1
-    missing = [slot for slot in slots if slot not in cached.slots]
-    terms = stacks.terms(missing, 0, stacks.steps, current)
-    if cached.steps < stacks.steps:
-        terms += stacks.terms(cached.slots, cached.steps, stacks.steps, current)
-    if terms:
-        cached.similarity += similarity(terms, backend=descent.backend)
-    cached.slots, cached.steps, cached.indices = slots, stacks.steps, current
-
-
-def _worth_correcting(descent: Descent, group: str, slots: tuple[Slot, ...], current: AxisIndices) -> bool:
-    cached, stacks = descent.cached.get(group), descent.stacks
-    if cached is None or not cached.slots:
-        return False
-    if cached.corrections >= CORRECTIONS_BEFORE_REBUILD and cached.similarity.dtype != torch.float64:
-        return False
-    whole = correct = 0.0
-    for slot in slots:
-        work = math.prod(stacks.spec.shapes[slot.name])
-        whole += work * stacks.steps
-        if slot not in cached.slots:
-            correct += work * stacks.steps
-            continue
-        correct += work * (stacks.steps - cached.steps)
-        for other in slot.others:
-            old, new = cached.indices[slot.name, other], current[slot.name, other]
-            correct += work * cached.steps * _share_changed(old, new)
-    return correct < whole * (WORTH_CORRECTING if len(slots) == len(cached.slots) else 1)
-
-
 def _coupled_similarity(descent: Descent, group: str) -> Tensor | None:
     """S of the tensors in which `group` stands on several axes: the objective's gradient at the current permutation."""
     slots, stacks = descent.around[group].coupled, descent.stacks
     if not slots or group in descent.unplaced:
         return None
     terms = stacks.terms(slots, 0, stacks.steps, stacks.axis_indices(slots, descent.perm))
-    return similarity(terms, backend=descent.backend)
+    return similarity(terms, backend=descent.kept.backend)
 
 
 def _coupled_objective(descent: Descent, group: str, candidate: Tensor) -> float:
@@ -457,7 +461,3 @@ def _coupled_objective(descent: Descent, group: str, candidate: Tensor) -> float
 def _sum_matched(similarity: Tensor, perm: Tensor) -> float:
     """sum_i S[i, perm[i]] in float64."""
     return float(similarity.gather(1, perm[:, None]).sum(dtype=torch.float64))
-
-
-def _share_changed(old: Tensor, new: Tensor) -> float:
-    return 0.0 if old is new else float((old != new).float().mean())

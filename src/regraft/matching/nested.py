@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,7 +15,31 @@ from torch import Tensor
 from regraft.core.tensors import Perm
 from regraft.symmetry import PermutationSpec
 from regraft.symmetry.blocks import alike
-from regraft_kernels import assign
+from regraft_kernels import Assignment, assign_many
+from regraft_kernels.assignment import assign_stack
+
+
+def assign_groups(
+    spec: PermutationSpec, scores: Mapping[str, Tensor], perm: Perm, backend: str, last: Mapping[str, Assignment]
+) -> tuple[Perm, dict[str, Assignment]]:
+    """The permutations that collect most of the scores [n, n], and the assignments of groups in no blocks.
+
+    perm: of groups without a score, kept. last: the assignments of similar scores, to start from.
+    """
+    alone = [g for g, *nested in spec.families if not nested and g in scores]
+    solutions = assign_many(
+        [scores[g] for g in alone],
+        backend=backend,
+        warm=[last[g].start if g in last else None for g in alone],
+        names=[f"similarity of group {g!r}" for g in alone],
+    )
+    perm = perm | {g: solution.perm.to(scores[g].device) for g, solution in zip(alone, solutions, strict=True)}
+    for family in nested_families(spec):
+        if known := {g: scores[g] for g in family if g in scores}:
+            on_cpu = {g: score.cpu() for g, score in known.items()}
+            best = next(BlockAssignment(spec, family, on_cpu, backend).candidates(perm))
+            perm |= {group: index.to(perm[group].device) for group, index in best.items()}
+    return perm, dict(zip(alone, solutions, strict=True))
 
 
 def nested_families(spec: PermutationSpec) -> list[tuple[str, ...]]:
@@ -42,8 +65,8 @@ class BlockAssignment:
         Each is optimal in what it assigns, but where the units of several blocks must move alike: there blocks are
         compared as if they need not.
         """
-        outer: Perm = {}
-        self._assign_blocks_(outer, None, 0, 0)
+        first = torch.zeros(1, dtype=torch.int64)
+        outer = {group: index[0] for group, index in self._assign_blocks(None, first, first)[1].items()}
         yield self._fill(outer)
         yield self._fill({group: perm[group].cpu() for group in outer})
 
@@ -51,28 +74,33 @@ class BlockAssignment:
         """The groups whose blocks move as ``outer`` (None: those that are in no blocks)."""
         return [group for group in self.groups if self.spec.blocks.get(group, (None,))[0] == outer]
 
-    def _assign_blocks_(self, perm: Perm, outer: str | None, row: int, column: int) -> float:
-        """What it is worth to move block ``column`` of ``outer`` to ``row``; fills ``perm`` for the blocks inside."""
-        worth = 0.0
+    def _assign_blocks(self, outer: str | None, rows: Tensor, columns: Tensor) -> tuple[Tensor, Perm]:
+        """What it is worth to move block ``columns[b]`` of ``outer`` to ``rows[b]``, [B] for B pairs; and of each group
+        inside that holds blocks the units that come with it, [B, units in one block]."""
+        worth, perm = torch.zeros(len(rows), dtype=torch.float64), {}
         for group in self._inside(outer):
             count = self.spec.groups[group] // (1 if outer is None else self.spec.groups[outer])
-            rows, columns = row * count, column * count
-            values = torch.zeros(count, count, dtype=torch.float64)
-            if group in self.scores:
-                values += self.scores[group][rows : rows + count, columns : columns + count]
-            parts: dict[tuple[int, int], Perm] = {}
+            values = self._blocks(group, count, rows, columns)
+            parts: Perm = {}
             if self._inside(group):
-                for i, j in product(range(count), repeat=2):
-                    parts[i, j] = {}
-                    values[i, j] += self._assign_blocks_(parts[i, j], group, rows + i, columns + j)
-            best = assign(values, backend=self.backend)
-            worth += best.objective
-            if parts:
-                index = torch.zeros(self.spec.groups[group], dtype=torch.int64)
-                index[rows : rows + count] = columns + best.perm
-                for part in ({group: index}, *(parts[pair] for pair in enumerate(best.perm.tolist()))):
-                    _add_(perm, part)
-        return worth
+                inner = [block[:, None] * count + torch.arange(count) for block in (rows, columns)]
+                pairs = (inner[0][:, :, None].expand(values.shape), inner[1][:, None, :].expand(values.shape))
+                within, parts = self._assign_blocks(group, *(pair.flatten() for pair in pairs))
+                values = values + within.view(values.shape)
+            best, objectives = assign_stack(values, backend=self.backend)
+            worth += objectives
+            if self._inside(group):
+                perm[group] = columns[:, None] * count + best
+            for name, index in parts.items():
+                each = index.view(*values.shape, -1)
+                perm[name] = each.take_along_dim(best[:, :, None, None], 2).flatten(1)
+        return worth, perm
+
+    def _blocks(self, group: str, count: int, rows: Tensor, columns: Tensor) -> Tensor:
+        """[B, count, count]: pairs of blocks of a group's similarity, zeros where no tensor holds it."""
+        if group not in self.scores:
+            return torch.zeros(len(rows), count, count, dtype=torch.float64)
+        return _in_blocks(self.scores[group], count)[rows, columns]
 
     def _fill(self, holding: Perm) -> Perm:
         """The permutation of all groups, given those of the groups that hold blocks."""
@@ -84,13 +112,11 @@ class BlockAssignment:
             if len(around) == 2:
                 perm[group] = alike(perm[around[0]], perm[around[1]], size)
                 continue
-            blocks = perm[around[0]].tolist() if around else [0]
-            count, values = size // len(blocks), self._with_alike(group, perm)
-            perm[group] = torch.empty(size, dtype=torch.int64)
-            for b, other in enumerate(blocks):
-                rows, columns = (slice(x * count, (x + 1) * count) for x in (b, other))
-                best = assign(values[rows, columns], backend=self.backend)
-                perm[group][rows] = other * count + best.perm
+            blocks = perm[around[0]] if around else torch.zeros(1, dtype=torch.int64)
+            count = size // len(blocks)
+            values = _in_blocks(self._with_alike(group, perm), count)[torch.arange(len(blocks)), blocks]
+            best, _ = assign_stack(values, backend=self.backend)
+            perm[group] = (blocks[:, None] * count + best).flatten()
         return perm
 
     def _with_alike(self, inner: str, perm: Perm) -> Tensor:
@@ -103,17 +129,15 @@ class BlockAssignment:
             outer, *others = self.spec.blocks.get(group, ("",))
             if others != [inner] or group not in self.scores:
                 continue
-            blocks = perm[outer].tolist()
+            blocks, rows = perm[outer], torch.arange(self.spec.groups[outer])
             count = self.spec.groups[group] // len(blocks)
             share = len(blocks) * count // n  # blocks to each count of the inner group's units
-            for b, other in enumerate(blocks):
-                rows, columns = (slice(x * count, (x + 1) * count) for x in (b, other))
-                there, here = (slice(x // share * count, (x // share + 1) * count) for x in (b, other))
-                values[there, here] += self.scores[group][rows, columns]
+            added = self._blocks(group, count, rows, blocks).double()
+            _in_blocks(values, count).index_put_((rows // share, blocks // share), added, accumulate=True)
         return values
 
 
-def _add_(perm: Perm, part: Perm) -> None:
-    """What was found for some blocks of a group (everything else in ``part`` is zero) beside that for others."""
-    for group, index in part.items():
-        perm[group] = perm[group] + index if group in perm else index
+def _in_blocks(similarity: Tensor, count: int) -> Tensor:
+    """[m count, m count] as pairs of blocks [m, m, count, count]; a view of a contiguous one."""
+    blocks = len(similarity) // count
+    return similarity.reshape(blocks, count, blocks, count).transpose(1, 2)

@@ -2,7 +2,7 @@
 
 One group after the other, one step after the other, one tensor after the other, in float64: every similarity
 is built anew and every assignment solved from scratch. `regraft.match` must find the same objective; `place` is what
-it begins with.
+it begins with. `frank_wolfe` moves all groups at once, and is what it begins with where the start is "joint".
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from regraft.core.tensors import Perm, Tensors
 from regraft.matching.nested import BlockAssignment, nested_families
 from regraft.symmetry import PermutationSpec
+from regraft.symmetry.axes import groups_of
 
 
 def permute_tensors(spec: PermutationSpec, perm: Perm, tensors: Tensors) -> Tensors:
@@ -149,3 +150,62 @@ def coordinate_descent(
         if best == objectives[-2]:
             break
     return perm, objectives
+
+
+def frank_wolfe(
+    spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Tensors], steps: int, gain: float = 0.0
+) -> Perm:
+    """All groups at once, over doubly stochastic matrices (Vogelstein et al., 2015; Crisostomi et al., C2M3, 2024).
+
+    Every matrix begins with all entries 1 / n. An assignment of its gradient (by autograd) is the direction, and a step
+    goes as far as the objective rises, until its slope is at most `gain` times the objective. The permutations are the
+    nearest to the matrices at the end.
+    """
+    groups = [g for g in spec.groups if any(n in target[0] for n, _ in spec.tensors_of(g))]
+    shares = {g: torch.full((n, n), 1 / n, dtype=torch.float64) for g in groups if (n := spec.groups[g])}
+    perm = spec.identity()
+    for _ in range(steps):
+        here = {g: share.requires_grad_() for g, share in shares.items()}
+        relaxed = relaxed_objective(spec, target, source, here)
+        scores = dict(zip(here, torch.autograd.grad(relaxed, list(here.values())), strict=True))
+        value = float(relaxed.detach())
+        shares = {g: share.detach() for g, share in here.items()}
+        perm = assign_all(spec, scores, perm)
+        ends = {g: torch.eye(len(share), dtype=torch.float64)[perm[g]] for g, share in shares.items()}
+        slope = sum(float((scores[g] * (ends[g] - shares[g])).sum()) for g in shares)
+        if slope <= gain * abs(value):
+            break
+        bend = float(relaxed_objective(spec, target, source, ends)) - value - slope
+        rate = 1.0 if 2 * bend >= -slope else -slope / (2 * bend)
+        shares = {g: (1 - rate) * share + rate * ends[g] for g, share in shares.items()}
+    return assign_all(spec, shares, perm)
+
+
+def relaxed_objective(
+    spec: PermutationSpec, target: Sequence[Tensors], source: Sequence[Tensors], shares: Tensors
+) -> Tensor:
+    """`objective` where each group has a matrix P [n, n] instead: unit i becomes the sum over j of P[i, j] unit j."""
+    total = torch.zeros((), dtype=torch.float64)
+    for g2, g1 in zip(target, source, strict=True):
+        for name in g2:
+            moved = g1[name].double()
+            for axis in range(moved.dim()):
+                for group in groups_of(spec.axes[name][axis]):
+                    positions = spec.positions(name, axis, group)
+                    rows = moved.movedim(axis, 0)
+                    mixed = torch.tensordot(shares[group], rows[positions], 1).flatten(0, 1)
+                    moved = rows.index_copy(0, positions.flatten(), mixed).movedim(0, axis)
+            total = total + (g2[name].double() * moved).sum()
+    return total
+
+
+def assign_all(spec: PermutationSpec, scores: Tensors, perm: Perm) -> Perm:
+    """The permutations that collect most of the scores; a group without any keeps its own."""
+    perm = dict(perm)
+    for group, *nested in spec.families:
+        if nested:
+            known = {g: scores[g] for g in (group, *nested) if g in scores}
+            perm |= next(BlockAssignment(spec, (group, *nested), known, "scipy").candidates(perm))
+        elif group in scores:
+            perm[group] = torch.from_numpy(linear_sum_assignment(scores[group].numpy(), maximize=True)[1])
+    return perm

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.core.clock import Clock
-from regraft.core.forward import call
+from regraft.core.forward import call, hooks
 from regraft.core.guard import evaluating
 from regraft.core.tensors import Pair, Perm, Tensors, fill_, state
-from regraft.fusion.repair import hooks
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.matching.descent import match
 from regraft.symmetry import PermutationSpec, apply

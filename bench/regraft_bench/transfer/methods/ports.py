@@ -22,11 +22,10 @@ from torch.nn.functional import cross_entropy
 import regraft
 from regraft.core.clock import Clock, Cost
 from regraft.core.files import write_tensors
-from regraft.core.forward import call
+from regraft.core.forward import call, hooks
 from regraft.core.guard import evaluating
 from regraft.core.tensors import Batch, Pair, Perm, Tensors, fill_, state
 from regraft.data import Split, draw_per_class
-from regraft.fusion.repair import hooks
 from regraft.learning_transfer import driver as learning_transfer
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.matching.descent import match
