@@ -15,7 +15,7 @@ from regraft_bench.tracking.own_benches import read_benchmarks
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-STUDIES = ("transfer", "fusion", "fast", "micro")
+STUDIES = ("transfer", "fusion", "fast", "matching", "micro")
 
 
 def study(name: str) -> Study:

@@ -7,65 +7,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from regraft.core.clock import Clock, Cost, total_charge
 from regraft.core.tensors import Perm, Tensors
 from regraft.learning_transfer.driver import transfer
 from regraft.learning_transfer.trajectory import Trajectory
-from regraft.matching.descent import colours, match
+from regraft.matching.descent import match
 from regraft.networks.papers import initialise, mlp
 from regraft.reference import learning_transfer as literal_transfer
 from regraft.reference import matching as literal
 from regraft.symmetry import PermutationSpec, trace
+from regraft_bench.baselines import match_like_git_rebasin
 from regraft_bench.contests import BY_HAND, OURS, Contest, MicroSetting
 from regraft_bench.study import Task
 from regraft_bench.timing import Contender
-
-
-def straightforward(
-    spec: PermutationSpec, target: Tensors, source: Tensors, generator: torch.Generator | None = None
-) -> Perm:
-    """What one would write first, and what is published: from the identity, at every step the whole similarity by
-    torch in float32, scipy, no memory. The order of the groups is the specification's, or drawn anew in every sweep.
-    """
-    perm = spec.identity()
-    groups = _order(spec, target)
-    improved = True
-    while improved:
-        improved = False
-        if generator is not None:
-            groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
-        for group in groups:
-            score = _similarity(spec, group, target, source, perm).double().numpy()
-            _, columns = linear_sum_assignment(score, maximize=True)
-            before = score[range(len(score)), perm[group].numpy()].sum()
-            after = score[range(len(score)), columns].sum()
-            if after > before + 1e-7 * abs(before):
-                perm = {**perm, group: torch.from_numpy(columns)}
-                improved = True
-    return perm
-
-
-def _order(spec: PermutationSpec, tensors: Tensors) -> list[str]:
-    return [group for members in colours(spec, frozenset(tensors)) for group in members]
-
-
-def _similarity(spec: PermutationSpec, group: str, target: Tensors, source: Tensors, perm: Perm) -> torch.Tensor:
-    total = torch.zeros(spec.groups[group], spec.groups[group])
-    for name, axis in spec.tensors_of(group):
-        if name not in target:
-            continue
-        moved = source[name]
-        for other in range(moved.dim()):
-            index = spec.axis_index(name, other, perm)
-            if other != axis and index is not None:
-                moved = moved.index_select(other, index)
-        positions = spec.positions(name, axis, group)
-        left, right = (tensor.movedim(axis, 0)[positions].flatten(1) for tensor in (target[name], moved))
-        total += left @ right.T
-    return total
 
 
 def _make(factory: Callable[[], nn.Module], shape: tuple[int, ...], setting: MicroSetting) -> dict[str, Contender]:
@@ -84,7 +40,7 @@ def _make(factory: Callable[[], nn.Module], shape: tuple[int, ...], setting: Mic
     found: list[Perm] = []
 
     def by_hand() -> Perm:
-        found.append(straightforward(spec, target, source, orders))
+        found.append(match_like_git_rebasin(spec, target, source, orders))
         return found[-1]
 
     def best(_: Perm) -> dict[str, float]:
