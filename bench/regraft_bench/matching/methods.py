@@ -99,7 +99,7 @@ def measure_middle(find: Finder, setting: MatchingSetting) -> Measured:
     return Measured(values, cost=clock.seconds)
 
 
-FINDERS: dict[str, Finder] = {
+MATCHERS: dict[str, Finder] = {
     "none": keep_units,
     "regraft": match_by_default,
     "regraft, 5 restarts": match_with_restarts,
@@ -111,10 +111,10 @@ FINDERS: dict[str, Finder] = {
     "activations": match_by_activations,
 }
 MATCHING_METHODS = tuple(
-    Method(name, partial(measure_middle, find), about=first_paragraph(find)) for name, find in FINDERS.items()
+    Method(name, partial(measure_middle, find), about=first_paragraph(find)) for name, find in MATCHERS.items()
 )
 
-DIGITS = Task("digits")
+DIGIT_IMAGES = Task("digits")
 RECIPES = {
     "mlp": Recipe(epochs=20, lr=0.1, batch_size=64),
     "cnn": Recipe(epochs=10, lr=0.1, batch_size=64, weight_decay=1e-4),
@@ -122,7 +122,7 @@ RECIPES = {
     "vit": Recipe(epochs=20, lr=2e-3, batch_size=64, optimizer="adam", warmup_epochs=2),
 }
 MATCHING_SCENARIOS = tuple(
-    Scenario(f"digits-{name}", MATCHING_METHODS, TrainedPair(name, recipe, DIGITS), seeds=5)
+    Scenario(f"digits-{name}", MATCHING_METHODS, TrainedPair(name, recipe, DIGIT_IMAGES), seeds=5)
     for name, recipe in RECIPES.items()
 )
 QUICK_PAIRS = MATCHING_SCENARIOS[0]

@@ -12,7 +12,7 @@ def over_default(group: Group) -> str:
     return spread([own / ours for own, ours in pairs if own is not None and ours], "{:.4f}")
 
 
-def milliseconds(group: Group) -> str:
+def cpu_milliseconds(group: Group) -> str:
     """A cell: CPU time of one matching."""
     return mean([1e3 * row.seconds for row in group.rows if row.cost and not row.failure], "{:.3g}")
 
@@ -24,7 +24,7 @@ COLUMNS = (
     Column("after REPAIR [%]", percent("accuracy after REPAIR")),
     Column("barrier of the loss", value("barrier")),
     Column("of the ends [%]", percent("accuracy of the ends")),
-    Column("CPU ms", milliseconds),
+    Column("CPU ms", cpu_milliseconds),
 )
 QUESTIONS = (
     ("regraft, joint start", "regraft"),

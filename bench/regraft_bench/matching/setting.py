@@ -29,7 +29,7 @@ def _cnn() -> nn.Module:
     return nn.Sequential(*first, nn.MaxPool2d(2), *second, *head)
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
+PAIR_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: mlp([64, 64, 64, 64, 10]),
     "cnn": _cnn,
     "resnet": lambda: cifar_resnet18(width=0.125, in_channels=1),
@@ -40,7 +40,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class TrainedPair:
-    """Two networks of one architecture (a name of `NETWORKS`), trained from initial values of their own."""
+    """Two networks of one architecture (a name of `PAIR_NETWORKS`), trained from initial values of their own."""
 
     network: str
     recipe: Recipe
@@ -52,7 +52,7 @@ class MatchingSetting(Setting):
 
     @cached_property
     def model(self) -> nn.Module:
-        return NETWORKS[self.settings.network]().eval()
+        return PAIR_NETWORKS[self.settings.network]().eval()
 
     @cached_property
     def spec(self) -> PermutationSpec:

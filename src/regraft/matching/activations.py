@@ -21,7 +21,7 @@ from regraft.core.tensors import Batch, Tensors, copies
 from regraft.symmetry import PermutationSpec
 from regraft.training.evaluation import check_batches
 
-SMALLEST_DEVIATION = 1e-12
+LEAST_DEVIATION = 1e-12
 """A unit that varies less correlates with nothing."""
 
 
@@ -50,7 +50,7 @@ class Place:
         a, b = ((mean[x + x] - mean[x].square()).clamp_min(0).sqrt() for x in "ab")
         scale = a[:, None] * b
         covariance = mean["ab"] - mean["a"][:, None] * mean["b"]
-        return torch.where(scale > SMALLEST_DEVIATION**2, covariance / scale.clamp_min(SMALLEST_DEVIATION**2), 0)
+        return torch.where(scale > LEAST_DEVIATION**2, covariance / scale.clamp_min(LEAST_DEVIATION**2), 0)
 
 
 @torch.no_grad()
