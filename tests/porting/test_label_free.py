@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import regraft
@@ -201,3 +201,29 @@ def test_folders_of_images_without_classes_are_read(three: list[Path], tmp_path:
     (empty / "readme.txt").write_text("no image")
     with pytest.raises(BadFile, match="holds no image"):
         data_by_name(str(empty), named)
+
+
+WIDER = networks.mlp([16, 40, 7])
+
+
+@pytest.mark.parametrize("method", [None, "head", "distil", "theseus"])
+def test_a_new_base_of_another_width_and_other_classes(method: str | None, three: list[Path], tmp_path: Path) -> None:
+    new = tmp_path / "wider.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in draw(WIDER, 2).items()}, new)
+    done = regraft.port(
+        *three[:2], new, tmp_path / "out", model=MLP, new_model=WIDER, inputs=torch.randn(2, 16),
+        data=inputs(60, 16), method=method, steps=10,
+    )  # fmt: skip
+    assert done.plan.method == (method or "auto")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written["layers.0.weight"].shape == (40, 16) and written["layers.1.weight"].shape == (5, 40)
+    assert done.measured["agreement"]["result"] > 0.6
+
+
+def test_methods_that_need_one_model_say_so(three: list[Path], tmp_path: Path) -> None:
+    settings = {"model": MLP, "new_model": WIDER, "inputs": torch.randn(2, 16), "data": inputs(60, 16)}
+    with pytest.raises(ValueError, match="'functional' needs a new base of the fine-tune's model"):
+        regraft.port(*three, tmp_path / "out", method="functional", **settings)
+    with pytest.raises(BadFile, match=r"tensor 'layers\.0\.weight' has shape"):
+        regraft.port(*three, tmp_path / "out", method="head", **settings)  # NEW_BASE is none of that model's
+    assert not (tmp_path / "out").exists()

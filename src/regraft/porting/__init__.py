@@ -6,7 +6,8 @@ from regraft.porting.fuse import fuse_checkpoints
 from regraft.porting.job import Job
 from regraft.porting.methods import PORT_METHODS, Ported, PortProblem, PortWork, port_method
 from regraft.porting.model_spec import Settings
-from regraft.porting.ports import PortSettings, plan, port
+from regraft.porting.port_settings import PortSettings
+from regraft.porting.ports import plan, port
 from regraft.porting.recipe import FuseSettings, MergeRecipe
 from regraft.porting.result import Result
 

@@ -85,6 +85,11 @@ class Data:
         return replace(self, train=_OnDevice(self.train, device, dtype), validation=validation, test=test)
 
     @property
+    def judged_by(self) -> str:
+        """What right answers on that part are: "accuracy", or without labels "agreement" with the fine-tune."""
+        return "agreement" if self.measured_on[0] in self.unlabelled else "accuracy"
+
+    @property
     def measured_on(self) -> tuple[str, Iterable[Batch]]:
         """The part on which accuracies are measured: the first that there is of test, validation, train."""
         parts = ((name, getattr(self, name)) for name in reversed(PARTS))

@@ -255,6 +255,7 @@ def add_permuted_change(problem: PortProblem, perm: Perm, scale: float = 1.0) ->
 def with_statistics(tensors: Weights, work: PortWork) -> Weights:
     """With BatchNorm statistics of the data; the same tensors for a model without BatchNorm."""
     model, train = work.model_and_batches("an estimate of statistics")
+    model = model if work.new_model is None else work.new_model
     norms = batch_norms(model)
     if not norms:
         return tensors

@@ -19,7 +19,7 @@ from regraft.core.arguments import Device
 from regraft.core.files import BadFile
 from regraft.core.forward import map_inputs
 from regraft.core.tensors import Perm, Tensors, digest_tensors
-from regraft.networks.heads import adopt
+from regraft.networks.heads import adopt, find_head, linear_of
 from regraft.porting.checkpoint_files import CheckpointFile
 from regraft.porting.data import Data, data_by_name, data_of, to_place
 from regraft.porting.fitting import (
@@ -80,6 +80,11 @@ class ModelSpec:
     @property
     def model(self) -> nn.Module | None:
         return None if self.named is None else self.named.model
+
+    @property
+    def head(self) -> str:
+        """The name of the layer that makes the output. Raises ValueError where there is none, or no model."""
+        return find_head(self.require_model().model)
 
     @property
     def device(self) -> str:
@@ -236,6 +241,24 @@ def find_model_spec(
     if not spec.proven:
         verify(spec, named.model, example)
     return ModelSpec(spec, layout, named), checkpoint
+
+
+def find_untraced(model: str | nn.Module, settings: Settings, outputs: int, dtype: torch.dtype) -> ModelSpec:
+    """A network with a head of so many outputs, of which no unit moves: neither traced nor proven.
+
+    Raises ValueError for a model that is not found, or whose head is not (`regraft.networks.heads.find_head`).
+    """
+    named = _name_model(model, settings.get("inputs"))
+    named = replace(named, model=copy.deepcopy(named.model) if named.model is model else named.model)
+    head = linear_of(named.model, find_head(named.model))
+    if head.out_features != outputs:
+        adopt(named.model, outputs)
+    device = settings.get("device", "cpu")
+    named.model.to(device, dtype).requires_grad_(False)
+    named = replace(named, inputs=map_inputs(partial(to_place, device=device, dtype=dtype), named.inputs))
+    layout = StateLayout.of_model(named.model)
+    spec = PermutationSpec.build({}, layout.shapes, layout.optional)
+    return ModelSpec(spec, layout, named)
 
 
 def makes_output(named: NamedModel, module: str) -> bool:

@@ -6,62 +6,39 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
-import torch
-from torch import Tensor, nn
-
-from regraft.core.arguments import Count, NotNegative, check_arguments
+from regraft.core.arguments import check_arguments
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.forward import split
-from regraft.core.tensors import Inputs, Tensors
+from regraft.core.tensors import Tensors
 from regraft.porting.alignment import IN_MEMORY_COPIES, measure_accuracies
-from regraft.porting.auto import AUTO
+from regraft.porting.between_models import JobBetweenModels, make_between_models, plan_between_models
 from regraft.porting.checkpoint_files import CheckpointFile, Lazy
-from regraft.porting.data import Unlabelled
 from regraft.porting.fitting import measure_distances
-from regraft.porting.function_ports import FITTED, TRAINED, UPDATES
 from regraft.porting.job import Job, open_job, read_checkpoints
-from regraft.porting.label_free import predict
 from regraft.porting.methods import (
-    ANY_MODEL,
     PORT_METHODS,
-    STREAMED,
-    VOTING_BATCHES,
     Ported,
     PortProblem,
     PortWork,
     Weights,
     with_statistics,
 )
-from regraft.porting.model_spec import Settings
-from regraft.porting.output_folder import check_output, keep_tensors
+from regraft.porting.output_folder import check_output
+from regraft.porting.port_settings import (
+    BASE,
+    NEW_BASE,
+    ROLES,
+    TUNED,
+    PortSettings,
+    check_settings,
+    prepare_work,
+    settle,
+)
 from regraft.porting.result import Made, Result, run_job
 from regraft.porting.spectral import with_singular_vectors
-
-BASE, TUNED, NEW_BASE = ROLES = "base", "fine-tune", "new base"
-
-
-class PortSettings(Settings, total=False):
-    """What `port` takes besides the checkpoints: `Settings`, and
-
-    method: of `PORT_METHODS`; "fgmt" if not given, "auto" where the data have no labels. All but "naive" and "weights"
-        need ``data``. Where there are data, with any method accuracies are measured and, where the method has not
-        made its own, BatchNorm statistics estimated anew.
-    steps: T of the path of "fgmt", 30 if not given; updates of what trains, 100 if not given.
-    lr: the learning rate of what trains; chosen among three if not given.
-    labels: "none" leaves the labels of the data for training aside: the fine-tune's predictions stand in for them, as
-        where the data have none. Test data keep theirs.
-    new_model: the new base's model, where it is another one than ``model``, as that is given.
-    """
-
-    method: str | None
-    steps: Count | None
-    lr: NotNegative | None
-    labels: Literal["given", "none"]
-    new_model: str | nn.Module | None
 
 
 def port(
@@ -93,7 +70,8 @@ def port(
     clock = Clock()
     with clock.phase("checks"):
         job = plan(base, tuned, new_base, out, resume=resume, **settings)
-    return run_job(job, out, partial(_make, job), clock, resume=resume)
+    make = partial(make_between_models, job) if isinstance(job, JobBetweenModels) else partial(_make, job)
+    return run_job(job, out, make, clock, resume=resume)
 
 
 @check_arguments
@@ -108,13 +86,15 @@ def plan(
 ) -> Job:
     """Everything that is checked before a port, and what it would do. Raises as `port` does."""
     method, steps = settings.get("method"), settings.get("steps")
-    _check_settings(method, settings)
+    check_settings(method, settings)
     if out is not None:
         check_output(Path(out))
+    if settings.get("new_model") is not None:
+        return plan_between_models((base, tuned, new_base), out, settings, resume)
     paths = list(zip(ROLES, (base, tuned, new_base), strict=True))
     model_spec, checkpoints = read_checkpoints(paths, TUNED, settings)
     job = open_job(method or "fgmt", (model_spec, _drop_uncommon(checkpoints)), TUNED, NEW_BASE, settings, {})
-    job = _settle(job, method, settings)
+    job = settle(job, method, settings)
     steps = job.config.get("steps", 1)
     # FGMT stacks a pair of gradients a step.
     copies = IN_MEMORY_COPIES + 2 * steps * ("gmt" in job.method)
@@ -122,40 +102,6 @@ def plan(
     networks, check = job.networks(), job.value_check(summed=2)
     distances = measure_distances([networks[role] for role in ROLES], check)
     return replace(job, distances=distances, layout=replace(job.layout, infinite=frozenset(check.infinite)))
-
-
-def _check_settings(method: str | None, settings: PortSettings) -> None:
-    if method is not None and method not in PORT_METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(PORT_METHODS)}")
-    if method not in STREAMED and settings.get("data") is None:
-        raise ValueError(
-            f"method {method or 'fgmt'!r} looks at inputs of the task: it needs data, with labels or without (--data; "
-            "--method weights and naive need none)"
-        )
-    if settings.get("new_model") is not None and method not in (None, *ANY_MODEL):
-        raise ValueError(
-            f"method {method!r} needs a new base of the fine-tune's model; for another one there are "
-            f"{', '.join(sorted(ANY_MODEL))}"
-        )
-
-
-def _settle(job: Job, method: str | None, settings: PortSettings) -> Job:
-    """The job with its method and what that needs, which may depend on whether the data have labels."""
-    data = job.data
-    if data is not None and settings.get("labels") == "none":
-        data = data.without_labels()
-    labelled = data is None or "train" not in data.unlabelled
-    if method is None:
-        method = "fgmt" if labelled and settings.get("new_model") is None else AUTO
-    if method == "few-shot" and not labelled:
-        raise ValueError("method 'few-shot' trains on labels, and there are none: distil trains on the fine-tune's")
-    steps = settings.get("steps") or (UPDATES if method in TRAINED else 30)
-    config: dict[str, Any] = {} if method in STREAMED else {"steps": steps}
-    config |= {"lr": settings["lr"]} if settings.get("lr") is not None and method in TRAINED else {}
-    config |= {} if labelled else {"labels": "the fine-tune's predictions"}
-    if data is not None and (method in FITTED or not labelled):
-        data = data.hold_out()
-    return replace(job, method=method, data=data, config=config | dict(job.config))
 
 
 def _drop_uncommon(checkpoints: Mapping[str, CheckpointFile]) -> dict[str, CheckpointFile]:
@@ -177,18 +123,8 @@ def _make(job: Job, part: Path, clock: Clock) -> Made:
     model_spec = job.model_spec
     assert model_spec is not None
     networks = job.networks(model_spec.device)
-    work = PortWork(
-        steps=job.config.get("steps", 1), lr=job.config.get("lr"), keep=partial(keep_tensors, part), clock=clock
-    )
-    measured: dict[str, Any] = {}
-    if job.data is not None:
-        model, raw = model_spec.require_model().model, job.data
-        job = replace(job, data=raw.label(partial(_predict_classes, model, networks[TUNED])))
-        assert job.data is not None
-        work = replace(work, model=model, train=job.data.train, validation=job.data.validation)
-        if "train" in raw.unlabelled:
-            work = replace(work, inputs=Unlabelled(raw.train), labelled=False)
-            measured |= _warn_of_one_class(work)
+    kind = "accuracy" if job.data is None else job.data.judged_by
+    job, work, measured = prepare_work(job, networks[TUNED], part, clock)
     base, tuned, new_base = (networks[role] for role in ROLES)
     problem = PortProblem(job.spec, base, tuned, new_base, job.head)
     ported = PORT_METHODS[job.method](problem, work)
@@ -203,28 +139,13 @@ def _make(job: Job, part: Path, clock: Clock) -> Made:
         if not ported.keeps_statistics:
             ported = replace(ported, tensors=with_statistics(ported.tensors, work))
         with clock.phase(EVALUATION):
-            measured |= _compare(job, problem, ported, work)
-            if raw.measured_on[0] in raw.unlabelled:
-                measured["agreement"] = measured.pop("accuracy")
+            measured |= _compare(job, problem, ported, work, kind)
     return Made(ported.tensors, (ported.perm,), measured)
 
 
-def _predict_classes(model: nn.Module, tuned: Weights, inputs: Inputs) -> Tensor:
-    return predict(model, dict(tuned.items()), [inputs])[0].argmax(-1)
-
-
-def _warn_of_one_class(work: PortWork) -> dict[str, Any]:
-    """What is to be said where the fine-tune gives all inputs that are looked at one class."""
-    assert work.train is not None
-    classes = torch.cat([split(batch)[1].flatten() for batch in islice(work.train, VOTING_BATCHES)])
-    if len(classes) < 10 or len(classes.unique()) > 1:
-        return {}
-    said = f"the fine-tune puts all of {len(classes)} inputs into class {int(classes[0])}: are these data of its task?"
-    return {"warning": said}
-
-
-def _compare(job: Job, problem: PortProblem, ported: Ported, work: PortWork) -> dict[str, Any]:
-    """Accuracies of the result and of what it is to be compared with, on the first of test, validation, train."""
+def _compare(job: Job, problem: PortProblem, ported: Ported, work: PortWork, kind: str) -> dict[str, Any]:
+    """Accuracies (or agreements with the fine-tune: ``kind``) of the result and of what it is to be compared with, on
+    the first of test, validation, train."""
     result, head = ported.tensors, job.head
     naive = result
     if job.method != "naive":
@@ -241,15 +162,16 @@ def _compare(job: Job, problem: PortProblem, ported: Ported, work: PortWork) -> 
     own, new = (measured["accuracy"][name] for name in ("result", "new base"))
     assert job.data is not None
     labels = [split(batch)[1] for batch in job.data.measured_on[1]]
-    return measured | {"verdict": judge(own, new, sum(int((part >= 0).sum()) for part in labels))}
+    verdict = judge(own, new, sum(int((part >= 0).sum()) for part in labels), kind)
+    return {kind: measured["accuracy"], "measured_on": measured["measured_on"], "verdict": verdict}
 
 
-def judge(own: float, new: float, count: int) -> str:
+def judge(own: float, new: float, count: int, kind: str = "accuracy") -> str:
     """Whether a result is better than the new base, by the 95 % interval of the difference of two shares of ``count``
     labels (Agresti and Caffo, "Simple and Effective Confidence Intervals ...", 2000)."""
     shares = [(share * count + 1) / (count + 2) for share in (own, new)]
     error = 1.96 * math.sqrt(sum(share * (1 - share) / (count + 2) for share in shares))
-    by = f"by {own - new:.3f} +- {error:.3f} (accuracy on {count} labels, 95 %)"
+    by = f"by {own - new:.3f} +- {error:.3f} ({kind} on {count} {'labels' if kind == 'accuracy' else 'inputs'}, 95 %)"
     if own - new > error:
         return f"better than the new base {by}"
     return f"no better than the new base {by}: train it instead"
