@@ -22,7 +22,7 @@ def test_describe_prints_the_groups_and_the_proof(capsys):
 
 
 def test_describe_takes_a_model_of_timm(capsys):
-    pytest.importorskip("timm", reason="timm is not installed: pip install 'regraft[models]'")
+    pytest.importorskip("timm", reason="timm is not installed: pip install '.[models]'")
     spec = describe("timm/test_vit", (1, 3, 160, 160))
     assert "proved" in capsys.readouterr().out
     assert spec.proven
@@ -32,7 +32,7 @@ def test_describe_takes_a_model_of_timm(capsys):
 
 @pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", None])
 def test_describe_takes_a_folder_with_a_configuration(architecture, tmp_path, capsys):
-    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'regraft[models]'")
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[models]'")
     config = {
         "model_type": "gpt2",
         "n_embd": 16,

@@ -119,6 +119,8 @@ def bench(
 
     session.prepare(measuring)
     console = Console(markup=False)
+    if (checkout := session.find_other_checkout()) is not None:
+        console.print(clean_text(f"{checkout} is not what is measured, which is installed: pip install -e '.[bench]'"))
     rows: dict[str, list] = {}
     with session.run_paths(measuring) as place:
         for study, scenario in session.choose(selection.study, selection.scenario, selection.method):
@@ -165,10 +167,12 @@ def report(documents: Positional[tuple[Path, ...]] = (), /, *, results: Path = R
     """
     from rich.console import Console
 
+    from regraft.core.extras import require_packages
     from regraft_bench import session
 
     if not results.is_dir():
         raise FileNotFoundError(f"{results}: there is no such folder of results")
+    require_packages("a report", session.PAGES, "bench")
     with Console(stderr=True).status("tables, figures and the page"):
         written = session.regenerate(results, documents, papers)
     for path in written:
@@ -358,9 +362,11 @@ def history(
         max_error_rise: what an error may rise by, in shares of 1; smaller steps are not shown.
         json: print it as JSON, for machines.
     """
+    from regraft.core.extras import require_packages
     from regraft_bench.studies import all_rows, find_rows
     from regraft_bench.tracking.compare import Limits
     from regraft_bench.tracking.history import find_tracks, print_history
 
+    require_packages("the history", ("ruptures",), "bench")
     own = [row for side in rows for row in find_rows(side, results)] if rows else all_rows(results)
     return print_history(find_tracks(own, Limits(max_slowdown, max_error_rise)), as_json=json)

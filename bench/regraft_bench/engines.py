@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from regraft.core.extras import describe_install
 from regraft.core.files import write_text
 from regraft.core.guard import make_deterministic
 from regraft.data import MissingData
@@ -185,4 +186,4 @@ def _require(package: str, extra: str) -> ModuleType:
     try:
         return import_module(package)
     except ModuleNotFoundError:
-        raise ValueError(f"engine {extra} needs the package {package}: pip install 'regraft[{extra}]'") from None
+        raise ValueError(f"engine {extra} needs the package {package}: {describe_install(extra)}") from None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 
 from regraft.core.arguments import MANY, check_device
+from regraft.core.extras import require_packages
 from regraft.core.files import only_writer, write_text
 from regraft.core.guard import make_deterministic
 from regraft.data import MissingData
@@ -29,12 +30,17 @@ if TYPE_CHECKING:
 Item = TypeVar("Item", Table, Figure)
 
 
+PAGES = ("pandas", "tabulate", "vl_convert")
+"""What tables, figures and the page are made with."""
+
+
 def prepare(options: Options) -> None:
     """Make torch deterministic where it is asked for.
 
-    Raises ValueError for options that no run can have, and OSError for a folder of results that cannot be written, or
-    in which nothing can be locked.
+    Raises ValueError for packages that are missing and options that no run can have, and OSError for a folder of
+    results that cannot be written, or in which nothing can be locked.
     """
+    require_packages("the benchmark suite", PAGES, "bench")
     if options.seeds is not None and not 1 <= options.seeds <= MANY:
         raise ValueError(f"--seeds must be from 1 to {MANY:,}, not {options.seeds}")
     check_device(options.device)
@@ -43,6 +49,12 @@ def prepare(options: Options) -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     with only_writer(options.results):  # what cannot be written or locked is said before the first training
         pass
+
+
+def find_other_checkout() -> Path | None:
+    """The suite's folder in the working directory, where that is a checkout whose code is not this process's."""
+    here = Path("bench/regraft_bench").resolve()
+    return here if here.is_dir() and here != Path(__file__).resolve().parent else None
 
 
 @contextmanager

@@ -77,7 +77,7 @@ else:
 
             for entry in entry_points(group="regraft.functions", name=name):
                 return entry.load()
-            raise AttributeError(f"regraft.{name} belongs to the benchmark suite: install regraft[bench]")
+            raise AttributeError(f"regraft.{name} belongs to the benchmark suite: pip install '.[bench]'")
         if name not in _PUBLIC:
             raise AttributeError(f"module 'regraft' has no attribute {name!r}")
         module, _, attribute = _PUBLIC[name].partition(":")

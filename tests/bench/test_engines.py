@@ -173,7 +173,7 @@ def test_a_worker_has_the_threads_and_the_command_of_who_asks(tmp_path):
 
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"pip install 'regraft\[ray\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[ray\]'"):
         rows_of(study_of(tmp_path / "traces"), tmp_path / "rows.jsonl", engines.on_ray)
 
 

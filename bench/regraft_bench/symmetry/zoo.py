@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.core.extras import describe_install
 from regraft.data import MissingData
 
 Inputs = tuple[Any, ...]
@@ -83,7 +84,7 @@ def make_model(name: str) -> tuple[nn.Module, Inputs]:
         else:
             made = MADE[family][model]()
     except ModuleNotFoundError as problem:
-        raise MissingData(f"{name} needs {problem.name}: pip install 'regraft[models]'") from None
+        raise MissingData(f"{name} needs {problem.name}: {describe_install('models')}") from None
     return made[0].eval(), made[1]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.core.extras import require_packages
 from regraft.core.text import clean_text
 from regraft.data.splits import ImageFiles, Split, stratified_split
 
@@ -149,6 +150,10 @@ def _channels_first(data: Any) -> Tensor:
 
 def digits(source: DataSource) -> Raw:
     """scikit-learn's 1,797 digits, 8x8. They have no test split: ours is fixed, so that seeds share it."""
+    try:
+        require_packages("the data set digits", ("sklearn",), "bench")
+    except ValueError as problem:
+        raise MissingData(str(problem)) from None
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regraft.core.clock import Clock
+from regraft.core.extras import describe_install
 from regraft.core.forward import call, hooks
 from regraft.core.guard import evaluating
 from regraft.core.tensors import Pair, Perm, Tensors, fill_, state
@@ -102,7 +103,7 @@ def match_end_transport(setting: TransferSetting) -> Perm:
     try:
         import ot
     except ModuleNotFoundError:
-        raise ValueError("end-sinkhorn needs optimal transport: pip install 'regraft[peers]'") from None
+        raise ValueError(f"end-sinkhorn needs optimal transport: {describe_install('peers')}") from None
     spec = setting.spec
     perm = spec.identity()
     for group, size in spec.groups.items():
