@@ -8,10 +8,9 @@ from functools import partial
 
 from regraft_bench.rows import Environment, Series
 from regraft_bench.study import Measured, Method, Setting
-from regraft_bench.timing import Contender, Timing, alternate
+from regraft_bench.timing import BY_HAND, COPY, OURS, PRODUCT, Contender, Timing, alternate
 
 TIME = "time [ms]"
-OURS, BY_HAND, COPY, PRODUCT = "regraft", "by hand", "copy", "one product"
 ABOUT = {
     OURS: "This project's way, as its users call it.",
     BY_HAND: "What one would write without this project: what the others are compared with.",

@@ -16,6 +16,9 @@ import torch
 
 from regraft.core.clock import Cost, synchronise
 
+OURS, BY_HAND, COPY, PRODUCT = "regraft", "by hand", "copy", "one product"
+"""The names of contenders that many contests have."""
+
 SHORTEST = 1e-3
 """Seconds: what takes less is called several times a round, so that a clock's own cost does not count."""
 

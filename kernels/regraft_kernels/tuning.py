@@ -41,13 +41,13 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 """What is tried of each part of a family; what does not compile or fit is left out."""
 
 
-def with_tile(tiles: DeviceFamily, part: str, tile: Tile) -> DeviceFamily:
+def with_tile(tiles: DeviceFamily, part: str, tile: Any) -> DeviceFamily:
     """A family with another tile for one of CANDIDATES' parts: the wide one of gathers, the large one of products."""
     if part == "gather":
         return replace(tiles, gather=(*tiles.gather[:-1], tile))
     if part in tiles.dot:
         return replace(tiles, dot={**tiles.dot, part: (tiles.dot[part][0], tile)})
-    return replace(tiles, **{part: tile})  # type: ignore[arg-type]  # the name of a field
+    return replace(tiles, **{part: tile})
 
 
 def tune(device: torch.device | str = "cuda", *, cache: Path | None = None) -> dict[str, list[int]]:
@@ -107,7 +107,7 @@ def _workloads(device: torch.device) -> dict[str, Callable[[], object]]:
     columns, rows = (Packing.build(shapes, dict.fromkeys(names, axes)) for axes in ((None, "a"), ("a", None)))
     index = {"columns": torch.randperm(2048, device=device), "rows": torch.randperm(1024, device=device)}
     stacks = torch.randn(2, 1, 1024, 4608, device=device)
-    terms = {kind: [Term(*stacks.to(kind), 0)] for kind in (torch.float32, torch.bfloat16)}
+    terms = {kind: [Term(stacks[0].to(kind), stacks[1].to(kind), 0)] for kind in (torch.float32, torch.bfloat16)}
     return {
         "gather": lambda: permute(weights, {"a": index["columns"]}, columns),
         "move": lambda: permute(weights, {"a": index["rows"]}, rows),
@@ -119,7 +119,7 @@ def _workloads(device: torch.device) -> dict[str, Callable[[], object]]:
 
 def seconds_of(run: Callable[[], object], repeats: int = 10) -> float:
     """The median time of a call on the current GPU, after two that compile and warm up."""
-    times = []
+    times: list[float] = []
     for number in range(repeats + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -16,9 +16,10 @@ from regraft.core.clock import Cost
 from regraft.data import MissingData
 from regraft.symmetry import trace
 from regraft_bench import timing
-from regraft_bench.contests import BY_HAND, OURS, TIME, Contest, Timed, timed_methods
-from regraft_bench.kernels import assignment, gpu
+from regraft_bench.contests import TIME, Contest, Timed, timed_methods
+from regraft_bench.kernels import assignment
 from regraft_bench.micro import STUDY, library, matching
+from regraft_bench.micro.gpu import gpu_methods
 from regraft_bench.micro.pages import SUMMARY
 from regraft_bench.report.render import markdown, summary
 from regraft_bench.report.tables import Table, by_method
@@ -26,7 +27,7 @@ from regraft_bench.run import run
 from regraft_bench.study import RunPaths, Scenario
 from regraft_bench.symmetry import proofs, zoo
 from regraft_bench.symmetry.proofs import loaded_error
-from regraft_bench.timing import Contender, alternate
+from regraft_bench.timing import BY_HAND, OURS, Contender, alternate
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -142,7 +143,7 @@ def test_contenders_of_one_contest_share_a_run_and_are_compared_with_by_hand(pla
 
 
 def test_the_gpu_scenario_needs_a_gpu(place, tmp_path):
-    for method in gpu.gpu_methods():
+    for method in gpu_methods():
         scenario = Scenario("gpu", (method,), None, seeds=1)
         with pytest.raises(MissingData, match="CUDA"):
             list(run(STUDY, [scenario], place=place, rows=tmp_path / "rows.jsonl"))

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regraft_bench.contests import BY_HAND, OURS
 from regraft_bench.kernels.networks import NETWORKS
 from regraft_bench.kernels.variants import operators
+from regraft_bench.timing import BY_HAND, OURS
 
 
 @pytest.mark.parametrize("kernel", operators())

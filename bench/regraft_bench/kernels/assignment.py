@@ -10,8 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn import functional
 
 import regraft_kernels as rk
-from regraft_bench.contests import BY_HAND, Contest, MicroSetting
-from regraft_bench.timing import Contender
+from regraft_bench.contests import Contest, MicroSetting
+from regraft_bench.timing import BY_HAND, Contender
 from regraft_kernels.assignment import Assignment, backends
 
 Draw = np.random.Generator

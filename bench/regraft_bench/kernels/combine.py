@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 
-from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
-from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
+from regraft_bench.contests import Contest, MicroSetting
+from regraft_bench.kernels.contenders import combine_contenders
+from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, packing_bytes
 from regraft_bench.kernels.variants import FLOATING, Variant, dtype_name, register_operator
-from regraft_bench.timing import Contender
-from regraft_kernels import combine
+from regraft_bench.timing import BY_HAND, COPY, OURS, Contender
 from regraft_kernels.backend import accumulator
 from regraft_kernels.combine import _combine_kernel, block_of
 from regraft_kernels.launch import FAMILIES
@@ -53,14 +53,7 @@ def _variants(target: str) -> list[Variant]:
 
 def _make(network: str, into_given: bool, count: int, setting: MicroSetting) -> dict[str, Contender]:
     net = Network.of(NETWORKS[network](), torch.device(setting.device))
-    a, b = net.draw(0), net.draw(1)
-    table = [[0.1 * k + 0.5, 0.5 - 0.1 * k] for k in range(count)]
-    out = combine([a, b], table) if into_given else None
-    return {
-        OURS: Contender(lambda: combine([a, b], table, out=out)),
-        BY_HAND: Contender(lambda: {name: [x * a[name] + y * b[name] for x, y in table] for name in a}),
-        COPY: Contender(copy_of(a, 2 + count, out=into_given)),
-    }
+    return {name: Contender(run) for name, run in combine_contenders(net, into_given, count).items()}
 
 
 def _contest(network: str, into_given: bool, count: int) -> Contest:

@@ -1,265 +1,412 @@
-"""What needs a CUDA device: correctness at real shapes, the ceilings, every kernel on the device, FGMT at full width.
+"""What needs a GPU, on a bare machine: it imports torch, triton, numpy and scipy alone (FGMT all that regraft needs).
 
-Times are those of the device (its own clock, by the profiler), without the host's work, which the scenario "kernels"
-has on any device. Ceilings are measured in the same run: a copy, and a matrix product in each precision.
+    python -m regraft_bench.kernels.gpu --out DIR
+
+Each case is printed and written to DIR/rows.jsonl as it is measured: correctness first, then ceilings, every kernel
+beside what one would write by hand, a sweep of tiles, the host's time. A second call takes up what is missing.
+`--dry-run` runs every case on tiny tensors of the CPU, whose times mean nothing.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import regraft_kernels as rk
-from regraft.core.clock import Clock
-from regraft.data import MissingData
-from regraft_bench.contests import BY_HAND, OURS, Contest, MicroSetting
-from regraft_bench.kernels.networks import NETWORKS, Network
-from regraft_bench.kernels.variants import operators
-from regraft_bench.study import Measured, Method
-from regraft_kernels.similarity import similarity_reference
+from regraft_bench.kernels import gpu_checks as checks
+from regraft_bench.kernels.contenders import (
+    Contenders,
+    combine_contenders,
+    graft_contenders,
+    permute_contenders,
+    similarity_contenders,
+)
+from regraft_bench.kernels.gpu_clock import (
+    PRODUCTS,
+    count_kernels,
+    device_seconds,
+    float32_products,
+    host_seconds,
+    synchronise,
+)
+from regraft_bench.kernels.networks import NETWORKS, Network, packing_bytes
+from regraft_bench.timing import BY_HAND, COPY, OURS, PRODUCT
+from regraft_kernels import tuning
+from regraft_kernels.backend import HAS_TRITON, triton
+from regraft_kernels.launch import device_family, use_tiles
+from regraft_kernels.packing import Packing
 
-REPEATS = 20
-PRODUCTS = {
-    "ieee": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "bfloat16": (torch.bfloat16, "ieee"),
-    "float16": (torch.float16, "ieee"),
-}
+Values = dict[str, float]
+
+TINY = Packing.build(
+    {"a.weight": (12, 8, 3, 3), "a.bias": (12,), "b.weight": (16, 12), "head": (10, 16)},
+    {"a.weight": ("x", "y", None, None), "a.bias": ("x",), "b.weight": ("z", "x"), "head": (None, "z")},
+)
+"""What a dry run moves."""
 
 
 @dataclass(eq=False)
-class GpuSetting(MicroSetting):
-    """The ceilings of this device, measured once."""
+class Bench:
+    """A device and what was measured of it; `dry`: tiny tensors on a CPU."""
 
-    def check(self) -> None:
-        """Raises MissingData where the device is not a CUDA device."""
-        if not self.device.startswith("cuda") or not torch.cuda.is_available():
-            raise MissingData(f"this scenario needs a CUDA device, not {self.device}: --device cuda")
+    device: torch.device
+    dry: bool = False
+    _networks: dict[str, Network] = field(default_factory=dict)
 
-    @cached_property
+    def network(self, name: str) -> Network:
+        """One of NETWORKS, on the device."""
+        if name not in self._networks:
+            self._networks[name] = Network.of(TINY if self.dry else NETWORKS[name](), self.device)
+        return self._networks[name]
+
+    def size(self, full: int) -> int:
+        """A length, small in a dry run."""
+        return min(full, 16) if self.dry else full
+
+    @cache  # noqa: B019  # a bench lives as long as the process
     def copy_rate(self) -> float:
         """Bytes a second of a copy, read and written."""
-        source = torch.empty(1 << 28, device=self.device)
+        source = torch.empty(self.size(1 << 28), device=self.device)
         target = torch.empty_like(source)
-        return 2 * source.nbytes / device_seconds(lambda: target.copy_(source))
+        return 2 * source.nbytes / device_seconds(lambda: target.copy_(source), self.device)
 
-    @cached_property
-    def product_rates(self) -> dict[str, float]:
-        """Flop a second of a product of 8192 x 8192 by precision; that of tf32x3 is a third of tf32's."""
-        n, found = 8192, {}
+    @cache  # noqa: B019
+    def product_rates(self) -> Values:
+        """Flop a second of a square product by precision; that of tf32x3 is a third of tf32's."""
+        n, rates = self.size(8192), {}
         for name, (dtype, precision) in PRODUCTS.items():
             a, b = torch.randn(2, n, n, device=self.device).to(dtype)
             with float32_products(precision):
-                found[name] = 2 * n**3 / device_seconds(partial(torch.matmul, a, b), repeats=5)
-        return {**found, "tf32x3": found["tf32"] / 3}
+                rates[name] = 2 * n**3 / device_seconds(partial(torch.matmul, a, b), self.device, repeats=5)
+        return {**rates, "tf32x3": rates["tf32"] / 3}
 
 
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Torch's own products of float32 in this precision, "ieee" or "tf32"."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+@dataclass(frozen=True)
+class Case:
+    """Something to measure, by a name that no other has."""
+
+    name: str
+    measure: Callable[[Bench], Mapping[str, float]]
 
 
-def device_seconds(run: Callable[[], object], only: str = "", repeats: int = REPEATS) -> float:
-    """Seconds on the device of one call: of all its kernels, or of those whose name contains `only`."""
-    from torch.profiler import ProfilerActivity, profile
-
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(repeats):
-            run()
-        torch.cuda.synchronize()
-    return sum(e.self_device_time_total for e in trace.key_averages() if only in e.key) / repeats / 1e6
+# ---------------------------------------------------------------- speed
 
 
-def gpu_methods() -> tuple[Method, ...]:
-    """Ceilings, correctness, every contest of every kernel, similarity in each precision, FGMT."""
-    return (
-        Method("ceilings", _ceilings, about="What a plain copy and a matrix product reach on this device."),
-        *(
-            Method(
-                f"correctness, {name}",
-                partial(_correctness, name),
-                about="Every kernel beside its reference in torch.",
-            )
-            for name in NETWORKS
-        ),
-        *(
-            Method(
-                contest.name,
-                partial(_contest, name, contest),
-                about="One case of a kernel, timed on the device.",
-            )
-            for name, operator in operators().items()
-            for contest in operator.contests
-        ),
-        *(
-            Method(
-                f"similarity, [30, 512, 512, 9], {precision}",
-                partial(_similarity, precision),
-                about="Similarity at this precision, beside one product of as many operations.",
-            )
-            for precision in ("tf32x3", "tf32", "bfloat16")
-        ),
-        *(
-            Method(
-                f"FGMT, Conv8, T = 30, {run} run",
-                _fgmt,
-                about="A whole transfer; the second run finds its kernels compiled.",
-            )
-            for run in ("first", "second")
-        ),
-    )
+def _ceilings(bench: Bench) -> Values:
+    products = {f"product {name} [Tflop/s]": rate / 1e12 for name, rate in bench.product_rates().items()}
+    return {"copy [TB/s]": bench.copy_rate() / 1e12, **products}
 
 
-def _ceilings(setting: GpuSetting) -> Measured:
-    setting.check()
-    products = {f"product {name} [Tflop/s]": rate / 1e12 for name, rate in setting.product_rates.items()}
-    return Measured({"copy [TB/s]": setting.copy_rate / 1e12, **products})
+def _moves(kernel: str, network: str, count: int, into_given: bool, bench: Bench) -> Values:
+    """A whole call on the device (checks and tables too), the kernel alone, and the host's time of the call."""
+    net = bench.network(network)
+    make: dict[str, Callable[[], Contenders]] = {
+        "permute": lambda: permute_contenders(net, into_given),
+        "graft": lambda: graft_contenders(net, into_given, count),
+        "combine": lambda: combine_contenders(net, into_given, count),
+    }
+    contenders = make[kernel]()
+    sets = {"permute": 2, "graft": 3 + count, "combine": 2 + count}[kernel]
+    own, by_hand, copy = (device_seconds(contenders[name], bench.device) for name in (OURS, BY_HAND, COPY))
+    alone = device_seconds(contenders[OURS], bench.device, only=f"_{kernel}_kernel")
+    return {
+        "time [ms]": 1e3 * own,
+        "by hand [ms]": 1e3 * by_hand,
+        "copy [ms]": 1e3 * copy,
+        "ratio to by hand": own / by_hand,
+        "kernel alone [ms]": 1e3 * alone,
+        "share of the ceiling": sets * packing_bytes(net.packing) / own / bench.copy_rate(),
+        "kernel alone, share of the ceiling": sets * packing_bytes(net.packing) / alone / bench.copy_rate(),
+        "host [ms]": 1e3 * host_seconds(contenders[OURS], bench.device),
+        "host, by hand [ms]": 1e3 * host_seconds(contenders[BY_HAND], bench.device),
+    }
 
 
-def _contest(kernel: str, contest: Contest, setting: GpuSetting) -> Measured:
-    """One contest on the device: regraft's whole call there (checks and tables included) against what one would write
-    by hand, its share of the ceiling, and the kernel alone."""
-    setting.check()
-    contenders = {name: contender.run for name, contender in contest.make(setting).items()}
-    own, by_hand = (device_seconds(contenders[name]) for name in (OURS, BY_HAND))
-    values = {
+def _similarity(shape: tuple[int, int, int, int], precision: str, bench: Bench) -> Values:
+    """One term, the other axis gathered; in bfloat16 where the precision is that."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    asked = "tf32x3" if precision == "bfloat16" else precision
+    sizes = tuple(bench.size(n) for n in shape)
+    contenders = similarity_contenders(sizes, 0, bench.device, dtype, asked)  # type: ignore[arg-type]
+    with float32_products("tf32" if precision == "tf32" else "ieee"):
+        by_hand, product = (device_seconds(contenders[k], bench.device, repeats=5) for k in (BY_HAND, PRODUCT))
+    own = device_seconds(contenders[OURS], bench.device, repeats=5)
+    alone = device_seconds(contenders[OURS], bench.device, only="_similarity_kernel", repeats=5)
+    flop = 2 * sizes[1] * sizes[0] * sizes[1] * sizes[2] * sizes[3]
+    return {
         "time [ms]": 1e3 * own,
         "by hand [ms]": 1e3 * by_hand,
         "ratio to by hand": own / by_hand,
-        "kernel alone [ms]": 1e3 * device_seconds(contenders[OURS], only=f"_{kernel}_kernel"),
+        "one product over it": product / own,
+        "kernel alone [ms]": 1e3 * alone,
+        "rate [Tflop/s]": flop / own / 1e12,
+        "share of the ceiling": flop / own / bench.product_rates()[precision],
     }
-    if contest.bytes:
-        values["share of the ceiling"] = contest.bytes / own / setting.copy_rate
-    if contest.flop:
-        values["share of the ceiling"] = contest.flop / own / setting.product_rates["tf32x3"]
-    return Measured(values)
 
 
-def _similarity(precision: str, setting: GpuSetting) -> Measured:
-    """A 3x3 convolution of 512 channels, T = 30, channels last; float32 unless the precision is a dtype.
-
-    One product is torch's of matrices of that shape, laid out already, in tf32 where ours is tf32 or three of them.
-    """
-    setting.check()
-    dtype, steps, n = torch.bfloat16 if precision == "bfloat16" else torch.float32, 30, 512
-    stacks = torch.randn(2, steps, n, 3, 3, n, device=setting.device).to(dtype).movedim(-1, 3)
-    index = torch.randperm(n, device=setting.device)
-    target, source = stacks
-    term = rk.Term(target, source, 0, None, (None, index, None, None))
-    asked = "tf32x3" if dtype == torch.bfloat16 else precision
-
-    def by_hand() -> Tensor:
-        left, right = term.target, term.source.index_select(2, index)
-        return left.movedim(1, 0).reshape(n, -1) @ right.movedim(1, 0).reshape(n, -1).T
-
-    left, right = (stack.movedim(1, 0).reshape(n, -1) for stack in stacks)
-    with float32_products("tf32" if precision == "tf32" else "ieee"):
-        theirs = device_seconds(by_hand, repeats=5)
-    with float32_products("tf32"):
-        product = device_seconds(lambda: left @ right.T, repeats=5)
-    own = device_seconds(lambda: rk.similarity([term], precision=asked), repeats=5)
-    rate = 2 * n * term.target.numel() / own
-    return Measured(
-        {
-            "time [ms]": 1e3 * own,
-            "by hand [ms]": 1e3 * theirs,
-            "ratio to by hand": own / theirs,
-            "one product over it": product / own,
-            "rate [Tflop/s]": rate / 1e12,
-            "share of the ceiling": rate / setting.product_rates[precision],
-        }
-    )
+def _sweep(part: str, place: int, bench: Bench) -> Values:
+    """A tile that `regraft_kernels.tune` tries too: the kernel alone, at the shapes that it is for."""
+    tile = tuning.CANDIDATES[part][place]
+    table = device_family(bench.device)
+    if part in ("tf32x3", "half"):
+        dtype = torch.float32 if part == "tf32x3" else torch.bfloat16
+        shape = (bench.size(10), bench.size(512), bench.size(512), 9)
+        runs = {"[10, 512, 512, 9]": similarity_contenders(shape, 0, bench.device, dtype)[OURS]}
+        kernel = "_similarity_kernel"
+    elif part == "flat":
+        runs = {"ResNet-50": combine_contenders(bench.network("ResNet-50"), False, 1)[OURS]}
+        kernel = "_combine_kernel"
+    else:
+        names = ("ResNet-50", "ViT-B/16") if part == "gather" else ("ResNet-50",)
+        runs = {name: permute_contenders(bench.network(name), False)[OURS] for name in names}
+        kernel = "_permute_kernel"
+    if part == "move":  # rows alone: nothing gathers a column
+        net = bench.network("ResNet-50")
+        rows = Packing.build(
+            net.packing.shapes, {n: (a[0], *(None,) * (len(a) - 1)) for n, a in net.packing.axes.items()}
+        )
+        tensors = net.draw(0)
+        runs = {"ResNet-50, rows": lambda: rk.permute(tensors, {s: net.indices[s] for s in rows.slots}, rows)}
+    use_tiles(bench.device, tuning.with_tile(table, part, tile))
+    try:
+        return {f"{name} [ms]": 1e3 * device_seconds(run, bench.device, only=kernel) for name, run in runs.items()}
+    finally:
+        use_tiles(bench.device, None)
 
 
-# ---------------------------------------------------------------- correctness
+def _host(bench: Bench) -> Values:
+    """Milliseconds of Python a call of ResNet-50: with a dictionary of indices, prepared, and as a bound plan."""
+    net = bench.network("ResNet-50")
+    a, out, prepared = net.draw(0), net.draw(1), net.packing.prepare(net.indices)
+    plan = rk.plan_permute(a, prepared, net.packing, out=out)
+    runs: dict[str, Callable[[], object]] = {
+        "indices": lambda: rk.permute(a, net.indices, net.packing),
+        "prepared": lambda: rk.permute(a, prepared, net.packing, out=out),
+        "plan": plan,
+    }
+    return {f"{name} [ms]": 1e3 * host_seconds(run, bench.device) for name, run in runs.items()}
 
 
-def _correctness(network: str, setting: GpuSetting) -> Measured:
-    """Every kernel at a network's shapes, against float64 of the same inputs. Raises ArithmeticError where wrong."""
-    setting.check()
-    net = Network.of(NETWORKS[network](), torch.device(setting.device))
-    values = {**_moves(net), **_products(net)}
-    if wrong := {name: value for name, value in values.items() if not value <= 1}:
-        raise ArithmeticError(f"{network}: {wrong}")
-    return Measured(values)
+def _graph(bench: Bench) -> Values:
+    """permute of ResNet-50 captured in a CUDA graph: the same bits, and the time of a replay."""
+    net = bench.network("ResNet-50")
+    a, out = net.draw(0), net.draw(1)
+    plan = rk.plan_permute(a, net.packing.prepare(net.indices), net.packing, out=out)
+    plan()
+    replay: Callable[[], object] = plan
+    if bench.device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            plan()
+        replay = graph.replay
+    for tensor in out.values():
+        tensor.zero_()
+    replay()
+    checks.require(all(torch.equal(out[n], net.permute_by_hand(n, a[n])) for n in a), "a replayed permute differs")
+    return {"replay [ms]": 1e3 * host_seconds(replay, bench.device, wait=True)}
 
 
-def _moves(net: Network) -> dict[str, float]:
-    """Errors over what is allowed: of permute no bit (infinite where one differs), of graft and combine 1e-5."""
-    a, b, c = (net.draw(seed) for seed in range(3))
-    moved = rk.permute(a, net.indices, net.packing, backend="triton")
-    back = rk.permute(moved, net.indices, net.packing, inverse=True, backend="triton")
-    grafted = rk.graft(a, b, c, [0.5, 1.0], net.indices, net.packing, backend="triton")
-    combined = rk.combine([a, b, c], [[0.5, -1.0, 2.0]], backend="triton")
-    exact = all(torch.equal(moved[n], net.permute_by_hand(n, a[n])) and torch.equal(back[n], a[n]) for n in a)
-    worst = {"permute": 0.0 if exact else math.inf, "graft": 0.0, "combine": 0.0}
-    for name in a:
-        x, y, z = (tensors[name].double() for tensors in (a, b, c))
-        for kernel, found, truth in (
-            ("graft", grafted[name][0], x + 0.5 * net.permute_by_hand(name, z - y)),
-            ("combine", combined[name][0], 0.5 * x - y + 2 * z),
-        ):
-            worst[kernel] = max(worst[kernel], float((found - truth).abs().max()) / 1e-5)
-    return {f"{kernel}: error over allowed": value for kernel, value in worst.items()}
+def _many(bench: Bench) -> Values:
+    """similarity_many: a group for every weight of ResNet-50, and its largest group alone; kernels on the device."""
+    net = bench.network("ResNet-50")
+    a, b = net.draw(0), net.draw(1)
+    groups: dict[str, list[rk.Term]] = {}
+    for name, axes in net.packing.axes.items():
+        for axis, slot in enumerate(axes):
+            if slot is not None:
+                gathers = tuple(None if s is None or n == axis else net.indices[s] for n, s in enumerate(axes))
+                groups.setdefault(slot, []).append(rk.Term(a[name][None], b[name][None], axis, None, gathers))
+    largest = max(groups.values(), key=len)
+    values: Values = {"groups": len(groups), "terms of the largest": len(largest)}
+    for name, run in (
+        ("all", lambda: rk.similarity_many(list(groups.values()))),
+        ("largest", lambda: rk.similarity(largest)),
+    ):
+        values[f"{name} [ms]"] = 1e3 * device_seconds(run, bench.device, repeats=5)
+        values[f"{name}, host [ms]"] = 1e3 * host_seconds(run, bench.device)
+        values[f"{name}, kernels and copies"] = count_kernels(run, bench.device)
+    return values
 
 
-def _products(net: Network) -> dict[str, float]:
-    """Errors of similarity on the largest weight, in units of what each precision may err (twice torch's own)."""
-    segment = max(net.packing.segments.values(), key=lambda s: s.size * (len(s.shape) > 1))
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        target, source = torch.randn(2, 3, *segment.shape, device=net.device).to(dtype)
-        term = rk.Term(target, source, 0)
-        truth = similarity_reference([rk.Term(target.double(), source.double(), 0)])
-        theirs = float((similarity_reference([term]) - truth).abs().max())
-        largest = float(truth.abs().max())
-        for precision in ("ieee", "tf32x3", "tf32") if dtype == torch.float32 else ("tf32x3",):
-            ours, again = (rk.similarity([term], precision=precision, backend="triton") for _ in range(2))
-            if not torch.equal(ours, again):
-                raise ArithmeticError(f"similarity of {segment.name} is not deterministic")
-            allowed = 5e-3 * largest if precision == "tf32" else 2 * theirs + 1e-6 * largest
-            kind = f"similarity {str(dtype).removeprefix('torch.')} {precision}"
-            found[f"{kind}: error over allowed"] = float((ours - truth).abs().max()) / allowed
-    return found
-
-
-# ---------------------------------------------------------------- FGMT
-
-
-def _fgmt(setting: GpuSetting) -> Measured:
-    """FGMT, T = 30, on Conv8 at full width; random images, for the time alone. The first run compiles."""
+def _fgmt(bench: Bench) -> Values:
+    """FGMT, T = 30, on Conv8 at full width; random images, for the time alone: first and second run."""
+    if bench.dry:
+        raise Skipped("it takes minutes on a CPU")
     from regraft.learning_transfer.driver import transfer
     from regraft.learning_transfer.trajectory import Trajectory
     from regraft.networks.papers import conv8, initialise
 
-    setting.check()
-    network, g = conv8(), setting.generator("fgmt")
-    start, end, target = ({n: t.to(setting.device) for n, t in initialise(network, g).items()} for _ in range(3))
-    batches = [
-        (
-            torch.randn(128, 3, 32, 32, generator=g).to(setting.device),
-            torch.randint(10, (128,), generator=g).to(setting.device),
-        )
-        for _ in range(8)
+    network, g = conv8(), torch.Generator().manual_seed(0)
+    start, end, target = ({n: t.to(bench.device) for n, t in initialise(network, g).items()} for _ in range(3))
+    images = torch.randn(8, 128, 3, 32, 32, generator=g).to(bench.device)
+    labels = torch.randint(10, (8, 128), generator=g).to(bench.device)
+    batches, values = list(zip(images, labels, strict=True)), {}
+    for name in ("first", "second"):
+        path = Trajectory.linear(start, end, steps=30)
+        before = time.perf_counter()
+        transfer(network.to(bench.device), path, target, batches, method="fgmt", gradient_batches=2)
+        synchronise(bench.device)
+        values[f"{name} run [ms]"] = 1e3 * (time.perf_counter() - before)
+    return values
+
+
+COUNTERS = ("dram__bytes.sum", "lts__t_bytes.sum", "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum")
+
+
+def _counters(bench: Bench) -> Values:
+    """What Nsight Compute counts of one permute of ViT-B/16: bytes of memory and of the second-level cache."""
+    tool = shutil.which("ncu")
+    if tool is None or bench.dry:
+        raise Skipped("ncu is not installed")
+    script = (
+        "import torch, regraft_kernels as rk; from regraft_bench.kernels.networks import *;"
+        "n = Network.of(vit_b_16(), torch.device('cuda')); a = n.draw(0);"
+        "rk.permute(a, n.indices, n.packing); torch.cuda.synchronize()"
+    )
+    command = [tool, "--csv", "--kernel-name", "_permute_kernel", "--metrics", ",".join(COUNTERS), sys.executable]
+    done = subprocess.run([*command, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    values: Values = {}
+    for line in done.stdout.splitlines():
+        cells = [cell.strip('"') for cell in line.split('","')]
+        if len(cells) > 2 and cells[-3] in COUNTERS:
+            values[f"{cells[-3]} [{cells[-2]}]"] = values.get(f"{cells[-3]} [{cells[-2]}]", 0.0) + float(
+                cells[-1].replace(",", "")
+            )
+    return values
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Skipped(Exception):
+    """A case that this machine cannot run; said in its row, and tried again by the next call."""
+
+
+def cases() -> list[Case]:
+    """All cases, in the order in which they are run: what decides most comes first."""
+    found = [Case(f"correctness, {name}", partial(_correctness, name)) for name in NETWORKS]
+    found += [
+        Case(f"correctness, {check.__name__.strip('_').replace('_', ' ')}", partial(_check, check))
+        for check in checks.CHECKS
     ]
-    clock = Clock()
-    path = Trajectory.linear(start, end, steps=30)
-    with clock.phase("all", setting.device):
-        result = transfer(network.to(setting.device), path, target, batches, method="fgmt", gradient_batches=2)
-    return Measured({"time [ms]": 1e3 * clock.cost.wall}, cost=result.seconds)
+    found.append(Case("ceilings", _ceilings))
+    for network in ("ResNet-50", "ViT-B/16"):
+        found.append(Case(f"permute, {network}", partial(_moves, "permute", network, 1, False)))
+        for kernel, count in (("graft", 1), ("graft", 4), ("combine", 1), ("combine", 4)):
+            found.append(Case(f"{kernel}, {network}, K = {count}", partial(_moves, kernel, network, count, False)))
+    found.append(Case("permute, ResNet-18, out", partial(_moves, "permute", "ResNet-18", 1, True)))
+    for precision in ("tf32x3", "tf32", "bfloat16"):
+        shape = (30, 512, 512, 9)
+        found.append(Case(f"similarity, {list(shape)}, {precision}", partial(_similarity, shape, precision)))
+    for part, tiles in tuning.CANDIDATES.items():
+        for place, tile in enumerate(tiles):
+            label = " x ".join(map(str, astuple(tile)))
+            found.append(Case(f"tile of {part}, {label}", partial(_sweep, part, place)))
+    found += [
+        Case("host, ResNet-50", _host),
+        Case("graph replay, ResNet-50", _graph),
+        Case("similarity_many, ResNet-50", _many),
+        Case("FGMT, Conv8, T = 30", _fgmt),
+        Case("counters, permute, ViT-B/16", _counters),
+    ]
+    return found
+
+
+def _correctness(network: str, bench: Bench) -> Values:
+    return checks.check_network(bench.network(network))
+
+
+def _check(check: Callable[[Network], Values], bench: Bench) -> Values:
+    return check(bench.network("ResNet-18"))
+
+
+def measure(case: Case, bench: Bench) -> dict[str, Any]:
+    """The row of a case; what it raises stands in "failure"."""
+    before, values, failure = time.perf_counter(), {}, None
+    try:
+        values = {name: float(value) for name, value in case.measure(bench).items()}
+        synchronise(bench.device)
+    except (Skipped, ModuleNotFoundError) as error:
+        failure = f"not run: {error}"
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        failure = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+    return {
+        "case": case.name,
+        "values": values,
+        "failure": failure,
+        "seconds": round(time.perf_counter() - before, 3),
+        "device": _device_name(bench),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__ if HAS_TRITON else None},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _device_name(bench: Bench) -> str:
+    if bench.device.type == "cuda":
+        return torch.cuda.get_device_name(bench.device)
+    return f"dry run on {platform.machine()}"
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of earlier calls; a last line that was cut off is none."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 where every case has its row, 1 where one failed, 3 where time ran out first."""
+    parser = argparse.ArgumentParser(prog="python -m regraft_bench.kernels.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl; a second call goes on there")
+    parser.add_argument(
+        "--seconds", type=float, default=480, help="no case starts after so many (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--case", action="append", help="only cases whose name contains this; may be given several times"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny tensors on the CPU, to try the script itself")
+    given = parser.parse_args(argv)
+    if not given.dry_run and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --dry-run tries the script without one")
+    begun, bench = time.monotonic(), Bench(torch.device("cpu" if given.dry_run else given.device), given.dry_run)
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / "rows.jsonl"
+    done = {row["case"] for row in read_rows(path) if row["failure"] is None and row["device"] == _device_name(bench)}
+    left = [c for c in cases() if c.name not in done and (not given.case or any(k in c.name for k in given.case))]
+    failed = 0
+    if path.exists() and not path.read_bytes().endswith(b"\n"):  # a last line that was cut off takes no other along
+        with path.open("a") as file:
+            file.write("\n")
+    for number, case in enumerate(left):
+        if time.monotonic() - begun > given.seconds:
+            print(f"time is up: {len(left) - number} cases are left for the next call")
+            return 3
+        row = measure(case, bench)
+        with path.open("a") as file:
+            print(json.dumps(row), file=file, flush=True)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in row["values"].items())
+        print(f"{case.name}: {row['failure'] or shown} ({row['seconds']:.1f} s)", flush=True)
+        failed += row["failure"] is not None and not row["failure"].startswith("not run")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

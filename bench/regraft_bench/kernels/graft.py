@@ -5,13 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
-from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
+from regraft_bench.contests import Contest, MicroSetting
+from regraft_bench.kernels.contenders import graft_contenders
+from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, packing_bytes
 from regraft_bench.kernels.variants import FLOATING, MOVE_SIGNATURE, Variant, move_tiles, register_operator
-from regraft_bench.timing import Contender
-from regraft_kernels import graft
+from regraft_bench.timing import BY_HAND, COPY, OURS, Contender
 from regraft_kernels.backend import accumulator
 from regraft_kernels.graft import _LIVE_VALUES, _graft_kernel
 from regraft_kernels.launch import shape_of
@@ -45,22 +44,7 @@ def _variants(target: str) -> list[Variant]:
 
 def _make(network: str, into_given: bool, count: int, setting: MicroSetting) -> dict[str, Contender]:
     net = Network.of(NETWORKS[network](), torch.device(setting.device))
-    base, start, end = (net.draw(seed) for seed in range(3))
-    scales = [(k + 1) / count for k in range(count)]
-    out = graft(base, start, end, scales, net.indices, net.packing) if into_given else None
-
-    def by_hand() -> dict[str, list[Tensor]]:
-        result = {}
-        for name, tensor in base.items():
-            change = net.permute_by_hand(name, end[name] - start[name])
-            result[name] = [tensor + scale * change for scale in scales]
-        return result
-
-    return {
-        OURS: Contender(lambda: graft(base, start, end, scales, net.indices, net.packing, out=out)),
-        BY_HAND: Contender(by_hand),
-        COPY: Contender(copy_of(base, 3 + count, out=into_given)),
-    }
+    return {name: Contender(run) for name, run in graft_contenders(net, into_given, count).items()}
 
 
 def _contest(network: str, into_given: bool, count: int) -> Contest:

@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 
-from regraft_bench.contests import BY_HAND, COPY, OURS, Contest, MicroSetting
-from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, copy_of, packing_bytes
+from regraft_bench.contests import Contest, MicroSetting
+from regraft_bench.kernels.contenders import permute_contenders
+from regraft_bench.kernels.networks import NETWORKS, PLANS, Network, packing_bytes
 from regraft_bench.kernels.variants import MOVE_SIGNATURE, Variant, move_tiles, register_operator
-from regraft_bench.timing import Contender
-from regraft_kernels import permute
+from regraft_bench.timing import BY_HAND, COPY, OURS, Contender
 from regraft_kernels.launch import shape_of
 from regraft_kernels.permute import _LIVE_VALUES, _permute_kernel
 
@@ -37,13 +37,7 @@ def _variants(target: str) -> list[Variant]:
 
 def _make(network: str, into_given: bool, setting: MicroSetting) -> dict[str, Contender]:
     net = Network.of(NETWORKS[network](), torch.device(setting.device))
-    tensors = net.draw(0)
-    out = net.draw(1) if into_given else None
-    return {
-        OURS: Contender(lambda: permute(tensors, net.indices, net.packing, out=out)),
-        BY_HAND: Contender(lambda: {name: net.permute_by_hand(name, tensor) for name, tensor in tensors.items()}),
-        COPY: Contender(copy_of(tensors, 2, out=into_given)),
-    }
+    return {name: Contender(run) for name, run in permute_contenders(net, into_given).items()}
 
 
 def _contest(network: str, into_given: bool) -> Contest:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from regraft_bench.contests import BY_HAND, OURS, PRODUCT, Contest, MicroSetting
+from regraft_bench.contests import Contest, MicroSetting
+from regraft_bench.kernels.contenders import similarity_contenders
 from regraft_bench.kernels.variants import Variant, dtype_name, register_operator
-from regraft_bench.timing import Contender
+from regraft_bench.timing import BY_HAND, OURS, PRODUCT, Contender
 from regraft_kernels import Term, similarity, similarity_update_
 from regraft_kernels.launch import FAMILIES, DotTile
 from regraft_kernels.similarity import PRECISIONS, _similarity_kernel
@@ -39,30 +39,8 @@ def _variant(target: str, dtype: torch.dtype, precision: str, tile: DotTile) -> 
 
 
 def _make(shape: tuple[int, int, int, int], axis: int, setting: MicroSetting) -> dict[str, Contender]:
-    """One term of stacks [steps, rows, columns, area], the other axis gathered.
-
-    Ours is given channels last, the user's way PyTorch's own order.
-    """
-    steps, rows, columns, area = shape
-    n = shape[1 + axis]
-    g = torch.Generator(setting.device).manual_seed(0)
-    stacks = torch.randn(2, steps, rows, area, columns, generator=g, device=setting.device).movedim(-1, 3)
-    target, source = stacks
-    plain = target.contiguous(), source.contiguous()
-    index = torch.randperm(shape[2 - axis], generator=g, device=setting.device)
-    left, right = torch.randn(2, n, target.numel() // n, generator=g, device=setting.device)
-    term = Term(target, source, axis, None, (None, index, None) if axis == 0 else (index, None, None))
-
-    def by_hand() -> Tensor:
-        gathered = plain[1].index_select(2 - axis, index)
-        a, b = (stack.movedim(axis + 1, 0).reshape(n, -1) for stack in (plain[0], gathered))
-        return a @ b.T
-
-    return {
-        OURS: Contender(lambda: similarity([term])),
-        BY_HAND: Contender(by_hand),
-        PRODUCT: Contender(lambda: left @ right.T),
-    }
+    contenders = similarity_contenders(shape, axis, torch.device(setting.device))
+    return {name: Contender(run) for name, run in contenders.items()}
 
 
 def _contest(steps: int, rows: int, columns: int, area: int, axis: int) -> Contest:

@@ -15,8 +15,8 @@ from regraft.finetuning.recorder import Recorder
 from regraft.fusion.grids import Grid, evaluate, lattice
 from regraft.fusion.sums import fuse_many
 from regraft.networks.papers import initialise, residual8, small_cnn
-from regraft_bench.contests import BY_HAND, OURS, Contest, MicroSetting
-from regraft_bench.timing import Contender, alternate
+from regraft_bench.contests import Contest, MicroSetting
+from regraft_bench.timing import BY_HAND, OURS, Contender, alternate
 
 VALUES = (0.0, 0.01, 0.1, 0.5, 1.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0)
 LOOP_BATCHES = (250, 1000, 2500)

@@ -19,9 +19,9 @@ from regraft.reference import learning_transfer as literal_transfer
 from regraft.reference import matching as literal
 from regraft.symmetry import PermutationSpec, trace
 from regraft_bench.baselines import match_like_git_rebasin
-from regraft_bench.contests import BY_HAND, OURS, Contest, MicroSetting
+from regraft_bench.contests import Contest, MicroSetting
 from regraft_bench.study import Task
-from regraft_bench.timing import Contender
+from regraft_bench.timing import BY_HAND, OURS, Contender
 
 
 def _make(factory: Callable[[], nn.Module], shape: tuple[int, ...], setting: MicroSetting) -> dict[str, Contender]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from regraft_bench.contests import Contest, Timed, timed_methods
-from regraft_bench.kernels import assignment, compiled, gpu
+from regraft_bench.kernels import assignment, compiled
 from regraft_bench.kernels.variants import operators
-from regraft_bench.micro import library, matching, systems
+from regraft_bench.micro import gpu, library, matching, systems
 from regraft_bench.study import Scenario
 from regraft_bench.symmetry import proofs
 from regraft_bench.tracking import regressions

@@ -18,10 +18,10 @@ from regraft.learning_transfer.trajectory import Trajectory
 from regraft.networks.papers import initialise, mlp
 from regraft.symmetry import trace
 from regraft.training.loop import Recipe, train
-from regraft_bench.contests import BY_HAND, OURS, Contest, MicroSetting
+from regraft_bench.contests import Contest, MicroSetting
 from regraft_bench.micro.library import grid
 from regraft_bench.study import Task
-from regraft_bench.timing import Contender
+from regraft_bench.timing import BY_HAND, OURS, Contender
 
 LAYERS = (64, 512, 10)
 BATCH_SIZE = 128
