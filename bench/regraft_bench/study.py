@@ -219,6 +219,7 @@ class Study:
 
     setting: the class that its methods are handed. quick: the scenarios of the default bench.
     tables, figures: the pages, made of rows and of nothing else. summary: the columns that the bench shows at its end.
+    headlines: the figures that say most, first on the page.
     """
 
     name: str
@@ -229,6 +230,7 @@ class Study:
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     summary: tuple[Column, ...] = ()
+    headlines: tuple[str, ...] = ()
 
     def select(self, names: Sequence[str]) -> list[Scenario]:
         """The scenarios of these names. Raises ValueError, with the nearest ones there are, for an unknown name."""

@@ -13,5 +13,6 @@ STUDY = Study(
     quick=(QUICK_DIGITS.name, QUICK_BATCHNORM.name),
     tables=FAST_TABLES,
     figures=FAST_FIGURES,
+    headlines=("figure_10",),
     summary=FAST_SUMMARY,
 )

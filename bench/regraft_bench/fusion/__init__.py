@@ -15,4 +15,5 @@ STUDY = Study(
     quick=(TWO_DIGIT_TASKS.name, QUICK_DROPOUT.name),
     tables=FUSION_TABLES,
     figures=FUSION_FIGURES,
+    headlines=("recipes",),
 )

@@ -26,9 +26,10 @@ function fitted(spec, width) {
 
 function draw(place) {
   const width = place.clientWidth;
+  if (!width) return;  // hidden: drawn when it is shown
   place.dataset.width = width;
   const options = { actions: false, theme: dark.matches ? "dark" : undefined, renderer: "svg" };
-  embed(place, fitted(place.spec ?? data.figures[place.dataset.figure], width), options);
+  return embed(place, fitted(place.spec ?? data.figures[place.dataset.figure], width), options);
 }
 
 const seen = new IntersectionObserver(entries => {
@@ -68,25 +69,88 @@ function leaderboard() {
   draw(place);
 }
 
+/* Cards with all words, and sections with such cards; few are opened, none is said. */
 function filter(words) {
-  const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
+  const wanted = words.toLowerCase().split(/\s+/).filter(Boolean), found = [];
   for (const card of document.querySelectorAll("[data-words]")) {
-    const text = card.dataset.words;
+    const text = card.dataset.words, whole = wanted.every(word => text.includes(word));
     let any = false;
     for (const row of card.querySelectorAll("tbody tr")) {
-      row.hidden = !wanted.every(word => (text + " " + row.textContent.toLowerCase()).includes(word));
+      row.hidden = !whole && !wanted.every(word => (text + " " + row.textContent.toLowerCase()).includes(word));
       any ||= !row.hidden;
     }
-    card.hidden = !any && !wanted.every(word => text.includes(word));
+    card.hidden = !any && !whole;
+    if (!card.hidden) found.push(card);
   }
+  for (const part of [...document.querySelectorAll("details:not([data-words]), section")].reverse()) {
+    const cards = [...part.querySelectorAll("[data-words]")];
+    if (cards.length) part.hidden = cards.every(card => card.hidden);
+    else part.hidden = wanted.length > 0;
+  }
+  if (wanted.length && found.length <= 12) found.forEach(reveal);
+  document.getElementById("none").hidden = found.length > 0;
+}
+
+/* Whatever it is folded into is opened. */
+function reveal(part) {
+  for (let fold = part.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+}
+
+/* An address leads to a table or a figure, or with scenario=NAME to a scenario of the leaderboard. */
+function follow() {
+  const address = decodeURIComponent(location.hash.slice(1)), choice = document.getElementById("scenario");
+  if (address.startsWith("scenario=") && choice) {
+    choice.value = address.slice("scenario=".length);
+    leaderboard();
+    document.getElementById("leaderboard").scrollIntoView();
+    return;
+  }
+  const part = address && document.getElementById(address);
+  if (part) { reveal(part); part.scrollIntoView(); }
+}
+
+function sort(heading) {
+  const table = heading.closest("table"), column = heading.cellIndex, body = table.tBodies[0];
+  const up = heading.getAttribute("aria-sort") !== "ascending";
+  const value = row => row.cells[column].textContent, number = text => parseFloat(text.replace(/[,±].*$/, ""));
+  const compare = (a, b) => number(a) - number(b) || a.localeCompare(b);
+  const empty = text => Number.isNaN(number(text)) && /^[–-]?$/.test(text.trim());
+  const rows = [...body.rows].sort((a, b) => {
+    const [x, y] = [value(a), value(b)];
+    return empty(x) - empty(y) || (up ? 1 : -1) * compare(x, y);
+  });
+  for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
+  heading.setAttribute("aria-sort", up ? "ascending" : "descending");
+  body.append(...rows);
+}
+
+/* What a word of a heading, or a method at the beginning of a line, means. */
+function hint(event) {
+  const cell = event.target.closest?.("th button, td:first-child");
+  const meaning = cell && data.hints[cell.textContent.trim()];
+  if (meaning) cell.title = meaning;
+}
+
+/* Every figure, also the folded ones: printing does not wait. */
+async function drawAll() {
+  for (const fold of document.querySelectorAll("details:has(> .figures)")) fold.open = true;
+  await Promise.all([...document.querySelectorAll(".plot[data-figure]")].map(draw));
 }
 
 for (const place of document.querySelectorAll(".plot[data-figure]")) seen.observe(place);
 document.getElementById("filter").addEventListener("input", event => filter(event.target.value));
-document.getElementById("scenario")?.addEventListener("change", leaderboard);
+document.getElementById("print").addEventListener("click", async () => { await drawAll(); print(); });
+document.getElementById("scenario")?.addEventListener("change", event => {
+  history.replaceState(null, "", "#scenario=" + encodeURIComponent(event.target.value));
+  leaderboard();
+});
+document.addEventListener("click", event => { const heading = event.target.closest("th"); if (heading) sort(heading); });
+for (const kind of ["pointerover", "focusin"]) document.addEventListener(kind, hint);
+addEventListener("hashchange", follow);
 dark.addEventListener("change", redraw);
 let waiting;
 addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(redraw, 200); });
-addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; });
 leaderboard();
+follow();
+globalThis.drawAll = drawAll;
 document.body.dataset.ready = "yes";

@@ -20,4 +20,5 @@ STUDY = Study(
     quick=("digits-mlp", DIGITS_BATCHNORM.name),
     tables=(*TRANSFER_TABLES, *RELATED_TABLES),
     figures=(*TRANSFER_FIGURES, *RELATED_FIGURES),
+    headlines=("related", "leaderboard"),
 )
