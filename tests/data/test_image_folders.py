@@ -6,9 +6,11 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from regraft.data import load
+from regraft.data import load, sets, splits
+from regraft.data.sets import open_image
 
 
 @pytest.fixture
@@ -55,3 +57,27 @@ def test_pixels_of_more_than_eight_bits_are_not_clipped(folder, dtype, suffix):
     Image.fromarray(np.full((8, 8), 8000, dtype=dtype)).save(folder / "test" / "cat" / f"deep.{suffix}")
     with pytest.raises(OSError, match=rf"deep\.{suffix} cannot be read: its pixels have more than 8 bits"):
         read(folder).in_memory()
+
+
+def test_a_large_image_is_decoded_once_however_many_passes_there_are(folder, monkeypatch):
+    """Of 4000 x 4000 pixels, kept as 8 x 8; the splits share what was decoded."""
+    Image.new("RGB", (4000, 4000), (10, 3, 9)).save(folder / "train" / "cat" / "0.png")
+    decoded = []
+
+    def count(path):
+        decoded.append(path)
+        return open_image(path)
+
+    monkeypatch.setattr(sets, "open_image", count)
+    data = read(folder)
+    passes = [[images for images, _ in data.train.batches(4)] for _ in range(3)]
+    data.validation.in_memory()
+    assert len(decoded) == len(set(decoded)) == len(data.train) + len(data.validation)
+    assert all(torch.equal(a, b) for other in passes[1:] for a, b in zip(passes[0], other, strict=True))
+
+
+def test_what_is_kept_of_decoded_images_has_a_bound(folder, monkeypatch):
+    monkeypatch.setattr(splits, "KEPT_BYTES", 5 * 3 * 8 * 8)
+    data = read(folder)
+    data.train.in_memory()
+    assert len(data.train.images.kept) == 5

@@ -6,7 +6,7 @@ Orders, subsets and augmentation are drawn from generators that are handed in.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader
 
 from regraft.core.tensors import Pair
 
+KEPT_BYTES = 1 << 28
+"""Of decoded images, at most: 1,780 of 224 pixels in colour."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
@@ -23,7 +26,8 @@ class ImageFiles:
 
     ``source[i]`` is a pair whose first member is the PIL image number i; ``numbers`` (int64 [N]) are those that
     belong here. Images are converted to ``channels`` (1 or 3), their shorter side is resized to ``size`` pixels
-    and the centre is cut out. ``workers`` processes decode (0: this one).
+    and the centre is cut out. ``workers`` processes decode (0: this one, which keeps up to `KEPT_BYTES` of what it
+    decoded, so that large images are not decoded in every pass).
     """
 
     source: Any
@@ -31,6 +35,7 @@ class ImageFiles:
     size: int
     channels: int = 3
     workers: int = 0
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -48,6 +53,8 @@ class ImageFiles:
         from torchvision.transforms.v2 import functional as transforms
 
         number = int(self.numbers[index])
+        if number in self.kept:
+            return self.kept[number]
         try:
             image = self.source[number][0].convert("L" if self.channels == 1 else "RGB")
         except Exception as cause:  # decoders raise anything, and do not say which file it was
@@ -56,6 +63,8 @@ class ImageFiles:
             raise OSError(f"image {where} cannot be read: {cause}") from cause
         image = transforms.resize(image, [self.size], antialias=True)
         pixels: Tensor = transforms.pil_to_tensor(transforms.center_crop(image, [self.size, self.size]))
+        if self.workers == 0 and (len(self.kept) + 1) * pixels.numel() <= KEPT_BYTES:
+            self.kept[number] = pixels
         return pixels
 
     def decode(self, order: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:

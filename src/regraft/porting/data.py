@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from regraft.core.files import BadFile
 from regraft.core.forward import examples, inputs_of, is_labelled, portion, split
 from regraft.core.guard import same_streams
 from regraft.core.tensors import Batch, Inputs, tensor_digest
-from regraft.data import load, load_unlabelled
+from regraft.data import Split, load, load_unlabelled
+from regraft.data.splits import KEPT_BYTES
 from regraft.porting.models import NamedModel, from_module
 
 BATCH = 64
@@ -37,6 +39,7 @@ class Data:
         classes: how many there are, where that is known.
         folder: of the images, where they lie in one.
         unlabelled: the parts whose batches are inputs alone.
+        kept_bytes: what decoded images may come to hold in memory.
     """
 
     train: Iterable[Batch]
@@ -45,6 +48,7 @@ class Data:
     classes: int | None = None
     folder: Path | None = None
     unlabelled: frozenset[str] = frozenset()
+    kept_bytes: int = 0
 
     def without_labels(self) -> Data:
         """The same, of which train and validation count as unlabelled."""
@@ -191,7 +195,8 @@ def data_by_name(name: str, named: NamedModel) -> Data:
         if _lacks_classes(Path(name)):
             splits = {part: replace(split, **own) for part, split in load_unlabelled(name, **form).items()}
             parts: dict[str, Any] = {part: split.batches(BATCH) for part, split in splits.items()}
-            return Data(**parts, folder=Path(name), unlabelled=frozenset(parts))
+            kept = _count_kept_bytes(splits.values())
+            return Data(**parts, folder=Path(name), unlabelled=frozenset(parts), kept_bytes=kept)
         dataset = load(f"folder:{name}", **form, workers=0)
     except FileNotFoundError:
         raise
@@ -204,7 +209,12 @@ def data_by_name(name: str, named: NamedModel) -> Data:
         test.batches(BATCH),
         dataset.num_classes,
         Path(name),
+        kept_bytes=_count_kept_bytes((train, validation, test)),
     )
+
+
+def _count_kept_bytes(splits: Iterable[Split]) -> int:
+    return min(KEPT_BYTES, sum(len(split) * math.prod(split.shape) for split in splits))
 
 
 def _lacks_classes(folder: Path) -> bool:

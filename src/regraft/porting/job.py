@@ -119,10 +119,10 @@ class Job:
         copies: of the model in float32, at the peak of a job that holds networks in memory. matches: whether units are.
         resume: what an interrupted run has written is kept.
         """
-        if self.in_memory:
+        if self.data is not None:
             how, needed = (
                 "with data, and so the networks in memory",
-                copies * self.dtype.itemsize * self.checkpoints[self.like].numel,
+                copies * self.dtype.itemsize * self.checkpoints[self.like].numel + self.data.kept_bytes,
             )
         else:
             how, needed = "tensor by tensor", self._streaming_bytes(matches)
