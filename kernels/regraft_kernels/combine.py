@@ -20,7 +20,17 @@ from regraft_kernels.launch import (
     tensor_pointer,
     vector_pointer,
 )
-from regraft_kernels.memory import ALIGNMENT, as_in_memory, row_blocks, upload_numbers, upload_words
+from regraft_kernels.memory import (
+    ALIGNMENT,
+    as_in_memory,
+    group_small,
+    of_one_dtype,
+    row_blocks,
+    stack_named,
+    unstack_into,
+    upload_numbers,
+    upload_words,
+)
 from regraft_kernels.operators import by_number, choose_route, define
 from regraft_kernels.packing import (
     FIELDS,
@@ -60,7 +70,17 @@ def combine_reference(sources: Sequence[Tensors], coefficients: Tensor) -> dict[
 
 def _combine_torch(sources: Sequence[Tensors], table: Sequence[Sequence[float]], out: Tensors) -> None:
     """Block by block, so that each source is read from memory once for all K results."""
+    stacked = set()
+    for names in group_small((name, t.numel(), t.shape) for name, t in sources[0].items()):
+        if of_one_dtype(sources[0], names):
+            stacks = [stack_named(source, names) for source in sources]
+            sums = stacks[0].new_empty((len(table), *stacks[0].shape))
+            _weighted_sums(stacks, table, sums)
+            unstack_into(out, names, sums.transpose(0, 1))
+            stacked.update(names)
     for name, first in sources[0].items():
+        if name in stacked:
+            continue
         tensors, results = [source[name] for source in sources], out[name]
         if first.numel() <= SMALL_SUM or (len(table) == 1 and _one_pass(table[0])):
             _weighted_sums(tensors, table, results)

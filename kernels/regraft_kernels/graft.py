@@ -22,7 +22,15 @@ from regraft_kernels.launch import (
     tensor_pointer,
     vector_pointer,
 )
-from regraft_kernels.memory import Scratch, as_in_memory, row_blocks, upload_numbers
+from regraft_kernels.memory import (
+    Scratch,
+    as_in_memory,
+    of_one_dtype,
+    row_blocks,
+    stack_named,
+    unstack_into,
+    upload_numbers,
+)
 from regraft_kernels.operators import (
     by_number,
     choose_route,
@@ -32,7 +40,7 @@ from regraft_kernels.operators import (
     unflatten_packing,
 )
 from regraft_kernels.packing import Packing, Tensors, allocate, check_addable
-from regraft_kernels.permute import permute_reference
+from regraft_kernels.permute import gather_stacked, permute_reference
 from regraft_kernels.plans import Plan, Step, check_bindable, finish_binding
 
 SMALL_GRAFT = 1 << 16
@@ -94,9 +102,10 @@ def _graft_torch(
     base, start, end = sources
     targets = 1 if indices.targets is None else indices.targets
     scratch = Scratch(), Scratch()
+    stacked = _graft_small(sources, scales, out, indices, packing) if scales and indices.targets is None else set()
     for name, tensor in base.items():
         segment = packing.segments[name]
-        if not segment.size or not scales:
+        if not segment.size or not scales or name in stacked:
             continue
         shape = (segment.rows, segment.columns, segment.tail)
         ends = start[name].reshape(shape), end[name].reshape(shape)
@@ -105,6 +114,26 @@ def _graft_torch(
             factors = segment.row_factors, segment.column_factors
             gathers = [indices.vector(f, None if indices.targets is None else target) for f in factors]
             _graft_one(here, ends, scales, result, gathers, scratch)
+
+
+def _graft_small(
+    sources: Sequence[Tensors], scales: Sequence[float], out: Tensors, indices: Indices, packing: Packing
+) -> set[str]:
+    """Graft the small tensors that are alike as stacks; their names."""
+    done: set[str] = set()
+    for names in packing.small_groups(tuple(sources[0])):
+        if not of_one_dtype(sources[0], names):
+            continue
+        base, *moves = (stack_named(tensors, names) for tensors in sources)
+        wide = accumulator(base.dtype)
+        start, end = (move.to(wide) for move in moves)
+        change = gather_stacked(end - start, indices, packing.segments[names[0]])
+        here, sums = base.to(wide), base.new_empty((len(names), len(scales), *base.shape[1:]))
+        for number, scale in enumerate(scales):
+            sums[:, number] = torch.add(here, change, alpha=scale)
+        unstack_into(out, names, sums)
+        done.update(names)
+    return done
 
 
 def _graft_one(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -15,6 +15,12 @@ ALIGNMENT = 16
 
 BLOCK_BYTES = 1 << 20
 """The torch paths work on blocks of rows of this size: what one step writes is still in the cache for the next."""
+
+SMALL = 1 << 10
+"""Up to so many elements, calling an operation costs more than what it does: such tensors are stacked."""
+
+MOST_STACKED = 256
+"""Tensors of one stack, so that it fits a block."""
 
 Value = TypeVar("Value")
 
@@ -67,6 +73,35 @@ def row_blocks(matrix: Tensor | np.ndarray) -> list[slice]:
     rows = len(matrix)
     each = max(1, BLOCK_BYTES * rows // max(matrix.nbytes, 1))
     return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
+
+
+def group_small(tensors: Iterable[tuple[str, int, Hashable]]) -> list[list[str]]:
+    """The names of small tensors that can be stacked, of (name, elements, layout): several of one layout."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, elements, layout in tensors:
+        if elements <= SMALL:
+            groups.setdefault(layout, []).append(name)
+    return [
+        names[first : first + MOST_STACKED]
+        for names in groups.values()
+        if len(names) > 1
+        for first in range(0, len(names), MOST_STACKED)
+    ]
+
+
+def stack_named(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """These of the tensors, one after the other."""
+    return torch.stack([tensors[name] for name in names])
+
+
+def of_one_dtype(tensors: Mapping[str, Tensor], names: Sequence[str]) -> bool:
+    """Whether these of the tensors can be stacked as they are."""
+    return len({tensors[name].dtype for name in names}) == 1
+
+
+def unstack_into(out: Mapping[str, Tensor], names: Sequence[str], stack: Tensor) -> None:
+    """Copy each part of a stack to the tensor of that name."""
+    torch._foreach_copy_([out[name] for name in names], list(stack.unbind()))
 
 
 def as_in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

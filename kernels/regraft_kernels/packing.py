@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regraft_kernels.backend import resolve, tl
 from regraft_kernels.indices import Factors, Indices, build_gather_table
-from regraft_kernels.memory import ALIGNMENT, LRUCache
+from regraft_kernels.memory import ALIGNMENT, LRUCache, group_small
 
 Tensors = Mapping[str, Tensor]
 
@@ -33,6 +33,8 @@ class Segment:
     tail: int
     row_factors: Factors
     column_factors: Factors
+    layout: int = 0
+    """The same number for tensors of one shape whose axes are gathered by the same vectors."""
 
     @property
     def size(self) -> int:
@@ -54,6 +56,7 @@ class Packing:
     segments: dict[str, Segment]
     layouts: LRUCache[Layout] = field(default_factory=lambda: LRUCache(16), repr=False, compare=False)
     _needed: LRUCache[dict[str, int]] = field(default_factory=lambda: LRUCache(64), repr=False, compare=False)
+    _small: LRUCache[list[list[str]]] = field(default_factory=lambda: LRUCache(64), repr=False, compare=False)
 
     @staticmethod
     def build(shapes: Mapping[str, Sequence[int]], axes: Mapping[str, Sequence[str | None]] | None = None) -> Packing:
@@ -72,8 +75,10 @@ class Packing:
         }
         slots = _slot_lengths(fixed_shapes, fixed_axes)
         segments, offset = {}, 0
+        layouts: dict[Hashable, int] = {}
         for name, shape in fixed_shapes.items():
-            segments[name] = _segment(name, shape, fixed_axes[name], offset)
+            layout = layouts.setdefault((shape, fixed_axes[name]), len(layouts))
+            segments[name] = replace(_segment(name, shape, fixed_axes[name], offset), layout=layout)
             offset += segments[name].size
         return Packing(fixed_shapes, fixed_axes, slots, segments)
 
@@ -152,6 +157,11 @@ class Packing:
             indices.check_use(needed, device, targets)
             return indices
         return Indices.from_vectors(indices, needed, device, targets, inverse, backend)
+
+    def small_groups(self, names: tuple[str, ...]) -> list[list[str]]:
+        """Those of the names whose tensors are small, by what they have in common: shape, and the slots of the axes."""
+        segments = (self.segments[name] for name in names)
+        return self._small.get(names, lambda: group_small((s.name, s.size, s.layout) for s in segments if s.size))
 
     def _slots_of(self, names: tuple[str, ...]) -> dict[str, int]:
         slots = dict.fromkeys(slot for name in names for slot in self.axes[name] if slot is not None)
@@ -373,18 +383,23 @@ def check_addable(tensors: Tensors, what: str) -> None:
 
 
 def allocate(
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]] | None,
     like: Tensors,
     out: dict[str, Tensor] | None,
     given: Sequence[Tensors],
 ) -> dict[str, Tensor]:
-    """Output tensors of these shapes, with the dtypes and the device of `like`: new ones, or `out` checked.
+    """Output tensors of these shapes (None: those of `like`), with the dtypes and the device of `like`: new ones, or
+    `out` checked.
 
     Raises ValueError, naming the tensor, where `out` lacks one, does not fit, is not contiguous, or shares
     memory with an input or with another output.
     """
+    if shapes is None:
+        if out is None:  # quicker than by shape
+            return {n: torch.empty_like(t) if t.is_contiguous() else t.new_empty(t.shape) for n, t in like.items()}
+        shapes = {name: tensor.shape for name, tensor in like.items()}
     if out is None:
-        return {name: _new(like[name], shape) for name, shape in shapes.items()}
+        return {name: like[name].new_empty(shape) for name, shape in shapes.items()}
     for name, shape in shapes.items():
         tensor, wanted = out.get(name), like[name]
         if tensor is None:
@@ -399,11 +414,6 @@ def allocate(
     results = {name: out[name] for name in shapes}
     _check_overlap(results, given)
     return results
-
-
-def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    # The quicker of the two, where it leaves nothing to say about memory.
-    return torch.empty_like(like) if like.shape == shape and like.is_contiguous() else like.new_empty(shape)
 
 
 def _check_overlap(results: Tensors, given: Sequence[Tensors]) -> None:

@@ -21,7 +21,7 @@ from regraft_kernels.launch import (
     tensor_pointer,
     vector_pointer,
 )
-from regraft_kernels.memory import Scratch, as_in_memory, row_blocks
+from regraft_kernels.memory import Scratch, as_in_memory, of_one_dtype, row_blocks, stack_named, unstack_into
 from regraft_kernels.operators import (
     by_number,
     choose_route,
@@ -30,7 +30,7 @@ from regraft_kernels.operators import (
     slot_vectors,
     unflatten_packing,
 )
-from regraft_kernels.packing import Packing, Tensors, allocate
+from regraft_kernels.packing import Packing, Segment, Tensors, allocate
 from regraft_kernels.plans import Plan, Step, check_bindable, finish_binding
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
@@ -55,9 +55,16 @@ def permute_reference(
 
 def _permute_torch(tensors: Tensors, out: Tensors, indices: Indices, packing: Packing) -> None:
     scratch = Scratch()
+    stacked = set()
+    for names in packing.small_groups(tuple(tensors)):
+        segment, first = packing.segments[names[0]], tensors[names[0]]
+        if first.shape == segment.shape and first.dtype in SELECTABLE and of_one_dtype(tensors, names):
+            stack = stack_named(tensors, names)
+            unstack_into(out, names, gather_stacked(stack, indices, segment))
+            stacked.update(names)
     for name, tensor in tensors.items():
         segment = packing.segments[name]
-        if not segment.size:
+        if not segment.size or name in stacked:
             continue
         result = out[name]
         if tensor.dtype not in SELECTABLE:
@@ -70,6 +77,15 @@ def _permute_torch(tensors: Tensors, out: Tensors, indices: Indices, packing: Pa
             continue
         for source, target in zip(tensor.reshape(-1, *shape), result.view(-1, *shape), strict=True):
             _gather(source, target, rows, columns, scratch)
+
+
+def gather_stacked(stack: Tensor, indices: Indices, segment: Segment) -> Tensor:
+    """pi of tensors [N, *shape] that one segment describes."""
+    moved = stack.view(len(stack), segment.rows, segment.columns, segment.tail)
+    for axis, factors in ((1, segment.row_factors), (2, segment.column_factors)):
+        vector = indices.vector(factors)
+        moved = moved if vector is None else moved.index_select(axis, vector)
+    return moved.view(stack.shape)
 
 
 def _gather(source: Tensor, out: Tensor, rows: Tensor | None, columns: Tensor | None, scratch: Scratch) -> None:
@@ -221,7 +237,7 @@ def _bind(
     chosen: str,
     out: dict[str, Tensor] | None = None,
 ) -> Plan:
-    results = allocate({n: t.shape for n, t in tensors.items()}, tensors, out, [tensors])
+    results = allocate(None, tensors, out, [tensors])
     device = next(iter(tensors.values())).device
     vectors = packing.indices_for(tuple(tensors), indices, device, None, inverse, chosen)
     tensors = as_in_memory(tensors) if chosen == "triton" else tensors

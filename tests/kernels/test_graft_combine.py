@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from regraft_kernels import Packing, Term, combine, graft, permute, similarity
 from regraft_kernels.combine import combine_reference
 from regraft_kernels.graft import graft_reference
+from regraft_kernels.permute import permute_reference
 
 NUMBERS = st.sampled_from([0.0, 1.0, -1.0, 0.5, 3.25])
 
@@ -72,6 +73,36 @@ def test_combine_equals_the_reference(backend, model, table, sources, rows, seed
         # The order of the additions differs; bf16 and fp16 are rounded once in each.
         assert found[name].shape == (rows, *model.shapes[name])
         assert close(found[name], expected[name])
+
+
+@settings(max_examples=10)
+@given(
+    shape=st.sampled_from([(), (5,), (5, 3), (5, 2, 3), (0, 5), (5, 300)]),
+    count=st.sampled_from([2, 3, 300]),
+    odd=st.sampled_from([None, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_small_tensors_that_are_alike_are_computed_as_one(shape, count, odd, seed):
+    """On a CPU: several of one shape and slots, some of them of another dtype, more than one stack holds."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"t{number}" for number in range(count)]
+    dtypes = {name: odd or torch.float32 if name == "t1" else torch.float32 for name in names}
+    axes = {name: tuple({5: "a", 3: "b"}.get(n) for n in shape) for name in names}
+    packing = Packing.build(dict.fromkeys(names, shape), axes)
+    sets = [{n: torch.randn(shape, generator=generator).to(dtypes[n]) for n in names} for _ in range(3)]
+    perm = {"a": torch.randperm(5, generator=generator), "b": torch.randperm(3, generator=generator)}
+    table = torch.tensor([[0.5, -1.0, 2.0], [0.0, 1.0, 0.25]])
+    moved, expected = permute(sets[0], perm, packing), permute_reference(sets[0], perm, packing)
+    grafted, wanted = graft(*sets, [0.5, 1.0], perm, packing), graft_reference(*sets, [0.5, 1.0], perm, packing)
+    summed, total = combine(sets, table), combine_reference(sets, table)
+    for name in names:
+        assert same_bits(moved[name], expected[name])
+        assert close(grafted[name], wanted[name]) and close(summed[name], total[name])
+        assert moved[name].is_contiguous() and grafted[name].is_contiguous() and summed[name].is_contiguous()
+    if moved["t0"].numel():
+        assert (
+            len({results[name].untyped_storage().data_ptr() for results in (moved, grafted) for name in names}) > count
+        )
 
 
 def test_graft_of_many_targets_and_scales_at_once(backend, generator):
