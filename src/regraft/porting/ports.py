@@ -17,6 +17,7 @@ from regraft.porting.alignment import IN_MEMORY_COPIES, measure_accuracies
 from regraft.porting.between_models import JobBetweenModels, make_between_models, plan_between_models
 from regraft.porting.checkpoint_files import CheckpointFile, Lazy
 from regraft.porting.fitting import measure_distances
+from regraft.porting.function_ports import FITTED
 from regraft.porting.job import Job, open_job, read_checkpoints
 from regraft.porting.methods import (
     PORT_METHODS,
@@ -39,6 +40,8 @@ from regraft.porting.port_settings import (
 )
 from regraft.porting.result import Made, Result, run_job
 from regraft.porting.spectral import with_singular_vectors
+
+TRAIN_IT = ": train it instead"
 
 
 def port(
@@ -163,6 +166,8 @@ def _compare(job: Job, problem: PortProblem, ported: Ported, work: PortWork, kin
     assert job.data is not None
     labels = [split(batch)[1] for batch in job.data.measured_on[1]]
     verdict = judge(own, new, sum(int((part >= 0).sum()) for part in labels), kind)
+    if job.method in FITTED:  # whose head the new base has, too
+        verdict = verdict.replace("new base", "new base with this head").removesuffix(TRAIN_IT)
     return {kind: measured["accuracy"], "measured_on": measured["measured_on"], "verdict": verdict}
 
 
@@ -174,4 +179,4 @@ def judge(own: float, new: float, count: int, kind: str = "accuracy") -> str:
     by = f"by {own - new:.3f} +- {error:.3f} ({kind} on {count} {'labels' if kind == 'accuracy' else 'inputs'}, 95 %)"
     if own - new > error:
         return f"better than the new base {by}"
-    return f"no better than the new base {by}: train it instead"
+    return f"no better than the new base {by}{TRAIN_IT}"
