@@ -234,3 +234,8 @@ def test_a_mark_that_outlived_its_folder_makes_no_other_ours(tmp_path, run, word
     (tmp_path / ".out.part" / "thesis.txt").write_text("years of work")
     one_line(run(*words("fuse", tmp_path / "out")), ".out.part")
     assert files(tmp_path / ".out.part") == {"thesis.txt"}
+
+
+def test_a_place_within_a_file_is_said_as_that(tmp_path, run, words):
+    """--out FILE/NAME: the file is no folder."""
+    assert "no folder" in one_line(run(*words("fuse", tmp_path / "base.safetensors" / "out")), "base.safetensors")

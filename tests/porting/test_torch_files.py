@@ -140,7 +140,9 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("kind", ["compressed zeros", "compressed bytes beside", "expanded", "half and expanded"])
+@pytest.mark.parametrize(
+    "kind", ["compressed zeros", "compressed bytes beside", "compressed pickle", "expanded", "half and expanded"]
+)
 def test_what_unpacks_to_more_than_the_memory_is_refused(kind, tmp_path, run):
     """A small file whose tensors are large: --max-memory is checked before they are made."""
     count = 60_000_000
@@ -149,6 +151,11 @@ def test_what_unpacks_to_more_than_the_memory_is_refused(kind, tmp_path, run):
         torch.save({"w": torch.zeros(count)}, path)
         large, path = path, repacked(path, "all")
         large.unlink()
+    elif kind == "compressed pickle":
+        torch.save({"w": torch.zeros(3)}, tmp_path / "small.pt")
+        with zipfile.ZipFile(tmp_path / "small.pt") as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name) + bytes(4 * count if name.endswith("data.pkl") else 0))
     elif kind == "compressed bytes beside":
         torch.save({"w": torch.zeros(3)}, path)
         with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:

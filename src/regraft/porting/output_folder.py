@@ -129,10 +129,12 @@ def check_output(out: Path) -> None:
         raise FileExistsError(errno.EEXIST, "there is something already", str(out))
     if out.is_symlink() or out.name in ("", "..") or os.path.ismount(out):
         raise OSError(errno.EINVAL, f"{out} is no place for a result: give the name of a new folder")
-    _check_ours(part_of(out), _beside(out, "mark"))
     place = out.absolute().parent
     while not place.exists():
         place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(place))
+    _check_ours(part_of(out), _beside(out, "mark"))
     with only_writer(out, _beside(place / out.name, "lock")):
         pass
 

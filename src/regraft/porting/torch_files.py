@@ -120,9 +120,10 @@ def _load(path: Path, max_memory: int | None) -> Any:
         try:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as file:
-                    mapped = all(record.compress_type == zipfile.ZIP_STORED for record in file.infolist())
-            if mapped is False:
-                _check_unpacked(path, max_memory)
+                    records = file.infolist()
+                mapped = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+                if not mapped:
+                    _check_unpacked(path, records, max_memory)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except OSError:
             raise
@@ -130,12 +131,14 @@ def _load(path: Path, max_memory: int | None) -> Any:
             raise BadFile(_explain(path, str(problem))) from problem
 
 
-def _check_unpacked(path: Path, max_memory: int | None) -> None:
-    """Raises OSError where there is no memory for the tensors of a compressed file."""
+def _check_unpacked(path: Path, records: list[zipfile.ZipInfo], max_memory: int | None) -> None:
+    """Raises OSError where there is no memory for the tensors of a compressed file, or for what says which they are."""
+    why = f"unpacking {path}, which is compressed,"
+    check_memory(sum(record.file_size for record in records if "/data/" not in record.filename), why, max_memory)
     with skip_data():
         held = torch.load(path, map_location="cpu", weights_only=True)
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors_in(held)}
-    check_memory(sum(sizes.values()), f"unpacking {path}, which is compressed,", max_memory)
+    check_memory(sum(sizes.values()), why, max_memory)
 
 
 def _tensors_in(held: object) -> Iterator[Tensor]:
