@@ -264,7 +264,7 @@ def _parse(line: bytes, where: str) -> Row | None:
         record = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
         text = line.strip(b"\0\r\n")  # a lost page of a file is zeros
-        if text.startswith(_HEAD) or _HEAD.startswith(text):
+        if _HEAD in text or _HEAD.startswith(text):
             kind = "a damaged row" if text.endswith(b"}") else "an unfinished row of a writer that was killed"
             warnings.warn(clean_text(f"{where}: {kind} is skipped"), stacklevel=3)
             return None

@@ -150,6 +150,16 @@ def test_an_unfinished_line_is_named_and_skipped_and_what_follows_is_whole(tmp_p
         assert [row.seed for row in read_rows(path)] == [0, 2]
 
 
+@pytest.mark.parametrize("cut", [1, 5, 12, 20, 40, 200])
+def test_a_torn_row_that_another_program_added_to_costs_these_two_alone(cut, tmp_path):
+    """`cat` ends no line first, as `append` does."""
+    first, torn, joined, last = (encode(made(seed)) for seed in range(4))
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(first + b"\n" + torn[:cut] + joined + b"\n" + last + b"\n")
+    with pytest.warns(UserWarning, match="line 2: a damaged row is skipped"):
+        assert [row.seed for row in read_rows(path)] == [0, 3]
+
+
 def test_equal_rows_are_one(tmp_path):
     """A runner that was killed between two steps, or a second runner, may add a row again; another run differs."""
     path = tmp_path / "rows.jsonl"

@@ -373,6 +373,14 @@ def test_a_start_with_another_label_set_is_refused():
         regraft.transfer(model, regraft.Trajectory.linear(start, end, 2), path.start, sample(3, 1), spec=spec)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_an_empty_batch_is_named_with_and_without_a_spec(known):
+    model, spec, path, target = setting()
+    empty = torch.zeros(0, 1, 6, 6, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="batch 0 has 0 images"):
+        regraft.transfer(model, path, target, [empty], spec=spec if known else None)
+
+
 def test_an_exploding_gradient_is_named():
     model, spec, path, target = setting()
 

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from regraft.core.clock import Clock
-from regraft.core.forward import arguments, map_inputs, portion, split
+from regraft.core.forward import arguments, map_inputs, portion
 from regraft.core.tensors import Batch, Loss, Perm, Tensors
 from regraft.learning_transfer.trajectory import Trajectory
 from regraft.matching.descent import Descent, Match, match
 from regraft.matching.stacks import Stacks
 from regraft.symmetry import PermutationSpec, trace
-from regraft.training.evaluation import NotFinite
+from regraft.training.evaluation import NotFinite, check_batches
 from regraft.training.gradients import gradients
 from regraft.training.statistics import batch_norms
 from regraft_kernels import graft
@@ -106,7 +106,8 @@ class Sample:
         first = next(self.batches)
         self.batches = chain([first], self.batches)
         device = next(self.model.parameters()).device
-        example = map_inputs(lambda x: x.to(device), portion(split(first)[0], 0, 2))
+        ((inputs, _),) = check_batches([first])
+        example = map_inputs(lambda x: x.to(device), portion(inputs, 0, 2))
         return trace(self.model, *arguments(example))
 
 
