@@ -57,7 +57,7 @@ def settings(place) -> dict[str, TransferSetting]:
 
 
 def test_the_later_bases_part_the_more_related_they_are(settings):
-    cosines = [settings[name].relatedness[COSINE] for name in ("independent", "0%", "50%", "same")]
+    cosines = [settings[name].relatedness[COSINE] for name in ("independent", "50%", "same")]
     assert cosines == sorted(cosines) and abs(cosines[0]) < 0.2 and cosines[-1] == pytest.approx(1)
     independent = settings["independent"].relatedness
     assert independent[COSINE + MATCHED] > independent[COSINE]
@@ -104,7 +104,7 @@ def test_on_the_same_base_naive_is_the_fine_tune(settings):
     assert all(torch.allclose(moved[name], tuned[name], atol=1e-6) for name, _ in own.model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["naive", "gradfix", "theseus", "functional+distil", "auto"])
+@pytest.mark.parametrize("name", ["gradfix", "theseus", "auto"])
 def test_methods_without_labels_read_none(settings, name):
     own = settings["50%"]
     seen = ports.few_shot_data(own, 4)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+from regraft.porting.auto import AUTO, CANDIDATES
 from regraft_bench.report.figures import Figure, Line, Panel
 from regraft_bench.report.tables import (
     Column,
@@ -91,6 +93,49 @@ def _format_value(name: str, rows: Rows) -> str:
 
 def _format_share(method: str, images: int, rows: Rows) -> str:
     return spread(share_by_method(rows, images).get(method, []), "{:.2f}")
+
+
+def list_choices(rows: Rows) -> Iterator[Sheet]:
+    """How far ``auto`` is behind the best of its candidates on test data, over all relations and seeds."""
+    for network in RELATED_NETWORKS:
+        relations = split_relations(rows, network)
+        choices = {f"{n} images of each class": list(find_choices(relations, n)) for n in COUNTS}
+        columns = (
+            Column("rows", lambda own: str(len(own))),
+            Column("within .01 of the best", lambda own: f"{statistics.fmean(c.behind <= 0.01 for c in own):.0%}"),
+            Column("mean behind", lambda own: f"{statistics.fmean(c.behind for c in own):.3f}"),
+            Column("most behind", lambda own: f"{(worst := max(own, key=_behind)).behind:.3f} ({worst.where})"),
+            Column("CPU s, of the best one's", lambda own: f"{statistics.median(c.cost_ratio for c in own):.1f}"),
+        )
+        if any(choices.values()):
+            yield make_sheet(network, "auto", columns, {name: own for name, own in choices.items() if own})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``auto`` came to in one scenario, with one seed: accuracy behind the best candidate's, cost over its."""
+
+    where: str
+    behind: float
+    cost_ratio: float
+
+
+def _behind(choice: Choice) -> float:
+    return choice.behind
+
+
+def find_choices(relations: Mapping[str, Rows], images: int) -> Iterator[Choice]:
+    """Of every seed that has rows of all candidates."""
+    name = metric_name(images)
+    for relation, rows in relations.items():
+        for seed in dict.fromkeys(row.seed for row in rows):
+            own = {row.method: row for row in rows if row.seed == seed and row.values.get(name) is not None}
+            if AUTO in own and own.keys() >= set(CANDIDATES):
+                best = max((own[method] for method in CANDIDATES), key=lambda row: row.values[name] or 0)
+                accuracies = [float(row.values[name] or 0) for row in (best, own[AUTO])]
+                costs = [dict(row.series["cost by images [CPU s]"].points())[images] for row in (best, own[AUTO])]
+                where = f"{relation}, seed {seed}: {best.method}"
+                yield Choice(where, accuracies[0] - accuracies[1], costs[1] / costs[0])
 
 
 # ---------------------------------------------------------------- figures
