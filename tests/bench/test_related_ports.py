@@ -70,7 +70,7 @@ def test_bases_share_their_stages_and_nothing_else(settings):
         return [purpose for purpose, _ in RELATIONS[name].list_stages(role)]
 
     assert first_stages("50%", "target") == ["source stage 0", "target stage 1"]
-    assert first_stages("further", "target") == ["source stage 0", "source stage 1", "target stage 2"]
+    assert first_stages("further", "target") == ["source stage 0", "source stage 1", "target stage 2 on others"]
     assert not set(first_stages("0%", "target")) & set(first_stages("0%", "source"))
     old, new = (settings["further"].pretrain(role) for role in ("source", "target"))
     assert any(not torch.equal(old[name], new[name]) for name in old)

@@ -82,7 +82,8 @@ class Branching:
         if role == "source":
             return source
         shared = self.shared or 0
-        return [*source[:shared], *((f"{role} stage {number}", stage) for number, stage in enumerate(self.own, shared))]
+        own = enumerate(self.own, shared)
+        return [*source[:shared], *((f"{role} stage {n}{' on others' * stage.others}", stage) for n, stage in own)]
 
 
 @dataclass(frozen=True)
