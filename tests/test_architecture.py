@@ -79,6 +79,7 @@ def test_type_checkers_see_the_public_names():
     table = {name: f"regraft.{path.replace(':', '.')}" for name, path in regraft._PUBLIC.items()}
     table |= {name: f"regraft_bench.studies.{name}" for name in regraft._OF_THE_SUITE}
     assert seen | {"activations": "regraft.fusion.repair"} == table
+    assert "__getattr__" not in {getattr(node, "name", "") for node in tree.body}, "any name would pass"
 
 
 def test_the_names_are_resolved_on_first_use():

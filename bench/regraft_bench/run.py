@@ -50,6 +50,7 @@ def run(
     begun = place.begun or now()
     for scenario in scenarios:
         _collect(parts(rows, scenario), rows)
+        _remove_locks(rows, scenario)
     earlier = _load_earlier(rows, keep_older) if resume or keep_older else {}
     how = _How(study, place, rows, begun, earlier, engine or local)
     for scenario in scenarios:
@@ -102,6 +103,13 @@ def _collect(folder: Path, path: Path) -> None:
                     if row not in (read_rows(path) if path.is_file() else []):  # as where a runner was killed here
                         append(path, row)
                     file.unlink(missing_ok=True)
+
+
+def _remove_locks(path: Path, scenario: Scenario) -> None:
+    """Remove what runners left that were killed: whoever is there holds his own."""
+    for lock in path.parent.glob(f".{scenario.name}-*.lock"):
+        with suppress(OSError), only_writer(path, lock):
+            pass
 
 
 def _lock_of(path: Path, scenario: str, seed: int) -> Path:

@@ -70,6 +70,16 @@ def test_what_a_killed_runner_had_begun_is_measured_by_who_waits_for_it(tmp_path
     assert len(read_rows(path)) == 1 and count(tmp_path / "traces", "begun") == {"width-8-0": 2}
 
 
+def test_the_lock_of_a_runner_that_was_killed_after_its_last_row_goes(tmp_path):
+    study, path = study_of(tmp_path / "traces", METHODS[:1], seeds=1), tmp_path / "rows.jsonl"
+    rows_of(study, path, local)
+    left, others = tmp_path / ".toy-0.lock", tmp_path / ".toy-notes.lock"
+    left.touch()
+    others.write_text("somebody else's")
+    rows_of(study, path, local, resume=True)
+    assert not left.exists() and others.read_text()
+
+
 def test_rows_that_another_session_added_before_this_one_began_are_measured_again(tmp_path):
     study, path = study_of(tmp_path / "traces", METHODS[:1], seeds=1), tmp_path / "rows.jsonl"
     before = now()
