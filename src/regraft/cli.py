@@ -93,7 +93,7 @@ class CheckpointOptions:
 
 
 OPTIONS = CheckpointOptions()
-IN_RECIPE = ("model", "shape", "spec", "data", "key")
+IN_RECIPE = ("shape", "spec", "key")
 
 
 def run_port(
@@ -217,9 +217,9 @@ def run_fuse(
     weights: Sequence[float] | None = merge.weights
     if recipe is not None:
         if networks or merge != MERGE or any(getattr(checkpoint, name) is not None for name in IN_RECIPE):
-            raise ValueError("--recipe says what is merged: leave out networks, --method, --weights, --model ...")
+            raise ValueError("--recipe says what is merged: leave out networks, --method, --weights, --shape ...")
         made = porting.MergeRecipe.read(recipe)
-        settings |= made.settings()
+        settings |= made.settings(checkpoint.model, checkpoint.data)
         paths, weights, align = list(map(Path, made.networks)), made.weights, made.align
     result = porting.fuse_checkpoints(paths, weights, out, align=align, resume=checkpoint.resume, **settings)
     return _print_result(result, checkpoint.json)

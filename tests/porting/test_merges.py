@@ -53,7 +53,11 @@ def test_a_merge_is_the_librarys_and_its_recipe_makes_it_again(method, tuned, ru
         problem = MergeProblem(tensors[1:], weights=weights, base=tensors[0] if "base" in needs else None)
         for key, tensor in merge(method, problem).items():
             torch.testing.assert_close(result[key], tensor)
-    assert run("fuse", "--recipe", tmp_path / "out" / "recipe.yaml", "--out", tmp_path / "again").status == 0
+    again = ["fuse", "--recipe", tmp_path / "out" / "recipe.yaml", "--out", tmp_path / "again"]
+    if "data" in needs:  # a file alone does not choose code to run
+        one_line(run(*again), f"--model {name}:mlp", status=[2])
+        again += ["--model", f"{name}:mlp", "--data", f"{name}:batches"]
+    assert run(*again).status == 0
     assert all(torch.equal(tensor, result[key]) for key, tensor in written(tmp_path / "again").items())
     recipes = [(tmp_path / out / "recipe.yaml").read_text() for out in ("out", "again")]
     assert recipes[0] == recipes[1] and (f"method: {method}" in recipes[0] or method == "sum")
@@ -90,7 +94,7 @@ def test_a_bad_recipe_is_one_sentence(text, run, tmp_path):
 def test_beside_a_recipe_nothing_else_says_what_is_merged(tuned, run, tmp_path):
     (tmp_path / "recipe.yaml").write_text("networks: [a]\nmethod: mean")
     how = ["--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "out"]
-    for more in (["--method", "ties"], ["--model", "resnet18"], ["--align"]):
+    for more in (["--method", "ties"], ["--key", "ema"], ["--align"]):
         one_line(run("fuse", *how, *more), "--recipe", status=[2])
 
 

@@ -89,6 +89,15 @@ class MergeRecipe(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
         """As a file's text."""
         return msgspec.yaml.encode(self).decode()
 
-    def settings(self) -> FuseSettings:
-        """Its part of `FuseSettings`."""
-        return cast(FuseSettings, {"inputs": self.shape, **{key: getattr(self, key) for key in NAMED}})
+    def settings(self, model: str | None = None, data: str | None = None) -> FuseSettings:
+        """Its part of `FuseSettings`; ``model`` and ``data`` take the place of its own.
+
+        Raises ValueError where it names a ``module:function`` itself: what a file says is not run.
+        """
+        named = {key: getattr(self, key) for key in NAMED}
+        for key, given in (("model", model), ("data", data)):
+            if given is not None:
+                named[key] = given
+            elif named[key] is not None and ":" in named[key] and not Path(named[key]).exists():
+                raise ValueError(f"the recipe names code: if you trust it, say so by --{key} {named[key]}")
+        return cast(FuseSettings, {"inputs": self.shape, **named})
