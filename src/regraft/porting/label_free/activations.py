@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from regraft.core.forward import call, name_inputs
+from regraft.core.forward import call, hooks, name_inputs
 from regraft.core.guard import evaluating
 from regraft.core.tensors import Inputs, check_finite, copies
-from regraft.fusion.repair import hooks
 from regraft.training.evaluation import NotFinite
 from regraft.training.statistics import batch_norms
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from regraft.core.arguments import NotNegative, check_arguments
-from regraft.core.forward import call, name_inputs
+from regraft.core.forward import call, hooks, name_inputs
 from regraft.core.guard import evaluating
 from regraft.core.tensors import Inputs, Tensors, check_finite, complete, copies
-from regraft.fusion.repair import hooks
 from regraft.networks.heads import find_head, linear_of
 from regraft.porting.label_free.outputs import finite_logits
 from regraft.training.evaluation import NotFinite
