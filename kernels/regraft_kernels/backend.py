@@ -6,7 +6,8 @@ runs only in its interpreter (TRITON_INTERPRET=1 before this package is imported
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,21 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 def use_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current one: Triton launches on the current device, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def use_float32_products(device: torch.device, precision: str) -> Iterator[None]:
+    """Torch's products on a GPU in tf32 where that was asked for, and in float32 otherwise."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def reports_assertions(device: torch.device) -> bool:

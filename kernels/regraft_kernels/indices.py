@@ -38,10 +38,18 @@ def check_index(what: str, index: Tensor, shape: Sequence[int | None], device: t
 def check_ranges(vectors: Sequence[tuple[str, Tensor, int]]) -> None:
     """Raise ValueError unless the entries of each (what, vector, bound) are within 0..bound - 1.
 
-    Looks at the device once for all of them.
+    Looks at the device once for all of them; not at all on a GPU of NVIDIA's, which finds out later, as `from_vectors`
+    says.
     """
     full = {(id(index), bound): (what, index, bound) for what, index, bound in vectors if index.numel()}
     if not full:
+        return
+    device = vectors[0][1].device
+    if reports_assertions(device):
+        joined = torch.cat([index.flatten() for _, index, _ in full.values()])
+        bounds = _ranges(tuple((index.numel(), bound - 1) for _, index, bound in full.values()), device)
+        within = (joined.clamp(*bounds) == joined).all()
+        torch._assert_async(within, "regraft_kernels: an index vector has entries out of range")
         return
     extremes = torch.stack([torch.stack(index.aminmax()) for _, index, _ in full.values()]).tolist()
     for (what, _, bound), (low, high) in zip(full.values(), extremes, strict=True):
@@ -247,6 +255,13 @@ def _bounds(places: tuple[tuple[int, int], ...], device: torch.device) -> tuple[
     lasts = torch.cat([torch.full((end - start,), end - start - 1) for start, end in places])
     own = torch.arange(len(starts)) - starts
     return starts.to(device), lasts.to(device), own.to(device)
+
+
+@lru_cache(maxsize=32)
+def _ranges(lasts: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Zero, and for each entry of vectors of (length, largest value) the largest value."""
+    each = torch.cat([torch.full((length,), last) for length, last in lasts])
+    return torch.zeros((), dtype=torch.int64, device=device), each.to(device)
 
 
 def _describe_wrong(indices: Mapping[str, Tensor], lengths: Mapping[str, int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from regraft_kernels.backend import tl, triton, triton_dtype, use_device
+from regraft_kernels.backend import resolve, tl, triton, triton_dtype, use_device
 from regraft_kernels.indices import GRID, Indices
 from regraft_kernels.memory import ALIGNMENT, upload_words
 from regraft_kernels.packing import (
@@ -98,7 +98,8 @@ _AMPERE_DOT = {
 _HOPPER_DOT = {
     "half": (DotTile(64, 64, 64, 4, 4), DotTile(128, 128, 64, 8, 3), DotTile(128, 256, 64, 8, 3)),
     "tf32": (DotTile(64, 64, 32, 4, 4), DotTile(128, 128, 32, 8, 3), DotTile(128, 256, 32, 8, 3)),
-    "tf32x3": (DotTile(64, 64, 32, 4, 4), DotTile(128, 128, 32, 8, 4)),
+    # Its operands are split in registers, where no product overlaps the next: so two blocks a multiprocessor overlap.
+    "tf32x3": (DotTile(64, 64, 32, 4, 4), DotTile(64, 128, 32, 4, 3)),
     "ieee": (DotTile(32, 32, 32, 4, 3), DotTile(64, 64, 16, 4, 3)),
 }
 _BLACKWELL_DOT = {**_HOPPER_DOT, "tf32x3": (DotTile(128, 64, 32, 8, 3), DotTile(128, 128, 32, 8, 4))}
@@ -164,6 +165,21 @@ def has_matrix_units(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return True
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def resolve_products(backend: str, stack: torch.Tensor) -> str:
+    """Which implementation multiplies such stacks: torch where they are float64, whose own product is as fast as a
+    matrix unit allows, and on a GPU whose matrix units Triton does not use."""
+    chosen = resolve(backend, stack.device)
+    if stack.dtype == torch.float64:
+        reason = "multiplies float32, bfloat16 and float16, not float64"
+    elif not has_matrix_units(stack.device):
+        reason = "multiplies on GPUs of compute capability 8.0 or later"
+    else:
+        return chosen
+    if backend == "triton":
+        raise ValueError(f"backend 'triton' {reason}")
+    return "torch"
 
 
 def choose_dot(tiles: DeviceFamily, dtype: torch.dtype, precision: str, units: int) -> tuple[DotTile, str]:

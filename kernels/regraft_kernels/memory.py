@@ -144,6 +144,19 @@ def upload_words(words: np.ndarray, device: torch.device) -> Tensor:
     return table if owner == stream else copy()[1]
 
 
+def upload_tables(tables: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """int64 tables on the device, in one copy; each begins at a multiple of ALIGNMENT."""
+    unit = ALIGNMENT // 8
+    words = np.zeros(sum(-(-table.size // unit) * unit for table in tables), np.int64)
+    spans, start = [], 0
+    for table in tables:
+        words[start : start + table.size] = table.ravel()
+        spans.append((start, start + table.size))
+        start += -(-table.size // unit) * unit
+    joined = upload_words(words, device)
+    return [joined[first:end].view(table.shape) for table, (first, end) in zip(tables, spans, strict=True)]
+
+
 def upload_numbers(numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers on the device as float32 or float64, flat, as `upload_words` brings them there."""
     table = np.asarray(numbers, np.float64 if dtype == torch.float64 else np.float32).ravel()

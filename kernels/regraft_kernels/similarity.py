@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from regraft_kernels.backend import INTERPRETING, accumulator, resolve, tl, triton, triton_dtype, use_device
+from regraft_kernels.backend import (
+    INTERPRETING,
+    accumulator,
+    tl,
+    triton,
+    triton_dtype,
+    use_device,
+    use_float32_products,
+)
+from regraft_kernels.copies import Copies
 from regraft_kernels.indices import check_index, check_ranges
-from regraft_kernels.launch import DotTile, choose_dot, device_family, has_matrix_units
-from regraft_kernels.memory import Scratch
+from regraft_kernels.launch import DotTile, choose_dot, device_family, resolve_products
+from regraft_kernels.memory import Scratch, upload_tables
 from regraft_kernels.operators import choose_route, define, is_readable, is_transformed
 from regraft_kernels.packing import Tensors
 from regraft_kernels.terms import (
@@ -119,16 +128,26 @@ def _multiply_add_(total: Tensor, left: Tensor, right: Tensor, place: int) -> No
 # The columns of `programs`: one row for each tile of S and split of the sum. Places count elements.
 FIRST, LAST, UNITS, PITCH, ROW, COLUMN, PLACE, PROGRAM_COLUMNS = map(tl.constexpr, range(8))
 # The columns of `parts`: one row for each stretch of the sum whose entries stand at regular distances.
-TARGET, SOURCE, TARGET_ROWS, SOURCE_ROWS, STEPS, ROOM, RUN, TARGET_SKIP, SOURCE_SKIP, PART_COLUMNS = map(
-    tl.constexpr, range(10)
+# And where its units stand: addresses of int64 vectors, 0 for "unit u at u", their strides; distances of two units.
+TARGET, SOURCE, STEPS, ROOM, RUN, TARGET_SKIP, SOURCE_SKIP = map(tl.constexpr, range(7))
+POSITIONS, POSITIONS_STRIDE, GATHER, GATHER_STRIDE, TARGET_PITCH, SOURCE_PITCH, PART_COLUMNS = map(
+    tl.constexpr, range(7, 14)
 )
+
+
+@triton.jit
+def _look_up(address, stride, places, inside):  # type: ignore[no-untyped-def]
+    """The entries of a vector at `places`; these themselves where there is no vector."""
+    vector = address.to(tl.pointer_type(tl.int64))
+    looked_up = places * 0 + address != 0
+    entries = tl.load(vector + places * stride, mask=inside & looked_up, other=0)
+    return tl.where(looked_up, entries, places)
 
 
 @triton.jit
 def _similarity_kernel(  # type: ignore[no-untyped-def]
     programs,  # int64 [programs, PROGRAM_COLUMNS]
     parts,  # int64 [parts, PART_COLUMNS]
-    rows,  # int64: where the units begin in a stack
     out,  # float32: [n, pitch] for each group and split
     DTYPE: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -154,8 +173,13 @@ def _similarity_kernel(  # type: ignore[no-untyped-def]
         target = tl.multiple_of(tl.load(part + TARGET).to(tl.pointer_type(DTYPE)), 16)
         source = tl.multiple_of(tl.load(part + SOURCE).to(tl.pointer_type(DTYPE)), 16)
         # Past the last unit the first is read once more; what comes of it is not stored.
-        target_row = tl.load(rows + tl.load(part + TARGET_ROWS) + i, mask=i < n, other=0)
-        source_row = tl.load(rows + tl.load(part + SOURCE_ROWS) + j, mask=j < n, other=0)
+        positions = tl.load(part + POSITIONS)
+        stride = tl.load(part + POSITIONS_STRIDE)
+        target_row = _look_up(positions, stride, tl.where(i < n, i, 0).to(tl.int64), i < n)
+        source_row = _look_up(positions, stride, tl.where(j < n, j, 0).to(tl.int64), j < n)
+        source_row = _look_up(tl.load(part + GATHER), tl.load(part + GATHER_STRIDE), source_row, j < n)
+        target_row *= tl.load(part + TARGET_PITCH)
+        source_row *= tl.load(part + SOURCE_PITCH)
         target_block = target + tl.multiple_of(target_row, ALIGNED)[:, None] + k[None, :]
         source_block = source + tl.multiple_of(source_row, ALIGNED)[:, None] + k[None, :]
         run = tl.multiple_of(tl.load(part + RUN).to(tl.int32), ALIGNED)
@@ -183,26 +207,21 @@ class _Work:
     """The tables of one group in a launch of `_similarity_kernel`, as they grow term by term."""
 
     units: int
-    parts: list[tuple[Runs, Runs, int, int]] = field(default_factory=list)  # with the places of their rows
-    rows: list[Tensor] = field(default_factory=list)
+    copies: Copies
+    parts: list[tuple[Runs, Runs, list[int]]] = field(default_factory=list)  # with where their units stand
 
     def add(self, term: Term, target: Operand, source: Operand) -> None:
         """One part for each occurrence of the units on the axis."""
         dim = term.axis + 1
         if not math.prod(n if g is None else len(g) for n, g in zip(source.stack.shape, source.gathers, strict=True)):
             return
-        runs = Runs.of(target, source, dim)
-        positions = term.positions
-        if positions is None:
-            positions = torch.arange(self.units, device=target.stack.device)[:, None]
-        for column in positions.T:
-            first = self.units * len(self.rows)
-            for operand, side in zip((target, source), runs, strict=True):
-                index = operand.gathers[dim]
-                self.rows.append((column if index is None else index[column]) * side.pitch)
-            self.parts.append((*runs, first, first + self.units))
+        runs = Runs.of(target, source, dim, self.copies)
+        pitches = [side.pitch for side in runs]
+        gather = _vector(source.gathers[dim])
+        columns = (None,) if term.positions is None else term.positions.T
+        self.parts += [(*runs, [*_vector(column), *gather, *pitches]) for column in columns]
 
-    def splits(self, count: int, k: int, rows_before: int) -> list[list[list[int]]]:
+    def splits(self, count: int, k: int) -> list[list[list[int]]]:
         """The rows of `parts`, k entries a step, in at most `count` lists of nearly as many steps."""
         steps = [target.count * -(-target.length // k) for target, *_ in self.parts]
         each = max(1, -(-sum(steps) // count), SPLIT // k)
@@ -215,22 +234,26 @@ class _Work:
                     splits.append([])
                     room = each
                 taken = min(length - first, room)
-                splits[-1].append(_part(part, first, taken, k, rows_before))
+                splits[-1].append(_part(part, first, taken, k))
                 room -= taken
                 first += taken
         return splits
 
 
-def _part(occurrence: tuple[Runs, Runs, int, int], first: int, steps: int, k: int, rows_before: int) -> list[int]:
+def _vector(vector: Tensor | None) -> tuple[int, int]:
+    """Address and stride of an index vector, as the kernel reads it."""
+    return (0, 0) if vector is None else (vector.data_ptr(), vector.stride(0))
+
+
+def _part(occurrence: tuple[Runs, Runs, list[int]], first: int, steps: int, k: int) -> list[int]:
     """A row of `parts`: so many steps from the first on."""
-    target, source, target_rows, source_rows = occurrence
+    target, source, units = occurrence
     each = -(-target.length // k)
     run, step = divmod(first, each)
     sides = (target, source)
     addresses = [s.stack.data_ptr() + (run * s.distance + step * k) * s.stack.element_size() for s in sides]
     skips = [s.distance - each * k for s in sides]
-    rows = [rows_before + target_rows, rows_before + source_rows]
-    return [*addresses, *rows, steps, target.length - step * k, target.length, *skips]
+    return [*addresses, steps, target.length - step * k, target.length, *skips, *units]
 
 
 PROGRAMS = 264
@@ -255,34 +278,33 @@ def _launch(groups: Sequence[_Work], like: Tensor, precision: str) -> list[Tenso
     programs: list[list[int]] = []
     parts: list[list[int]] = []
     shapes: list[tuple[int, int, int]] = []
-    place = rows_before = 0
+    place = 0
     for work, grid in zip(groups, grids, strict=True):
         n, pitch = work.units, -(-work.units // 4) * 4
-        runs = work.splits(count, tile.k, rows_before)
+        runs = work.splits(count, tile.k)
         for run in runs:
             span = [len(parts), len(parts) + len(run)]
             programs += [[*span, n, pitch, row, column, place] for row, column in grid]
             parts += run
             place += n * pitch
         shapes.append((len(runs), n, pitch))
-        rows_before += n * len(work.rows)
     out = torch.empty(place, dtype=torch.float32, device=like.device)
     if programs:
-        tables = [torch.tensor(table, dtype=torch.int64).to(like.device) for table in (programs, parts)]
-        rows = [rows for work in groups for rows in work.rows]
-        _run(tables, torch.cat(rows) if rows else tables[0], out, like.dtype, tile, precision)
+        copies = groups[0].copies
+        filled = [np.array(programs, np.int64), np.array(parts, np.int64).reshape(-1, PART_COLUMNS.value)]
+        tables = upload_tables([*filled, *copies.tables()], like.device)
+        with use_device(like.device):
+            copies.launch(tables[2:])
+        _run(tables[:2], out, like.dtype, tile, precision)
     stacks = [part.view(s) for part, s in zip(out.split([math.prod(s) for s in shapes]), shapes, strict=True)]
     # Also where there is one split, so that no two results share memory, which PyTorch allows no operator.
     return [stack[:, :, : stack.shape[1]].sum(0) for stack in stacks]
 
 
-def _run(
-    tables: Sequence[Tensor], rows: Tensor, out: Tensor, dtype: torch.dtype, tile: DotTile, precision: str
-) -> None:
+def _run(tables: Sequence[Tensor], out: Tensor, dtype: torch.dtype, tile: DotTile, precision: str) -> None:
     with use_device(out.device):
         _similarity_kernel[(len(tables[0]),)](
             *tables,
-            rows,
             out,
             DTYPE=triton_dtype(dtype),
             # Triton's interpreter multiplies the bit patterns of bfloat16; products of it are exact in float32.
@@ -297,7 +319,8 @@ def _run(
 
 
 def _similarity_triton(groups: Sequence[Sequence[Term]], precision: str) -> list[Tensor]:
-    works = [_Work(terms[0].units) for terms in groups]
+    copies = Copies()
+    works = [_Work(terms[0].units, copies) for terms in groups]
     for work, terms in zip(works, groups, strict=True):
         for term in terms:
             work.add(term, *operands_of(term))
@@ -309,7 +332,7 @@ def _update_triton_(
 ) -> Tensor:
     target, source = operands_of(term)
     there = target.stack.index_select(axis + 1, changed)
-    work = _Work(term.units)
+    work = _Work(term.units, Copies())
     for taken, index in ((there, new), (-there, old)):
         work.add(term, Operand(taken, target.gathers), source.with_gather(axis + 1, index))
     return S.add_(_launch([work], term.target, precision)[0])
@@ -349,7 +372,7 @@ def similarity_many(
         if (terms[0].target.dtype, terms[0].target.device) != (first.dtype, first.device):
             other = f"{terms[0].target.dtype} on {terms[0].target.device}"
             raise ValueError(f"the groups differ: one is {first.dtype} on {first.device}, another {other}")
-    chosen = _resolve(backend, first)
+    chosen = resolve_products(backend, first)
     if route == "launch":
         return _run_similarity(groups, precision, chosen)
     flat = flatten_terms(groups)
@@ -370,7 +393,7 @@ def _run_similarity(groups: Sequence[Sequence[Term]], precision: str, chosen: st
     check_entries([term for terms in groups for term in terms])
     if chosen == "triton":
         return _similarity_triton(groups, precision)
-    with _float32_products(groups[0][0].target.device, precision):
+    with use_float32_products(groups[0][0].target.device, precision):
         return [_similarity_torch(terms) for terms in groups]
 
 
@@ -412,44 +435,14 @@ def similarity_update_(
     check_ranges([("old", old, length), ("new", new, length)])
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    chosen = _resolve(backend, term.target)
+    chosen = resolve_products(backend, term.target)
     changed = (old != new).nonzero().squeeze(1)
     if not len(changed):
         return S
     if chosen == "triton":
         return _update_triton_(S, term, axis_changed, changed, old[changed], new[changed], precision)
-    with _float32_products(S.device, precision):
+    with use_float32_products(S.device, precision):
         return _update_torch_(S, term, axis_changed, changed, old[changed], new[changed])
-
-
-def _resolve(backend: str, stack: Tensor) -> str:
-    """float64 is torch's, whose own product is as fast as a matrix unit allows; so is a GPU whose matrix units Triton
-    does not use."""
-    chosen = resolve(backend, stack.device)
-    if stack.dtype == torch.float64:
-        reason = "multiplies float32, bfloat16 and float16, not float64"
-    elif not has_matrix_units(stack.device):
-        reason = "multiplies on GPUs of compute capability 8.0 or later"
-    else:
-        return chosen
-    if backend == "triton":
-        raise ValueError(f"backend 'triton' {reason}")
-    return "torch"
-
-
-@contextmanager
-def _float32_products(device: torch.device, precision: str) -> Iterator[None]:
-    """Torch's products on a GPU in tf32 where that was asked for, and in float32 otherwise."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 # ---------------------------------------------------------------- the operator
@@ -458,7 +451,7 @@ def _float32_products(device: torch.device, precision: str) -> Iterator[None]:
 def _operator(*arguments: Any) -> list[Tensor]:
     *flat, precision, backend = arguments
     groups = unflatten_terms(*flat)
-    return _run_similarity(groups, precision, _resolve(backend, groups[0][0].target))
+    return _run_similarity(groups, precision, resolve_products(backend, groups[0][0].target))
 
 
 def _fake(*arguments: Any) -> list[Tensor]:

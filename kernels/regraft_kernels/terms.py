@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regraft_kernels.backend import accumulator
+from regraft_kernels.copies import Copies
 from regraft_kernels.indices import check_index, check_ranges
 from regraft_kernels.memory import ALIGNMENT, Scratch
 
@@ -107,30 +108,24 @@ class Runs:
         return Runs(stack, pitch, count, length, distance)
 
     @staticmethod
-    def copy_of(operand: Operand, dim: int, order: Sequence[int], count: int) -> Runs:
+    def copy_of(operand: Operand, dim: int, order: Sequence[int], count: int, copies: Copies) -> Runs:
         """A copy [positions, everything else], gathered, as `count` runs; one run is filled up with zeros."""
-        rest = operand.stack.permute(dim, *order)
-        for place, d in enumerate(order, 1):
-            if (index := operand.gathers[d]) is not None:
-                rest = rest.index_select(place, index)
-        entries = math.prod(rest.shape[1:])
-        unit = ALIGNMENT // rest.element_size()
+        sizes, gathers = operand.stack.shape, operand.gathers
+        entries = math.prod(sizes[d] if (index := gathers[d]) is None else len(index) for d in order)
+        unit = ALIGNMENT // operand.stack.element_size()
         pitch = -(-entries // unit) * unit
-        if pitch != entries or not rest.is_contiguous():
-            copy = rest.new_zeros if pitch != entries else rest.new_empty
-            rest, unpadded = copy((len(rest), pitch)), rest
-            rest[:, :entries].view(unpadded.shape).copy_(unpadded)
+        rest = copies.add(operand.stack, gathers, dim, order, pitch)
         return Runs(rest, pitch, count, pitch // count, pitch // count)
 
     @staticmethod
-    def of(target: Operand, source: Operand, dim: int) -> tuple[Runs, Runs]:
+    def of(target: Operand, source: Operand, dim: int, copies: Copies) -> tuple[Runs, Runs]:
         """Both stacks in the same runs."""
         order = sorted((d for d in range(target.stack.ndim) if d != dim), key=lambda d: -target.stack.stride()[d])
         left, right = (Runs.in_place(operand, dim, order) for operand in (target, source))
         if left is None:
-            return Runs.copy_of(target, dim, order, 1), Runs.copy_of(source, dim, order, 1)
+            return Runs.copy_of(target, dim, order, 1, copies), Runs.copy_of(source, dim, order, 1, copies)
         if right is None or right.count != left.count:
-            right = Runs.copy_of(source, dim, order, left.count)
+            right = Runs.copy_of(source, dim, order, left.count, copies)
         return left, right
 
 

@@ -12,7 +12,18 @@ from regraft_bench.kernels.networks import Network, resnet50
 from regraft_kernels import backend, memory
 from regraft_kernels.launch import FAMILIES, INTERPRETER
 
-NO_WORK = {"empty", "empty_like", "new_empty", "view", "slice", "select", "lift_fresh", "detach", "alias"}
+NO_WORK = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "view",
+    "slice",
+    "select",
+    "lift_fresh",
+    "detach",
+    "alias",
+    "split_with_sizes",
+}
 """Operators that ask nothing of a device: memory from the allocator's pool, and views."""
 
 
@@ -49,6 +60,8 @@ def notes(monkeypatch):
         ("permute", "_permute_kernel"),
         ("graft", "_graft_kernel"),
         ("combine", "_combine_kernel"),
+        ("similarity", "_similarity_kernel"),
+        ("copies", "_collect_kernel"),
         ("indices", "_check_kernel"),
         ("indices", "_compose_kernel"),
     ):
@@ -74,6 +87,28 @@ def test_fewer_than_ten_device_operations_for_a_whole_network(notes):
             # The copies of addresses and of numbers are not seen on a CPU.
             assert 1 <= len(notes) + 2 < 10, (name, notes)
             assert f"_{name}_kernel" in notes
+
+
+def test_fewer_than_ten_device_operations_for_the_largest_group(notes, monkeypatch):
+    """All terms of ResNet-50's group with the most tensors, the other axes gathered; nothing waits for the device."""
+    monkeypatch.setattr(sys.modules["regraft_kernels.indices"], "reports_assertions", lambda device: True)
+    net = Network.of(resnet50(), torch.device("cpu"))
+    terms = {}
+    for name, axes in net.packing.axes.items():
+        stack = torch.empty(1, *net.packing.shapes[name])
+        for axis, slot in enumerate(axes):
+            gathers = tuple(None if n == axis or s is None else net.indices[s] for n, s in enumerate(axes))
+            if slot is not None:
+                terms.setdefault(slot, []).append(rk.Term(stack, stack, axis, None, gathers))
+    largest = max(terms.values(), key=len)
+    assert len(largest) > 30
+    rk.similarity(largest, backend="triton")
+    notes.clear()
+    with Operators(notes):
+        rk.similarity(largest, backend="triton")
+    assert len(notes) + 1 < 10, notes  # the copy of the tables is not seen on a CPU
+    assert notes.count("_similarity_kernel") == notes.count("_collect_kernel") == 1
+    assert not {"item", "_local_scalar_dense", "nonzero"} & set(notes)
 
 
 def test_caches_stay_within_their_bounds(notes):

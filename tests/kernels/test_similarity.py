@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from regraft_kernels import Term, launch, similarity, similarity_many, similarity_update_
+from regraft_kernels.copies import Copies
 from regraft_kernels.similarity import similarity_reference
 from regraft_kernels.terms import Runs, flatten_terms, operands_of
 
@@ -184,8 +185,8 @@ def test_the_splits_of_a_sum_fill_their_rounds(tiles, count):
 
 def test_gpus_without_matrix_units_multiply_by_torch(monkeypatch, generator):
     terms = [Term(*torch.randn(2, 1, 3, 3, generator=generator), 0)]
-    monkeypatch.setattr(module, "has_matrix_units", lambda device: False)
-    monkeypatch.setattr(module, "resolve", lambda backend, device: "triton")
+    monkeypatch.setattr(launch, "has_matrix_units", lambda device: False)
+    monkeypatch.setattr(launch, "resolve", lambda backend, device: "triton")
     monkeypatch.setattr(module, "_similarity_triton", None)
     torch.testing.assert_close(similarity(terms), similarity_reference(terms))
     with pytest.raises(ValueError, match=r"compute capability 8\.0"):
@@ -394,7 +395,7 @@ def test_refuses_wrapper_subclasses_by_name():
 def test_only_what_is_not_in_aligned_runs_is_copied_first(shape, axis, gathers, order, copied, generator):
     target, source = (layout(torch.randn(shape, generator=generator), list(order)) for _ in range(2))
     term = Term(target, source, axis, None, gathers)
-    runs = Runs.of(*operands_of(term), axis + 1)
+    runs = Runs.of(*operands_of(term), axis + 1, Copies())
     given = [runs.stack is stack for runs, stack in zip(runs, (target, source), strict=True)]
     assert given == {"neither": [True, True], "source": [True, False], "both": [False, False]}[copied]
     assert runs[0].count * runs[0].length == runs[1].count * runs[1].length

@@ -14,7 +14,7 @@ from regraft_kernels import Term, similarity, similarity_update_
 from regraft_kernels.launch import FAMILIES, DotTile
 from regraft_kernels.similarity import PRECISIONS, _similarity_kernel
 
-_SIGNATURE = {"programs": "*i64", "parts": "*i64", "rows": "*i64", "out": "*fp32"}
+_SIGNATURE = {"programs": "*i64", "parts": "*i64", "out": "*fp32"}
 
 
 def _variants(target: str) -> list[Variant]:
