@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import regraft
 from regraft import networks
 from regraft.core.files import BadFile
+from regraft.core.forward import inputs_of
 from regraft.core.tensors import Tensors
-from regraft.porting import data_by_name
+from regraft.porting import data_by_name, data_of
 from regraft.porting.label_free import distil, fit_head, predict
 from regraft.porting.label_free.head import Sums
 from regraft.porting.models import NamedModel
@@ -227,3 +228,13 @@ def test_methods_that_need_one_model_say_so(three: list[Path], tmp_path: Path) -
     with pytest.raises(BadFile, match=r"tensor 'layers\.0\.weight' has shape"):
         regraft.port(*three, tmp_path / "out", method="head", **settings)  # NEW_BASE is none of that model's
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_held_out_of_a_shuffled_loader_is_never_trained_on() -> None:
+    numbers = torch.arange(40.0)[:, None]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(numbers), batch_size=10, shuffle=True)
+    held = data_of(loader).hold_out()
+    assert held.unlabelled == {"train", "validation"}
+    for _ in range(3):
+        parts = [torch.cat([inputs_of(batch) for batch in part]).flatten() for part in (held.train, held.validation)]
+        assert sorted(torch.cat(parts).tolist()) == numbers.flatten().tolist()

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from regraft import networks
 from regraft.core.tensors import Tensors
-from regraft.porting.label_free import match_functions, predict, transport_by_activations
+from regraft.porting import PortProblem, PortWork, function_ports
+from regraft.porting.label_free import activation_bytes, match_functions, predict, transport_by_activations
 from regraft.porting.label_free.activations import LinearMap, align_activations, choose_rows, observe, record
+from regraft.reference import label_free as reference
 from regraft.symmetry import apply, trace
 from regraft.training.evaluation import NotFinite
 
@@ -158,3 +160,36 @@ def test_align_finds_a_rotation_and_leaves_what_it_does_not_see() -> None:
     torch.testing.assert_close(align_activations(dead, dead), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
     wider = torch.linalg.qr(torch.randn(9, 6, generator=generator, dtype=torch.float64))[0]
     torch.testing.assert_close(align_activations(x, x @ wider.T), wider, rtol=0, atol=1e-9)
+
+
+def test_of_large_activations_fewer_inputs_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = networks.mlp([6, 5, 4]), inputs(150, 6)
+    assert activation_bytes(model, batches[0]) == 6 * 5 * 4  # six times five float32
+    assert function_ports.count_affordable(model, batches[0]) == 1024
+    monkeypatch.setattr(function_ports, "ACTIVATIONS", 100 * 6 * 5 * 4)
+    base, seen = draw(model, 0), []
+    monkeypatch.setattr(function_ports, "match_functions", lambda *given: seen.extend(given[-1]) or base)
+    spec = trace(model, (batches[0][:2],))
+    problem = PortProblem(spec, base, tune(base, draw(model, 1)), draw(model, 2))
+    function_ports.port_functions(problem, PortWork(model, inputs=batches))
+    assert [len(batch) for batch in seen] == [64, 36]
+
+
+def test_layers_are_those_of_the_literal_reference() -> None:
+    model = networks.mlp([8, 7, 6, 4]).double()
+    (x,) = inputs(60, 8)
+    x = x.double()
+    base, other, new_base = ({n: t.double() for n, t in draw(model, seed).items()} for seed in (3, 4, 5))
+    tuned = tune(base, other)
+
+    def layers(tensors: Tensors) -> reference.Layers:
+        return [(tensors[f"layers.{k}.weight"], tensors[f"layers.{k}.bias"]) for k in range(3)]
+
+    given = (layers(base), layers(tuned), layers(new_base), x)
+    # these have no dead unit, of which the literal one says nothing; ours leans on the identity by a millionth
+    solved = layers(match_functions(model, base, tuned, new_base, [x], ridge=0.1))[:2]
+    carried = layers(transport_by_activations(model, base, tuned, new_base, [x]))
+    for ours, wanted in ((solved, reference.solve_layers(*given, 0.1)), (carried, reference.carry_change(*given))):
+        for pair, other_pair in zip(ours, wanted, strict=True):
+            for tensor, literal in zip(pair, other_pair, strict=True):
+                torch.testing.assert_close(tensor, literal, rtol=0, atol=1e-4)

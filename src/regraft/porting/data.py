@@ -26,6 +26,7 @@ from regraft.porting.models import NamedModel, from_module
 
 BATCH = 64
 PARTS = ("train", "validation", "test")
+HELD_OUT_OF = 4096
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,15 @@ class Data:
         return replace(self, unlabelled=self.unlabelled | parts)
 
     def hold_out(self) -> Data:
-        """With a fifth of each batch of train as validation, where there is nothing else to measure on."""
+        """With a fifth of each batch of train as validation, where there is nothing else to measure on.
+
+        Batches that may come in another order the next time are kept, the first `HELD_OUT_OF` examples of them.
+        """
         if self.validation is not None or self.test is not None:
             return self
         unlabelled = self.unlabelled | ({"validation"} if self.unlabelled else set())
-        kept, held = (_Share(self.train, held) for held in (False, True))
+        batches = self.train if self.folder is not None or isinstance(self.train, list) else _take_first(self.train)
+        kept, held = (_Share(batches, held) for held in (False, True))
         return replace(self, train=kept, validation=held, unlabelled=unlabelled)
 
     def label(self, predict: Callable[[Inputs], Tensor]) -> Data:
@@ -211,6 +216,15 @@ def data_by_name(name: str, named: NamedModel) -> Data:
         Path(name),
         kept_bytes=_count_kept_bytes((train, validation, test)),
     )
+
+
+def _take_first(batches: Iterable[Batch]) -> list[Batch]:
+    taken: list[Batch] = []
+    stream, count = iter(batches), 0
+    while count < HELD_OUT_OF and (batch := next(stream, None)) is not None:
+        taken.append(batch)
+        count += examples(inputs_of(batch))
+    return taken
 
 
 def _count_kept_bytes(splits: Iterable[Split]) -> int:

@@ -7,10 +7,17 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from regraft.core.forward import split
+from regraft.core.forward import examples, portion, split
 from regraft.core.tensors import Inputs, Tensors
-from regraft.porting.label_free import distil, fit_head, match_functions, train_on_targets, transport_by_activations
-from regraft.porting.methods import Ported, PortProblem, PortWork, port_method
+from regraft.porting.label_free import (
+    activation_bytes,
+    distil,
+    fit_head,
+    match_functions,
+    train_on_targets,
+    transport_by_activations,
+)
+from regraft.porting.methods import INPUTS, Ported, PortProblem, PortWork, port_method
 
 UPDATES = 100
 """Of a training, where no number is given."""
@@ -20,6 +27,29 @@ FITTED = {"auto", "head", "functional", "functional+distil", "theseus", "distil"
 
 TRAINED = {"auto", "distil", "functional+distil", "few-shot"}
 """The methods that train."""
+
+
+AT_ONCE = {"auto", "functional", "functional+distil"}
+"""The methods that run inputs in one batch."""
+
+ACTIVATIONS = 4 * 10**9
+"""Bytes that this batch may take: of larger activations fewer inputs are looked at, as many on every machine."""
+
+
+def count_affordable(model: nn.Module, inputs: Inputs) -> int:
+    """How many inputs such as these may be run at once: `INPUTS`, or fewer so that they take no more than `ACTIVATIONS`
+    bytes, and at least one."""
+    return max(1, min(INPUTS, ACTIVATIONS // max(1, activation_bytes(model, inputs))))
+
+
+def _take_affordable(model: nn.Module, inputs: Sequence[Inputs]) -> list[Inputs]:
+    left, taken = count_affordable(model, inputs[0]), []
+    for batch in inputs:
+        if left <= 0:
+            break
+        taken.append(portion(batch, 0, min(left, examples(batch))))
+        left -= examples(batch)
+    return taken
 
 
 def copy_new_base(problem: PortProblem) -> Tensors:
@@ -60,7 +90,8 @@ def port_functions(problem: PortProblem, work: PortWork) -> Ported:
     """Every layer changes what it computes as the fine-tune's did: `regraft.porting.label_free.match_functions`."""
 
     def make(model: nn.Module, inputs: Sequence[Inputs], start: Tensors) -> Tensors:
-        return match_functions(model, dict(problem.base.items()), dict(problem.tuned.items()), start, inputs)
+        base, tuned = dict(problem.base.items()), dict(problem.tuned.items())
+        return match_functions(model, base, tuned, start, _take_affordable(model, inputs))
 
     return _make_port("functional", problem, work, make)
 
@@ -96,7 +127,7 @@ def port_functions_and_train(problem: PortProblem, work: PortWork) -> Ported:
 
     def make(model: nn.Module, inputs: Sequence[Inputs], start: Tensors) -> Tensors:
         base, tuned = dict(problem.base.items()), dict(problem.tuned.items())
-        begun = match_functions(model, base, tuned, start, inputs)
+        begun = match_functions(model, base, tuned, start, _take_affordable(model, inputs))
         return distil(model, tuned, begun, inputs, steps=work.steps, lr=work.lr)
 
     return _make_port("functional+distil", problem, work, make, keeps=False)

@@ -112,18 +112,24 @@ class Job:
         return {role: Lazy(tuple(like), partial(read, c)) for role, c in self.checkpoints.items()}
 
     def check_room(
-        self, out: Path | str | None, allowed: int | None, *, copies: int, matches: bool, resume: bool
+        self,
+        out: Path | str | None,
+        allowed: int | None,
+        *,
+        copies: int,
+        matches: bool,
+        resume: bool,
+        activations: int = 0,
     ) -> Job:
         """The same, with `memory`. Raises OSError where that, or the disk, is not there.
 
         copies: of the model in float32, at the peak of a job that holds networks in memory. matches: whether units are.
-        resume: what an interrupted run has written is kept.
+        resume: what an interrupted run has written is kept. activations: bytes of what a method runs at once.
         """
         if self.data is not None:
-            how, needed = (
-                "with data, and so the networks in memory",
-                copies * self.dtype.itemsize * self.checkpoints[self.like].numel + self.data.kept_bytes,
-            )
+            how = "with data, and so the networks in memory"
+            needed = copies * self.dtype.itemsize * self.checkpoints[self.like].numel
+            needed += self.data.kept_bytes + activations
         else:
             how, needed = "tensor by tensor", self._streaming_bytes(matches)
         if out is not None:

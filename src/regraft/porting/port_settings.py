@@ -17,9 +17,9 @@ from regraft.core.forward import split
 from regraft.core.tensors import Inputs
 from regraft.porting.auto import AUTO
 from regraft.porting.data import Unlabelled
-from regraft.porting.function_ports import FITTED, TRAINED, UPDATES
+from regraft.porting.function_ports import AT_ONCE, FITTED, TRAINED, UPDATES, count_affordable
 from regraft.porting.job import Job
-from regraft.porting.label_free import predict
+from regraft.porting.label_free import activation_bytes, predict
 from regraft.porting.methods import ANY_MODEL, PORT_METHODS, STREAMED, VOTING_BATCHES, PortWork, Weights
 from regraft.porting.model_spec import Settings
 from regraft.porting.output_folder import keep_tensors
@@ -79,6 +79,14 @@ def settle(job: Job, method: str | None, settings: PortSettings) -> Job:
     if data is not None and (method in FITTED or not labelled):
         data = data.hold_out()
     return replace(job, method=method, data=data, config=config | dict(job.config))
+
+
+def count_activation_bytes(job: Job) -> int:
+    """What the inputs take that the job's method runs in one batch, where it does."""
+    if job.method not in AT_ONCE or job.model_spec is None:
+        return 0
+    named = job.model_spec.require_model()
+    return count_affordable(named.model, named.inputs) * activation_bytes(named.model, named.inputs)
 
 
 def prepare_work(job: Job, tuned: Weights, part: Path, clock: Clock) -> tuple[Job, PortWork, dict[str, Any]]:

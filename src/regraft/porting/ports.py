@@ -35,6 +35,7 @@ from regraft.porting.port_settings import (
     TUNED,
     PortSettings,
     check_settings,
+    count_activation_bytes,
     prepare_work,
     settle,
 )
@@ -101,7 +102,14 @@ def plan(
     steps = job.config.get("steps", 1)
     # FGMT stacks a pair of gradients a step.
     copies = IN_MEMORY_COPIES + 2 * steps * ("gmt" in job.method)
-    job = job.check_room(out, settings.get("max_memory"), copies=copies, matches=job.method != "naive", resume=resume)
+    job = job.check_room(
+        out,
+        settings.get("max_memory"),
+        copies=copies,
+        matches=job.method != "naive",
+        resume=resume,
+        activations=count_activation_bytes(job),
+    )
     networks, check = job.networks(), job.value_check(summed=2)
     distances = measure_distances([networks[role] for role in ROLES], check)
     return replace(job, distances=distances, layout=replace(job.layout, infinite=frozenset(check.infinite)))

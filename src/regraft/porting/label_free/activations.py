@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from regraft.core.forward import call, hooks, name_inputs
+from regraft.core.forward import call, hooks, name_inputs, portion
 from regraft.core.guard import evaluating
-from regraft.core.tensors import Inputs, check_finite, copies
+from regraft.core.tensors import Inputs, check_finite, copies, live_state
 from regraft.training.evaluation import NotFinite
 from regraft.training.statistics import batch_norms
 
@@ -240,6 +240,19 @@ def record(
         for name, linear in maps.items()
         if calls[name] == len(batches)
     }
+
+
+def activation_bytes(model: nn.Module, inputs: Inputs) -> int:
+    """What one example takes at the peak of a forward pass, about: six times the largest output of a linear map."""
+    sizes: list[int] = []
+
+    def see(_linear: LinearMap, _x: Tensor, output: Tensor) -> None:
+        sizes.append(output.numel() * output.element_size())
+
+    first = portion(inputs, 0, 1)
+    with torch.no_grad(), evaluating(model), observe(model, see):
+        call(model, copies(model, live_state(model)), first)
+    return 6 * max(sizes, default=0)
 
 
 def join(batches: Sequence[Inputs]) -> Any:
