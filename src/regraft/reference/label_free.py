@@ -23,7 +23,8 @@ def list_outputs(layers: Layers, x: Tensor) -> list[Tensor]:
 def rotate_onto(source: Tensor, target: Tensor) -> Tensor:
     """The orthogonal T with the least |target - source T^T|, both centred; of equal widths and full rank."""
     left, _, right = torch.linalg.svd((target - target.mean(0)).T @ (source - source.mean(0)))
-    return left @ right
+    rotation: Tensor = left @ right
+    return rotation
 
 
 def solve_layers(base: Layers, tuned: Layers, new_base: Layers, x: Tensor, ridge: float) -> Layers:
