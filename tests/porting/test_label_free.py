@@ -238,3 +238,12 @@ def test_what_is_held_out_of_a_shuffled_loader_is_never_trained_on() -> None:
     for _ in range(3):
         parts = [torch.cat([inputs_of(batch) for batch in part]).flatten() for part in (held.train, held.validation)]
         assert sorted(torch.cat(parts).tolist()) == numbers.flatten().tolist()
+
+
+def test_alignment_and_sums_refuse_data_without_labels(three: list[Path], tmp_path: Path) -> None:
+    settings = {"model": MLP, "inputs": torch.randn(2, 16), "data": inputs(40, 16)}
+    with pytest.raises(ValueError, match="match measures accuracies: it needs data with labels"):
+        regraft.match_checkpoints(three[0], three[2], tmp_path / "out", **settings)
+    with pytest.raises(ValueError, match="fuse measures accuracies: it needs data with labels"):
+        regraft.fuse_checkpoints(three[:2], [0.5, 0.5], tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()

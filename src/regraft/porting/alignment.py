@@ -104,6 +104,8 @@ def open_alike(
     by_role = {role: checkpoint.with_counters(names) for role, checkpoint in checkpoints[1].items()}
     _check_alike(list(by_role.values()))
     job = open_job(method, (checkpoints[0], by_role), like, like, settings, config or {})
+    if job.data is not None and job.data.unlabelled:
+        raise ValueError(f"{method} measures accuracies: it needs data with labels, which only port can do without")
     job = job.check_room(out, settings.get("max_memory"), copies=IN_MEMORY_COPIES, matches=matches, resume=resume)
     check = job.value_check(summed=0 if config is None else len(paths))
     for name in job.checkpoints[job.like]:

@@ -36,14 +36,18 @@ ACTIVATIONS = 4 * 10**9
 """Bytes that this batch may take: of larger activations fewer inputs are looked at, as many on every machine."""
 
 
+BEGUN_FROM = 512
+"""Inputs that "functional" looks at where training on all of them follows: more cost more than they give."""
+
+
 def count_affordable(model: nn.Module, inputs: Inputs) -> int:
     """How many inputs such as these may be run at once: `INPUTS`, or fewer so that they take no more than `ACTIVATIONS`
     bytes, and at least one."""
     return max(1, min(INPUTS, ACTIVATIONS // max(1, activation_bytes(model, inputs))))
 
 
-def _take_affordable(model: nn.Module, inputs: Sequence[Inputs]) -> list[Inputs]:
-    left, taken = count_affordable(model, inputs[0]), []
+def _take_affordable(model: nn.Module, inputs: Sequence[Inputs], wanted: int = INPUTS) -> list[Inputs]:
+    left, taken = min(wanted, count_affordable(model, inputs[0])), []
     for batch in inputs:
         if left <= 0:
             break
@@ -127,7 +131,7 @@ def port_functions_and_train(problem: PortProblem, work: PortWork) -> Ported:
 
     def make(model: nn.Module, inputs: Sequence[Inputs], start: Tensors) -> Tensors:
         base, tuned = dict(problem.base.items()), dict(problem.tuned.items())
-        begun = match_functions(model, base, tuned, start, _take_affordable(model, inputs))
+        begun = match_functions(model, base, tuned, start, _take_affordable(model, inputs, BEGUN_FROM))
         return distil(model, tuned, begun, inputs, steps=work.steps, lr=work.lr)
 
     return _make_port("functional+distil", problem, work, make, keeps=False)
