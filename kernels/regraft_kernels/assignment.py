@@ -80,9 +80,10 @@ def assign(
     where it is float64, otherwise in float32 (the potentials in float64). `backend`: "scipy"
     (`linear_sum_assignment`), "lapx" (`lapjvr`), "lapjv", or "auto": lapx where it is installed, scipy
     otherwise. lapjv can be the faster and the much slower one (results/micro/tables.md), hence by name only.
-    `warm`: the duals of a similar problem, which save time and leave the optimum as it is; those that cannot be
-    of a similar one, because they reach further than S itself, are not used, and lapjv uses none. Without them a large
-    problem whose rows compete for few columns starts from the potentials of its parts. `name` stands in error messages.
+    `warm`: the duals of a similar problem (its `Assignment.start`), which save time and leave the optimum as it is;
+    those that cannot be of a similar one, because they reach further than S itself, are not used, and lapjv uses none.
+    Without them a large problem whose rows compete for few columns starts from the potentials of its parts. `name`
+    stands in error messages.
 
     Raises ValueError for a matrix that is not square, real, floating and finite, or duals that do not fit;
     ImportError for a backend that was asked for by name and is not installed; RuntimeError where a solver
