@@ -47,7 +47,7 @@ def prepare(options: Options) -> None:
     if options.deterministic:
         make_deterministic()
     options.results.mkdir(parents=True, exist_ok=True)
-    with only_writer(options.results):  # what cannot be written or locked is said before the first training
+    with only_writer(options.results, wait=True):  # what cannot be written or locked is said before any training
         pass
 
 
@@ -86,11 +86,14 @@ def choose(
 def _choose_scenarios(studies: Sequence[Study], scenarios: Sequence[str]) -> list[tuple[Study, Scenario]]:
     if not scenarios:
         return [(one, scenario) for one in studies for scenario in one.select(one.quick)]
-    names = {scenario.name: (one, scenario) for one in studies for scenario in one.scenarios}
+    known: dict[str, list[tuple[Study, Scenario]]] = {}
+    for one in studies:
+        for scenario in one.scenarios:
+            known.setdefault(scenario.name, []).append((one, scenario))
     for name in scenarios:
-        if name not in names:
-            raise ValueError(f"there is no scenario {name!r}{nearest(name, names)}")
-    return [names[name] for name in scenarios]
+        if name not in known:
+            raise ValueError(f"there is no scenario {name!r}{nearest(name, known)}")
+    return [pair for name in scenarios for pair in known[name]]  # studies may have scenarios of one name
 
 
 def measure(one: Study, scenario: Scenario, options: Options, place: RunPaths) -> list[Row]:

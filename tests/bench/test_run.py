@@ -8,6 +8,7 @@ from regraft_bench import run as run_module
 from regraft_bench import session
 from regraft_bench.rows import read_rows
 from regraft_bench.run import is_crash, run
+from regraft_bench.studies import STUDIES, study
 from regraft_bench.study import TUNING_SEED, Measured, Method, Scenario, Setting, Task
 
 from .conftest import Toy, broken, diverging, ran
@@ -44,6 +45,12 @@ def test_methods_can_be_chosen_across_scenarios():
     ]
     with pytest.raises(ValueError, match="there is no method 'fgtm' here; did you mean fgmt"):
         session.choose(["transfer"], methods=["fgtm"])
+
+
+def test_a_scenario_is_chosen_by_its_name_whatever_others_are_called():
+    for one in map(study, STUDIES):
+        for scenario in one.scenarios:
+            assert (one.name, scenario.name) in [(s.name, c.name) for s, c in session.choose(scenarios=[scenario.name])]
 
 
 def counted(toy, method):
