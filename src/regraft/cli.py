@@ -149,6 +149,7 @@ def run_match(
     /,
     *,
     out: Path = Path("aligned"),
+    activations: bool = False,
     checkpoint: OmitArgPrefixes[CheckpointOptions] = OPTIONS,
 ) -> int:
     """Write B with its units in the order of A's: the same function. With data, measure the loss barrier between both.
@@ -157,10 +158,12 @@ def run_match(
         a: a checkpoint, as `port` takes it.
         b: another of the same architecture.
         out: the folder to write (shards, index, README.md); it must not exist yet.
+        activations: match units by what they compute on the data, not by weights; needs --model, --data and memory.
     """
     from regraft import porting
 
-    result = porting.match_checkpoints(a, b, out, resume=checkpoint.resume, **checkpoint.settings())
+    how = {"activations": activations, "resume": checkpoint.resume}
+    result = porting.match_checkpoints(a, b, out, **how, **checkpoint.settings())
     return _print_result(result, checkpoint.json)
 
 

@@ -18,6 +18,7 @@ from regraft.training.evaluation import accuracy
 from regraft.training.landscape import interpolate
 from regraft.training.loop import Recipe
 from regraft_bench.baselines import GIT_REBASIN, match_like_git_rebasin
+from regraft_bench.matching.scaling import normalise_scales
 from regraft_bench.matching.setting import MatchingSetting, TrainedPair
 from regraft_bench.study import Measured, Method, Scenario, Task, first_paragraph
 
@@ -76,6 +77,14 @@ def match_by_activations(setting: MatchingSetting) -> Perm:
     return match(setting.spec, *setting.pair, model=setting.model, batches=setting.calibration).perm
 
 
+def match_at_unit_norms(setting: MatchingSetting) -> Perm:
+    """`regraft.match` of both networks in ReLU's normal form: inputs of norm 1 for every unit whose scale is free."""
+    images = setting.calibration[0][0]
+    first, second = (normalise_scales(setting.spec, setting.model, network, images) for network in setting.pair)
+    names = setting.weights[0]
+    return match(setting.spec, {n: first[n] for n in names}, {n: second[n] for n in names}).perm
+
+
 def measure_middle(find: Finder, setting: MatchingSetting) -> Measured:
     """Match the second network to the first, and go along the line between them."""
     model, (first, second) = setting.model, setting.pair
@@ -109,6 +118,7 @@ MATCHERS: dict[str, Finder] = {
     GIT_REBASIN: match_in_random_orders,
     "Frank-Wolfe": match_by_frank_wolfe,
     "activations": match_by_activations,
+    "regraft, unit norms": match_at_unit_norms,
 }
 MATCHING_METHODS = tuple(
     Method(name, partial(measure_middle, find), about=first_paragraph(find)) for name, find in MATCHERS.items()

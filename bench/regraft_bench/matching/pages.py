@@ -32,6 +32,7 @@ QUESTIONS = (
     ("regraft, joint start", "regraft, best of 5 random starts"),
     ("regraft, joint start", "Frank-Wolfe"),
     ("activations", "regraft"),
+    ("regraft, unit norms", "regraft"),
 )
 MATCHING_TABLES = (
     Table(

@@ -15,6 +15,7 @@ from regraft.core.arguments import check_arguments
 from regraft.core.clock import EVALUATION, Clock
 from regraft.core.files import BadFile
 from regraft.core.tensors import Perm
+from regraft.matching.descent import match
 from regraft.porting.checkpoint_files import CheckpointFile, Lazy
 from regraft.porting.fitting import Distance
 from regraft.porting.job import Job, open_job, read_checkpoints
@@ -37,23 +38,38 @@ IN_MEMORY_COPIES = 8
 
 @check_arguments
 def match_checkpoints(
-    a: Path | str, b: Path | str, out: Path | str, *, resume: bool = False, **settings: Unpack[Settings]
+    a: Path | str,
+    b: Path | str,
+    out: Path | str,
+    *,
+    activations: bool = False,
+    resume: bool = False,
+    **settings: Unpack[Settings],
 ) -> Result:
     """Write pi(b), where pi brings the units of ``b`` onto those of ``a`` (Git Re-Basin): the same function.
+
+    activations: match units by the correlation of their activations on the data's training batches (see
+    `regraft.match`), which needs a model and holds both networks in memory; by weights, tensor by tensor, if not.
 
     Measured: the relative distance of the two before and after; with data, loss barriers and accuracies of the middle
     along the line between them, before and after. Settings: see `Settings`; errors are those of `regraft.port`.
     """
     clock = Clock()
     with clock.phase("checks"):
-        job = open_alike("match", [("a", a), ("b", b)], "b", out, settings, resume=resume)
-    return run_job(job, out, partial(_match, job), clock, resume=resume)
+        if activations and settings.get("data") is None:
+            raise ValueError("matching by activations needs data: --data on the command line, data= in Python")
+        method = "match by activations" if activations else "match"
+        job = open_alike(method, [("a", a), ("b", b)], "b", out, settings, resume=resume)
+    return run_job(job, out, partial(_match, job, activations), clock, resume=resume)
 
 
-def _match(job: Job, part: Path, clock: Clock) -> Made:
+def _match(job: Job, activations: bool, part: Path, clock: Clock) -> Made:
     assert job.model_spec is not None
     networks = job.networks(job.model_spec.device)
-    perm = align(job.spec, networks, "b", part, clock)
+    if activations:
+        perm = keep_tensors(part, "perm-b", partial(_match_activations, job, networks, clock))
+    else:
+        perm = align(job.spec, networks, "b", part, clock)
     aligned = permute_lazily(job.spec, perm, networks["b"])
     pairs = {"before": networks["b"], "after": aligned}
     measured: dict[str, Any] = {
@@ -65,6 +81,17 @@ def _match(job: Job, part: Path, clock: Clock) -> Made:
         with clock.phase(EVALUATION):
             measured |= _measure_lines(job, networks["a"], pairs)
     return Made(aligned, (perm,), measured)
+
+
+def _match_activations(job: Job, networks: Mapping[str, Weights], clock: Clock) -> Perm:
+    assert job.data is not None and job.model_spec is not None
+    target, source = (
+        {name: tensor for name, tensor in networks[role].items() if name not in job.layout.infinite} for role in "ab"
+    )
+    model, batches = job.model_spec.require_model().model, job.data.train
+    result = match(job.spec, target, source, model=model, batches=batches)
+    clock.add(result.seconds)
+    return result.perm
 
 
 def permute_lazily(spec: PermutationSpec, perm: Perm, tensors: Weights) -> Lazy:
