@@ -507,6 +507,10 @@ def test_an_aligned_checkpoint_is_the_same_function_nearer(three, tmp_path, caps
     close(result(done.out), regraft.apply(spec, done.perms[0], near(moved)), rtol=0, atol=0)
     assert command("match", [three[0], three[2]], *OF_MLP, "--out", tmp_path / "again") == 0
     assert "distance, after" in capsys.readouterr().out
+    by_data = regraft.match_checkpoints(three[0], three[2], tmp_path / "d", data=data, activations=True, **KNOWN)
+    assert by_data.measured["distance"]["after"] < by_data.measured["distance"]["before"]
+    assert command("match", [three[0], three[2]], *OF_MLP, "--out", tmp_path / "no", "--activations") == 2
+    assert "matching by activations needs data" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_a_sum_of_checkpoints(three, tmp_path):
