@@ -203,8 +203,9 @@ def count_held(sources: int) -> int:
 
 def block_of(tile: FlatTile, kind: MoveKind, held: int) -> int:
     """Elements a program; half of them where they move one by one, and where more than two sources are kept, so that
-    registers suffice."""
-    return tile.block // ((1 if kind.aligned16 else 2) * (2 if held > 2 else 1))
+    registers suffice; but 16 bytes a thread where these can be moved at once."""
+    block = tile.block // ((1 if kind.aligned16 else 2) * (2 if held > 2 else 1))
+    return max(block, 32 * tile.warps * kind.vector)
 
 
 @lru_cache(maxsize=32)

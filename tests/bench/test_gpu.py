@@ -64,12 +64,12 @@ def test_it_needs_nothing_else_and_goes_on_where_it_stopped(tmp_path, monkeypatc
     monkeypatch.setattr(gpu_checks, "_backend", lambda net: "torch")
     assert gpu.main(["--out", str(tmp_path), "--dry-run", "--case", "correctness", "--case", "ceilings"]) == 0
     path = tmp_path / "rows.jsonl"
-    first = [row["case"] for row in gpu.read_rows(path)]
+    first = [row["case"] for row in gpu.read_gpu_rows(path)]
     assert [name.partition(",")[0] for name in first] == ["correctness"] * 7 + ["ceilings"]
     path.write_text(path.read_text() + '{"case": "permute, Res')  # as a machine that was taken away leaves it
     done = call(tmp_path, "--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = list(gpu.read_rows(path))
+    rows = list(gpu.read_gpu_rows(path))
     names = [row["case"] for row in rows]
     assert sorted(names) == sorted(case.name for case in gpu.cases())
     assert names[: len(first)] == first
@@ -90,11 +90,11 @@ def test_time_that_is_up_and_failures_have_their_exit_status(tmp_path, monkeypat
     assert gpu.main(arguments) == 1
     monkeypatch.undo()
     assert gpu.main(arguments) == 0
-    failed, measured = gpu.read_rows(tmp_path / "rows.jsonl")
+    failed, measured = gpu.read_gpu_rows(tmp_path / "rows.jsonl")
     assert failed["failure"].startswith("ZeroDivisionError: division by zero (test_gpu.py:")
     assert measured["failure"] is None
     assert gpu.main(arguments) == 0
-    assert len(list(gpu.read_rows(tmp_path / "rows.jsonl"))) == 2
+    assert len(list(gpu.read_gpu_rows(tmp_path / "rows.jsonl"))) == 2
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):

@@ -35,6 +35,7 @@ from regraft_bench.kernels.contenders import (
     permute_contenders,
     similarity_contenders,
 )
+from regraft_bench.kernels.gpu_checks import Values
 from regraft_bench.kernels.gpu_clock import (
     PRODUCTS,
     count_kernels,
@@ -49,8 +50,6 @@ from regraft_kernels import tuning
 from regraft_kernels.backend import HAS_TRITON, triton
 from regraft_kernels.launch import device_family, use_tiles
 from regraft_kernels.packing import Packing
-
-Values = dict[str, float]
 
 TINY = Packing.build(
     {"a.weight": (12, 8, 3, 3), "a.bias": (12,), "b.weight": (16, 12), "head": (10, 16)},
@@ -334,7 +333,7 @@ def _check(check: Callable[[Network], Values], bench: Bench) -> Values:
     return check(bench.network("ResNet-18"))
 
 
-def measure(case: Case, bench: Bench) -> dict[str, Any]:
+def measure_case(case: Case, bench: Bench) -> dict[str, Any]:
     """The row of a case; what it raises stands in "failure"."""
     before, values, failure = time.perf_counter(), {}, None
     try:
@@ -362,7 +361,7 @@ def _device_name(bench: Bench) -> str:
     return f"dry run on {platform.machine()}"
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_gpu_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of earlier calls; a last line that was cut off is none."""
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -389,7 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     begun, bench = time.monotonic(), Bench(torch.device("cpu" if given.dry_run else given.device), given.dry_run)
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "rows.jsonl"
-    done = {row["case"] for row in read_rows(path) if row["failure"] is None and row["device"] == _device_name(bench)}
+    device = _device_name(bench)
+    done = {row["case"] for row in read_gpu_rows(path) if row["failure"] is None and row["device"] == device}
     left = [c for c in cases() if c.name not in done and (not given.case or any(k in c.name for k in given.case))]
     failed = 0
     if path.exists() and not path.read_bytes().endswith(b"\n"):  # a last line that was cut off takes no other along
@@ -399,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
         if time.monotonic() - begun > given.seconds:
             print(f"time is up: {len(left) - number} cases are left for the next call")
             return 3
-        row = measure(case, bench)
+        row = measure_case(case, bench)
         with path.open("a") as file:
             print(json.dumps(row), file=file, flush=True)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in row["values"].items())
