@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from regraft.symmetry import PermutationSpec, trace, verify
 
 
-def proved(model: nn.Module, *shape: int, draws: int = 2) -> PermutationSpec:
-    """Traced without a warning, and proved."""
+def proved(model: nn.Module, *shape: int, draws: int = 2, losses: bool = False) -> PermutationSpec:
+    """Traced without a warning, and proved; with ``losses`` units may be lost."""
     x = torch.rand(shape)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        if losses:
+            warnings.filterwarnings("ignore", "units of ")
         spec = trace(model, x)
     assert verify(spec, model, x, draws=draws) < 1e-10
     return spec

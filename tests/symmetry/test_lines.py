@@ -112,7 +112,6 @@ def test_operators_that_were_not_known(case):
     assert sorted(proved(Net(function, **members), 3, 5, 4, draws=4).groups.values()) == sizes
 
 
-def test_sizes_that_depend_on_data_are_one_sentence_that_names_the_module():
-    net = nn.Sequential(nn.Linear(4, 6), Net(lambda m, x: x[x[:, 0] > 0]), nn.Linear(6, 2))
-    with pytest.raises(ValueError, match=r"aten\.index\.Tensor in '1' \(Net\) depends on the values"):
-        trace(net, torch.rand(3, 4))
+def test_sizes_that_depend_on_data_are_those_of_the_example():
+    net = Net(lambda m, x: m.out(m.stem(x)[x[..., 0] > 0.5].tanh()), stem=(4, 6), out=(6, 2))
+    assert proved(net, 3, 5, 4).groups == {"stem": 6}

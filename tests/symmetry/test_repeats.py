@@ -8,7 +8,7 @@ from nets import attention, grouped
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from regraft.symmetry import labels, trace
+from regraft.symmetry import labels, trace, units
 
 MODELS = {
     "attention": (lambda: attention(4, 2), (2, 5, 3)),
@@ -25,16 +25,17 @@ def test_repetitions_say_nothing_new(name, monkeypatch):
     torch.manual_seed(0)
     model, x = make(), torch.rand(shape)
     once = trace(model, x)
-    monkeypatch.setattr(labels, "_expanded_dims", lambda tensor: [])
+    for module in (labels, units):
+        monkeypatch.setattr(module, "expanded_dims", lambda tensor: [])
     assert trace(model, x) == once
 
 
 def test_the_work_of_a_trace_hardly_grows_with_the_number_of_places(monkeypatch):
     """Labels that are looked up, for 4 and for 64 windows of tokens."""
     counted = [0]
-    find = labels.Units._find
+    find = units.Units._find
     monkeypatch.setattr(
-        labels.Units, "_find", lambda self, x: counted.__setitem__(0, counted[0] + x.numel()) or find(self, x)
+        units.Units, "_find", lambda self, x: counted.__setitem__(0, counted[0] + x.numel()) or find(self, x)
     )
     seen = []
     for tokens in (16, 256):

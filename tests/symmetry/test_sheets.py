@@ -174,4 +174,4 @@ def stays(spec: PermutationSpec, name: str) -> list[int]:
 )  # fmt: skip
 def test_what_is_told_apart_along_a_dimension_stays(function, weight, fixed):
     net = Net(function, **ENDS, w=weight)
-    assert stays(proved(net, 3, 5, 4, draws=3), "w") == fixed
+    assert stays(proved(net, 3, 5, 4, draws=3, losses=True), "w") == fixed

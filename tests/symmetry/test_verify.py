@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from nets import Net
-from torch import nn
+from torch import Tensor, nn
 
 from regraft.symmetry import PermutationSpec, Segment, trace, verify
 
@@ -161,3 +161,38 @@ def test_what_is_far_too_small_or_large_hides_no_wrong_axis(name, rows, value):
     assert verify(spec, net, x) < 1e-12
     with pytest.raises(ValueError, match="changes the function"):
         verify(spec.with_axis("inner.weight", 0, (Segment(None, 0, 6),)), net, x)
+
+
+class Chooser(nn.Module):
+    """The number of a class that always wins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.out.bias.data = torch.tensor([1.0, 2.0, 900.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.stem(x).tanh()).argmax(-1)
+
+
+class Headed(nn.Module):
+    """A head that runs in training mode only, and drops out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out, self.head = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        h = self.stem(x).tanh()
+        extra = [nn.functional.dropout(self.head(h), 0.5)] if self.training else []
+        return [self.out(h), *extra]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Chooser, "out.weight"), (Headed, "head.weight")])
+def test_a_wrong_axis_before_an_integer_or_in_a_training_head_is_found(kind, name):
+    torch.manual_seed(0)
+    model, x = kind(), torch.rand(3, 4)
+    spec = trace(model, x)
+    assert verify(spec, model, x) < 1e-10
+    with pytest.raises(ValueError, match=f"it lacks axis 1 of tensor '{name}'"):
+        verify(spec.with_axis(name, 1, (Segment(None, 0, 6),)), model, x)

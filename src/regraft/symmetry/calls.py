@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from regraft.core.forward import arguments, part
@@ -105,17 +106,27 @@ class Caller(nn.Module):
 
 @contextlib.contextmanager
 def ready(model: nn.Module, *, heads: bool = False) -> Iterator[None]:
-    """Inside, the model is in evaluation mode (`regraft.core.guard.evaluating`) and keeps no caches."""
+    """Inside, the model is in evaluation mode (`regraft.core.guard.evaluating`) and keeps no caches. With ``heads`` its
+    own modules are in training mode, but nothing drops out."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
     for config in caching:
         config.use_cache = False
     try:
-        with evaluating(model, heads=heads):
+        with evaluating(model, heads=heads), _WithoutDropout() if heads else contextlib.nullcontext():
             yield
     finally:
         for config in caching:
             config.use_cache = True
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Inside, dropout gives back what it is given."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "dropout" in getattr(function, "__name__", ""):
+            return args[0] if args else (kwargs or {})["input"]
+        return function(*args, **(kwargs or {}))
 
 
 def check_placed(model: nn.Module, call: Call) -> None:

@@ -8,14 +8,14 @@ does not move.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from regraft.symmetry.axes import Axis, Segment
-from regraft.symmetry.labels import Flow, Leaf, Value, line, varying
+from regraft.symmetry.labels import Event, Flow, Leaf, Tie, Value, line, varying
 from regraft.symmetry.nesting import arrange, mix, nest
 from regraft.symmetry.spec import PermutationSpec
 
@@ -24,6 +24,7 @@ def specify(flow: Flow, leaves: Sequence[Leaf]) -> PermutationSpec:
     """The specification that a finished pass of labels amounts to."""
     all_leaves = [*leaves, *flow.derived]
     fix_elementwise_axes(flow, all_leaves)
+    flow.begin(Event("the nesting of blocks"))
     groups, blocks = arrange(flow, nest(flow, lambda: signatures(flow, all_leaves)))
     # of every root: the number of its group (-1: fixed), and of its unit
     group = np.full(flow.units.count, -1)
@@ -46,6 +47,7 @@ def fix_elementwise_axes(flow: Flow, leaves: Iterable[Leaf]) -> None:
     for leaf in leaves:
         if leaf.scalars is None or not leaf.shape:
             continue
+        flow.units.event = leaf.used_at
         along = varying(flow.units.roots(leaf.scalars))
         if len(along) > 1:
             flow.freeze(Value(leaf, leaf.shape))
@@ -63,21 +65,10 @@ def fix_elementwise_axes(flow: Flow, leaves: Iterable[Leaf]) -> None:
 def signatures(flow: Flow, leaves: Sequence[Leaf]) -> np.ndarray:
     """uint64 for every label that is a root: equal where units may trade places."""
     total = torch.zeros(flow.units.count, dtype=torch.int64)
-    known: dict[int, Tensor] = {}
-
-    def ranks(labels: Tensor) -> Tensor:
-        if id(labels) not in known:
-            known[id(labels)] = occurrences(flow.units.roots(labels))
-        return known[id(labels)]
-
-    number = 0
-    for tie in flow.ties:
-        number += 1
-        keys = tie.positions.long()
-        if tie.sources:
-            table = torch.cat([ranks(source).flatten() + (j << 40) for j, source in enumerate(tie.sources)])
-            keys = torch.where(keys < 0, torch.iinfo(torch.int64).min, table[keys.clamp(min=0)])
-        _add(total, flow.units.roots(tie.labels), _mix(_salt(ranks(tie.labels), number)) + keys)
+    ranks = _Ranks(flow)
+    for number, tie in enumerate(flow.ties, 1):
+        _add_tie(flow, total, tie, number, ranks)
+    number = len(flow.ties)
     for leaf in leaves:
         for labels in leaf.axes:
             number += 1
@@ -85,6 +76,36 @@ def signatures(flow: Flow, leaves: Sequence[Leaf]) -> np.ndarray:
                 own_ranks = ranks(labels)
                 _add(total, flow.units.roots(labels), _mix(_salt(own_ranks, number)) + own_ranks)
     return total.numpy().view(np.uint64)
+
+
+def tie_hashes(flow: Flow) -> Iterator[tuple[int, Tensor]]:
+    """The event of every tie, and what it adds to the signatures: int64 for every label that is a root."""
+    ranks = _Ranks(flow)
+    for tie in flow.ties:
+        total = torch.zeros(flow.units.count, dtype=torch.int64)
+        _add_tie(flow, total, tie, 1, ranks)
+        yield tie.event, total
+
+
+class _Ranks:
+    """:func:`occurrences` of label tensors, each computed once."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.known: dict[int, Tensor] = {}
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        if id(labels) not in self.known:
+            self.known[id(labels)] = occurrences(self.flow.units.roots(labels))
+        return self.known[id(labels)]
+
+
+def _add_tie(flow: Flow, total: Tensor, tie: Tie, number: int, ranks: _Ranks) -> None:
+    keys = tie.positions.long()
+    if tie.sources:
+        table = torch.cat([ranks(source).flatten() + (j << 40) for j, source in enumerate(tie.sources)])
+        keys = torch.where(keys < 0, torch.iinfo(torch.int64).min, table[keys.clamp(min=0)])
+    _add(total, flow.units.roots(tie.labels), _mix(_salt(ranks(tie.labels), number)) + keys)
 
 
 def _salt(ranks: Tensor, number: int) -> Tensor:
@@ -105,6 +126,8 @@ def occurrences(roots: Tensor) -> Tensor:
     """int64 of the same shape: the rank of each scalar among those of its unit, in row-major order (a fixed one:
     its own place, from below)."""
     along = varying(roots)
+    if not roots.numel():
+        return roots.long()
     if len(along) > 1:
         ranks = _ranks(roots.flatten()).view(roots.shape)
     else:  # one line, repeated: any numbering of the repetitions will do, as long as it is the same for all units

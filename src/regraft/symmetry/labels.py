@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,78 +26,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 from regraft.symmetry.lengths import Lengths
-
-# ---- units: disjoint sets of labels
-
-
-class Units:
-    """Disjoint sets over labels 0..n-1, all in arrays. Label 0 is fixed, and so is what is joined with it.
-
-    A label's entry is a smaller label of its set, or itself where it is the smallest.
-    """
-
-    def __init__(self) -> None:
-        self._root = torch.zeros(1 << 16, dtype=torch.int32)
-        self.count = 1
-
-    def fresh(self, *shape: int) -> Tensor:
-        """New labels, int32, each a unit of its own."""
-        n = math.prod(shape)
-        if self.count + n > len(self._root):
-            spare = torch.zeros(max(len(self._root), n), dtype=torch.int32)
-            self._root = torch.cat([self._root, spare])
-        new = torch.arange(self.count, self.count + n, dtype=torch.int32)
-        self._root[self.count : self.count + n] = new
-        self.count += n
-        return new.view(shape)
-
-    def roots(self, labels: Tensor) -> Tensor:
-        """The smallest label of each label's set; expanded where the labels are."""
-        return self._find(unexpand(labels)).expand(labels.shape)
-
-    def _find(self, labels: Tensor) -> Tensor:
-        root = self._root[labels]
-        above = self._root[root]
-        if torch.equal(root, above):
-            return root
-        while not torch.equal(root, above):
-            root, above = above, self._root[above]
-        self._root[labels] = root  # the next look is a short one
-        return root
-
-    def join(self, a: Tensor, b: Tensor) -> None:
-        """Makes one unit of ``a`` and ``b``, element by element, after broadcasting."""
-        a, b = (x.flatten() for x in _compact(a, b))
-        differ = a != b
-        a, b = self._find(a[differ]), self._find(b[differ])
-        while (differ := a != b).any():
-            a, b = a[differ], b[differ]
-            high, low = torch.maximum(a, b), torch.minimum(a, b)
-            self._root[high] = low  # one of several, where a root meets several: another round takes the others
-            a, b = self._find(high), self._find(low)
-
-
-def _compact(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """After broadcasting, of length 1 along the dimensions that are expanded in both: they say the same again."""
-    a, b = torch.broadcast_tensors(a, b)
-    again = [d for d in _expanded_dims(a) if b.stride(d) == 0]
-    return first(a, again), first(b, again)
-
-
-def unexpand(tensor: Tensor) -> Tensor:
-    """Of length 1 along the dimensions in which it is expanded: what it holds, without the repetitions."""
-    return first(tensor, _expanded_dims(tensor))
-
-
-def first(tensor: Tensor, dims: Sequence[int]) -> Tensor:
-    """The first slice along some dimensions, which stay, of length 1."""
-    for d in dims:
-        tensor = tensor.narrow(d, 0, 1)
-    return tensor
-
-
-def _expanded_dims(tensor: Tensor) -> list[int]:
-    return [d for d, n in enumerate(tensor.shape) if n > 1 and tensor.stride(d) == 0]
+from regraft.symmetry.units import How, Units, compact, expanded_dims, first, unexpand
 
 
 def is_repeating(labels: Tensor) -> bool:
@@ -128,6 +57,7 @@ class Leaf:
     learned: bool
     axes: list[Tensor | None] = field(init=False)
     scalars: Tensor | None = None  # labels of single scalars, where it is used element by element
+    used_at: int = -1  # the event of that
     computed: bool = False  # a value with units along several dimensions (see `sheets`)
 
     def __post_init__(self) -> None:
@@ -161,7 +91,7 @@ class Value:
     def map_positions(self, function: Callable[[Tensor], Any]) -> Any:
         """What an operator makes of it that only moves scalars, by running it on positions (-1: a constant)."""
         repeats = self.repeats
-        if self.positions is None and isinstance(self.base, Tensor) and _expanded_dims(self.base):
+        if self.positions is None and isinstance(self.base, Tensor) and expanded_dims(self.base):
             repeats = _lines(self.base), _turns(self.base)
         if repeats is None:
             made = function(self.places())
@@ -197,12 +127,13 @@ class Tie:
     positions: Tensor
     sources: tuple[Tensor, ...]
     kind: Literal["same"] | Relation = "same"
+    event: int = -1  # that demanded it
 
 
 def drop_repeats(tie: Tie) -> Tie:
     """The same demand, said once: where a line of units is repeated, and what it is tied to is repeated alike."""
-    labels, positions = _compact(tie.labels, tie.positions)
-    again = _expanded_dims(labels)
+    labels, positions = compact(tie.labels, tie.positions)
+    again = expanded_dims(labels)
     if not again:
         return replace(tie, labels=labels, positions=positions)
     if tie.sources:
@@ -227,7 +158,7 @@ def _lines(source: Tensor, start: int = 0) -> Tensor:
 
 def _turns(source: Tensor) -> Tensor:
     """int32 of the same shape: the number of the repetition that a scalar stands in."""
-    again = _expanded_dims(source)
+    again = expanded_dims(source)
     return places([n if d in again else 1 for d, n in enumerate(source.shape)]).expand(source.shape)
 
 
@@ -235,6 +166,24 @@ def concat(tensors: Iterable[Tensor]) -> Tensor:
     """All scalars of some tensors, one tensor after the other."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+class Event(NamedTuple):
+    """An operator of the graph, in its module; ``plain``: an operand depends on no parameter."""
+
+    operator: str
+    where: str = ""
+    plain: bool = False
+
+    @property
+    def name(self) -> str:
+        """The operator's bare name."""
+        return self.operator.partition("aten.")[2].partition(".")[0]
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"{self.operator} (in {self.where})" if self.where else self.operator
 
 
 class Flow:
@@ -253,6 +202,13 @@ class Flow:
         self.lengths = Lengths()
         self.sizes: dict[Any, int] = {}  # of symbols in shapes that constants decide
         self.node: Node | None = None  # what is being passed through, in its graph
+        self.events: list[Event] = []
+        self.plain: set[Node] = set()  # what depends on no parameter
+
+    def begin(self, event: Event) -> None:
+        """What is demanded from now on is demanded by this."""
+        self.units.event = len(self.events)
+        self.events.append(event)
 
     # -- labels of values
 
@@ -290,6 +246,7 @@ class Flow:
     def scalars(self, leaf: Leaf) -> Tensor:
         """int32 of the leaf's shape: a label for every scalar."""
         if leaf.scalars is None:
+            leaf.used_at = self.units.event
             long = [a for a, length in enumerate(leaf.shape) if length != 1]
             if not long:
                 leaf.scalars = torch.zeros(leaf.shape, dtype=torch.int32)
@@ -326,7 +283,7 @@ class Flow:
         line, turn = value.repeats
         once = concat([unexpand(base)])[unexpand(line)]
         labels = once.expand(value.shape)
-        if set(varying(turn)) <= set(_expanded_dims(line)):
+        if set(varying(turn)) <= set(expanded_dims(line)):
             self.tie(once, unexpand(line), unexpand(base))
         else:
             self.tie(labels, positions, base)
@@ -371,21 +328,22 @@ class Flow:
         """Element by element one unit, after broadcasting."""
         self.units.join(a, b)
 
-    def freeze(self, value: Value | Tensor) -> None:
-        """Never moves, from here back to where it came from."""
+    def freeze(self, value: Value | Tensor, how: How = "held") -> None:
+        """Never moves, from here back to where it came from; ``how``: for the reasons that are given."""
         if isinstance(value, Value) and isinstance(value.base, Leaf):
             for a in range(len(value.base.shape)):
-                self.freeze(self.axis(value.base, a))
+                self.freeze(self.axis(value.base, a), how)
             if value.base.scalars is not None:
-                self.freeze(value.base.scalars)
+                self.freeze(value.base.scalars, how)
         else:
             labels = self.labels(value) if isinstance(value, Value) else value
-            self.join(labels, torch.zeros((), dtype=torch.int32))
+            self.units.join(labels, torch.zeros((), dtype=torch.int32), how)
 
     def tie(self, labels: Tensor, positions: Tensor, *sources: Tensor) -> None:
         """See :class:`Tie`; without sources: units may only trade places that have equal ``positions``."""
         if not self.is_fixed(labels):
-            self.ties.append(drop_repeats(Tie(labels, positions.expand(labels.shape), sources)))
+            tie = Tie(labels, positions.expand(labels.shape), sources, event=self.units.event)
+            self.ties.append(drop_repeats(tie))
 
     def relate(self, labels: Tensor, others: Tensor, kind: Relation, positions: Tensor | None = None) -> None:
         """Every unit of ``labels`` is "within" the unit that ``others`` has at its places, or its "twin"; those that it
@@ -396,8 +354,8 @@ class Flow:
         if positions is None:
             others = unexpand(others)
             positions = places(others.shape).expand(labels.shape)
-        self.ties.append(drop_repeats(Tie(labels, positions, (others,), kind)))
-        mine, at = _compact(labels, positions)
+        self.ties.append(drop_repeats(Tie(labels, positions, (others,), kind, self.units.event)))
+        mine, at = compact(labels, positions)
         mine, theirs = self.units.roots(mine).flatten(), others.reshape(-1)[at.flatten()]
         order = mine.argsort(stable=True)
         mine, theirs = mine[order], theirs[order]
@@ -450,7 +408,7 @@ class Flow:
             if dims:
                 along[dims[0]].append(a)
             elif leaf.shape[a] > 1:  # one slice of this axis: nothing may take its place
-                self.freeze(self.axis(leaf, a)[coordinate[origin]])
+                self.freeze(self.axis(leaf, a)[coordinate[origin]], "fixed")
         if not along[dim]:
             return self.units.fresh(1) if value.shape[dim] == 1 else None
         first_axis, *others = along[dim]

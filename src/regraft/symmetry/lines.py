@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from regraft.symmetry.labels import Flow, Value, first, places, varying
+from regraft.symmetry.labels import Flow, Value, places, varying
 from regraft.symmetry.pointwise import join_operands, reduce
 from regraft.symmetry.rules import Operation, each_size, is_size, rule
 from regraft.symmetry.sheets import is_sheet, pass_factors
+from regraft.symmetry.units import first
 
 
 def pass_lines(flow: Flow, op: Operation, x: Any, dims: int | Sequence[int] | None) -> Any:
@@ -99,8 +100,12 @@ def _index_add(flow: Flow, op: Operation, x: Any, dim: int, index: Any, source: 
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")
 def _index_put(flow: Flow, op: Operation, x: Any, indices: Sequence[Any], values: Any, *_: Any) -> Any:
     """Whole lines of every unit are written, to places that are the same for all."""
-    covered, behind = _indexed_dims(flow, indices)
-    if not covered or not all(_is_the_same_for_all(flow, i) for i in indices if i is not None):
+    covered, behind = indexed_dims(flow, indices)
+    if (
+        not covered
+        or not are_adjacent(covered)
+        or not all(_is_the_same_for_all(flow, i) for i in indices if i is not None)
+    ):
         return NotImplemented
     if isinstance(x, Value) and line_units(flow, x, covered) is None:
         return NotImplemented
@@ -121,9 +126,8 @@ def _index_put(flow: Flow, op: Operation, x: Any, indices: Sequence[Any], values
     return result if all(flow.passes(result, d) for d in covered) else NotImplemented
 
 
-def _indexed_dims(flow: Flow, indices: Sequence[Any]) -> tuple[list[int], int]:
-    """The dimensions that adjacent indices look up, and how many stand in their place; none where indices are not
-    adjacent. A mask covers as many as it has."""
+def indexed_dims(flow: Flow, indices: Sequence[Any]) -> tuple[list[int], int]:
+    """The dimensions that indices look up, and how many stand for them. A mask covers as many as it has."""
     nodes = flow.node.args[1] if flow.node is not None else indices
     covered: list[int] = []
     behind, dim = 0, 0
@@ -134,9 +138,12 @@ def _indexed_dims(flow: Flow, indices: Sequence[Any]) -> tuple[list[int], int]:
             covered += range(dim, dim + length)
             behind = max(behind, 1 if mask else len(index.shape))
         dim += length
-    if covered and covered != list(range(covered[0], covered[-1] + 1)):
-        return [], 0
     return covered, behind
+
+
+def are_adjacent(dims: Sequence[int]) -> bool:
+    """Whether they follow one another; looked-up dimensions that do not are put first."""
+    return list(dims) == list(range(dims[0], dims[-1] + 1))
 
 
 @rule("masked_scatter")
@@ -194,6 +201,8 @@ def _glu(flow: Flow, op: Operation, x: Value, dim: int) -> Value:
 @rule("view_as_complex")
 def _view_as_complex(flow: Flow, op: Operation, x: Value) -> Any:
     """The two parts of a number are one unit."""
+    if is_sheet(x) and (passed := pass_factors(flow, op.out, x, [-1], held=True)) is not None:
+        return passed
     labels = flow.labels(x)
     flow.join(labels, labels[..., :1])
     return pass_lines(flow, op, flow.new(labels), -1)

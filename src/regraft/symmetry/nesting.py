@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from regraft.symmetry.labels import Flow, unexpand
+from regraft.symmetry.labels import Flow
+from regraft.symmetry.units import unexpand
 
 COLOURING_ROUNDS = 6
 """Of colouring: a colour hears of blocks in blocks so deep."""

@@ -11,20 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import (
-    Flow,
-    Leaf,
-    Relation,
-    Value,
-    first,
-    is_repeating,
-    line,
-    places,
-    unexpand,
-    varying,
-)
+from regraft.symmetry.labels import Flow, Leaf, Relation, Value, is_repeating, line, places, varying
 from regraft.symmetry.rules import Operation, each_size, first_of, rule, words
 from regraft.symmetry.sheets import is_sheet, meet, reduce_factors
+from regraft.symmetry.units import first, unexpand
 
 UNARY = words(
     "dropout feature_dropout alpha_dropout to _to_copy type_as hardswish log_sigmoid celu rrelu zero fill "
@@ -93,7 +83,7 @@ def join_operands(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor
     for v in fixed:
         seen = v.places().expand(out)
         if _are_distinct(seen):
-            flow.freeze(result)
+            flow.freeze(result, "apart")
         else:
             flow.tie(result, seen)
     return flow.new(result)
@@ -135,7 +125,7 @@ def _freeze_scalars(flow: Flow, out: torch.Size, values: Sequence[Value]) -> Non
     single = [v for v in values if math.prod(v.shape) == 1]
     if math.prod(out) > 1 and any(varying(flow.units.roots(flow.labels(v))) for v in values):
         for v in single:
-            flow.freeze(flow.labels(v))
+            flow.freeze(flow.labels(v), "fixed")
 
 
 def _read_labels(flow: Flow, value: Value) -> Tensor:
@@ -189,6 +179,13 @@ def _kind_of_broadcast(flow: Flow, largest: Tensor, value: Value, labels: Tensor
         return None
     if not isinstance(value.base, Leaf):
         return "within"
+    return _relation_of_leaf(again, own)
+
+
+def _relation_of_leaf(again: Sequence[int], own: Sequence[int]) -> Relation | None:
+    """A parameter with a value for each block, or one for each unit of every block."""
+    if own and max(own) < min(again):
+        return "within"
     return "twin" if own and max(again) < min(own) else None
 
 
@@ -228,7 +225,14 @@ def _prelu(flow: Flow, op: Operation, x: Any, slope: Any) -> Value:
     return flow.new(flow.labels(x))
 
 
-@rule("__and", "__or", "__xor", "__lshift", "__rshift", "complex", "polar", "heaviside")
+WITHOUT_TAG = words(
+    "__and __or __xor __lshift __rshift complex polar heaviside multiply subtract divide true_divide negative absolute "
+    "greater greater_equal less less_equal not_equal clip arctan arctanh arcsin arcsinh arccos arccosh arctan2 fix"
+)
+"""Operators that are pointwise without torch's tag."""
+
+
+@rule(*WITHOUT_TAG)
 def _pointwise_without_tag(flow: Flow, op: Operation, *_: Any) -> Value:
     return pointwise(flow, op)
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import Flow, Leaf, Value, is_repeating, places, unexpand
+from regraft.symmetry.labels import Flow, Leaf, Value, is_repeating, places
 from regraft.symmetry.pointwise import channel_units, join_operands, spread
 from regraft.symmetry.rules import Operation, each_size, first_of, freeze, freeze_operator, rule
 from regraft.symmetry.sheets import contract_factors, is_sheet
+from regraft.symmetry.units import unexpand
 
 # ---- an activation with a weight
 

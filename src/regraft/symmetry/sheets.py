@@ -12,22 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from regraft.symmetry.labels import (
-    Flow,
-    Leaf,
-    Relation,
-    Value,
-    first,
-    is_repeating,
-    places,
-    unexpand,
-    varying,
-)
+from regraft.symmetry.labels import Flow, Leaf, Relation, Value, is_repeating, places, varying
+from regraft.symmetry.units import How, first, unexpand
 
 Dims = tuple[int, ...]
 
@@ -130,7 +121,7 @@ def _parts_of_leaf(flow: Flow, x: Value) -> Parts | None:
         units, dims = flow.axis(leaf, a), tuple(varying(coordinates[a]))
         at = first(coordinates[a], [d for d in range(coordinates[a].ndim) if d not in dims])
         if not dims:  # one slice: nothing may take its place
-            flow.freeze(units[at.flatten()])
+            flow.freeze(units[at.flatten()], "fixed")
         elif flow.is_fixed(units):
             fixed.append((dims, at))
         elif any(set(f.dims) & set(dims) for f in factors):
@@ -245,7 +236,7 @@ def _join_set(flow: Flow, dims: Dims, entries: Sequence[tuple[Parts, list[Factor
             if parts.distrusted and not flow.is_fixed(largest.labels):
                 flow.lengths.distrusted.setdefault(flow.operator, flow.module)
             lengths = [n if d in at else 1 for d, n in enumerate(largest.labels.shape)]
-            _tie_to_keys(flow, largest.labels, places(lengths))
+            _tie_to_keys(flow, largest.labels, places(lengths), "fixed")
         if parts.keys is not None:
             _tie_to_constant(flow, dims, largest.labels, parts.keys)
     leaves = [f.leaf for _, f in present if f.leaf is not None]
@@ -260,6 +251,8 @@ def _relation(flow: Flow, largest: Factor, parts: Parts, factor: Factor) -> Rela
         return None
     if factor.leaf is None:
         return "within"
+    if max(factor.dims) < min(again):
+        return "within"
     return "twin" if max(again) < min(factor.dims) else None
 
 
@@ -272,13 +265,13 @@ def _tie_to_constant(flow: Flow, dims: Dims, labels: Tensor, constant: Tensor) -
     rows = constant.movedim(seen, list(range(len(seen)))).flatten(len(seen)).flatten(0, len(seen) - 1)
     rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
     keys = torch.unique(rows, dim=0, return_inverse=True)[1]
-    _tie_to_keys(flow, labels, keys.view(lengths).int())
+    _tie_to_keys(flow, labels, keys.view(lengths).int(), "apart")
 
 
-def _tie_to_keys(flow: Flow, labels: Tensor, keys: Tensor) -> None:
+def _tie_to_keys(flow: Flow, labels: Tensor, keys: Tensor, how: How) -> None:
     """Units may only trade places that have equal keys; frozen at once where no two have."""
     if keys.shape == labels.shape and not is_repeating(keys):
-        flow.freeze(labels)
+        flow.freeze(labels, how)
     else:
         flow.tie(labels, keys.expand(labels.shape))
 
@@ -346,10 +339,15 @@ def assemble(flow: Flow, out: Sequence[int], parts: Sequence[Value | Tensor], di
     return None if joined is None else put_together(flow, out, joined, flow.module)
 
 
-def pass_factors(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int]) -> Value | None:
-    """A result of the same factors, whose lines along ``dims`` are computed from those of x."""
+def pass_factors(flow: Flow, out: torch.Size, x: Value, dims: Sequence[int], *, held: bool = False) -> Value | None:
+    """A result of the same factors, whose lines along ``dims`` are computed from those of x; ``held``: units along
+    these are frozen."""
     parts = take_apart(flow, x)
     lines = {d % len(x.shape) for d in dims}
+    if parts is not None and held:
+        for factor in (f for f in parts.factors if set(f.dims) <= lines):
+            flow.freeze(factor.labels)
+        parts = replace(parts, factors=tuple(f for f in parts.factors if not set(f.dims) <= lines))
     if parts is None or parts.keys is not None or any(set(f.dims) & lines for f in parts.factors):
         return None
     if len(out) == len(x.shape):

@@ -98,7 +98,9 @@ class PermutationSpec:
     dimension, whose segments cover it in order. ``blocks``: a group -> that of the blocks that it consists of; and,
     where the blocks' units move alike, that of one block's units. ``optional``: names that tensors may lack: buffers,
     and second names of shared tensors. ``proven``: whether :func:`regraft.symmetry.verify` proved it; it and a file
-    that was not edited keep the mark, a changed specification has none.
+    that was not edited keep the mark, a changed specification has none. ``reasons``: "tensor:axis" -> why nothing moves
+    along it, of a traced weight; ``idle``: "tensor:axis" without an effect on the output, of which a proof says
+    nothing (neither is saved).
 
     Raises ValueError, naming the tensor or the group, where these do not fit.
     """
@@ -108,6 +110,8 @@ class PermutationSpec:
     optional: frozenset[str] = frozenset()
     blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     proven: bool = field(default=False, compare=False)
+    reasons: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    idle: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_blocks(self.groups, self.blocks)
@@ -145,9 +149,10 @@ class PermutationSpec:
         axes[axis] = segments
         return replace(self, axes={**self.axes, name: tuple(axes)}, proven=False)
 
-    def mark(self, *, proven: bool) -> None:
+    def mark(self, *, proven: bool, idle: Sequence[str] = ()) -> None:
         """What :func:`regraft.symmetry.verify` found; nothing else changes."""
         object.__setattr__(self, "proven", proven)
+        object.__setattr__(self, "idle", tuple(idle))
 
     def to_json(self) -> str:
         """One line per tensor; :meth:`from_json` gives an equal specification back."""
@@ -366,7 +371,7 @@ class PermutationSpec:
         moved, both = self.shares()
         return (
             f"{len(self.groups)} groups, {sum(self.groups.values())} units; {moved:.1%} of the entries may move, "
-            f"{both:.1%} of the weights along both axes"
+            f"{both:.1%} of the weights along both axes; {'proved' if self.proven else 'not proved'}"
         )
 
     @property
@@ -376,13 +381,14 @@ class PermutationSpec:
         lacking = [(n, a) for n in weights for a in self.staying_axes(n)]
         lacking.sort(key=lambda pair: -math.prod(self.shapes[pair[0]]))
         more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
-        return ", ".join(f"{name}:{axis}" for name, axis in lacking[:SHOWN]) + more
+        named = [f"{name}:{axis}" for name, axis in lacking[:SHOWN]]
+        return ", ".join(f"{at} ({self.reasons[at]})" if at in self.reasons else at for at in named) + more
 
     def table(self) -> Table:
         """A rich table: one row per group."""
         from rich.table import Table
 
-        table = Table(title=self._title, caption=clean_text(f"stay along an axis: {self._lacking or 'none'}"))
+        table = Table(title=self._title, caption="\n".join(map(clean_text, self._notes)))
         table.add_column("group", overflow="fold")
         table.add_column("units", justify="right")
         table.add_column("tensors (axis)", overflow="fold")
@@ -392,7 +398,12 @@ class PermutationSpec:
 
     def __str__(self) -> str:
         lines = [f"{group} [{size}]: {self._describe(group, '{}:{}')}" for group, size in self.groups.items()]
-        return "\n".join([self._title, *lines, f"stay along an axis: {self._lacking or 'none'}"])
+        return "\n".join([self._title, *lines, *self._notes])
+
+    @property
+    def _notes(self) -> list[str]:
+        notes = [f"stay along an axis: {self._lacking or 'none'}"]
+        return [*notes, f"no effect on the output, not proved: {', '.join(self.idle)}"] if self.idle else notes
 
     def _describe(self, group: str, pair: str) -> str:
         """The (tensor, axis) pairs of a group, and the groups that it is nested in."""

@@ -7,13 +7,12 @@ The labels are those of :mod:`regraft.symmetry.labels`, each operator has a rule
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import operator
+import time
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -31,15 +29,28 @@ from regraft.core.tensors import live_state
 from regraft.core.text import clean_text
 from regraft.symmetry import lines, products  # noqa: F401 (register their rules)
 from regraft.symmetry.axes import Segment
-from regraft.symmetry.calls import Call, Caller, Forward, Output, check_placed, ready
+from regraft.symmetry.calls import Call, Forward, Output, check_placed
 from regraft.symmetry.copies import all_tensors, memory_key, overlapping, shadow
+from regraft.symmetry.exports import (
+    Exported,
+    export,
+    graph_inputs,
+    graph_tensors,
+    measure_sizes,
+    quiet,
+    unused_parameters,
+)
 from regraft.symmetry.groups import specify
-from regraft.symmetry.labels import Choice, Flow, Leaf, Value
+from regraft.symmetry.labels import Choice, Event, Flow, Leaf, Value
 from regraft.symmetry.pointwise import UNARY, pointwise
+from regraft.symmetry.reasons import find_reasons, format_losses, reason_texts
 from regraft.symmetry.rules import RULES, Operation, each_size, freeze_operands, operator_name
 from regraft.symmetry.spec import PermutationSpec
-from regraft.symmetry.verify import verify as prove
+from regraft.symmetry.verify import is_cheap, prove
 from regraft.symmetry.views import ALIASES, VIEWS, apply_choice
+
+EXPORTS = 3
+"""A proof is made unasked where it costs less than so many exports."""
 
 
 @check_arguments
@@ -51,7 +62,7 @@ def trace(
     forward: Forward = None,
     output: Output = None,
     other_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
 ) -> PermutationSpec:
     """Finds which axes of a model's parameters and buffers share a permutation.
 
@@ -67,7 +78,8 @@ def trace(
 
     The specification names everything in the model's state dictionary, shared tensors under all of their names;
     what ``load_state_dict`` does not restore is a constant. ``verify``: also prove it
-    (:func:`regraft.symmetry.verify`), and mark it as proven.
+    (:func:`regraft.symmetry.verify`), and mark it as proven; if not given, where that costs less than three exports and
+    the model can be proved. The printed specification says whether it was.
 
     Raises ValueError, naming the model's class, the module and the cause, where ``torch.export`` cannot trace the
     model, or where its tensors are without values or on several devices.
@@ -75,15 +87,19 @@ def trace(
     calls = Call.examples(example_inputs, other_inputs, kwargs, forward, output)
     check_placed(model, calls[0])
     shadowed = shadow(model)
+    start = time.thread_time()
     programs = [program for call in calls for program in export(shadowed, call)]
+    cost = time.thread_time() - start
     alone = len(calls) == 1 and calls[0].has_length_one
     try:
         flow, leaves = propagate_labels(programs, shadowed, length_one=alone)
     except Entangled:  # the functional form is slower to make: only where writing in place matters
-        with _quiet():
+        with quiet():
             functional = [p._replace(program=p.program.run_decompositions({})) for p in programs]
         flow, leaves = propagate_labels(functional, shadowed, length_one=alone)
-    spec = _name_everything(specify(flow, list(leaves.values())), model, leaves)
+    found = specify(flow, list(leaves.values()))
+    reasons = find_reasons(flow, found, leaves.values())
+    spec = replace(_name_everything(found, model, leaves), reasons=reason_texts(reasons))
     for note in flow.notes:
         _warn(note)
     for name, module in flow.lengths.distrusted.items():
@@ -94,11 +110,18 @@ def trace(
         )
     for name, why in flow.frozen.items():
         _warn(f"operator {name}{why}: what it touches stays fixed")
-    if idle := _unused_parameters(programs, shadowed):
+    for loss in format_losses(reasons):
+        _warn(loss)
+    if idle := unused_parameters(programs, shadowed):
         name = type(model).__name__
         _warn(f"{len(idle)} parameters of {name} are not used and stay fixed, such as {idle[0]!r}")
-    if verify:
-        prove(spec, model, example_inputs, kwargs, forward=forward, output=output, other_inputs=other_inputs)
+    if verify or (verify is None and is_cheap(shadowed, calls, EXPORTS * cost)):
+        try:
+            prove(spec, model, calls, torch.Generator().manual_seed(0))
+        except ValueError as error:
+            if verify or not str(error).startswith("cannot verify"):
+                raise
+            _warn(f"not proved: {error}")
     return spec
 
 
@@ -120,90 +143,6 @@ def _name_everything(spec: PermutationSpec, model: nn.Module, leaves: Mapping[Ha
     return replace(spec, axes=axes, optional=frozenset(axes.keys() - own))
 
 
-# ---- export
-
-
-class Exported(NamedTuple):
-    """A graph, and how many of its first outputs must not change."""
-
-    program: ExportedProgram
-    counts: int
-
-
-def export(model: nn.Module, call: Call) -> list[Exported]:
-    """The model's graph in evaluation mode; and, where that leaves parameters unused, the one with its auxiliary
-    heads. Raises ValueError where torch.export cannot trace the model."""
-    try:
-        programs = [_export(model, call)]
-    except Exception as error:
-        raise ValueError(
-            f"torch.export cannot trace {type(model).__name__} ({cause(error, model)}); trace it without "
-            "data-dependent control flow, or write its specification by hand (PermutationSpec.build)"
-        ) from None
-    if idle := _unused_parameters(programs, model):
-        with contextlib.suppress(Exception):  # heads may need larger inputs
-            more = _export(model, call, heads=True)
-            if not any(map(_is_random, more.program.graph.nodes)) and len(_unused_parameters([more], model)) < len(
-                idle
-            ):
-                programs.append(more)
-    return programs
-
-
-def _export(model: nn.Module, call: Call, *, heads: bool = False) -> Exported:
-    with ready(model, heads=heads), _quiet():
-        caller = Caller(model, call, heads)
-        program = torch.export.export(caller, call.args, call.kwargs, strict=False)
-    program.graph.eliminate_dead_code()
-    spec = program.call_spec.out_spec
-    counts, _ = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    return Exported(program, len(counts))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Failures inside are reported by exceptions alone: no logs, graphs or warnings of torch's own."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        streams = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-        with streams[0], streams[1], warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _is_random(node: Node) -> bool:
-    """Whether it draws random numbers; a dropout that is off does not."""
-    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    return False not in node.args
-
-
-def _unused_parameters(programs: Sequence[Exported], model: nn.Module) -> list[str]:
-    """The parameters that occur in no graph."""
-    tensors = _graph_tensors(model)
-    used = {
-        id(tensors[spec.target])
-        for program, _ in programs
-        for spec, node in _inputs(program)
-        if spec.target in tensors and node.users
-    }
-    return [name for name, parameter in model.named_parameters() if id(parameter) not in used]
-
-
-def _graph_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by the names that they have in a graph of :class:`Caller`."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {f"model.{name}": tensor for name, tensor in named}
-
-
-def _inputs(program: ExportedProgram) -> Iterable[tuple[Any, Node]]:
-    """What every placeholder of a graph stands for."""
-    return zip(program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True)
-
-
 # ---- the walk
 
 
@@ -223,7 +162,8 @@ def propagate_labels(
     _freeze_shared(flow, model, leaves)
     for exported in programs:
         program = exported.program
-        tensors = {**program.constants, **_graph_tensors(model)}
+        tensors = {**program.constants, **graph_tensors(model)}
+        flow.sizes = measure_sizes(program)
         results = walk(flow, program.graph_module, _placeholder_values(flow, program, leaves, tensors))
         _finish(flow, exported, results, lambda name: _leaf_of(leaves, tensors.get(name)))  # noqa: B023
     return flow, leaves
@@ -264,9 +204,23 @@ def walk(flow: Flow, module: GraphModule, values: dict[Node, Any]) -> Any:
     for node in module.graph.nodes:
         if node.op == "call_function":
             flow.module, flow.node = _module(node), node
+            plain = [n in flow.plain for n in node.all_input_nodes]
+            flow.begin(Event(str(node.target), flow.module, any(plain)))
+            if all(plain):
+                flow.plain.add(node)
             flow.wanted = {user.args[1] for user in node.users if user.target is operator.getitem}
-            values[node] = pass_through(flow, node, values)
+            try:
+                values[node] = pass_through(flow, node, values)
+            except (Entangled, ValueError):
+                raise
+            except Exception as error:
+                where = f" in {flow.module}" if flow.module else ""
+                raise ValueError(
+                    f"operator {node.target}{where} cannot be traced ({cause(error, module)}); write the specification "
+                    "by hand (PermutationSpec.build)"
+                ) from error
         elif node.op == "get_attr":
+            flow.plain.add(node)
             values[node] = getattr(module, node.target)
     return map_arg(module.graph.output_node().args[0], values.__getitem__)
 
@@ -284,14 +238,16 @@ def _placeholder_values(
 ) -> dict[Node, Any]:
     """The value of every placeholder: a leaf, a constant, or an input of the model, which is fixed."""
     values: dict[Node, Any] = {}
-    for spec, node in _inputs(program):
+    for spec, node in graph_inputs(program):
         tensor = tensors.get(spec.target)
         leaf = _leaf_of(leaves, tensor)
         if leaf is not None and isinstance(tensor, Tensor) and (_is_floating(tensor) or _is_quantised(tensor, node)):
             values[node] = Value(leaf, leaf.shape)
         elif isinstance(tensor, Tensor):
+            flow.plain.add(node)
             values[node] = tensor.detach().cpu().clone()  # operators may write into it
         else:
+            flow.plain.add(node)
             content = node.meta.get("val")
             values[node] = flow.fixed_value(content.shape) if isinstance(content, Tensor) else content
     return values
@@ -313,6 +269,7 @@ def _is_quantised(tensor: Tensor, node: Node) -> bool:
 def _finish(flow: Flow, exported: Exported, results: Sequence[Any], leaf_of: Callable[[Any], Leaf | None]) -> None:
     """The outputs that count never move; what is written to a buffer has the buffer's units."""
     outputs = 0
+    flow.begin(Event("an output"))
     for spec, result in zip(exported.program.graph_signature.output_specs, results, strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
             outputs += 1
@@ -341,8 +298,6 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
         return target(*args)
     if target is torch.ops.aten.sym_size.int:
         return args[0].shape[args[1]]
-    if isinstance(target, OpOverload):
-        _bind_sizes(flow, node, args)
     out = pytree.tree_map(lambda x: _size(flow, node, x) if isinstance(x, Tensor) else None, node.meta.get("val"))
     if str(target) in REGIONS:
         part = next(i for i, x in enumerate(args) if isinstance(x, GraphModule))
@@ -377,26 +332,8 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
     return result
 
 
-def _bind_sizes(flow: Flow, node: Node, args: Sequence[Any]) -> None:
-    """What looks up a mask that is a constant has the size that it says."""
-    made = node.meta.get("val")
-    if not isinstance(made, Tensor) or not any(map(free_unbacked_symbols, made.shape)):
-        return
-    if node.target is torch.ops.aten.index.Tensor and all(i is None or isinstance(i, Tensor) for i in args[1]):
-        sizes = torch.ops.aten.index.Tensor(torch.empty(args[0].shape), args[1]).shape
-    elif node.target in (torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default) and all(
-        isinstance(x, Tensor) for x in args
-    ):
-        sizes = node.target(*args).shape
-    else:
-        return
-    for symbolic, size in zip(made.shape, sizes, strict=True):
-        if isinstance(symbolic, torch.SymInt) and symbolic.node.expr.is_Symbol:
-            flow.sizes[symbolic.node.expr] = size
-
-
 def _size(flow: Flow, node: Node, result: Tensor) -> torch.Size:
-    """The shape of a result. Raises ValueError where it depends on the values of the inputs."""
+    """The shape of a result, for the example inputs. Raises ValueError where it is not known."""
     known = [n.node.expr.subs(flow.sizes) if isinstance(n, torch.SymInt) else n for n in result.shape]
     if not all(isinstance(n, int) or n.is_Integer for n in known):
         where = f" in {flow.module}" if flow.module else ""
@@ -432,7 +369,8 @@ def operate(flow: Flow, operation: Operation) -> Any:
     flow.operator = str(operation.target)
     result: Any = NotImplemented
     if operation.name in RULES:
-        result = RULES[operation.name](flow, operation, *operation.arguments.values())
+        with contextlib.suppress(AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # frozen below
+            result = RULES[operation.name](flow, operation, *operation.arguments.values())
     if result is NotImplemented and operation.is_pointwise:
         result = pointwise(flow, operation)
     if result is NotImplemented:

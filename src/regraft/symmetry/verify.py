@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +24,15 @@ from regraft.symmetry.calls import Call, Forward, Output, check_placed, ready
 from regraft.symmetry.copies import double, to_double
 from regraft.symmetry.spec import PermutationSpec, apply, like_state
 from regraft_kernels import permute
+
+SHOWN = 6
+"""How many axes without an effect are named."""
+
+LEAST_EFFECT = 1e-8
+"""Of the largest output: a wrong order that changes less would not be seen."""
+
+MAX_ORIGINS, MOST_VALUES = 4, 1 << 20
+"""How many tensors that an integer is computed from are compared, and how long ones."""
 
 MAX_CANDIDATES = 256
 """How many axes are tried, at one evaluation each, before a failed proof names only the group."""
@@ -51,31 +62,64 @@ def verify(
     or the comparison would say nothing, and BatchNorm statistics are near what the layer sees. What is compared is
     what will be done with the result: the permuted state dictionary is loaded into a copy of the model as it was.
     The copies compute in evaluation mode and in float64, also where the model casts to less; where that does not
-    read everything that moves, auxiliary heads are proved as well. The error is max |f(x; pi theta) - f(x; theta)| /
-    max |f(x; theta)|, the largest of all outputs that count. The specification is then marked as proven.
+    read everything that moves, auxiliary heads are proved as well, in training mode without dropout. An output of
+    integers is compared together with the sorted values that it is made of. The error is max |f(x; pi theta) -
+    f(x; theta)| / max |f(x; theta)|, the largest of all outputs that count. The specification is then marked as
+    proven. A warning names axes that have no effect on these outputs: a proof says nothing about them.
     ``generator``: a CPU generator (seed 0 if not given).
 
     Raises ValueError naming the tensor where the specification does not fit the model or an error is not below
     ``tolerance``.
     """
     calls = Call.examples(example_inputs, other_inputs, kwargs, forward, output)
+    worst = prove(spec, model, calls, generator or torch.Generator().manual_seed(0), draws, tolerance)
+    if spec.idle:
+        more = f" and {len(spec.idle) - SHOWN} more" if len(spec.idle) > SHOWN else ""
+        where = f"the output of {type(model).__name__}"
+        shown = ", ".join(spec.idle[:SHOWN])
+        warnings.warn(f"no effect on {where}, so that nothing is proved: axes {shown}{more}", stacklevel=3)
+    return worst
+
+
+def prove(
+    spec: PermutationSpec,
+    model: nn.Module,
+    calls: Sequence[Call],
+    generator: torch.Generator,
+    draws: int = 2,
+    tolerance: float = 1e-9,
+) -> float:
+    """:func:`verify`, without a warning: the specification has the axes that have no effect."""
     check_placed(model, calls[0])
     spec.validate(live_state(model))
     check_finite(dict(model.named_parameters()), "the model")
     spec.mark(proven=False)
-    generator = generator or torch.Generator().manual_seed(0)
-    proofs = [_Proof(spec, model, call.double(), generator) for call in calls]
+    proofs = [Proof(spec, model, call.double(), generator) for call in calls]
     worst = max(_prove(proof, draws, tolerance) for proof in proofs)
-    if other_inputs is None and (longer := proofs[0].lengthen()):
+    if len(calls) == 1 and (longer := proofs[0].lengthen()):
         worst = max(worst, _prove(longer, 1, tolerance))
-    spec.mark(proven=True)
+    idle = find_idle_axes(proofs[0], live_state(model))
+    spec.mark(proven=True, idle=[f"{name}:{axis}" for name, axis in idle])
     return worst
 
 
-def _prove(proof: _Proof, draws: int, tolerance: float) -> float:
+FORWARDS = 16
+"""About how many times a proof costs what one call of the model does."""
+
+
+def is_cheap(model: nn.Module, calls: Sequence[Call], seconds: float) -> bool:
+    """Whether a proof costs less than so many seconds of this thread's time."""
+    start = time.thread_time()
+    with torch.no_grad(), ready(model):
+        for call in calls:
+            call.run(model)
+    return FORWARDS * (time.thread_time() - start) < seconds
+
+
+def _prove(proof: Proof, draws: int, tolerance: float) -> float:
     """The largest error; ValueError where one is too large."""
     spec = proof.spec
-    unread = {name for name in live_state(proof.model) if any(map(groups_of, spec.axes[name]))}
+    unread = live_state(proof.model).keys() & dict(proof.model.named_parameters()).keys()
     worst = 0.0
     for heads in (False, True):
         if heads and not proof.repeats(heads):  # as in training: they drop out, and nothing can be compared
@@ -91,8 +135,32 @@ def _prove(proof: _Proof, draws: int, tolerance: float) -> float:
     return worst
 
 
+def find_idle_axes(proof: Proof, tensors: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    """The (tensor, axis) pairs that move, and whose order changes no output that counts: first by their gradients,
+    then, where these are zero, by computing."""
+    spec = proof.spec
+    perm = spec.random(proof.generator)
+    read: set[str] = set()
+    moving = [(n, a) for n in tensors for a, axis in enumerate(spec.axes[n]) if groups_of(axis)]
+    idle = moving
+    for heads in (False, True):
+        idle_heads = heads and any(name not in read for name, _ in idle)
+        if not idle or (heads and not (idle_heads and proof.repeats(heads))):
+            break
+        effects = proof.effects(perm, heads)
+        idle = [at for at in idle if not effects.get(at, 0.0) > LEAST_EFFECT]
+        if not idle:
+            break
+        _, state, read = proof.draw(heads)
+        if len(idle) > MAX_CANDIDATES:
+            continue
+        before = proof.outputs(state, heads)
+        idle = [at for at in idle if not proof.changes_alone(*at, perm, state, before, heads)]
+    return idle
+
+
 @dataclass(frozen=True)
-class _Proof:
+class Proof:
     """What is computed to prove a specification: permuted states, loaded into copies of the model."""
 
     spec: PermutationSpec
@@ -100,7 +168,7 @@ class _Proof:
     call: Call
     generator: torch.Generator
 
-    def lengthen(self) -> _Proof | None:
+    def lengthen(self) -> Proof | None:
         """The same where dimensions of length 1 are longer; None where there are none, or the model does not run so."""
         call = self.call.lengthen()
         longer = call and replace(self, call=call)
@@ -131,6 +199,41 @@ class _Proof:
             fresh = double(self.model)
             fresh.load_state_dict(state)
             return _run(self.call, fresh, heads, self.generator)[0]
+
+    def effects(self, perm: Perm, heads: bool) -> dict[tuple[str, int], float]:
+        """(tensor, axis) -> how much the output would change, to first order, if this axis alone were permuted; empty
+        where the model has no gradients."""
+        try:
+            with _exactly():
+                copied = double(self.model)
+                _perturb_(copied, self.generator)
+                with _Statistics(self.generator):
+                    _run(self.call, copied, heads, self.generator)
+                tensors = {n: x for n, x in live_state(copied).items() if _is_floating(x) and any(self.spec.axes[n])}
+                with torch.enable_grad():
+                    for x in tensors.values():
+                        x.requires_grad_(True)
+                    made = [x for x in _run(self.call, copied, heads, self.generator)[0] if _is_floating(x)]
+                    total = sum(((x / x.detach().abs().max().clamp(min=1e-300)) * _noise(x)).sum() for x in made)
+                    grads = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)  # type: ignore[arg-type]
+        except Exception:
+            return {}
+        result = {}
+        for (name, x), grad in zip(tensors.items(), grads, strict=True):
+            for a in range(x.ndim if grad is not None else 0):
+                index = self.spec.axis_index(name, a, perm)
+                if index is not None:
+                    moved = x.detach().index_select(a, index.to(x.device)) - x.detach()
+                    result[name, a] = float((grad * moved).abs().sum())
+        return result
+
+    def changes_alone(
+        self, name: str, axis: int, perm: Perm, state: Mapping[str, Any], before: Sequence[Tensor], heads: bool
+    ) -> bool:
+        """Whether permuting one axis of one tensor, and nothing else, changes the output."""
+        index = self.spec.axis_index(name, axis, perm)
+        moved = {**state, name: state[name].index_select(axis, index.to(state[name].device))}  # type: ignore[union-attr]
+        return not _difference(before, self.outputs(like_state(moved, state), heads)) < LEAST_EFFECT
 
     def repeats(self, heads: bool) -> bool:
         """Whether the model gives the same for the same, and can be run so at all."""
@@ -167,7 +270,8 @@ def _run(call: Call, model: nn.Module, heads: bool, generator: torch.Generator) 
     device = next((tensor.device for tensor in live_state(model).values()), "cpu")
     with ready(model, heads=heads), use_generator(generator, device), _Exact() as exact:
         try:
-            return call.run(model, heads=heads)[0], exact.read
+            outputs = call.run(model, heads=heads)[0]
+            return [*outputs, *exact.made_of(outputs)], exact.read
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"cannot verify: {type(model).__name__} does not run in float64 ({cause(error, model)})"
@@ -188,6 +292,11 @@ def _are_distinguished(spec: PermutationSpec, perms: Sequence[Perm]) -> bool:
     moves = [tuple(i for perm in perms for i in perm[group].tolist()) for group in sizes]
     still = [tuple(range(size)) * len(perms) for size in set(sizes.values())]
     return len({*moves, *still}) == len(moves) + len(still)
+
+
+def _noise(x: Tensor) -> Tensor:
+    """Fixed random numbers of the same shape."""
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
 
 
 def _is_floating(x: Any) -> bool:
@@ -227,6 +336,13 @@ class _Exact(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.read: set[int] = set()
+        self.origins: dict[int, tuple[Tensor, list[Tensor]]] = {}  # of integers: what they were computed from
+
+    def made_of(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The sorted values from which those outputs are made that are no floating numbers: they change before the
+        integers do."""
+        origins = [y for x in outputs for y in self.origins.get(id(x), (x, []))[1]]
+        return [x.detach().nan_to_num().flatten().sort().values for x in origins]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -237,7 +353,13 @@ class _Exact(TorchDispatchMode):
         low = [x for x in tensors if x.dtype in LOW]
         if low and len(low) < len(tensors) and not function._schema.is_mutable:
             args, kwargs = pytree.tree_map(lambda x: _lift(x), (args, kwargs))
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        for made in pytree.tree_leaves(result):
+            if isinstance(made, Tensor) and not made.is_floating_point() and not made.is_complex():
+                floating = [x for x in tensors if _is_floating(x) and x.numel() <= MOST_VALUES]
+                earlier = [y for x in tensors for y in self.origins.get(id(x), (x, []))[1]]
+                self.origins[id(made)] = made, list({id(x): x for x in (*floating, *earlier)}.values())[:MAX_ORIGINS]
+        return result
 
 
 def _lift(x: Any) -> Any:

@@ -16,10 +16,11 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from regraft.symmetry.labels import Choice, Flow, Leaf, Value, is_repeating, line, places, unexpand, varying
-from regraft.symmetry.lines import pass_lines
+from regraft.symmetry.labels import Choice, Flow, Leaf, Value, is_repeating, line, places, varying
+from regraft.symmetry.lines import are_adjacent, indexed_dims, line_units, pass_lines
 from regraft.symmetry.rules import Operation, Rule, each_size, freeze_operands, operator_name, rule, words
 from regraft.symmetry.sheets import assemble, is_sheet
+from regraft.symmetry.units import unexpand
 
 ALIASES = words("alias clone contiguous detach lift lift_fresh lift_fresh_copy positive")
 """Operators that give back what they are given."""
@@ -65,22 +66,19 @@ def _look_up_by_data(flow: Flow, op: Operation, x: Value, indices: Any) -> Any:
     """What is read depends on data: units must stand along the whole of every dimension that is looked up."""
     if not all(flow.is_fixed(flow.labels(i)) for i in indices if isinstance(i, Value)):
         return NotImplemented
-    if any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices):
-        return NotImplemented
-    if len(indices) == 1 and (table := table_of(x)):
+    covered, behind = indexed_dims(flow, indices)
+    if len(indices) == len(covered) == 1 and (table := table_of(x)):
         flow.freeze(flow.axis(table, 0))
         return slices_of(flow, op.out, table)
     labels = flow.labels(x)
     if flow.is_fixed(labels):
         return flow.fixed_value(op.out)
-    dims = [d for d, i in enumerate(indices) if i is not None]
-    if not all(flow.passes(x, d) for d in dims):
+    if not covered or (once := line_units(flow, x, covered)) is None:
         return NotImplemented
-    first = labels[tuple(slice(0, 1) if d in dims else slice(None) for d in range(labels.ndim))]
-    flow.tie(labels, places(first.shape).expand(labels.shape), first)
-    blank = [torch.zeros(i.shape, dtype=torch.int64) if isinstance(i, Value) else i for i in indices]
-    positions = op.run([places(first.shape).expand(labels.shape), blank])
-    return Value(first, tuple(positions.shape), positions) if positions.shape == op.out else NotImplemented
+    kept = [n for d, n in enumerate(once.shape) if d not in covered]
+    start = covered[0] if are_adjacent(covered) else 0
+    kept[start:start] = [1] * behind
+    return flow.new(once.reshape(kept).expand(op.out))
 
 
 def table_of(x: Value) -> Leaf | None:
@@ -136,6 +134,8 @@ def _assemble(flow: Flow, op: Operation, *arguments: Any) -> Value:
         behind = assemble(flow, op.out, arguments[0], op.arguments["dim"], new=op.name == "stack")
         if behind is not None:
             return behind
+    if all(flow.stays(x) for x in op.values):
+        return flow.fixed_value(op.out)
     leaves, structure = pytree.tree_flatten(list(arguments))
     bases: dict[int, Tensor] = {}
     starts: dict[int, int] = {}
