@@ -129,8 +129,8 @@ TINY: dict[str, Any] = {
 def tiny_config(kind: type) -> Any:
     """A configuration of this class, tiny in all that it knows."""
     known: set[str] = set()
-    for cls in kind.__mro__:
-        known |= set(inspect.signature(cls.__init__).parameters) | set(getattr(cls, "__annotations__", {}))
+    for cls in kind.__mro__[:-1]:
+        known |= set(inspect.signature(cls).parameters) | set(getattr(cls, "__annotations__", {}))
     known |= set(getattr(kind, "attribute_map", {}))
     chosen = {key: value for key, value in TINY.items() if key in known}
     attempts = [chosen, {k: v for k, v in chosen.items() if k != "head_dim"}]
@@ -367,21 +367,46 @@ FAMILIES: dict[str, Callable[[], dict[str, Make]]] = {
 # ---- the command
 
 
-def print_table(path: Path) -> None:
-    """Counts, and what is below half of "both", unsound or refused."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: counts for each family, then what is refused, and what is below half of "both", with the reasons."""
     ran = [row for row in rows if row.get("stage") not in ("build", "run") and "skipped" not in row]
-    proved = [row for row in ran if "error" in row]
-    print(f"{len(rows)} models, {len(ran)} of which run, {len(proved)} proved")
+    families: dict[str, list[dict[str, Any]]] = {}
     for row in ran:
-        if "error" not in row:
-            print(f"  {row['name']}: {row['stage']}: {row['problem'][:300]}")
-    print(f'below half of "both": {sum(row["both"] < 0.5 for row in proved)}')
-    for row in sorted(proved, key=lambda row: row["both"]):
-        if row["both"] < 0.5:
-            print(
-                f"  {row['name']}: moved {row['moved']:.0%}, both {row['both']:.0%}; {'; '.join(row['warnings'])[:400]}"
-            )
+        families.setdefault(row["name"].partition("/")[0], []).append(row)
+    lines = [
+        "# Survey of the symmetry of library models", "",
+        "Made by `python -m regraft_bench.symmetry.survey FAMILY ... --out survey.jsonl` and `--table`: tiny models",
+        "with random weights, one example each, batch of one. *Error*: the largest of the proofs. *Both*: the share of",
+        "the weights that move along both axes. Only models that run are counted.",
+        "", "| family | models | proved | unsound | refused in a sentence | below half of both | largest error |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for family, members in families.items():
+        proved = [row for row in members if "error" in row]
+        unsound = [row for row in members if "changes the function" in row.get("problem", "")]
+        below = [row for row in proved if row["both"] < 0.5]
+        worst = max((row["error"] for row in proved), default=0.0)
+        counts = (len(members), len(proved), len(unsound), len(members) - len(proved) - len(unsound), len(below))
+        lines.append(f"| {family} | " + " | ".join(map(str, counts)) + f" | {worst:.1e} |")
+    lines += ["", "## Below half of both", "", "| model | moved | both | what stays, and why |", "|---|---|---|---|"]
+    for row in sorted((row for row in ran if row.get("both", 1) < 0.5 and "error" in row), key=lambda row: row["both"]):
+        lines.append(f"| {row['name']} | {row['moved']:.0%} | {row['both']:.0%} | {_shorten(_main_reason(row))} |")
+    lines += ["", "## Not proved", "", "| model | stage | message |", "|---|---|---|"]
+    lines += [f"| {r['name']} | {r['stage']} | {_shorten(r['problem'])} |" for r in ran if "error" not in r]
+    return "\n".join(lines) + "\n"
+
+
+def _main_reason(row: dict[str, Any]) -> str:
+    """The first reason that is no end of the network and no table of rows."""
+    reasons = [why for why in row.get("stay", {}).values() if why not in ("an input", "an output")]
+    lost = [why for why in reasons if "embedding" not in why and "lets them meet" not in why]
+    return (lost or row["warnings"] or reasons or ["inputs and outputs alone"])[0]
+
+
+def _shorten(text: str) -> str:
+    """One table cell."""
+    text = " ".join(text.replace("|", "/").split())
+    return text if len(text) <= 150 else text[:147] + "..."
 
 
 def main() -> None:
@@ -394,7 +419,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     chosen = parser.parse_args()
     if chosen.table:
-        print_table(chosen.out)
+        print(format_table([json.loads(line) for line in chosen.out.read_text().splitlines()]), end="")
         return
     torch.set_num_threads(1)
     done = {json.loads(line)["name"] for line in chosen.out.read_text().splitlines()} if chosen.out.exists() else set()

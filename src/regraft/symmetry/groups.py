@@ -56,7 +56,7 @@ def fix_elementwise_axes(flow: Flow, leaves: Iterable[Leaf]) -> None:
         flow.join(flow.axis(leaf, axis), line(leaf.scalars, axis))
         for other, labels in enumerate(leaf.axes):
             if other != axis and labels is not None:
-                flow.freeze(labels)
+                flow.freeze(labels, "fixed")
 
 
 # ---- signatures

@@ -83,7 +83,7 @@ def join_operands(flow: Flow, out: torch.Size, operands: Sequence[Value | Tensor
     for v in fixed:
         seen = v.places().expand(out)
         if _are_distinct(seen):
-            flow.freeze(result, "apart")
+            flow.freeze(result, "fixed")
         else:
             flow.tie(result, seen)
     return flow.new(result)

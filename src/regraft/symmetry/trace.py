@@ -315,12 +315,12 @@ def pass_through(flow: Flow, node: Node, values: dict[Node, Any]) -> Any:
             return result
         args, kwargs = pytree.tree_map(lambda x: resolve(flow, x), (args, kwargs))
         leaves = pytree.tree_leaves((args, kwargs))
+    if not target._schema.returns:  # an assertion
+        return None
     if not any(isinstance(x, Value) for x in leaves) and torch.Tag.nondeterministic_seeded not in target.tags:
         result = target(*args, **kwargs)
         flow.lengths.record(operator_name(target), leaves, result)
         return result
-    if not target._schema.returns:  # an assertion
-        return None
     operation = Operation.bind(target, args, kwargs, out)
     if not target._schema.is_mutable:
         return operate(flow, operation)
