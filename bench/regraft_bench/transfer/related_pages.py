@@ -200,4 +200,5 @@ RELATED_TABLES = (
     _table(
         "related-questions", "Which port between related bases is ahead", partial(compare_ports, questions=QUESTIONS)
     ),
+    _table("related-auto", "How often auto takes the best of its candidates", list_choices),
 )
