@@ -121,7 +121,7 @@ def test_cases_have_names_of_their_own_and_are_the_study_s():
 def test_the_checks_find_errors_of_a_lesser_precision(kernel, check, monkeypatch):
     """A result that went through the next lesser dtype is beyond what is allowed."""
     monkeypatch.setattr(gpu_checks, "_backend", lambda net: "torch")
-    net, right = Network.of(gpu.TINY, torch.device("cpu")), getattr(gpu_checks.rk, kernel)
+    net, right = Network.of(gpu.TINY_SHAPES, torch.device("cpu")), getattr(gpu_checks.rk, kernel)
     less = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float8_e5m2, torch.float16: torch.bfloat16}
 
     def spoil(*args, **kwargs):

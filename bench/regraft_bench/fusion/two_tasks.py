@@ -60,7 +60,7 @@ def _train_further(number: int, setting: FusionSetting, clock: Clock) -> Tensors
     return gradient(start, run.tensors)
 
 
-TERMS: dict[str, Callable[[FusionSetting, Clock], Tensors]] = {
+TWO_TASK_TERMS: dict[str, Callable[[FusionSetting, Clock], Tensors]] = {
     "theta_0": lambda setting, _: setting.start(),
     "theta_A": lambda setting, _: setting.theta_a,
     "theta_B": lambda setting, _: setting.theta_b,
@@ -123,7 +123,7 @@ class Fusion:
 
     def __call__(self, setting: FusionSetting) -> Measured:
         clock, names = Clock(), self.sources or FORMULAS[setting.settings.formula]
-        sources = [TERMS[name](setting, clock) for name in names]
+        sources = [TWO_TASK_TERMS[name](setting, clock) for name in names]
         starts = [1.0 for name in names if name in STARTS]
         axes, rows = self.coefficients(setting.settings, len(names) - len(starts))
         return choose_on_validation(setting, self._sums(setting, sources, [starts + row for row in rows]), axes, clock)

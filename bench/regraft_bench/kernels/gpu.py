@@ -51,7 +51,7 @@ from regraft_kernels.backend import HAS_TRITON, triton
 from regraft_kernels.launch import device_family, use_tiles
 from regraft_kernels.packing import Packing
 
-TINY = Packing.build(
+TINY_SHAPES = Packing.build(
     {"a.weight": (12, 8, 3, 3), "a.bias": (12,), "b.weight": (16, 12), "head": (10, 16)},
     {"a.weight": ("x", "y", None, None), "a.bias": ("x",), "b.weight": ("z", "x"), "head": (None, "z")},
 )
@@ -69,7 +69,7 @@ class Bench:
     def network(self, name: str) -> Network:
         """One of NETWORKS, on the device."""
         if name not in self._networks:
-            self._networks[name] = Network.of(TINY if self.dry else NETWORKS[name](), self.device)
+            self._networks[name] = Network.of(TINY_SHAPES if self.dry else NETWORKS[name](), self.device)
         return self._networks[name]
 
     def size(self, full: int) -> int:

@@ -26,7 +26,7 @@ COLUMNS = (
     Column("of the ends [%]", percent("accuracy of the ends")),
     Column("CPU ms", cpu_milliseconds),
 )
-QUESTIONS = (
+MATCHING_QUESTIONS = (
     ("regraft, joint start", "regraft"),
     ("regraft, 5 restarts", "regraft"),
     ("regraft, joint start", "regraft, best of 5 random starts"),
@@ -39,6 +39,6 @@ MATCHING_TABLES = (
         "trained-pairs",
         "Pairs of trained networks",
         tuple(scenario.name for scenario in MATCHING_SCENARIOS),
-        by_method(COLUMNS, QUESTIONS),
+        by_method(COLUMNS, MATCHING_QUESTIONS),
     ),
 )

@@ -15,7 +15,7 @@ from regraft.core.forward import call
 from regraft.core.tensors import Tensors
 from regraft.symmetry import PermutationSpec
 
-TOLERANCE = 1e-3
+NORM_TOLERANCE = 1e-3
 """Of the outputs, relative: BatchNorm adds a constant to the variance, which is not scaled."""
 
 
@@ -31,7 +31,7 @@ def normalise_scales(spec: PermutationSpec, model: nn.Module, tensors: Tensors, 
             for change in (_scale_before_norm, _scale_units):
                 changed = change(spec, family[0], tensors)
                 error = float((call(model, changed, images) - before).norm() / before.norm())
-                tensors = changed if error < TOLERANCE else tensors
+                tensors = changed if error < NORM_TOLERANCE else tensors
     return tensors
 
 

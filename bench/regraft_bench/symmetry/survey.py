@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from regraft.symmetry import trace, verify
 
-Make = Callable[[], tuple[nn.Module, Any]]
+SurveyModel = Callable[[], tuple[nn.Module, Any]]
 
 MOST_PARAMETERS = 30_000_000
 """Larger models are passed over: the survey is of operators, not of sizes."""
@@ -47,7 +47,7 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def examine(make: Make, limit: int) -> dict[str, Any]:
+def examine(make: SurveyModel, limit: int) -> dict[str, Any]:
     """What the tracer and the proof say of one model."""
     torch.manual_seed(0)
     row: dict[str, Any] = {}
@@ -83,14 +83,14 @@ def examine(make: Make, limit: int) -> dict[str, Any]:
 # ---- timm
 
 
-def timm_models() -> dict[str, Make]:
+def timm_models() -> dict[str, SurveyModel]:
     """The smallest-looking model of every module of timm."""
     import timm
 
     def make(name: str, size: int) -> tuple[nn.Module, Any]:
         return timm.create_model(name, num_classes=7), (torch.rand(1, 3, size, size),)
 
-    made: dict[str, Make] = {}
+    made: dict[str, SurveyModel] = {}
     small = ("nano", "atto", "femto", "pico", "tiny", "_t_", "xx", "_s", "18", "26", "b0", "000", "100")
     for module in timm.list_modules():
         names = timm.list_models(module=module)
@@ -148,11 +148,11 @@ TASKS = {
 }  # fmt: skip
 
 
-def transformers_models(tasks: tuple[str, ...] = tuple(TASKS)) -> dict[str, Make]:
+def transformers_models(tasks: tuple[str, ...] = tuple(TASKS)) -> dict[str, SurveyModel]:
     """Every architecture of these tasks, from its configuration class."""
     import transformers.models.auto.modeling_auto as auto
 
-    made: dict[str, Make] = {}
+    made: dict[str, SurveyModel] = {}
     for task in tasks:
         mapping = getattr(auto, TASKS[task], {})
         for kind in mapping:
@@ -195,7 +195,7 @@ def _architecture(kind: type, architecture: type, task: str) -> tuple[nn.Module,
 # ---- diffusers, segmentation, graphs, audio
 
 
-def diffusers_models() -> dict[str, Make]:
+def diffusers_models() -> dict[str, SurveyModel]:
     """Denoisers and autoencoders at toy sizes."""
     import diffusers
 
@@ -274,7 +274,7 @@ def diffusers_models() -> dict[str, Make]:
     return {f"diffusers/{name}": make for name, make in made.items()}
 
 
-def segmentation_models() -> dict[str, Make]:
+def segmentation_models() -> dict[str, SurveyModel]:
     """segmentation_models_pytorch, every decoder on a small encoder."""
     import segmentation_models_pytorch as smp
 
@@ -303,7 +303,7 @@ class GraphNet(nn.Module):
         return self.out(self.second(h, edges).relu())
 
 
-def graph_models() -> dict[str, Make]:
+def graph_models() -> dict[str, SurveyModel]:
     """Layers of torch_geometric, two of each."""
     from torch_geometric import nn as layers
 
@@ -325,7 +325,7 @@ def graph_models() -> dict[str, Make]:
         edges = torch.tensor([[0, 1, 2, 2, 4, 3], [1, 0, 3, 4, 2, 0]], device="cpu")
         return GraphNet(lambda i, o: layer(name, i, o)), (torch.rand(5, 4, device="cpu"), edges)
 
-    made: dict[str, Make] = {f"graph/{name}": lambda name=name: make(name) for name in plain}  # type: ignore[misc]
+    made: dict[str, SurveyModel] = {f"graph/{name}": lambda name=name: make(name) for name in plain}  # type: ignore[misc]
 
     def isomorphism() -> tuple[nn.Module, Any]:
         net = GraphNet(lambda i, o: layers.GINConv(nn.Sequential(nn.Linear(i, 8), nn.ReLU(), nn.Linear(8, o))))
@@ -334,7 +334,7 @@ def graph_models() -> dict[str, Make]:
     return {**made, "graph/GINConv": isomorphism}
 
 
-def audio_models() -> dict[str, Make]:
+def audio_models() -> dict[str, SurveyModel]:
     """torchaudio, at toy sizes."""
     from torchaudio import models
 
@@ -358,7 +358,7 @@ def audio_models() -> dict[str, Make]:
     return {f"audio/{name}": make for name, make in made.items()}
 
 
-FAMILIES: dict[str, Callable[[], dict[str, Make]]] = {
+FAMILIES: dict[str, Callable[[], dict[str, SurveyModel]]] = {
     "timm": timm_models, "transformers": transformers_models, "diffusers": diffusers_models,
     "segmentation": segmentation_models, "graph": graph_models, "audio": audio_models,
 }  # fmt: skip
@@ -409,7 +409,7 @@ def _shorten(text: str) -> str:
     return text if len(text) <= 150 else text[:147] + "..."
 
 
-def main() -> None:
+def run_survey() -> None:
     """The command of this module's docstring."""
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
@@ -432,4 +432,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_survey()

@@ -28,15 +28,15 @@ from regraft_bench.transfer.methods.ports import metric_name
 from regraft_bench.transfer.pages import compare_ports, list_ports
 from regraft_bench.transfer.relatedness import BARRIER, COSINE, MATCHED
 
-METHODS = ("naive", "fgmt", "head", "functional", "distil", "few-shot")
+RELATED_METHODS = ("naive", "fgmt", "head", "functional", "distil", "few-shot")
 """The lines of the figures."""
 
-QUESTIONS = (
+RELATED_QUESTIONS = (
     *((method, "naive") for method in ("gradfix", "weights", "fgmt", "theseus", "head", "functional", "distil")),
     *((method, "distil") for method in ("head", "functional", "functional+distil")),
     *((method, "few-shot") for method in ("naive", "head", "functional", "functional+distil", "auto")),
 )
-COUNTS = scenarios.RELATED_PORTS[0].settings.images
+RELATED_COUNTS = scenarios.RELATED_PORTS[0].settings.images
 
 
 def share_of_gain(own: Row, fine_tune: Row, images: int) -> float:
@@ -70,7 +70,7 @@ def list_relations(rows: Rows) -> Iterator[Sheet]:
     for network in RELATED_NETWORKS:
         relations = split_relations(rows, network)
         methods = list(dict.fromkeys(r.method for own in relations.values() for r in own if r.method != "own base"))
-        for images in COUNTS if relations else ():
+        for images in RELATED_COUNTS if relations else ():
             columns = [
                 *(Column(heading, partial(_format_value, name)) for heading, name in MEASURES.items()),
                 *(Column(method, partial(_format_share, method, images)) for method in methods),
@@ -99,7 +99,7 @@ def list_choices(rows: Rows) -> Iterator[Sheet]:
     """How far ``auto`` is behind the best of its candidates on test data, over all relations and seeds."""
     for network in RELATED_NETWORKS:
         relations = split_relations(rows, network)
-        choices = {f"{n} images of each class": list(find_choices(relations, n)) for n in COUNTS}
+        choices = {f"{n} images of each class": list(find_choices(relations, n)) for n in RELATED_COUNTS}
         columns = (
             Column("rows", lambda own: str(len(own))),
             Column("within .01 of the best", lambda own: f"{statistics.fmean(c.behind <= 0.01 for c in own):.0%}"),
@@ -146,7 +146,7 @@ def draw_relations(network: str, images: int, measure: str, rows: Rows) -> Itera
     relations = split_relations(rows, network)
     at = {name: _mean_measure(own, measure) for name, own in relations.items()}
     shares = {name: share_by_method(own, images) for name, own in relations.items()}
-    for method in METHODS:
+    for method in RELATED_METHODS:
         there = sorted((name for name in relations if shares[name].get(method)), key=at.__getitem__)
         ladder = [name for name in there if name in LADDER]
         for joined in (ladder, *([name] for name in there if name not in LADDER)):
@@ -177,7 +177,7 @@ def _figure(name: str, measure: str, x: str, direction: str) -> Figure:
             bars=True,
         )
         for network in RELATED_NETWORKS
-        for images in COUNTS[1:]
+        for images in RELATED_COUNTS[1:]
     )
     title = "What a port keeps of a fine-tune, without labels (few-shot: with), by how related the bases are"
     caption = f"1: all that fine-tuning gained over chance is kept. To the right the bases have {direction} in common."
@@ -198,7 +198,9 @@ RELATED_TABLES = (
     _table("related", "Share of the fine-tune's gain that a port keeps, by how related the bases are", list_relations),
     _table("related-ports", "Test accuracy between related bases, by images of each class", list_ports),
     _table(
-        "related-questions", "Which port between related bases is ahead", partial(compare_ports, questions=QUESTIONS)
+        "related-questions",
+        "Which port between related bases is ahead",
+        partial(compare_ports, questions=RELATED_QUESTIONS),
     ),
     _table("related-auto", "How often auto takes the best of its candidates", list_choices),
 )

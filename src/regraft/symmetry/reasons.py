@@ -29,7 +29,7 @@ class Cause(NamedTuple):
 
 INPUT, OUTPUT, UNUSED = "an input", "an output", "no units"
 
-LOOKUPS = ("embedding", "index", "embedding_bag")
+LOOKUP_OPERATORS = ("embedding", "index", "embedding_bag")
 """Operators whose first operand has rows that inputs choose: that these stay is no loss of units."""
 
 SAYS = {
@@ -74,7 +74,7 @@ def _say(flow: Flow, cause: Cause) -> Reason:
         return Reason(event.operator, cause, lost=False)
     if cause.kind == "fixed" and event.plain:
         return Reason(INPUT, cause, lost=False)
-    looked_up = cause.kind == "held" and event.name in LOOKUPS
+    looked_up = cause.kind == "held" and event.name in LOOKUP_OPERATORS
     lost = cause.kind != "fixed" and not looked_up and event.operator not in flow.frozen
     return Reason(f"{event.text} {SAYS[cause.kind]}", cause, lost)
 
@@ -89,15 +89,15 @@ def _cause_of_union(flow: Flow, labels: Tensor | None) -> Cause | None:
         if events[0] < 0:
             return Cause(INPUT, -1)
         event = Counter(events).most_common(1)[0][0]
-        before = _merged(flow, labels, event)
+        before = _count_merged(flow, labels, event)
         return Cause("one", before) if before >= 0 else Cause(how[events.index(event)], event)
     if len(roots.unique()) <= max(len(roots) // 2, 1):
-        merged = _merged(flow, labels, len(flow.events))
+        merged = _count_merged(flow, labels, len(flow.events))
         return Cause("one", merged) if merged >= 0 else None
     return None
 
 
-def _merged(flow: Flow, labels: Tensor, before: int) -> int:
+def _count_merged(flow: Flow, labels: Tensor, before: int) -> int:
     """The event at which most neighbours along an axis became one, if it was ``before`` another; else -1."""
     line = labels.flatten().tolist()
     when = Counter(flow.units.when_joined(a, b) for a, b in pairwise(line) if a != b)

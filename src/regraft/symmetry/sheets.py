@@ -46,15 +46,15 @@ class Parts:
     def move(self, dims: Sequence[int], ndim: int) -> Parts:
         """The same of a tensor of ``ndim`` dimensions, in which dimension d is ``dims[d]``."""
 
-        def moved(x: Tensor) -> Tensor:
+        def move_sheets(x: Tensor) -> Tensor:
             order = sorted(range(len(dims)), key=lambda d: dims[d])
             lengths = [1] * ndim
             for d, new in enumerate(dims):
                 lengths[new] = x.shape[d]
             return x.permute(order).reshape(lengths)
 
-        factors = [Factor(tuple(sorted(dims[d] for d in f.dims)), moved(f.labels), f.leaf) for f in self.factors]
-        keys = None if self.keys is None else moved(self.keys)
+        factors = [Factor(tuple(sorted(dims[d] for d in f.dims)), move_sheets(f.labels), f.leaf) for f in self.factors]
+        keys = None if self.keys is None else move_sheets(self.keys)
         return Parts(tuple(factors), tuple(dims[d] for d in self.places), keys, self.distrusted)
 
 

@@ -25,7 +25,7 @@ from regraft.symmetry.copies import double, to_double
 from regraft.symmetry.spec import PermutationSpec, apply, like_state
 from regraft_kernels import permute
 
-SHOWN = 6
+NAMED_AXES = 6
 """How many axes without an effect are named."""
 
 LEAST_EFFECT = 1e-8
@@ -74,9 +74,9 @@ def verify(
     calls = Call.examples(example_inputs, other_inputs, kwargs, forward, output)
     worst = prove(spec, model, calls, generator or torch.Generator().manual_seed(0), draws, tolerance)
     if spec.idle:
-        more = f" and {len(spec.idle) - SHOWN} more" if len(spec.idle) > SHOWN else ""
+        more = f" and {len(spec.idle) - NAMED_AXES} more" if len(spec.idle) > NAMED_AXES else ""
         where = f"the output of {type(model).__name__}"
-        shown = ", ".join(spec.idle[:SHOWN])
+        shown = ", ".join(spec.idle[:NAMED_AXES])
         warnings.warn(f"no effect on {where}, so that nothing is proved: axes {shown}{more}", stacklevel=3)
     return worst
 

@@ -24,7 +24,7 @@ from regraft_bench.transfer.methods.ports import (
 )
 from regraft_bench.transfer.setting import TransferSetting
 
-UPDATES = 30
+DISTIL_UPDATES = 30
 """Of the methods that train."""
 
 
@@ -36,7 +36,7 @@ def run_port_method(name: str, setting: TransferSetting, seen: FewShotData, cloc
         images = [images for images, _ in seen.batches]
         labels = [logits.argmax(1) for logits in predict(model, tuned, images)]
     trains = "distil" in name or name == "auto"
-    steps = UPDATES if trains else setting.settings.steps
+    steps = DISTIL_UPDATES if trains else setting.settings.steps
     work = PortWork(model, list(zip(images, labels, strict=True)), steps=steps, labelled=False, clock=clock)
     ported = PORT_METHODS[name](problem, work)
     return dict(ported.tensors if ported.keeps_statistics else with_statistics(ported.tensors, work))
@@ -49,8 +49,8 @@ def _make(name: str, about: str) -> Method:
 FITTED = (
     _make("head", "A head fitted to the fine-tune's logits, in closed form."),
     _make("functional", "Layer by layer, what the new base computes changes as the fine-tune's did, in closed form."),
-    _make("distil", f"A fitted head, then {UPDATES} updates of all layers on the fine-tune's predictions."),
-    _make("functional+distil", f"As functional, then {UPDATES} updates on the fine-tune's predictions."),
+    _make("distil", f"A fitted head, then {DISTIL_UPDATES} updates of all layers on the fine-tune's predictions."),
+    _make("functional+distil", f"As functional, then {DISTIL_UPDATES} updates on the fine-tune's predictions."),
     _make("theseus", "The task vector carried by maps between activations (THESEUS), and a fitted head."),
     _make("auto", "The candidate that agrees most with the fine-tune on held-out images."),
 )
