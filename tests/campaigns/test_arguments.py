@@ -133,7 +133,7 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     "interpolate": {"a": NO_TENSORS, "batches": NO_BATCHES, "points": (None, 2.5, "3", True, 1, 10**9)},
     "majority": {"model": NO_MODEL, "theta": NO_TENSORS, "batches": NO_BATCHES, "loss": NO_FUNCTION},
     "transport": {"alpha": NO_NUMBER, "task_vector": NO_TENSORS, "direction": (None, "majority")},
-    "port": {"steps": (*NO_WHOLE_NUMBER, 0), "method": (None, 3, [])},
+    "port": {"steps": (*NO_WHOLE_NUMBER[1:], 0), "method": (None, 3, [])},
     "Recipe": {
         "epochs": NO_WHOLE_NUMBER, "batch_size": (*NO_WHOLE_NUMBER, 0), "lr": NO_NUMBER, "momentum": NO_NUMBER,
         "schedule": (None, 3, []), "optimizer": (None, 3),

@@ -91,6 +91,11 @@ def double(model: nn.Module) -> nn.Module:
     return copied
 
 
+def clone_model(model: nn.Module) -> nn.Module:
+    """A copy of the modules and their tensors."""
+    return _copy(model, lambda tensor: tensor.detach().clone())
+
+
 def shadow(model: nn.Module) -> nn.Module:
     """A copy of the modules that shares the model's tensors: what the copy caches does not reach the model."""
     tensors = [*model.parameters(), *model.buffers()]

@@ -21,7 +21,7 @@ from regraft.core.forward import cause
 from regraft.core.tensors import Perm, check_finite, live_state, use_generator
 from regraft.symmetry.axes import Segment, groups_of
 from regraft.symmetry.calls import Call, Forward, Output, check_placed, ready
-from regraft.symmetry.copies import double, to_double
+from regraft.symmetry.copies import clone_model, double, to_double
 from regraft.symmetry.spec import PermutationSpec, apply, like_state
 from regraft_kernels import permute
 
@@ -109,10 +109,11 @@ FORWARDS = 16
 
 def is_cheap(model: nn.Module, calls: Sequence[Call], seconds: float) -> bool:
     """Whether a proof costs less than so many seconds of this thread's time."""
+    copied = clone_model(model)  # a forward pass may write into what it reads
     start = time.thread_time()
-    with torch.no_grad(), ready(model):
+    with torch.no_grad(), ready(copied):
         for call in calls:
-            call.run(model)
+            call.run(copied)
     return FORWARDS * (time.thread_time() - start) < seconds
 
 
