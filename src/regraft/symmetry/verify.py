@@ -28,6 +28,9 @@ from regraft_kernels import permute
 NAMED_AXES = 6
 """How many axes without an effect are named."""
 
+MAX_IDLE = 16
+"""How many axes that seem to have no effect are tried, at one evaluation each."""
+
 LEAST_EFFECT = 1e-8
 """Of the largest output: a wrong order that changes less would not be seen."""
 
@@ -138,7 +141,7 @@ def _prove(proof: Proof, draws: int, tolerance: float) -> float:
 
 def find_idle_axes(proof: Proof, tensors: Mapping[str, Tensor]) -> list[tuple[str, int]]:
     """The (tensor, axis) pairs that move, and whose order changes no output that counts: first by their gradients,
-    then, where these are zero, by computing."""
+    then, where these are nearly zero, by computing; of many those with the smallest gradients."""
     spec = proof.spec
     perm = spec.random(proof.generator)
     read: set[str] = set()
@@ -150,11 +153,10 @@ def find_idle_axes(proof: Proof, tensors: Mapping[str, Tensor]) -> list[tuple[st
             break
         effects = proof.effects(perm, heads)
         idle = [at for at in idle if not effects.get(at, 0.0) > LEAST_EFFECT]
+        idle = sorted(idle, key=lambda at: effects.get(at, 0.0))[:MAX_IDLE]
         if not idle:
             break
         _, state, read = proof.draw(heads)
-        if len(idle) > MAX_CANDIDATES:
-            continue
         before = proof.outputs(state, heads)
         idle = [at for at in idle if not proof.changes_alone(*at, perm, state, before, heads)]
     return idle
