@@ -322,8 +322,8 @@ def test_the_committed_baseline_is_quiet_beside_itself_and_red_for_a_lost_point(
         replace(r, values={**r.values, "accuracy": r.values["accuracy"] - 0.01}) if r.method == "fgmt" else r
         for r in rows
     ]
-    assert alarms(rows, worse) == [("fgmt", "error")]
-    assert alarms(rows, elsewhere(worse, machine="another")) == [("fgmt", "error")], "the same in every seed"
+    assert set(alarms(rows, worse)) == {("fgmt", "error")}
+    assert set(alarms(rows, elsewhere(worse, machine="another"))) == {("fgmt", "error")}, "the same in every seed"
     assert {c.method for c in find_changes(rows, worse) if c.verdict == CHANGED} == {"fgmt"}
 
 
