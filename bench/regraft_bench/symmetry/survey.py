@@ -235,6 +235,15 @@ def diffusers_models() -> dict[str, SurveyModel]:
                 up_block_types=("UpDecoderBlock2D",) * 2, **blocks,
             ), (image,),
         ),
+    }  # fmt: skip
+    made |= _diffusion_transformers(image, step, text)
+    return {f"diffusers/{name}": make for name, make in made.items()}
+
+
+def _diffusion_transformers(image: Tensor, step: Tensor, text: Tensor) -> dict[str, SurveyModel]:
+    import diffusers
+
+    return {
         "DiTTransformer2DModel": lambda: (
             diffusers.DiTTransformer2DModel(
                 num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2,
@@ -271,7 +280,6 @@ def diffusers_models() -> dict[str, SurveyModel]:
                 "encoder_hidden_states": text},
         ),
     }  # fmt: skip
-    return {f"diffusers/{name}": make for name, make in made.items()}
 
 
 def segmentation_models() -> dict[str, SurveyModel]:

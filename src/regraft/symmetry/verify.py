@@ -25,11 +25,8 @@ from regraft.symmetry.copies import clone_model, double, to_double
 from regraft.symmetry.spec import PermutationSpec, apply, like_state
 from regraft_kernels import permute
 
-NAMED_AXES = 6
-"""How many axes without an effect are named."""
-
-MAX_IDLE = 16
-"""How many axes that seem to have no effect are tried, at one evaluation each."""
+MAX_IDLE, NAMED_AXES = 16, 6
+"""How many axes that seem to have no effect are tried, at one evaluation each, and how many are named."""
 
 LEAST_EFFECT = 1e-8
 """Of the largest output: a wrong order that changes less would not be seen."""
